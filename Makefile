@@ -1,0 +1,58 @@
+# make demo        install into .venv, run the quickstart, print its table
+# make test        install, lint, tests, and every notebook in the smoke profile
+# make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
+# Another interpreter: make install PYTHON=python3.12
+
+PYTHON  ?= python3
+PROFILE ?= small
+VENV    := $(CURDIR)/.venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+DEMO    := $(CURDIR)/build/demo
+
+# "python3" is the venv's own kernel, whatever kernels and settings the user's home holds; nothing is written there.
+export JUPYTER_PATH       := $(VENV)/share/jupyter
+export JUPYTER_CONFIG_DIR := $(CURDIR)/build/jupyter
+export IPYTHONDIR         := $(CURDIR)/build/ipython
+
+.PHONY: install demo test lint format notebooks clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[notebook,test]"
+	touch $@
+
+demo: install
+	@mkdir -p $(DEMO)
+	@rm -f $(DEMO)/00_quickstart.*
+	$(BIN)/papermill -k python3 --log-output notebooks/00_quickstart.ipynb $(DEMO)/00_quickstart.ipynb \
+		-p results_dir $(DEMO) \
+		|| { echo "make demo: the notebook failed; what it did is in $(DEMO)/00_quickstart.ipynb" >&2; exit 1; }
+	@echo; cat $(DEMO)/00_quickstart.md; echo
+	@ls $(DEMO)/00_quickstart.csv $(DEMO)/00_quickstart.png $(DEMO)/00_quickstart.ipynb
+
+# nbval reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on.
+test: lint
+	$(BIN)/python -m pytest
+	EMQ_PROFILE=smoke $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+		-o addopts= -W default notebooks
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: install
+	EMQ_PROFILE=$(PROFILE) $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=-1 \
+		--ExecutePreprocessor.record_timing=False $(sort $(wildcard notebooks/*.ipynb))
+
+# Leaves .venv, which is gigabytes to install again.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find emqlib tests notebooks -name __pycache__ -prune -exec rm -rf {} +

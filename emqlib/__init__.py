@@ -1,0 +1,35 @@
+"""emqlib: one network, trained once, run at any bit-width.
+
+A companion to *Efficient Multi-bit Quantization Network Training via Weight Bias Correction and Bit-wise Coreset
+Sampling* (Kim, An, Jeon, Ko; NeurIPS 2025; arXiv 2510.20673).
+
+Letters in shapes: B batch, N samples, C classes or channels, T observed epochs, O and I output and input channels.
+"""
+
+from . import coreset, correction, models, quantizers
+from .coreset import CoresetConfig
+from .data import Dataset, load_dataset
+from .layers import QuantSpec
+from .multibit import adapt_norm, at_bits, convert, evaluate, set_bits, summary
+from .training import TrainConfig, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CoresetConfig",
+    "Dataset",
+    "QuantSpec",
+    "TrainConfig",
+    "adapt_norm",
+    "at_bits",
+    "convert",
+    "coreset",
+    "correction",
+    "evaluate",
+    "load_dataset",
+    "models",
+    "quantizers",
+    "set_bits",
+    "summary",
+    "train",
+]

@@ -1,0 +1,91 @@
+"""Argument checks: one place that words every error as `name=value: expected ...`, before any work starts."""
+
+import math
+import operator
+from collections.abc import Collection, Iterable
+from typing import Any
+
+BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
+
+
+def invalid(name: str, value: object, expected: str) -> ValueError:
+    """The error for a wrong argument; the caller raises it.
+
+    >>> str(invalid("bits", 9, "one of 1 to 8, or 32"))
+    'bits=9: expected one of 1 to 8, or 32'
+    """
+    return ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """`value`, if it is one of the `allowed` names; ValueError that lists them otherwise."""
+    if not isinstance(value, str) or value not in allowed:
+        raise invalid(name, value, "one of " + ", ".join(sorted(allowed)))
+    return value
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high]; ValueError for anything else, True and 2.0 included."""
+    span = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    if isinstance(value, bool):
+        raise invalid(name, value, span)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise invalid(name, value, span) from None
+    if number < low or (high is not None and number > high):
+        raise invalid(name, value, span)
+    return number
+
+
+def real(name: str, value: Any, expected: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a finite float with low <= value <= high; `expected` is how the ValueError puts that."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise invalid(name, value, expected)
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high:
+        raise invalid(name, value, expected)
+    return number
+
+
+def pruning_rate(value: Any) -> float:
+    """The fraction of the training set a child does NOT see, in [0, 1)."""
+    expected = "a fraction in [0, 1), for example 0.8 to keep 20 %"
+    rate = real("pruning_rate", value, expected, low=0)
+    if rate >= 1:
+        raise invalid("pruning_rate", value, expected)
+    return rate
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, if it is True or False; ValueError for 0, 1, "yes" and everything else."""
+    if not isinstance(value, bool):
+        raise invalid(name, value, "True or False")
+    return value
+
+
+def bit_width(name: str, value: Any) -> int:
+    """One bit-width: 1 to 8, or 32 for 'not quantized'."""
+    expected = "a bit-width: 1 to 8, or 32 for not quantized"
+    try:
+        bits = integer(name, value, 1)
+    except ValueError:
+        raise invalid(name, value, expected) from None
+    if bits not in BIT_WIDTHS:
+        raise invalid(name, value, expected)
+    return bits
+
+
+def bit_widths(name: str, value: Any) -> tuple[int, ...]:
+    """Several bit-widths, ascending; ValueError when empty, repeated, or not bit-widths."""
+    expected = "bit-widths out of 1 to 8 and 32, none twice, for example (2, 4, 8)"
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        raise invalid(name, value, expected)
+    items = list(value)
+    try:
+        bits = tuple(sorted(bit_width(name, item) for item in items))
+    except ValueError:
+        raise invalid(name, items, expected) from None
+    if not bits or len(set(bits)) < len(bits):
+        raise invalid(name, items, expected)
+    return bits

@@ -1,0 +1,385 @@
+"""Images as uint8 tensors: where data sets are found, how they are read, normalised and augmented.
+
+A data set is one row of `SOURCES`; everything below that table treats all of them alike.
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from . import checks, files
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images (N, 3, H, W) uint8 and their labels (N,) int64, on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Number of images, N."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same images and labels on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test split with all that training needs to know of them."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]  # label i means classes[i]
+    mean: Triple  # of the pixels of each channel, in [0, 1]
+    std: Triple
+    flip: bool  # augmentation: may training images be mirrored?
+    crop_padding: int  # augmentation: by how many pixels may they be shifted?
+    sha256: str  # of all pixels and labels: which data was this
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, C."""
+        return len(self.classes)
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same data set with its tensors on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def subset(self, train: int, test: int) -> "Dataset":
+        """The first images of each class: `train` and `test` images in all, classes equally often to within one.
+
+        Deterministic, in the original order. A class with too few images leaves its places to the others.
+        ValueError: `train` or `test` is not in 1 to the number of images there are.
+        """
+        train_split = _first_of_each_class(self.train, checks.integer("train", train, 1, len(self.train)))
+        test_split = _first_of_each_class(self.test, checks.integer("test", test, 1, len(self.test)))
+        return replace(self, train=train_split, test=test_split, sha256=_sha256(train_split, test_split))
+
+
+def load_dataset(name: str, root: str | Path | None = None, image_size: int | None = None) -> Dataset:
+    """Read a data set into memory, on the CPU.
+
+    name: "digits", "cifar10", "cifar100", "tinyimagenet", or "imagefolder:PATH" for any folder that holds
+        train/<class>/* and test/<class>/* (or val/<class>/*).
+    root: where the files are; None: the environment variable EMQ_DATA, else data/ in the current directory.
+        Looked for there: the official files, then <name>/{train,test}/<class>/*; then CIFAR is downloaded.
+    image_size: resize the shorter side to this many pixels and cut out the centre; None: images as they are.
+    ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes.
+    FileNotFoundError: no data; says where it was looked for and how to get it.
+    """
+    kind, _, path = str(name).partition(":")
+    key = f"{kind}:PATH" if path else str(name)
+    source = SOURCES[key if key in SOURCES else checks.choice("name", name, SOURCES)]
+    if image_size is not None:
+        image_size = checks.integer("image_size", image_size, 1)
+    folder = Path(path or root or os.environ.get("EMQ_DATA") or "data").expanduser().absolute()
+    train, test, classes = _find(name, source, folder, image_size)
+    mean, std = source.statistics or _statistics(train.images)
+    return Dataset(name, train, test, classes, mean, std, source.flip, source.crop_padding, _sha256(train, test))
+
+
+def normalize(images: Tensor, dataset: Dataset) -> Tensor:
+    """(images / 255 - mean) / std for each channel: (B, 3, H, W) uint8 to float32, on the images' device."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (dataset.mean, dataset.std))
+    return (images * (1 / (255 * std))).sub_(mean / std)  # the same, in two passes over memory instead of four
+
+
+def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Tensor:
+    """Mirror each image with probability 1/2 and shift it by up to `crop_padding` pixels, zeros moving in.
+
+    images: (B, 3, H, W) uint8 on any device; returns the same shape. What `dataset` does not ask for is left out.
+    generator: a CPU generator, so that every device sees the same draws: B flips, then 2 x B offsets.
+    """
+    batch, _, height, width = images.shape
+    if dataset.flip:
+        mirrored = (torch.rand(batch, generator=generator) < 0.5).to(images.device)
+        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    if dataset.crop_padding:
+        pad = dataset.crop_padding
+        top, left = torch.randint(2 * pad + 1, (2, batch), generator=generator).to(images.device)
+        # a view of all (2 pad + 1)^2 crops of each image, of which one is copied
+        crops = F.pad(images, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        images = crops[torch.arange(batch, device=images.device), :, top, left]
+    return images
+
+
+def _rank_in_class(labels: Tensor) -> Tensor:
+    """How many earlier samples have the same label: (N,) to (N,).
+
+    >>> _rank_in_class(torch.tensor([7, 7, 3, 7]))
+    tensor([0, 1, 0, 2])
+    """
+    ordered, order = labels.sort(stable=True)
+    position = torch.arange(len(labels), device=labels.device)
+    return torch.empty_like(labels).index_copy_(0, order, position - torch.searchsorted(ordered, ordered))
+
+
+def _first_of_each_class(split: Split, count: int) -> Split:
+    by_class = split.labels.argsort(stable=True)
+    by_rank = by_class[
+        _rank_in_class(split.labels)[by_class].argsort(stable=True)
+    ]  # first of each, second of each, ...
+    chosen = by_rank[:count].sort().values
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+def _statistics(images: Tensor) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of each channel, in [0, 1], from exact counts of the 256 values."""
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
+    share, value = counts.double() / counts[0].sum(), torch.arange(256).double() / 255
+    mean = share @ value
+    std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
+    std[std < 1e-6] = 1  # a constant channel: nothing to scale, and no division by zero
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _sha256(*splits: Split) -> str:
+    total = hashlib.sha256()
+    for split in splits:
+        for tensor in (split.images, split.labels):
+            total.update(str(tuple(tensor.shape)).encode())
+            total.update(tensor.cpu().contiguous().view(-1).numpy())
+    return total.hexdigest()
+
+
+# Finding and reading. A reader is given a place and returns both splits and the class names, or raises
+# FileNotFoundError, whose text says what is missing there, so that the next place is tried.
+
+Contents = tuple[Split, Split, tuple[str, ...]]
+Labelled = list[tuple[Path, str]]  # an image file and its class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is known of a data set before its files are read."""
+
+    places: tuple[tuple[str, Callable[[Path, "Source", int | None], Contents]], ...]  # under root, first one wins
+    how_to_get: str  # the end of the message where there is no data
+    num_classes: int | None = None  # that class folders must have; None: any
+    statistics: tuple[Triple, Triple] | None = None  # mean and std; None: of the training images
+    flip: bool = True
+    crop_padding: int = 4
+    official: Any = None  # torchvision's class
+
+
+def _find(name: str, source: Source, root: Path, image_size: int | None) -> Contents:
+    """What the first place that has the data holds; FileNotFoundError that names all places otherwise."""
+    looked = []
+    for place, read in source.places:
+        try:
+            return read(root / place, source, image_size)
+        except FileNotFoundError as error:
+            looked.append(f"  {error}")
+    raise FileNotFoundError("\n".join([f"no data for {name!r}. Looked in:", *looked, source.how_to_get]))
+
+
+def _digits(_: Path, source: Source, image_size: int | None) -> Contents:
+    """scikit-learn's handwritten digits, (1797, 8, 8) of 0 to 16; every fifth of a class is for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError('the digits are part of scikit-learn: pip install "emqlib[notebook]"') from error
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(small, size=image_size or 32, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(digits.target).long()
+    is_test = _rank_in_class(labels) % 5 == 4
+    train, test = (Split(images[rows], labels[rows]) for rows in (~is_test, is_test))
+    return train, test, tuple(str(digit) for digit in digits.target_names)
+
+
+def _official_cifar(folder: Path, source: Source, image_size: int | None, download: bool = False) -> Contents:
+    """torchvision's files, checksums verified."""
+    if not download and not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    try:
+        parts = [source.official(folder.parent, train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{folder}: incomplete or damaged (checksums differ)") from error
+    if image_size is not None:
+        for part in parts:
+            part.data = np.stack([_pixels(Image.fromarray(image), image_size) for image in part.data])
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    train, test = (Split(images[i], torch.tensor(part.targets)) for i, part in enumerate(parts))
+    return train, test, tuple(parts[0].classes)
+
+
+def _download_cifar(root: Path, source: Source, image_size: int | None) -> Contents:
+    """Let torchvision download into `root`, and read that. What it left half done fails its checksums next time."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # seconds without an answer: a machine without a network must hear so at once
+    try:
+        return _official_cifar(root / source.official.base_folder, source, image_size, download=True)
+    except (OSError, HTTPException) as error:
+        raise FileNotFoundError(f"{source.official.url}: download failed ({error})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _class_folders(folder: Path, source: Source, image_size: int | None) -> Contents:
+    """train/<class>/* and test/<class>/* or val/<class>/*; labels follow the sorted names, as CIFAR's own do."""
+    held_out = folder / "test"
+    if not held_out.is_dir() and (folder / "val").is_dir():
+        held_out = folder / "val"
+    return _decode_splits(folder, _list_classes(folder / "train"), _list_classes(held_out), source, image_size)
+
+
+def _tiny_imagenet(folder: Path, source: Source, image_size: int | None) -> Contents:
+    """train/<wnid>/images/* and val/images/* with val/val_annotations.txt; the test split has no labels."""
+    train = _list_classes(folder / "train", inner="images")
+    annotations = folder / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        raise FileNotFoundError(f"{annotations}: no such file")
+    rows = (line.split("\t") for line in annotations.read_text("utf-8").splitlines() if line.strip())
+    val = [(folder / "val" / "images" / row[0], row[1]) for row in rows]
+    return _decode_splits(folder, train, val, source, image_size)
+
+
+def _list_classes(folder: Path, inner: str = "") -> Labelled:
+    """All image files of <folder>/<class>/<inner>/, sorted; hidden files and those of other types are left out."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder}: expected one folder for each class, found none")
+    found: Labelled = []
+    for entry in classes:
+        names = sorted(os.listdir(entry / inner)) if (entry / inner).is_dir() else []
+        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        if not images:
+            raise ValueError(f"{entry / inner}: expected images of this class, found none")
+        found += [(entry / inner / name, entry.name) for name in images]
+    return found
+
+
+def _decode_splits(folder: Path, train: Labelled, test: Labelled, source: Source, image_size: int | None) -> Contents:
+    classes = tuple(sorted({name for _, name in train}))
+    if source.num_classes not in (None, len(classes)):
+        raise ValueError(f"{folder / 'train'}: expected {source.num_classes} classes, found {len(classes)}")
+    index = {name: i for i, name in enumerate(classes)}
+    for path, name in test:
+        if name not in index:
+            raise ValueError(f"{path}: its class {name!r} has no images for training in {folder / 'train'}")
+    images = _images(folder, [path for path, _ in train + test], image_size)
+    labels = torch.tensor([index[name] for _, name in train + test])
+    n = len(train)
+    return Split(images[:n], labels[:n]), Split(images[n:], labels[n:]), classes
+
+
+def _images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
+    """The images at `paths`, (N, 3, H, W) uint8, decoded once: tens of thousands of files take tens of seconds.
+
+    The cache beside the data, or else below the user's cache folder, is named after paths, file sizes and times.
+    """
+    name = f"{_fingerprint(folder, paths, image_size)}.npy"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    caches = (folder / ".emqlib" / name, Path(home, "emqlib", files.digest(str(folder.resolve()))[:16], name))
+    for cache in caches:
+        # no cache, or a damaged one: make it anew
+        with contextlib.suppress(OSError, ValueError), cache.open("rb") as file:
+            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+    images = _decode_all(paths, image_size)
+    for cache in caches:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without
+            files.write_atomic(cache, lambda file: np.lib.format.write_array(file, images, allow_pickle=False))
+            break
+    return torch.from_numpy(images)
+
+
+def _fingerprint(folder: Path, paths: Sequence[Path], image_size: int | None) -> str:
+    start = len(str(folder))
+    rows = [(str(path)[start:], stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    return files.digest(files.canonical_json([image_size, rows]))
+
+
+def _decode_all(paths: Sequence[Path], image_size: int | None) -> np.ndarray:
+    first, some = _decode(paths[0], image_size), 64  # files a task: fewer, and threads wait for each other
+    images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
+
+    def decode_some(start: int) -> int:
+        for i, path in enumerate(paths[start : start + some], start):
+            pixels = _decode(path, image_size)
+            if pixels.shape != first.shape:
+                sizes = f"{first.shape[:2]} in {paths[0]}, {pixels.shape[:2]} in {path}"
+                raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
+            images[i] = pixels.transpose(2, 0, 1)
+        return len(paths[start : start + some])
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(paths), disable=None) as progress:
+        for done in pool.map(decode_some, range(0, len(paths), some)):
+            progress.update(done)
+    return images
+
+
+def _decode(path: Path, image_size: int | None) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return _pixels(image, image_size)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def _pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """(H, W, 3) uint8 of an image in any mode; transparency is dropped."""
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "P":  # on the way to RGB a transparent colour would make it warn
+        image = image.convert("RGBA")
+    image = image.convert("RGB")
+    if image_size is not None:
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+_ELSEWHERE = "or point root= or the environment variable EMQ_DATA at the folder that holds it."
+
+
+def _cifar(name: str, official: Any, num_classes: int, mean: Triple, std: Triple) -> Source:
+    return Source(
+        places=((official.base_folder, _official_cifar), (name, _class_folders), ("", _download_cifar)),
+        how_to_get=f"Unpack {official.url} there, {_ELSEWHERE}",
+        num_classes=num_classes,
+        statistics=(mean, std),
+        official=official,
+    )
+
+
+SOURCES = {
+    "digits": Source(places=(("", _digits),), how_to_get="", flip=False, crop_padding=2),
+    "cifar10": _cifar("cifar10", CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _cifar("cifar100", CIFAR100, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tinyimagenet": Source(
+        places=(("tiny-imagenet-200", _tiny_imagenet), ("tinyimagenet", _class_folders)),
+        how_to_get="Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip there, so that tiny-imagenet-200/ has "
+        f"train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt, {_ELSEWHERE}",
+        num_classes=200,
+        statistics=((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+        crop_padding=8,
+    ),
+    "imagefolder:PATH": Source(
+        places=(("", _class_folders),),
+        how_to_get="Expected PATH/train/<class>/* and PATH/test/<class>/* (or PATH/val/<class>/*).",
+    ),
+}

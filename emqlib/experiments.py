@@ -1,0 +1,397 @@
+"""A paper table becomes a list of runs; a run is one frozen config, one hash, one file of rows, and never run twice."""
+
+import ast
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torchvision
+from torch import nn
+from tqdm import tqdm
+
+from . import checks, models
+from .coreset import CoresetConfig
+from .data import Dataset, load_dataset
+from .files import canonical_json, digest, write_text
+from .layers import QuantSpec
+from .multibit import convert, evaluate
+from .training import TrainConfig, generator, train
+
+ROOT = Path(__file__).resolve().parent.parent
+CALIBRATION_SAMPLES = 5000  # what `evaluate(adapt_norm=True)` takes, counted in the tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One network trained once and evaluated at every bit-width; its hash names its rows and its checkpoint.
+
+    dataset, model: names of `load_dataset` and `models.build`; model_args: its keyword arguments. subset: (train, test)
+    images, 0 for all. eval_bits: bit-widths to evaluate, trained or not.
+    """
+
+    profile: str
+    dataset: str
+    model: str
+    spec: QuantSpec
+    config: TrainConfig
+    model_args: tuple[tuple[str, int], ...] = ()
+    subset: tuple[int, int] = (0, 0)
+    eval_bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+
+    @property
+    def method(self) -> str:
+        """The name of the method in the paper's tables."""
+        if self.config.scheme == "dedicated":
+            return "Dedicated"
+        return "Any-Precision" if self.spec.norm == "switchable" else "Ours"
+
+    @property
+    def pruning_rate(self) -> float:
+        """Fraction of the training set a child does not see in an epoch."""
+        return 0.0 if self.config.coreset is None else self.config.coreset.pruning_rate
+
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits of the SHA-256 of what differs from the defaults, the device left out.
+
+        So an option that a later version adds does not rename the runs that never asked for it.
+        """
+        return digest(canonical_json(_asked(self)))[:12]
+
+
+def _asked(config: Any) -> dict[str, Any]:
+    """The fields of a config dataclass that differ from their defaults, those of nested configs likewise."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "device"}
+    differing = {f.name: values[f.name] for f in fields(config) if f.name in values and values[f.name] != f.default}
+    return {name: _asked(value) if is_dataclass(value) else value for name, value in differing.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a run costs: the data, the network and the schedule behind every notebook."""
+
+    name: str
+    model: str
+    training: TrainConfig
+    repeats: int
+    model_args: tuple[tuple[str, int], ...] = ()
+    dataset: str | None = None  # in place of the experiment's own
+    subset: tuple[int, int] = (0, 0)
+
+
+PROFILES = {
+    # proves that everything runs, in seconds, with no download
+    "smoke": Profile(
+        name="smoke",
+        dataset="digits",
+        subset=(320, 160),
+        model="resnet8",
+        model_args=(("width", 4),),
+        training=TrainConfig(epochs=1, batch_size=32, lr=0.05),
+        repeats=1,
+    ),
+    # real data and a small network, for a laptop's CPU
+    "small": Profile(
+        name="small",
+        model="resnet8",
+        model_args=(("width", 16),),
+        training=TrainConfig(epochs=4, batch_size=128, lr=0.1, warmup_epochs=0.5, autocast="bfloat16"),
+        repeats=3,
+    ),
+    # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
+    "paper": Profile(
+        name="paper",
+        model="preact_resnet20",
+        model_args=(("width_factor", 5),),
+        training=TrainConfig(
+            epochs=200,
+            batch_size=128,
+            optimizer="adamw",
+            lr=1e-3,
+            weight_decay=0.0,
+            schedule="step",
+            milestones=(100, 150, 180),
+            autocast="bfloat16",
+        ),
+        repeats=1,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """A notebook's parameters, checked."""
+
+    profile: Profile
+    bits: tuple[int, ...]
+    seeds: tuple[int, ...]
+    results_dir: Path
+    pruning_rates: tuple[float, ...] = ()
+
+
+def parameters(
+    profile: str = "auto",
+    bits: Any = (2, 4, 8),
+    seed: Any = 0,
+    repeats: Any = 0,
+    results_dir: str | Path = "auto",
+    pruning_rates: Any = (),
+) -> Parameters:
+    """Check a notebook's parameters, as Python values or as the strings that `papermill -p` makes of lists.
+
+    profile: "smoke", "small", "paper", or "auto" for $EMQ_PROFILE, else paper with CUDA, else small. bits: the trained
+    bit-widths. seed: the first of `repeats` seeds (0: as many as the profile has). results_dir: "auto" is `results`
+    beside the package, or below the working directory where the package was installed without it, but
+    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1).
+    ValueError: names the parameter, its value and what is allowed; also for a name papermill injected that no
+    parameter of the notebook has.
+    """
+    _refuse_misspelt({"profile", "bits", "seed", "repeats", "results_dir", "pruning_rates"})
+    chosen = PROFILES[checks.choice("profile", _profile_name(profile), PROFILES)]
+    trained = checks.bit_widths("bits", _listed("bits", bits))
+    first = checks.integer("seed", seed, 0)
+    count = checks.integer("repeats", repeats, 0) or chosen.repeats
+    rates = tuple(checks.pruning_rate(rate) for rate in _listed("pruning_rates", pruning_rates))
+    return Parameters(
+        profile=chosen,
+        bits=trained,
+        seeds=tuple(range(first, first + count)),
+        results_dir=_results_dir(results_dir, chosen),
+        pruning_rates=rates,
+    )
+
+
+def _profile_name(profile: str) -> str:
+    if profile != "auto":
+        return profile
+    return os.environ.get("EMQ_PROFILE") or ("paper" if torch.cuda.is_available() else "small")
+
+
+def _listed(name: str, value: Any) -> Any:
+    """A list or tuple; papermill makes a string of "[2,4,8]", and an int of 2."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise checks.invalid(name, value, 'a list, for example "[2, 4, 8]"') from None
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _results_dir(value: str | Path, profile: Profile) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise checks.invalid("results_dir", value, "auto, or a folder")
+    home = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()
+    auto = home / ("build/smoke" if profile.name == "smoke" else "results")
+    folder = auto if value == "auto" else Path(value).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise checks.invalid("results_dir", str(value), "a folder, not a file")
+    return folder
+
+
+def _refuse_misspelt(known: set[str]) -> None:
+    """papermill injects `-p bitz 4` all the same, and only warns: look at the cell that it wrote, and refuse."""
+    if "IPython" not in sys.modules:
+        return
+    shell = sys.modules["IPython"].get_ipython()
+    for cell in [] if shell is None else shell.user_ns.get("In", []):
+        if not cell.startswith("# Parameters\n"):
+            continue
+        targets = (t for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets)
+        names = {t.id for t in targets if isinstance(t, ast.Name)}
+        own = _declared(shell.user_ns["In"])
+        if names - own:
+            wrong = sorted(names - own)[0]
+            raise checks.invalid("parameter", wrong, "one of " + ", ".join(sorted(own & known)))
+
+
+def _declared(cells: list[str]) -> set[str]:
+    """The names that the notebook itself declares with a type, as its cell tagged `parameters` does."""
+    names = set()
+    for cell in cells:
+        try:
+            body = ast.parse(cell).body
+        except SyntaxError:  # a magic
+            continue
+        names |= {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    return names
+
+
+def _base(p: Parameters, seed: int, dataset: str) -> Run:
+    return Run(
+        profile=p.profile.name,
+        dataset=p.profile.dataset or dataset,
+        model=p.profile.model,
+        model_args=p.profile.model_args,
+        subset=p.profile.subset,
+        spec=QuantSpec(bits=p.bits),
+        config=replace(p.profile.training, seed=seed),
+    )
+
+
+def dedicated(base: Run) -> list[Run]:
+    """One network for each bit-width, on the full data, without correction."""
+    config = replace(base.config, scheme="dedicated", coreset=None)
+    specs = (replace(base.spec, bits=(b,), correction="none") for b in base.spec.bits)
+    return [replace(base, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
+
+
+def any_precision(base: Run) -> Run:
+    """Any-Precision: joint training with recursive distillation, a batch norm for each bit-width."""
+    spec = replace(base.spec, norm="switchable", correction="none")
+    return replace(base, spec=spec, config=replace(base.config, scheme="joint", distillation=True, coreset=None))
+
+
+def ours(base: Run, pruning_rate: float = 0.0, correction: str = "mean_var") -> Run:
+    """Bit-wise training under one shared batch norm, each child on its own coreset."""
+    coreset = CoresetConfig(score="random", pruning_rate=pruning_rate) if pruning_rate else None
+    config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
+    return replace(base, spec=replace(base.spec, correction=correction), config=config)
+
+
+def quickstart(p: Parameters) -> list[Run]:
+    """One network on the embedded digits, with and without weight bias correction."""
+    base = _base(p, p.seeds[0], "digits")
+    if p.profile.name != "smoke":
+        base = replace(base, model_args=(("width", 8),), config=_QUICKSTART, dataset="digits", model="resnet8")
+        base = replace(base, config=replace(_QUICKSTART, seed=p.seeds[0]))
+    return [ours(base, correction="none"), ours(base)]
+
+
+_QUICKSTART = TrainConfig(epochs=6, batch_size=64, lr=0.1)
+
+
+def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Table 1: Dedicated, Any-Precision, and ours at several pruning rates; on the full data with each correction.
+
+    The paper's numbers: results/paper/table1.csv.
+    """
+    runs = []
+    for seed in p.seeds:
+        base = _base(p, seed, dataset)
+        rates = p.pruning_rates or (0.5, 0.8, 0.9)
+        runs += [ours(base, correction=c) for c in ("none", "mean", "mean_var")]
+        runs += [ours(base, rate) for rate in rates if rate > 0]
+        runs += [any_precision(base), *dedicated(base)]
+    return runs
+
+
+def run_all(runs: Iterable[Run], results_dir: Path, progress: bool = True) -> pd.DataFrame:
+    """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
+
+    One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
+    """
+    runs = list(runs)
+    todo = [run for run in runs if _stored(run, results_dir) is None]
+    frames, loaded = [], {}
+    with tqdm(runs, unit="run", leave=False, disable=not progress) as bar:
+        bar.set_postfix_str(f"{len(runs) - len(todo)} of {len(runs)} stored")
+        for run in bar:
+            record = _stored(run, results_dir)
+            if record is None:
+                bar.set_description(f"{run.method}, {run.spec.bits} bits, seed {run.config.seed}")
+                record = _execute(run, _data(run, loaded), results_dir, progress)
+            frames.append(_frame(run, record))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _data(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
+    key = (run.dataset, run.subset)
+    if key not in loaded:
+        data = load_dataset(run.dataset)
+        loaded[key] = data.subset(*run.subset) if any(run.subset) else data
+    return loaded[key]
+
+
+def build(run: Run, num_classes: int) -> nn.Module:
+    """The converted, untrained network of `run`, initialised from its seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(generator(run.config.seed, "init").initial_seed())
+        return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
+
+
+def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool) -> dict[str, Any]:
+    model = build(run, data.num_classes)
+    checkpoint = results_dir / "checkpoints" / f"{run.hash}.pt"
+    history = train(model, data, run.config, checkpoint=checkpoint, progress=progress)
+    switchable = run.spec.norm == "switchable"
+    plain = evaluate(model, data, bits=run.spec.bits if switchable else run.eval_bits)
+    adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)
+    rows = pd.concat([plain.assign(adapted=False), adapted.assign(adapted=True)])
+    record = {
+        "run": run.hash,
+        "config": json.loads(canonical_json(asdict(run))),
+        "provenance": provenance(data),
+        "history": history.to_dict("records"),
+        "rows": rows.to_dict("records"),
+    }
+    write_text(_path(run, results_dir), json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def provenance(data: Dataset) -> dict[str, Any]:
+    """Where a number came from: commit, versions, device, data."""
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "emqlib")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "data_sha256": data.sha256,
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return ""
+    return result.stdout.strip()
+
+
+def _path(run: Run, results_dir: Path) -> Path:
+    return results_dir / "runs" / f"{run.hash}.json"
+
+
+def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
+    """The finished record, if there is one; ValueError if it is another config's, whose defaults were others then."""
+    path = _path(run, results_dir)
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    now, then = _flat(json.loads(canonical_json(asdict(run)))), _flat(record["config"])
+    changed = [k for k, v in then.items() if now.get(k) != v and not k.endswith(".device")]
+    if changed:
+        raise checks.invalid(
+            "results_dir", str(path), f"rows of this config, but {changed[0]} was {then[changed[0]]!r}"
+        )
+    return record
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, {"config.lr": 0.1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
+    """A run's rows, with what was asked for before them and its cost and provenance after them."""
+    asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme}
+    asked |= {"norm": run.spec.norm, "correction": run.spec.correction, "pruning_rate": run.pruning_rate}
+    asked |= {"epochs": run.config.epochs, "seed": run.config.seed}
+    cost = {k: sum(epoch[k] for epoch in record["history"]) for k in ("sample_passes", "steps", "seconds")}
+    rows = pd.DataFrame(record["rows"])
+    front = pd.DataFrame([asked] * len(rows))
+    back = pd.DataFrame([cost | {"profile": run.profile, "run": run.hash} | record["provenance"]] * len(rows))
+    return pd.concat([front, rows, back], axis=1)

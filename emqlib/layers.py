@@ -1,0 +1,304 @@
+"""Layers that run at any bit-width: quantized Conv2d and Linear, and batch norm with statistics by bit-width.
+
+A layer's bit-width is the number of levels in a tensor buffer, not a Python int in its graph. Its `bits` attribute is
+for reading only.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import quantizers
+from .checks import BIT_WIDTHS, bit_widths, choice, flag, invalid
+from .correction import CORRECTIONS, correct_weight
+
+NORMS = ("shared", "switchable")
+RANGES = ("auto", "unit", "tracked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How a network is quantized. ValueError names the field, its value and what is allowed.
+
+    bits: the trained bit-widths. weight: "dorefa", "minmax" or "lsq". activation: "dorefa", "pact", "lsq" or "none".
+    correction: weight bias correction, "none", "mean" or "mean_var". norm: one batch norm for all bit-widths
+    ("shared") or one each ("switchable"). full_precision: what stays unquantized: "first", "last", or name patterns
+    such as "*.shortcut". zero_level: min-max's grid with a zero. correction_gradient: whether the correction's
+    statistics carry gradient. activation_range, for "dorefa": "unit" clips to [0, 1] as published, "tracked" follows
+    the running minimum and maximum, "auto" takes "unit" for a network whose batch norms have seen no data yet, and
+    "tracked" for any other; an input that can be negative is always tracked.
+    """
+
+    bits: tuple[int, ...]
+    weight: str = "dorefa"
+    activation: str = "dorefa"
+    correction: str = "mean_var"
+    norm: str = "shared"
+    full_precision: tuple[str, ...] = ("first", "last")
+    zero_level: bool = False
+    correction_gradient: bool = True
+    activation_range: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", bit_widths("bits", self.bits))
+        choice("weight", self.weight, quantizers.WEIGHT_METHODS)
+        choice("activation", self.activation, quantizers.ACTIVATION_METHODS)
+        choice("correction", self.correction, CORRECTIONS)
+        choice("norm", self.norm, NORMS)
+        choice("activation_range", self.activation_range, RANGES)
+        flag("zero_level", self.zero_level)
+        flag("correction_gradient", self.correction_gradient)
+        kept = self.full_precision
+        if isinstance(kept, str) or not all(isinstance(name, str) and name for name in kept):
+            raise invalid("full_precision", kept, 'a tuple of "first", "last" and name patterns, for example ("first",)')
+        object.__setattr__(self, "full_precision", tuple(kept))
+        if self.zero_level and (self.weight != "minmax" or 1 in self.bits):
+            raise invalid("zero_level", True, 'weight="minmax" and bit-widths from 2 up')
+
+
+class LearnedScale(nn.Module):
+    """One learned positive scalar for each trained bit-width; another bit-width takes the nearest one's clipping range.
+
+    `reach` holds, for each bit-width of BIT_WIDTHS, the largest level in units of the scale.
+    """
+
+    def __init__(self, bits: tuple[int, ...], reach: dict[int, float]) -> None:
+        super().__init__()
+        self.trained, self.reach = bits, reach
+        self.values = nn.Parameter(torch.ones(len(bits)))
+        self.register_buffer("pick", torch.zeros(len(bits)), persistent=False)
+        self.set_bits(bits[-1])
+
+    def set_bits(self, bits: int) -> None:
+        """Take the scale of `bits`, or of the nearest trained bit-width, stretched to its clipping range."""
+        nearest = min(self.trained, key=lambda b: abs(b - bits))
+        self.pick.zero_()
+        self.pick[self.trained.index(nearest)] = self.reach[nearest] / self.reach[bits]
+
+    def start(self, size: Tensor) -> None:
+        """Set every bit-width's scalar to size / sqrt(reach), LSQ's start; size: scalar, 2 mean|x|."""
+        reach = torch.tensor([self.reach[b] for b in self.trained], device=size.device)
+        self.values.data.copy_((size / reach.clamp_min(1).sqrt()).clamp_min(1e-6))
+
+    def forward(self) -> Tensor:
+        """The scalar in force."""
+        return (self.values * self.pick).sum()
+
+
+def _reach(signed: bool) -> dict[int, float]:
+    """q_max by bit-width; the signed grid at 1 bit is {-s/2, s/2}."""
+    return {b: max(2.0 ** (b - 1) - 1, 0.5) if signed else quantizers.levels(b) for b in BIT_WIDTHS}
+
+
+class InputQuantizer(nn.Module):
+    """Quantizes a layer's input; what it learns or tracks starts from the first batch it sees."""
+
+    def __init__(self, spec: QuantSpec, signed: bool) -> None:
+        super().__init__()
+        self.method, self.signed = spec.activation, signed
+        self.tracked = self.method == "dorefa" and (signed or spec.activation_range == "tracked")
+        self.started = self.method == "none" or (self.method == "dorefa" and not self.tracked)
+        if self.method == "lsq":
+            self.scale = LearnedScale(spec.bits, _reach(signed))
+        elif self.method == "pact":
+            self.scale = LearnedScale(spec.bits, dict.fromkeys(BIT_WIDTHS, 1.0))
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.ones(()))
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        """x (any shape) at n levels (scalar)."""
+        if not self.started:
+            self._start(x.detach())
+        elif self.tracked and self.training:
+            self._follow(x.detach(), momentum=0.1)
+        if self.method == "none":
+            return x
+        if self.method == "dorefa":
+            return quantizers.dorefa_activation(x, n, self.high, self.low if self.signed else None)
+        if self.method == "pact":
+            return quantizers.pact_activation(x, n, self.scale(), self.signed)
+        return quantizers.lsq_activation(x, n, self.scale(), self.signed)
+
+    def _start(self, x: Tensor) -> None:
+        if self.method == "lsq":
+            self.scale.start(2 * x.float().abs().mean())
+        elif self.method == "pact":
+            self.scale.start(x.float().abs().amax())
+        else:
+            self._follow(x, momentum=1.0)
+        self.started = True
+
+    def _follow(self, x: Tensor, momentum: float) -> None:
+        # a range of no width would divide by zero
+        self.low.lerp_(x.amin().to(self.low.dtype).clamp_max(-1e-6), momentum)
+        self.high.lerp_(x.amax().to(self.high.dtype).clamp_min(1e-6), momentum)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether the first batch has been seen, as a tensor: checkpoints hold no pickled objects."""
+        return torch.tensor(self.started)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over `get_extra_state`'s answer."""
+        self.started = bool(state)
+
+    def extra_repr(self) -> str:
+        """Method, sign and kind of range."""
+        span = "tracked" if self.tracked else {"dorefa": "unit", "none": "-"}.get(self.method, "learned")
+        return f"{self.method}, signed={self.signed}, range={span}"
+
+
+class _QuantizedLayer(nn.Module):
+    """What QuantConv2d and QuantLinear share; they bring `weight` and the product with it."""
+
+    weight: nn.Parameter
+    levels: Tensor
+
+    def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
+        self.weight, self.bias = plain.weight, plain.bias
+        self.spec, self.bits = spec, spec.bits[-1]
+        self.input_quantizer = InputQuantizer(spec, signed)
+        self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)
+        if spec.weight == "lsq":
+            self.weight_scale = LearnedScale(spec.bits, _reach(signed=True))
+            self.weight_scale.start(2 * self.weight.detach().abs().mean())
+        self.set_bits(self.bits)
+        return self.to(self.weight.device).train(plain.training)
+
+    def set_bits(self, bits: int) -> None:
+        """Run at `bits` from now on."""
+        self.bits = bits
+        self.levels.fill_(quantizers.levels(bits))
+        for module in self.modules():
+            if isinstance(module, LearnedScale):
+                module.set_bits(bits)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight the layer multiplies with, quantized and corrected: (O, ...)."""
+        w_q, w = self._weight_and_domain()
+        return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient)
+
+    def _weight_and_domain(self) -> tuple[Tensor, Tensor]:
+        if self.spec.weight == "dorefa":
+            return quantizers.dorefa_weight(self.weight, self.levels)
+        if self.spec.weight == "minmax":
+            return quantizers.minmax_weight(self.weight, self.levels, self.spec.zero_level)
+        return quantizers.lsq_weight(self.weight, self.levels, self.weight_scale())
+
+    def extra_repr(self) -> str:
+        """The plain layer's, with bit-width, weight quantizer and correction."""
+        return f"{super().extra_repr()}, bits={self.bits}, weight={self.spec.weight}, correction={self.spec.correction}"
+
+
+class QuantConv2d(_QuantizedLayer, nn.Conv2d):
+    """A Conv2d (any groups, stride, padding) whose weight and input are quantized. (N, I, H, W) -> (N, O, H', W')."""
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, spec: QuantSpec, signed: bool) -> "QuantConv2d":
+        """Take over `conv`, its parameters included. signed: whether its input can be negative."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            device="meta",
+        )
+        return layer._adopt(conv, spec, signed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, H, W) -> (N, O, H', W') at the bit-width in force."""
+        return self._conv_forward(self.input_quantizer(x, self.levels), self.quantized_weight(), self.bias)
+
+
+class QuantLinear(_QuantizedLayer, nn.Linear):
+    """A Linear whose weight and input are quantized. (..., I) -> (..., O)."""
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, spec: QuantSpec, signed: bool) -> "QuantLinear":
+        """Take over `linear`, its parameters included. signed: whether its input can be negative."""
+        return cls(linear.in_features, linear.out_features, device="meta")._adopt(linear, spec, signed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O) at the bit-width in force."""
+        return F.linear(self.input_quantizer(x, self.levels), self.quantized_weight(), self.bias)
+
+
+class MultiBitBatchNorm(nn.Module):
+    """Batch norm over (N, C, ...) with one affine for all bit-widths (shared) or one for each trained one (switchable).
+
+    Running statistics lie in a table with a row for each bit-width and a last one that bit-widths without a row of
+    their own share. Switchable norms have a row for each trained bit-width; batch-norm adaptation adds rows.
+    Source: switchable batch norm, Any-Precision (arXiv 1911.07346) and AdaBits (arXiv 1912.09666).
+    """
+
+    SHARED = len(BIT_WIDTHS)
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, spec: QuantSpec) -> None:
+        super().__init__()
+        self.trained, self.switchable = spec.bits, spec.norm == "switchable"
+        self.eps, self.momentum, self.bits = norm.eps, norm.momentum, spec.bits[-1]
+        self.own: set[int] = set(spec.bits) if self.switchable else set()
+        sets = len(spec.bits) if self.switchable else 1
+        self.weight, self.bias = (
+            None if p is None else nn.Parameter(p.detach().repeat(sets, 1)) for p in (norm.weight, norm.bias)
+        )
+        self.register_buffer("running_mean", norm.running_mean.repeat(self.SHARED + 1, 1))
+        self.register_buffer("running_var", norm.running_var.repeat(self.SHARED + 1, 1))
+        device = norm.running_mean.device
+        self.register_buffer("affine_pick", torch.zeros(sets, 1, device=device), persistent=False)
+        self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
+        self.set_bits(self.bits)
+
+    def serves(self, bits: int) -> bool:
+        """Whether `bits` can be set: a switchable norm serves what it was built for or adapted to."""
+        return not self.switchable or bits in self.own
+
+    def set_bits(self, bits: int) -> None:
+        """Use the affine and the statistics of `bits` from now on (`serves` says whether they are there)."""
+        self.bits = bits
+        nearest = min(self.trained, key=lambda b: abs(b - bits))
+        self.affine_pick.zero_()
+        self.affine_pick[self.trained.index(nearest) if self.switchable else 0] = 1
+        self.stats_row.fill_(BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED)
+
+    def own_statistics(self, bits: int) -> None:
+        """Give `bits` a row of its own, starting from the statistics it uses now or its nearest trained bit-width's."""
+        if bits in self.own:
+            return
+        nearest = min(self.trained, key=lambda b: abs(b - bits))
+        source = BIT_WIDTHS.index(nearest) if nearest in self.own else self.SHARED
+        for table in (self.running_mean, self.running_var):
+            table[BIT_WIDTHS.index(bits)] = table[source]
+        self.own.add(bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
+        mean, var = (table.index_select(0, self.stats_row)[0] for table in (self.running_mean, self.running_var))
+        # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
+        weight, bias = (None if p is None else (p * self.affine_pick).sum(0) for p in (self.weight, self.bias))
+        y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        if self.training:
+            self.running_mean.index_copy_(0, self.stats_row, mean[None])
+            self.running_var.index_copy_(0, self.stats_row, var[None])
+        return y
+
+    def get_extra_state(self) -> Tensor:
+        """The bit-widths that have statistics of their own, as a tensor: checkpoints hold no pickled objects."""
+        return torch.tensor(sorted(self.own), dtype=torch.long)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over `get_extra_state`'s answer."""
+        self.own = set(state.tolist())
+        if self.serves(self.bits):
+            self.set_bits(self.bits)
+
+    def extra_repr(self) -> str:
+        """Channels, kind, and the bit-widths with statistics of their own."""
+        kind = "switchable" if self.switchable else "shared"
+        return f"{self.running_mean.shape[1]}, {kind}, bits={self.bits}, own={sorted(self.own)}"

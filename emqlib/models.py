@@ -1,0 +1,172 @@
+"""Plain networks, without a line of quantization in them: `convert` makes a multi-bit network of any of them.
+
+Images are (N, 3, H, W) float, logits (N, num_classes). Every network ends in the mean over what is left of height and
+width, so images larger than the 32 x 32 of CIFAR work too. Every ReLU is a module of its own and torch.fx can trace
+every network: a converter can see what stands before each convolution.
+
+Sources: He et al. 2016, "Deep Residual Learning for Image Recognition" (post-activation) and "Identity Mappings in
+Deep Residual Networks" (pre-activation); Any-Precision: Yu et al. 2021, code at SHI-Labs/Any-Precision-DNNs.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+
+from .checks import choice, integer, invalid
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    """Post-activation: ReLU(conv-BN-ReLU-conv-BN + shortcut).
+
+    The shortcut is a 1 x 1 convolution with batch norm where the shape changes (He's option B), else the identity.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu1 = _conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = _conv3x3(outputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU()
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = _projection(inputs, outputs, stride) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, H, W) -> (N, O, H', W'), where H' = ceil(H / stride)."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu2(out + self.shortcut(x))
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation, as Any-Precision publishes it: BN-ReLU-conv-BN-ReLU-conv + shortcut.
+
+    The shortcut is a 1 x 1 convolution with batch norm of the *activated* input where the stride is 2, else the input.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(inputs), nn.ReLU(), _conv3x3(inputs, outputs, stride)
+        self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(outputs), nn.ReLU(), _conv3x3(outputs, outputs)
+        self.shortcut = _projection(inputs, outputs, stride) if stride != 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, H, W) -> (N, O, H', W'), where H' = ceil(H / stride)."""
+        activated = self.relu1(self.bn1(x))
+        out = self.relu2(self.bn2(self.conv1(activated)))
+        return self.conv2(out) + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def _stages(block: Callable[[int, int, int], nn.Module], widths: Sequence[int], depth: int) -> dict[str, nn.Module]:
+    """`layer1`, `layer2`, ...: `depth` blocks each; all but the first halve height and width in their first block."""
+    stages: dict[str, nn.Module] = {}
+    inputs = widths[0]
+    for number, outputs in enumerate(widths, start=1):
+        first = block(inputs, outputs, 1 if number == 1 else 2)
+        stages[f"layer{number}"] = nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(depth - 1)))
+        inputs = outputs
+    return stages
+
+
+def _head(features: int, num_classes: int) -> dict[str, nn.Module]:
+    return {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(features, num_classes)}
+
+
+def _resnet(widths: Sequence[int], depth: int, num_classes: int) -> nn.Module:
+    """Post-activation ResNet for small images: 3 x 3 stem, stages of BasicBlock, mean, linear head; He's weights."""
+    stem = {"conv1": _conv3x3(3, widths[0]), "bn1": nn.BatchNorm2d(widths[0]), "relu1": nn.ReLU()}
+    head = _head(widths[-1], num_classes)
+    net = nn.Sequential(OrderedDict({**stem, **_stages(BasicBlock, widths, depth), **head}))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def _cifar_resnet(blocks: int, num_classes: int, width: int) -> nn.Module:
+    classes, width = integer("num_classes", num_classes, 1), integer("width", width, 1)
+    return _resnet((width, 2 * width, 4 * width), blocks, classes)
+
+
+def resnet8(num_classes: int = 10, width: int = 16) -> nn.Module:
+    """He's CIFAR ResNet with n = 1, so 6n + 2 = 8 layers: (N, 3, 32, 32) -> (N, num_classes); 78,042 parameters.
+
+    `width`: channels of the first stage; the second and third have two and four times as many.
+    ValueError: `num_classes` or `width` is not a positive integer.
+    """
+    return _cifar_resnet(1, num_classes, width)
+
+
+def resnet20(num_classes: int = 10, width: int = 16) -> nn.Module:
+    """He's CIFAR ResNet with n = 3, so 6n + 2 = 20 layers: (N, 3, 32, 32) -> (N, num_classes); 272,474 parameters.
+
+    `width`: channels of the first stage; the second and third have two and four times as many.
+    ValueError: `num_classes` or `width` is not a positive integer.
+    """
+    return _cifar_resnet(3, num_classes, width)
+
+
+def resnet18(num_classes: int = 10, width: int = 64) -> nn.Module:
+    """ResNet-18 for CIFAR: (N, 3, 32, 32) -> (N, num_classes); 11,173,962 parameters.
+
+    He's ImageNet ResNet-18 with a 3 x 3 stem and no pooling after it, as kuangliu/pytorch-cifar and the coreset papers
+    (TDDS) use it. `width`: channels of the first of four stages; each further one doubles them.
+    ValueError: `num_classes` or `width` is not a positive integer.
+    """
+    classes, width = integer("num_classes", num_classes, 1), integer("width", width, 1)
+    return _resnet((width, 2 * width, 4 * width, 8 * width), 2, classes)
+
+
+def preact_resnet20(num_classes: int = 10, width_factor: int = 5) -> nn.Module:
+    """Any-Precision's CIFAR network: (N, 3, 32, 32) -> (N, num_classes); 6,758,810 parameters.
+
+    Pre-activation ResNet-20 with 16, 32 and 64 times `width_factor` channels. As published, batch norm without ReLU
+    stands before the mean, and PyTorch's default initialisation is kept.
+    ValueError: `num_classes` or `width_factor` is not a positive integer.
+    """
+    classes, factor = integer("num_classes", num_classes, 1), integer("width_factor", width_factor, 1)
+    widths = (16 * factor, 32 * factor, 64 * factor)
+    tail = {"bn": nn.BatchNorm2d(widths[-1]), **_head(widths[-1], classes)}
+    return nn.Sequential(OrderedDict({"conv1": _conv3x3(3, widths[0]), **_stages(PreActBlock, widths, 3), **tail}))
+
+
+def resnet50(num_classes: int = 1000) -> nn.Module:
+    """torchvision's ResNet-50, untrained: (N, 3, 224, 224) -> (N, num_classes); 25,557,032 parameters.
+
+    ValueError: `num_classes` is not a positive integer.
+    """
+    return torchvision_models.resnet50(weights=None, num_classes=integer("num_classes", num_classes, 1))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": resnet8,
+    "resnet20": resnet20,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "preact_resnet20": preact_resnet20,
+}
+
+
+def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """The network of that name in `MODELS`; `kwargs` are its builder's, for example `width=8`.
+
+    ValueError: unknown `name`, an argument that its builder does not take, or a value that it does not allow.
+
+    >>> build("resnet8", num_classes=100, width=4).fc
+    Linear(in_features=16, out_features=100, bias=True)
+    """
+    builder = MODELS[choice("name", name, MODELS)]
+    known = list(inspect.signature(builder).parameters)
+    for key, value in kwargs.items():
+        if key not in known:
+            raise invalid(key, value, f"an argument that {name} takes: {', '.join(known)}")
+    return builder(num_classes=num_classes, **kwargs)

@@ -1,0 +1,304 @@
+"""From a plain network to one that runs at any bit-width: `convert`, `set_bits`, `at_bits`, and what to ask of it."""
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import bit_width, bit_widths, flag, integer, invalid
+from .data import Dataset, normalize
+from .layers import InputQuantizer, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
+from .signs import input_signs
+
+_LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+Bits = int | Mapping[str, int]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of `net` that runs at any bit-width, set to the highest of `spec.bits`; `net` stays as it is.
+
+    Every Conv2d and Linear becomes its quantized twin, but those `spec.full_precision` keeps; every batch norm becomes
+    a `MultiBitBatchNorm`. A layer whose input can be negative gets a signed input quantizer; where the network cannot
+    be traced to find out, all do. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net`
+    takes go in, and what it gives comes out.
+    ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
+    running statistics.
+    """
+    if not isinstance(net, nn.Module) or any(True for _ in _switchable(net)):
+        raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
+    if not isinstance(spec, QuantSpec):
+        raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
+    signs, order = input_signs(net)
+    names = [name for name in order if type(net.get_submodule(name)) in _LAYERS]
+    kept = _full_precision(names, spec)
+    if len(kept) == len(names):
+        raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
+    model = copy.deepcopy(net)
+    spec = replace(spec, activation_range=_activation_range(net, spec))
+    new = {id(model.get_submodule(name)): (name, signs[name]) for name in names if name not in kept}
+    model = _replace(model, new, spec, {})
+    model.quant_spec, model.kept = spec, kept
+    return model
+
+
+def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
+    """The layers that stay in full precision, each with the entry of `spec.full_precision` that keeps it."""
+    ends = {"first": names[:1], "last": names[-1:]}
+    kept: dict[str, str] = {}
+    for entry in spec.full_precision:
+        matches = ends[entry] if entry in ends else fnmatch.filter(names, entry)
+        if not matches:
+            raise invalid("full_precision", entry, f"first, last, or a pattern that matches one of {names}")
+        kept |= {name: entry for name in matches if name not in kept}
+    return kept
+
+
+def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
+    """ "unit" is for networks still to be trained under DoReFa's clip: those whose batch norms have seen no data."""
+    if spec.activation_range != "auto":
+        return spec.activation_range
+    norms = [m for m in net.modules() if isinstance(m, _BATCH_NORMS) and m.num_batches_tracked is not None]
+    fresh = all(m.num_batches_tracked.is_meta or int(m.num_batches_tracked) == 0 for m in norms)
+    return "unit" if norms and fresh else "tracked"
+
+
+def _replace(module: nn.Module, new: dict[int, tuple[str, bool]], spec: QuantSpec, done: dict[int, nn.Module]) -> nn.Module:
+    """`module`, or its twin, with all that is below it replaced; a module used twice gets one twin."""
+    if id(module) in done:
+        return done[id(module)]
+    twin = module
+    if id(module) in new:
+        twin = _LAYERS[type(module)].from_float(module, spec, new[id(module)][1])
+    elif isinstance(module, _BATCH_NORMS):
+        if module.running_mean is None or module.momentum is None:
+            raise invalid("net", repr(module), "batch norms with running statistics and a momentum")
+        twin = MultiBitBatchNorm(module, spec).train(module.training)
+    done[id(module)] = twin
+    for name, child in module.named_children() if twin is module else ():
+        module._modules[name] = _replace(child, new, spec, done)
+    return twin
+
+
+def _switchable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantConv2d, QuantLinear, MultiBitBatchNorm)):
+            yield name, module
+
+
+def set_bits(model: nn.Module, bits: Bits) -> None:
+    """Run `model` at a bit-width from now on: all of it, or by name patterns, of which the first match counts.
+
+    bits: 1 to 8 or 32, trained or not; or for mixed precision a dict such as {"layer3.*": 2, "*": 4}. All or nothing:
+    on a ValueError (not converted, no such bit-width, a switchable norm not built for it, a layer no pattern matches,
+    a pattern no layer matches) nothing has changed.
+    """
+    modules = dict(_switchable(_converted(model)))
+    plan = _plan(modules, bits)
+    for name, module in modules.items():
+        if isinstance(module, MultiBitBatchNorm) and not module.serves(plan[name]):
+            built = f"one of {sorted(module.own)}, which the switchable norm {name} was built for or adapted to"
+            raise invalid("bits", plan[name], built)
+        if plan[name] == 1 and getattr(model.quant_spec, "zero_level", False):
+            raise invalid("bits", 1, "2 or more with zero_level, since one level cannot be both zero and not")
+    for name, module in modules.items():
+        module.set_bits(plan[name])
+
+
+def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
+    if not isinstance(bits, Mapping):
+        return dict.fromkeys(modules, bit_width("bits", bits))
+    wanted = {pattern: bit_width(f"bits[{pattern!r}]", b) for pattern, b in bits.items()}
+    plan = {name: next((b for p, b in wanted.items() if fnmatch.fnmatchcase(name, p)), None) for name in modules}
+    missed = [name for name, b in plan.items() if b is None]
+    idle = [p for p in wanted if p != "*" and not fnmatch.filter(list(modules), p)]
+    if missed or idle:
+        trouble = f"a pattern for {missed[0]}" if missed else f"patterns that match a layer, unlike {idle[0]!r}"
+        raise invalid("bits", dict(bits), f'{trouble}, for example {{"layer3.*": 2, "*": 4}}')
+    return plan
+
+
+@contextmanager
+def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
+    """`with at_bits(model, 2): ...` runs the block at `bits` (see `set_bits`) and restores on exit, come what may."""
+    before = {module: module.bits for _, module in _switchable(_converted(model))}
+    set_bits(model, bits)
+    try:
+        yield model
+    finally:
+        for module, b in before.items():
+            module.set_bits(b)
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "quant_spec", None), QuantSpec):
+        raise invalid("model", type(model).__name__, "a network made by emqlib.convert")
+    return model
+
+
+def summary(model: nn.Module) -> pd.DataFrame:
+    """One row a Conv2d or Linear: name, type, bits, weight, activation, signed, range, correction, note.
+
+    bits is 32 for a layer in full precision, and note says why it is.
+    """
+    rows = []
+    for name, module in _converted(model).named_modules():
+        row = {"name": name, "type": type(module).__name__, "bits": 32, "note": ""}
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            x: InputQuantizer = module.input_quantizer
+            span = x.extra_repr().split("range=")[1]
+            row |= {"bits": module.bits, "weight": module.spec.weight, "activation": x.method, "signed": x.signed}
+            rows.append(row | {"range": span, "correction": module.spec.correction})
+        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            note = f"full precision: {model.kept[name]}" if name in model.kept else "not a plain Conv2d or Linear"
+            rows.append(row | {"note": note})
+    columns = ["name", "type", "bits", "weight", "activation", "signed", "range", "correction", "note"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def batches(data: Dataset | Batches, split: str, device: torch.device, batch_size: int, limit: int | None = None) -> Batches:
+    """(images (B, 3, H, W) float, labels (B,)) on `device`: a data set's split without augmentation, or an iterable's.
+
+    limit: at most this many samples. ValueError: an iterator, which a second bit-width would find empty.
+    """
+    if not isinstance(data, Dataset):
+        if not isinstance(data, Iterable) or isinstance(data, Iterator):
+            raise invalid("data", type(data).__name__, "a Dataset, or an iterable of (images, labels) to go over again")
+        return ((images.to(device), labels.to(device)) for images, labels in data)
+    images, labels = getattr(data, split).images, getattr(data, split).labels
+    if limit is not None and limit < len(labels):  # the same random images each time: data sets lie class by class
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:limit].to(labels.device)
+        images, labels = images[chosen], labels[chosen]
+    count = -(-len(labels) // batch_size)  # parts of near-equal size: batch norm cannot take a last part of one image
+    parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
+    return ((normalize(x.to(device), data), y.to(device)) for x, y in parts)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; afterwards each module's own mode is back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset | Batches,
+    bits: Iterable[int] = range(1, 9),
+    adapt_norm: bool = False,
+    batch_size: int = 500,
+) -> pd.DataFrame:
+    """Accuracy by bit-width on the test split (or on an iterable of (images, labels)): one row a bit-width.
+
+    Columns: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient steps), n (images).
+    adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back afterwards. The model
+    is left as it was. ValueError: as `set_bits`; no images; adapt_norm without a Dataset to take training images from.
+    """
+    wanted = bit_widths("bits", bits)
+    flag("adapt_norm", adapt_norm)
+    integer("batch_size", batch_size, 1)
+    if adapt_norm and not isinstance(data, Dataset):
+        raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
+    if not adapt_norm:
+        _refuse_unserved(model, wanted)
+    with _restored_norms(_converted(model)), _evaluating(model) as device:
+        rows = []
+        for b in wanted:
+            if adapt_norm:
+                _adapt(model, data, (b,), 5000, batch_size)
+            with at_bits(model, b):
+                rows.append(_score(model, batches(data, "test", device, batch_size)) | {"bits": b})
+    table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(model.quant_spec.bits))
+    return table[["bits", "top1", "loss", "trained", "n"]]
+
+
+def _refuse_unserved(model: nn.Module, wanted: tuple[int, ...]) -> None:
+    for b in wanted:
+        with at_bits(model, b):
+            pass
+
+
+def _score(model: nn.Module, pairs: Batches) -> dict[str, float]:
+    n, correct, loss = 0, 0, 0.0
+    for images, labels in pairs:
+        logits = model(images).float()
+        n += len(labels)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    if n == 0:
+        raise invalid("data", "no images", "at least one image to evaluate on")
+    return {"top1": 100 * correct / n, "loss": loss / n, "n": n}
+
+
+@contextmanager
+def _restored_norms(model: nn.Module) -> Iterator[None]:
+    norms = [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
+    before = [(m.running_mean.clone(), m.running_var.clone(), set(m.own)) for m in norms]
+    try:
+        yield
+    finally:
+        for m, (mean, var, own) in zip(norms, before, strict=True):
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
+            m.own = own
+            m.set_bits(m.bits)
+
+
+def adapt_norm(
+    model: nn.Module,
+    data: Dataset | Batches,
+    bits: Iterable[int],
+    samples: int = 5000,
+    batch_size: int = 500,
+) -> None:
+    """Batch-norm adaptation: give each of `bits` running statistics of its own, re-estimated by forward passes.
+
+    The cumulative mean over the batches of `samples` random training images (not augmented), or of an iterable of
+    (images, labels). Trained parameters stay untouched, and so do other bit-widths' statistics; a switchable norm
+    gains the bit-widths it was not built for, with the affine of the nearest trained one. Cost: samples forward passes
+    a bit-width. Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv 2006.16971).
+    ValueError: not a converted network, bad bits, no batch norm, no images.
+    """
+    wanted = bit_widths("bits", bits)
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 2)
+    if not any(isinstance(m, MultiBitBatchNorm) for m in _converted(model).modules()):
+        raise invalid("model", type(model).__name__, "a network with batch norm to adapt")
+    with _evaluating(model):
+        _adapt(model, data, wanted, samples, batch_size)
+
+
+def _adapt(model: nn.Module, data: Dataset | Batches, bits: tuple[int, ...], samples: int, batch_size: int) -> None:
+    """`adapt_norm`'s work, in evaluation mode."""
+    norms = [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
+    momentum = [m.momentum for m in norms]
+    device = next(model.parameters()).device
+    try:
+        for b in bits:
+            for m in norms:
+                m.own_statistics(b)
+            with at_bits(model, b):
+                for i, (images, _) in enumerate(batches(data, "train", device, batch_size, samples)):
+                    for m in norms:
+                        m.train()
+                        m.momentum = 1 / (i + 1)  # the i-th batch enters a cumulative mean
+                    model(images)
+    finally:
+        for m, value in zip(norms, momentum, strict=True):
+            m.momentum = value
+            m.eval()
+            m.set_bits(m.bits)

@@ -1,0 +1,293 @@
+"""Quantizers as pure, differentiable functions on tensors.
+
+Notation, as in the papers: b bits, n = 2**b - 1 levels above the lowest one, r(x) = round with a straight-through
+gradient (dr/dx = 1). A bit-width enters as the *tensor* n, so that one compiled graph serves every bit-width; 32 bits
+mean "not quantized": the identity of the quantizer's own domain.
+
+Sources: DoReFa as used by Any-Precision (arXiv 1911.07346), LSQ (arXiv 1902.08153), PACT (arXiv 1805.06085).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .checks import bit_width, choice, invalid
+
+WEIGHT_METHODS = ("dorefa", "minmax", "lsq")
+ACTIVATION_METHODS = ("dorefa", "pact", "lsq", "none")
+
+# At 32 bits an activation is divided by a power of two so small, and clipped so far out, that rounding and clipping
+# change no float32 between 2**-77 and 2**27: the same graph computes the identity, bit for bit.
+_FULL_SCALE, _FULL_LEVELS = 2.0**-100, 2.0**127
+_TINY = 1e-30
+
+
+def levels(bits: int) -> float:
+    """n = 2**bits - 1, the number of levels above the lowest one; 32 bits give 2**32 - 1.
+
+    >>> [levels(b) for b in (1, 2, 8)]
+    [1.0, 3.0, 255.0]
+    """
+    return float(2 ** bit_width("bits", bits) - 1)
+
+
+def is_full(n: Tensor) -> Tensor:
+    """Whether the levels n (scalar tensor) stand for 32 bits; a scalar bool tensor, never read back to the host."""
+    return n > 2.0**16
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """r(x): round to the nearest integer, ties to even; straight-through gradient. Any shape.
+
+    >>> round_ste(torch.tensor([0.4, 1.5]))
+    tensor([0., 2.])
+    """
+    return x + (x.round() - x).detach()
+
+
+class _FakeQuantize(Function):
+    """`fake_quantize` in few passes over memory, five forward and two backward: activations are bound by memory."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        q_min: Tensor,
+        q_max: Tensor,
+        learn_step: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, offset, q_min, q_max)
+        ctx.learn_step = learn_step
+        q = x / scale if offset is None else (x - offset).div_(scale)
+        q.round_()
+        # on a CPU, clamp with tensor bounds takes eight times as long as these two
+        torch.maximum(q, q_min, out=q)
+        torch.minimum(q, q_max, out=q)
+        q.mul_(scale)
+        return q if offset is None else q.add_(offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, offset, q_min, q_max = ctx.saved_tensors
+        low = q_min * scale if offset is None else q_min * scale + offset
+        # the place of x in its range, 0 at the lower end and 1 at the upper: hardtanh's fused backward masks by it
+        place = (x - low).mul_(1 / ((q_max - q_min) * scale))
+        grad_x = torch.ops.aten.hardtanh_backward(grad, place, 0.0, 1.0)
+        grad_scale = grad_offset = None
+        if ctx.needs_input_grad[1]:
+            u = x / scale if offset is None else (x - offset) / scale
+            q, inside = u.round().clamp(q_min, q_max), (place > 0) & (place < 1)
+            rule = torch.where(inside, q - u if ctx.learn_step else 0.0, q)
+            grad_scale = (grad * rule).sum().to(scale.dtype)
+        if offset is not None and ctx.needs_input_grad[2]:
+            grad_offset = (grad - grad_x).sum().to(offset.dtype)
+        return grad_x, grad_scale, grad_offset, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, q_min: Tensor, q_max: Tensor, offset: Tensor | None = None, learn_step: bool = True
+) -> Tensor:
+    """x_q = s clip(r((x - o) / s), q_min, q_max) + o: the uniform quantizer all activation methods share.
+
+    x: any shape; scale s, q_min, q_max and offset o: scalar tensors; returns the shape of x. Gradients: to x, 1 inside
+    the clipping range and 0 outside; to s, r(u) - u inside with u = (x - o) / s, and q_min or q_max outside; to o, 0
+    inside and 1 outside. Source: LSQ, eq. 1-3 (arXiv 1902.08153); the offset is LSQ+'s (arXiv 2004.09576).
+
+    >>> one = torch.tensor(1.0)
+    >>> fake_quantize(torch.tensor([-0.4, 1.2, 9.0]), one, 0 * one, 3 * one)
+    tensor([-0., 1., 3.])
+    """
+    if x.dtype == torch.float16:  # the constants of 32 bits do not fit float16
+        return _FakeQuantize.apply(x.float(), scale, offset, q_min, q_max, learn_step).to(x.dtype)
+    return _FakeQuantize.apply(x, scale, offset, q_min, q_max, learn_step)
+
+
+def unsigned_grid(n: Tensor) -> tuple[Tensor, Tensor, None]:
+    """(q_min, q_max, offset) = (0, n, none) for inputs that are never negative; n: scalar levels.
+
+    At 32 bits q_max is out of reach: with `step` this is ReLU without an upper clip.
+    """
+    return torch.zeros_like(n), torch.where(is_full(n), _FULL_LEVELS, n), None
+
+
+def signed_grid(n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(q_min, q_max, offset) = (-2**(b-1), 2**(b-1) - 1, 0) for inputs of either sign; n, scale: scalar tensors.
+
+    At 1 bit that grid would be {-s, 0} and lose every positive input, so there the offset is s/2: {-s/2, s/2}.
+    """
+    half = (n + 1) / 2
+    full = is_full(n)
+    q_min = torch.where(full, -_FULL_LEVELS, -half)
+    q_max = torch.where(full, _FULL_LEVELS, half - 1)
+    return q_min, q_max, torch.where(n == 1, scale / 2, torch.zeros_like(scale))
+
+
+def step(n: Tensor, scale: Tensor) -> Tensor:
+    """The step size to use at n levels: `scale`, or one too small to round anything at 32 bits. Scalar tensors."""
+    return torch.where(is_full(n), _FULL_SCALE, scale)
+
+
+def dorefa_weight(w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """E (2 r(n (t/2 + 1/2)) / n - 1), and its own domain E t, with t = tanh(w) / max|tanh(w)| and E = mean|w|.
+
+    w: (O, ...); n: scalar levels; returns two (O, ...). E and the range are per tensor; E carries no gradient, the
+    maximum does. Source: Any-Precision-DNNs, models/quan_ops.py; DoReFa (arXiv 1606.06160), eq. 9. An all-zero weight
+    gives zeros (NaN there).
+    """
+    tanh = torch.tanh(w)
+    t = tanh / tanh.abs().max().clamp_min(_TINY)
+    E = w.detach().abs().mean()
+    domain = E * t
+    w_q = E * (2 * round_ste(n * (t / 2 + 0.5)) / n - 1)
+    return torch.where(is_full(n), domain, w_q), domain
+
+
+def minmax_weight(w: Tensor, n: Tensor, zero_level: bool = False) -> tuple[Tensor, Tensor]:
+    """Symmetric min-max with s = max|w_o| for each output channel o, and its own domain, w.
+
+    s (2 r(n (w/(2s) + 1/2)) / n - 1), the odd-symmetric grid of n + 1 levels, which has no zero; with `zero_level`
+    s r(m w/s) / m, m = (n - 1) / 2, the restricted range of n levels around zero that integer kernels want.
+    w: (O, ...); n: scalar levels; returns two (O, ...). s is a statistic and carries no gradient.
+    """
+    s = w.detach().abs().flatten(1).amax(1).clamp_min(_TINY).view(-1, *[1] * (w.dim() - 1))
+    if zero_level:
+        m = (n - 1) / 2
+        w_q = s * round_ste(m * w / s) / m
+    else:
+        w_q = s * (2 * round_ste(n * (w / (2 * s) + 0.5)) / n - 1)
+    return torch.where(is_full(n), w, w_q), w
+
+
+def lsq_weight(w: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """s r(clip(w/s, -2**(b-1), 2**(b-1) - 1)) with a learned scalar s, and its own domain, w.
+
+    w: (O, ...); n: scalar levels; scale s: scalar, whose gradient is scaled by 1 / sqrt(numel q_max); returns two
+    (O, ...). 1 bit gives {-s/2, s/2}. Source: LSQ, eq. 1-3 and section 2.2 (arXiv 1902.08153).
+    """
+    s = scale_gradient(scale, w.numel(), signed_grid(n, scale)[1])
+    w_q = fake_quantize(w, s, *signed_grid(n, s))
+    return torch.where(is_full(n), w, w_q), w
+
+
+def lsq_initial_scale(x: Tensor, q_max: Tensor) -> Tensor:
+    """s = 2 mean|x| / sqrt(q_max), LSQ's start; x of any shape, q_max and the result scalar (1 bit counts as q_max 1).
+
+    Source: LSQ, section 2.1.
+    """
+    return (2 * x.detach().abs().mean() / q_max.clamp_min(1).sqrt()).clamp_min(1e-6)
+
+
+def scale_gradient(scale: Tensor, numel: int, q_max: Tensor) -> Tensor:
+    """The scalar `scale` itself, with its gradient multiplied by g = 1 / sqrt(numel q_max). Source: LSQ, section 2.2."""
+    g = (numel * q_max.clamp_min(1)).rsqrt()
+    return (scale - scale * g).detach() + scale * g
+
+
+def affine_grid(n: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(scale, q_min, q_max, offset) of n + 1 levels over [low, high], low < 0 < high, one of them zero; all scalar.
+
+    At 1 bit a zero level would leave one side without any, so there the two levels are low and high themselves.
+    """
+    full, binary = is_full(n), n == 1
+    scale = (high - low) / n
+    q_min = torch.where(binary, 0.0, torch.round(low / scale))
+    q_max = q_min + n
+    offset = torch.where(binary, low, torch.zeros_like(low))
+    return step(n, scale), torch.where(full, -_FULL_LEVELS, q_min), torch.where(full, _FULL_LEVELS, q_max), offset
+
+
+def dorefa_activation(x: Tensor, n: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:
+    """r(n clip(x, 0, c) / c) c / n with c = high (1 in DoReFa); with a negative `low`, the affine grid over [low, high].
+
+    x: any shape; n, high, low: scalar; returns the shape of x. No gradient to the range. 32 bits: x above zero
+    (with `low`: x). Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
+    """
+    if low is None:
+        return fake_quantize(x, step(n, high / n), *unsigned_grid(n))
+    scale, q_min, q_max, offset = affine_grid(n, low, high)
+    return fake_quantize(x, scale, q_min, q_max, offset)
+
+
+def pact_activation(x: Tensor, n: Tensor, alpha: Tensor, signed: bool) -> Tensor:
+    """r(n clip(x, 0, a) / a) a / n with a learned clipping level a; signed: the affine grid over [-a, a].
+
+    x: any shape; n, alpha: scalar; returns the shape of x. The gradient to a is 1 where x >= a, 0 inside (signed: the
+    outermost level of the side, in units of a); 32 bits: x above zero (signed: x). Source: PACT, eq. 1-3
+    (arXiv 1805.06085).
+    """
+    if signed:
+        scale, q_min, q_max, offset = affine_grid(n, -alpha, alpha)
+        return fake_quantize(x, scale, q_min, q_max, offset, learn_step=False)
+    return fake_quantize(x, step(n, alpha / n), *unsigned_grid(n), learn_step=False)
+
+
+def lsq_activation(x: Tensor, n: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """s r(clip(x/s, 0, 2**b - 1)) with a learned scalar s; signed: clip(x/s, -2**(b-1), 2**(b-1) - 1).
+
+    x: any shape; n, scale: scalar; returns the shape of x. The gradient to s is scaled by 1 / sqrt(numel q_max).
+    32 bits: x above zero (signed: x). Source: LSQ, eq. 1-3 and section 2.2 (arXiv 1902.08153).
+    """
+    q_max = signed_grid(n, scale)[1] if signed else n
+    s = scale_gradient(scale, x.numel(), q_max)
+    grid = signed_grid(n, s) if signed else unsigned_grid(n)
+    return fake_quantize(x, step(n, s), *grid)
+
+
+def quantize_weight(
+    w: Tensor, bits: int, method: str = "dorefa", scale: Tensor | None = None, zero_level: bool = False
+) -> Tensor:
+    """Weight w (O, ...) at a bit-width; the same code the converted layers run. Returns (O, ...), differentiable.
+
+    method: "dorefa" (`dorefa_weight`), "minmax" (`minmax_weight`, with or without a `zero_level`) or "lsq"
+    (`lsq_weight`; scale: scalar, by default LSQ's initial one). bits: 1 to 8, or 32 for the identity of the method's
+    own domain. ValueError: another method or bit-width, an empty or non-floating w, a zero level at 1 bit.
+
+    >>> quantize_weight(torch.tensor([[-0.3, 0.1, 0.2]]), 1)
+    tensor([[-0.2000, 0.2000, 0.2000]])
+    """
+    choice("method", method, WEIGHT_METHODS)
+    n = _checked_levels("w", w, bits)
+    if method == "dorefa":
+        return dorefa_weight(w, n)[0]
+    if method == "minmax":
+        if zero_level and bits == 1:
+            raise invalid("zero_level", True, "at least 2 bits, since one level cannot be both zero and not")
+        return minmax_weight(w, n, zero_level)[0]
+    if scale is None:
+        scale = lsq_initial_scale(w, (n + 1) / 2 - 1)
+    return lsq_weight(w, n, scale)[0]
+
+
+def quantize_activation(
+    x: Tensor, bits: int, method: str = "dorefa", scale: Tensor | None = None, signed: bool = False
+) -> Tensor:
+    """Activation x (any shape) at a bit-width; returns the shape of x, differentiable.
+
+    method: "dorefa", r(n clip(x, 0, c)) / n with c = scale, 1 by default; "pact", the same with a learned clipping
+    level `scale`; "lsq", with a learned step `scale`, by default LSQ's initial one; "none", x itself. signed: a grid
+    with negative levels. bits 32: x above zero (signed: x). ValueError: another method or bit-width, an empty x.
+
+    >>> quantize_activation(torch.tensor([-0.2, 0.3, 1.7]), 2)
+    tensor([-0.0000, 0.3333, 1.0000])
+    """
+    choice("method", method, ACTIVATION_METHODS)
+    n = _checked_levels("x", x, bits)
+    if method == "none":
+        return x
+    if method == "lsq":
+        scale = lsq_initial_scale(x, (n + 1) / 2 - 1 if signed else n) if scale is None else scale
+        return lsq_activation(x, n, scale, signed)
+    c = x.new_ones(()) if scale is None else scale
+    if method == "pact":
+        return pact_activation(x, n, c, signed)
+    return dorefa_activation(x, n, c, -c if signed else None)
+
+
+def _checked_levels(name: str, x: Tensor, bits: int) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
+        raise invalid(name, x, "a floating-point tensor that is not empty")
+    return torch.tensor(levels(bits), dtype=torch.float32, device=x.device)

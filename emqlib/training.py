@@ -1,0 +1,397 @@
+"""One training loop for every scheme: a scheme is a plan, which says what child sees which batch in each step."""
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from tqdm import tqdm
+
+from . import checks
+from .coreset import CoresetConfig, select
+from .data import Dataset, augment, normalize
+from .files import write_atomic
+from .multibit import set_bits
+
+SCHEMES = ("dedicated", "joint", "bitwise")
+AUTOCAST = ("none", "bfloat16", "float16")
+_STOPPED = "training stopped; a checkpoint keeps the epoch before"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a converted network is trained. ValueError names the field, its value and what is allowed.
+
+    scheme: "dedicated" (a network with one bit-width), "joint" (every batch at every bit-width, one optimizer step) or
+    "bitwise" (each step trains one child on a batch of its own coreset). epochs: passes over the training set, or over
+    the coresets. lr: peak learning rate, after warmup_epochs of linear increase; schedule: "cosine" to zero, or "step"
+    (times gamma at each of milestones, epochs). weight_decay: on convolution and linear weights alone.
+    distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
+    clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". compile: run the
+    network through torch.compile. device: "auto" takes CUDA if there is one. coreset: None for the full data.
+    """
+
+    scheme: str = "bitwise"
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    clip_grad_norm: float = 0.0
+    distillation: bool = False
+    autocast: str = "none"
+    channels_last: bool = True
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+    coreset: CoresetConfig | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice("scheme", self.scheme, SCHEMES)
+        checks.choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        checks.choice("schedule", self.schedule, ("cosine", "step"))
+        checks.choice("autocast", self.autocast, AUTOCAST)
+        for name, low in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
+            self._take(name, checks.integer(name, getattr(self, name), low))
+        for name in ("nesterov", "distillation", "channels_last", "compile"):
+            checks.flag(name, getattr(self, name))
+        self._check_numbers()
+        if self.distillation and self.scheme != "joint":
+            raise checks.invalid("distillation", True, 'scheme="joint", where the children share a batch')
+        if self.coreset is not None and not isinstance(self.coreset, CoresetConfig):
+            raise checks.invalid("coreset", self.coreset, "a CoresetConfig, or None for the full data")
+        _device(self.device)
+
+    def _take(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # plain int and float: NumPy's do not go into JSON, 1 and 1.0 are equal
+
+    def _check_numbers(self) -> None:
+        self._take("lr", checks.real("lr", self.lr, "a number > 0", low=0))
+        if self.lr == 0:
+            raise checks.invalid("lr", self.lr, "a number > 0")
+        for name in ("weight_decay", "gamma", "warmup_epochs", "clip_grad_norm"):
+            self._take(name, checks.real(name, getattr(self, name), "a number >= 0", low=0))
+        for name in ("momentum", "label_smoothing"):
+            self._take(name, checks.real(name, getattr(self, name), "a number in [0, 1)", low=0, high=1))
+            if getattr(self, name) == 1:
+                raise checks.invalid(name, 1.0, "a number in [0, 1)")
+        if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
+            raise checks.invalid("nesterov", True, "False when momentum is 0")
+        if self.warmup_epochs >= self.epochs:
+            raise checks.invalid("warmup_epochs", self.warmup_epochs, f"less than epochs={self.epochs}")
+        if not isinstance(self.milestones, (tuple, list)):
+            raise checks.invalid("milestones", self.milestones, "a tuple of epochs, for example (100, 150)")
+        self._take("milestones", tuple(checks.integer("milestones", m, 1) for m in self.milestones))
+
+
+def _device(name: str) -> torch.device:
+    """The one place that chooses a device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """The one place that chooses the autocast type."""
+    if config.autocast == "none":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, config.autocast))
+
+
+def place(model: nn.Module, config: TrainConfig) -> torch.device:
+    """Move `model` to the device and into the memory format that `config` asks for; returns the device."""
+    device = _device(config.device)
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return device
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator for one purpose, such as ("shuffle", epoch): one stream's draws never shift another's."""
+    text = json.dumps([seed, *purpose])
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: the samples (B,) that enter it, and the children, highest bit-width first."""
+
+    indices: Tensor
+    bits: tuple[int, ...]
+
+
+def _chunks(indices: Tensor, batch_size: int, gen: torch.Generator) -> tuple[Tensor, ...]:
+    """`indices`, shuffled, in parts of near-equal size: a last part of one image is nothing batch norm can take."""
+    shuffled = indices[torch.randperm(len(indices), generator=gen)]
+    return shuffled.tensor_split(-(-len(indices) // batch_size))
+
+
+def coresets(n: int, bits: tuple[int, ...], config: TrainConfig, epoch: int) -> dict[int, Tensor]:
+    """The sample indices (K,) that each bit-width trains on in `epoch` (from 0), out of n; joint: one for all."""
+    if config.coreset is None or config.coreset.pruning_rate == 0:
+        return dict.fromkeys(bits, torch.arange(n))
+    draw, rate = config.coreset.draw_of(epoch), config.coreset.pruning_rate
+    shared = config.scheme == "joint"
+    streams = {b: generator(config.seed, "coreset", draw, "all" if shared else b) for b in bits}
+    return {b: select(torch.ones(n), rate, how="sample", generator=g) for b, g in streams.items()}
+
+
+def plan(n: int, bits: tuple[int, ...], config: TrainConfig, epoch: int) -> list[Step]:
+    """The steps of one epoch over n samples; `bits` ascending."""
+    subsets = coresets(n, bits, config, epoch)
+    if config.scheme == "joint":
+        chunks = _chunks(subsets[bits[0]], config.batch_size, generator(config.seed, "shuffle", epoch))
+        return [Step(chunk, bits[::-1]) for chunk in chunks]
+    queues = {b: _chunks(subsets[b], config.batch_size, generator(config.seed, "shuffle", epoch, b)) for b in bits}
+    rounds = max(len(queue) for queue in queues.values())
+    return [Step(queues[b][i], (b,)) for i in range(rounds) for b in bits[::-1] if i < len(queues[b])]
+
+
+def learning_rate(progress: float, config: TrainConfig) -> float:
+    """The learning rate after `progress` epochs, a fraction of one included."""
+    if progress < config.warmup_epochs:
+        return config.lr * progress / config.warmup_epochs
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(progress >= m for m in config.milestones)
+    span = config.epochs - config.warmup_epochs
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup_epochs) / span))
+
+
+def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """SGD or AdamW over all parameters; weight decay on convolution and linear weights alone."""
+    layers = (m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)))
+    decayed = {id(m.weight) for m in layers}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return AdamW(groups, lr=config.lr)
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+class _LossWatch:
+    """Stops a run at the first loss that is not finite; on CUDA some steps late, so as not to wait for each one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pending: deque[tuple[Tensor, str]] = deque()
+        self.lag = 16 if device.type == "cuda" else 0
+        self.total, self.count = 0.0, 0
+
+    def see(self, loss: Tensor, where: str) -> None:
+        self.pending.append((loss.detach(), where))
+        while len(self.pending) > self.lag:
+            self._check()
+
+    def mean(self) -> float:
+        while self.pending:
+            self._check()
+        return self.total / self.count
+
+    def _check(self) -> None:
+        loss, where = self.pending.popleft()
+        value = float(loss)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"loss={value} at {where}: {_STOPPED}")
+        self.total, self.count = self.total + value, self.count + 1
+
+
+@dataclass
+class _Run:
+    """What one call of `train` works with."""
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
+    data: Dataset
+    config: TrainConfig
+    device: torch.device
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train a converted `model` in place; returns the history, one row an epoch.
+
+    Columns: epoch, lr (at its end), loss (mean over its children's steps, nats), steps (optimizer steps), sample_passes
+    (forward and backward passes of one sample at one bit-width) and seconds, these three of the epoch alone.
+    checkpoint: a file, written after each epoch, atomically; if it is there, training goes on from it, and on a CPU
+    ends with the very weights of an undisturbed run. The bit-width is the highest trained one afterwards.
+    ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
+    where no checkpoint can be, or a checkpoint of another configuration, network or data. FloatingPointError: a loss or
+    weight that is not finite, named with step, bit-width and learning rate; the checkpoint of the epoch before stays.
+    """
+    bits, path = _check(model, data, config), _checked_path(checkpoint)
+    checks.flag("progress", progress)
+    device = place(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    forward = torch.compile(model) if config.compile else model
+    run = _Run(model, forward, data.to(device), config, device, optimizer(model, config), scaler)
+    if path is not None and path.exists():
+        _resume(run, path)
+    total = len(plan(len(data.train), bits, config, 0)) * (config.epochs - len(run.history))
+    with tqdm(total=total, unit="step", leave=False, disable=not progress, mininterval=0.5) as bar:
+        for epoch in range(len(run.history), config.epochs):
+            run.history.append(_epoch(run, bits, epoch, bar))
+            if path is not None:
+                _save(run, path)
+    set_bits(model, bits[-1])
+    return pd.DataFrame(run.history)
+
+
+def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, ...]:
+    spec = getattr(model, "quant_spec", None)
+    if spec is None:
+        raise checks.invalid("model", type(model).__name__, "a network made by emqlib.convert")
+    if not isinstance(config, TrainConfig):
+        raise checks.invalid("config", config, 'a TrainConfig, for example TrainConfig(scheme="joint", epochs=10)')
+    if not isinstance(data, Dataset):
+        raise checks.invalid("data", type(data).__name__, "a Dataset, for example load_dataset('cifar10')")
+    if config.scheme == "dedicated" and len(spec.bits) != 1:
+        raise checks.invalid("scheme", "dedicated", f"one trained bit-width a network, not {spec.bits}")
+    return spec.bits
+
+
+def _checked_path(checkpoint: Any) -> Path | None:
+    if checkpoint is None:
+        return None
+    expected = "a file, there or to be made, in a folder that can be written to, or None"
+    path = Path(checkpoint) if isinstance(checkpoint, (str, Path)) else Path()
+    folder = next((folder for folder in path.absolute().parents if folder.exists()), path)
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise checks.invalid("checkpoint", checkpoint, expected)
+    return path
+
+
+def _epoch(run: _Run, bits: tuple[int, ...], epoch: int, bar: tqdm) -> dict[str, Any]:
+    run.model.train()
+    steps = plan(len(run.data.train), bits, run.config, epoch)
+    watch, passes, start = _LossWatch(run.device), 0, perf_counter()
+    pixels = generator(run.config.seed, "augment", epoch)
+    with _seeded(run, epoch):
+        for i, step in enumerate(steps):
+            lr = learning_rate(epoch + (i + 1) / len(steps), run.config)
+            where = f"epoch {epoch + 1}, step {i + 1}"
+            _step(run, step, lr, watch, pixels, where)
+            passes += len(step.indices) * len(step.bits)
+            bar.update()
+    loss = watch.mean()
+    for name, p in run.model.named_parameters():  # a last step can break them after a loss that was still finite
+        if not bool(p.isfinite().all()):
+            raise FloatingPointError(f"{name} is not finite after {where}, {step.bits} bits, lr {lr:.3g}: {_STOPPED}")
+    bar.set_postfix(loss=f"{loss:.3f}")
+    row = {"epoch": epoch + 1, "lr": lr, "loss": loss, "steps": len(steps), "sample_passes": passes}
+    return row | {"seconds": perf_counter() - start}
+
+
+@contextmanager
+def _seeded(run: _Run, epoch: int) -> Iterator[None]:
+    """Dropout and its like draw from the global generator: an epoch seeds it, and puts it back afterwards."""
+    devices = [run.device] if run.device.type == "cuda" else []
+    seed = generator(run.config.seed, "dropout", epoch).initial_seed()
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not put back
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _step(run: _Run, step: Step, lr: float, watch: _LossWatch, pixels: torch.Generator, where: str) -> None:
+    split, config = run.data.train, run.config
+    indices = step.indices.to(run.device)
+    images = normalize(augment(split.images[indices], run.data, pixels), run.data)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    run.optimizer.zero_grad(set_to_none=True)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    with _autocast(config, run.device):
+        for b, loss in _losses(run, images, split.labels[indices], step):
+            watch.see(loss, f"{where}, {b} bits, lr {lr:.3g}")
+            run.scaler.scale(loss).backward()
+    if config.clip_grad_norm:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+
+
+def _losses(run: _Run, images: Tensor, labels: Tensor, step: Step) -> Iterator[tuple[int, Tensor]]:
+    """(bit-width, loss) of each child of a step, highest first; images (B, 3, H, W), labels (B,)."""
+    teacher = None
+    for b in step.bits:
+        set_bits(run.model, b)
+        logits = run.forward(images).float()
+        if logits.shape[1] < run.data.num_classes:
+            raise checks.invalid("model", f"{logits.shape[1]} outputs", f"{run.data.num_classes} or more, one a class")
+        smoothing = run.config.label_smoothing if teacher is None else 0.0
+        yield b, F.cross_entropy(logits, labels if teacher is None else teacher, label_smoothing=smoothing)
+        if run.config.distillation:
+            teacher = logits.detach().softmax(1)
+
+
+def _identity(run: _Run) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it."""
+    config = {k: v for k, v in asdict(run.config).items() if k != "device"}
+    shapes = {name: list(p.shape) for name, p in run.model.named_parameters()}
+    net = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    spec = {f"spec.{k}": v for k, v in asdict(run.model.quant_spec).items()}
+    return config | spec | {"net": net, "data": run.data.sha256}
+
+
+def _save(run: _Run, path: Path) -> None:
+    state = {
+        "identity": json.dumps(_identity(run)),
+        "history": json.dumps(run.history),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+    }
+    whole = io.BytesIO()  # to a file on a full disk, torch.save raises a RuntimeError that does not say so
+    torch.save(state, whole)
+    write_atomic(path, lambda file: file.write(whole.getbuffer()))
+
+
+def _resume(run: _Run, path: Path) -> None:
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        theirs, history = json.loads(state["identity"]), json.loads(state["history"])
+    except Exception as error:  # torch.load raises whatever the broken part of the file leads to
+        raise checks.invalid("checkpoint", str(path), f"a whole checkpoint of this library ({error})") from error
+    ours = json.loads(json.dumps(_identity(run)))
+    differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
+    if differing:
+        raise checks.invalid("checkpoint", str(path), "one of the same run, but " + "; ".join(differing))
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.history = history

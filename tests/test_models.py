@@ -1,0 +1,230 @@
+"""The networks against the published structure, counted and computed a second time by other means."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emqlib import models
+
+# Per network: number of convolutions, ReLUs and classes. 1 x 1 shortcuts are counted: one in each of the later stages.
+SHAPES = {
+    "resnet8": (1 + 6 + 2, 1 + 6, 10),
+    "resnet20": (1 + 18 + 2, 1 + 18, 10),
+    "resnet18": (1 + 16 + 3, 1 + 16, 10),
+    "preact_resnet20": (1 + 18 + 2, 18, 10),
+    "resnet50": (1 + 48 + 4, 1 + 16 * 3, 1000),
+}
+SMALL = {"resnet8": {}, "resnet20": {"width": 4}, "resnet18": {"width": 4}, "preact_resnet20": {"width_factor": 1}}
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def layers(net: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, kind)]
+
+
+def post_activation_count(blocks: int, widths: tuple[int, ...], num_classes: int) -> int:
+    """Weights of the convolutions, two per batch-norm channel, and the head: written out stage by stage."""
+
+    def conv(inputs: int, outputs: int, kernel: int) -> int:
+        return inputs * outputs * kernel**2 + 2 * outputs  # with its batch norm
+
+    total = conv(3, widths[0], 3) + 2 * blocks * conv(widths[0], widths[0], 3)
+    for before, now in pairwise(widths):
+        total += conv(before, now, 3) + (2 * blocks - 1) * conv(now, now, 3) + conv(before, now, 1)
+    return total + widths[-1] * num_classes + num_classes
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "widths", "published"),
+    [
+        ("resnet8", 1, (16, 32, 64), 0.078e6),
+        ("resnet20", 3, (16, 32, 64), 0.27e6),  # He et al. 2016, table 6
+        ("resnet18", 2, (64, 128, 256, 512), 11.17e6),  # kuangliu/pytorch-cifar
+    ],
+)
+def test_parameter_count(name: str, blocks: int, widths: tuple[int, ...], published: float) -> None:
+    count = parameters(models.build(name, 10))
+    assert count == post_activation_count(blocks, widths, 10)
+    assert count == pytest.approx(published, rel=0.01)
+    assert f"{count:,} parameters" in models.MODELS[name].__doc__
+
+
+def test_parameter_count_of_preact_resnet20() -> None:
+    conv, norm = 3 * 80 * 9, 0
+    for before, now in ((80, 80), (80, 160), (160, 320)):
+        conv += before * now * 9 + 5 * now * now * 9
+        norm += 2 * before + 5 * 2 * now  # before each of six convolutions
+        if before != now:
+            conv, norm = conv + before * now, norm + 2 * now
+    expected = conv + norm + 2 * 320 + 320 * 10 + 10
+    net = models.preact_resnet20()
+    assert parameters(net) == expected == 6_758_810
+    assert "6,758,810 parameters" in models.preact_resnet20.__doc__
+
+
+def test_resnet50_is_torchvisions() -> None:
+    with torch.device("meta"):
+        assert parameters(models.resnet50()) == 25_557_032  # torchvision's ResNet50_Weights.IMAGENET1K_V1 "num_params"
+        assert models.resnet50(num_classes=7).fc.out_features == 7
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_layers_and_trace(name: str) -> None:
+    convolutions, relus, classes = SHAPES[name]
+    with torch.device("meta"):
+        net = models.build(name, classes)
+        assert len(layers(net, nn.Conv2d)) == convolutions
+        assert all(conv.bias is None for conv in layers(net, nn.Conv2d))
+        graph = torch.fx.symbolic_trace(net)
+        called = [graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+        assert sum(isinstance(module, nn.ReLU) for module in called) == relus
+        assert sum(isinstance(module, nn.Conv2d) for module in called) == convolutions
+        assert net(torch.zeros(2, 3, 64, 64)).shape == (2, classes)
+
+
+def test_every_relu_is_used_once() -> None:
+    """A shared ReLU could not get a quantizer for each place where it stands (torchvision's ResNet-50 shares)."""
+    for name in SMALL:
+        graph = torch.fx.symbolic_trace(models.build(name, 10)).graph
+        targets = [node.target for node in graph.nodes if node.op == "call_module"]
+        assert len(targets) == len(set(targets))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_output_and_gradient(name: str, rng: torch.Generator) -> None:
+    net = models.build(name, 5, **SMALL[name])
+    logits = net(torch.randn(4, 3, 32, 32, generator=rng))
+    assert logits.shape == (4, 5) and logits.isfinite().all()
+    logits.square().sum().backward()
+    for parameter_name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_other_image_sizes(name: str) -> None:
+    net = models.build(name, 3, **SMALL[name]).eval()
+    assert net(torch.zeros(1, 3, 64, 48)).shape == (1, 3)
+    assert net(torch.zeros(1, 3, 9, 9)).shape == (1, 3)
+
+
+def test_widths() -> None:
+    stages = models.preact_resnet20()
+    assert [stages.get_submodule(f"layer{i}.2.conv2").out_channels for i in (1, 2, 3)] == [80, 160, 320]
+    stages = models.resnet20(width=8)
+    assert [stages.get_submodule(f"layer{i}.2.conv2").out_channels for i in (1, 2, 3)] == [8, 16, 32]
+
+
+def test_preact_projects_only_where_the_stride_is_two() -> None:
+    net = models.preact_resnet20(width_factor=1)
+    projected = [name for name, block in net.named_modules() if getattr(block, "shortcut", None) is not None]
+    assert projected == ["layer2.0", "layer3.0"]
+
+
+def test_initial_weights_follow_he() -> None:
+    weight = models.resnet18().get_submodule("layer4.1.conv2").weight
+    assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+    assert weight.mean().item() == pytest.approx(0, abs=1e-4)
+
+
+# The forward pass again, in float64, with functional calls on the state dict alone.
+State = dict[str, Tensor]
+
+
+def norm(state: State, name: str, x: Tensor) -> Tensor:
+    mean, var, weight, bias = (state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+    channels = (1, -1, 1, 1)
+    scaled = (x - mean.view(channels)) / (var.view(channels) + 1e-5) ** 0.5
+    return scaled * weight.view(channels) + bias.view(channels)
+
+
+def post_activation_block(state: State, name: str, x: Tensor, stride: int) -> Tensor:
+    out = F.conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+    out = norm(state, f"{name}.bn1", out).clamp(min=0)
+    out = norm(state, f"{name}.bn2", F.conv2d(out, state[f"{name}.conv2.weight"], padding=1))
+    if f"{name}.shortcut.0.weight" in state:
+        x = norm(state, f"{name}.shortcut.1", F.conv2d(x, state[f"{name}.shortcut.0.weight"], stride=stride))
+    return (out + x).clamp(min=0)
+
+
+def pre_activation_block(state: State, name: str, x: Tensor, stride: int) -> Tensor:
+    first = norm(state, f"{name}.bn1", x).clamp(min=0)
+    out = F.conv2d(first, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+    out = norm(state, f"{name}.bn2", out).clamp(min=0)
+    out = F.conv2d(out, state[f"{name}.conv2.weight"], padding=1)
+    if f"{name}.shortcut.0.weight" in state:
+        x = norm(state, f"{name}.shortcut.1", F.conv2d(first, state[f"{name}.shortcut.0.weight"], stride=stride))
+    return out + x
+
+
+def head(state: State, x: Tensor) -> Tensor:
+    return x.mean(dim=(2, 3)) @ state["fc.weight"].T + state["fc.bias"]
+
+
+def with_uneven_norms(net: nn.Module, rng: torch.Generator) -> nn.Module:
+    """Batch norms away from the identity they start as, so that a forgotten one would show."""
+    for layer in layers(net, nn.BatchNorm2d):
+        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            tensor.data = 0.5 + torch.rand(tensor.shape, generator=rng)
+    return net.double().eval()
+
+
+def stages(block: Callable[..., Tensor], state: State, x: Tensor, blocks: int) -> Tensor:
+    for stage in (1, 2, 3):
+        for number in range(blocks):
+            x = block(state, f"layer{stage}.{number}", x, 2 if stage > 1 and number == 0 else 1)
+    return x
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet8", 1), ("resnet20", 3)])
+def test_post_activation_forward(name: str, blocks: int, rng: torch.Generator) -> None:
+    net = with_uneven_norms(models.build(name, 10, width=4), rng)
+    images = torch.randn(2, 3, 16, 16, generator=rng, dtype=torch.float64)
+    state = net.state_dict()
+    x = norm(state, "bn1", F.conv2d(images, state["conv1.weight"], padding=1)).clamp(min=0)
+    expected = head(state, stages(post_activation_block, state, x, blocks))
+    torch.testing.assert_close(net(images), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_pre_activation_forward(rng: torch.Generator) -> None:
+    net = with_uneven_norms(models.preact_resnet20(width_factor=1), rng)
+    images = torch.randn(2, 3, 16, 16, generator=rng, dtype=torch.float64)
+    state = net.state_dict()
+    x = stages(pre_activation_block, state, F.conv2d(images, state["conv1.weight"], padding=1), 3)
+    expected = head(state, norm(state, "bn", x))  # no ReLU here, as published
+    torch.testing.assert_close(net(images), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "10", True, None])
+@pytest.mark.parametrize("name", models.MODELS)
+def test_wrong_num_classes(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=r"^num_classes=.*expected an integer >= 1"):
+        models.build(name, value)
+
+
+@pytest.mark.parametrize("value", [0, -16, 0.5, "a", False, None])
+def test_wrong_width(value: object) -> None:
+    for name in ("resnet8", "resnet20", "resnet18"):
+        with pytest.raises(ValueError, match=r"^width=.*expected an integer >= 1"):
+            models.build(name, 10, width=value)
+    with pytest.raises(ValueError, match=r"^width_factor=.*expected an integer >= 1"):
+        models.preact_resnet20(width_factor=value)
+
+
+@pytest.mark.parametrize("name", ["resnet", "", "ResNet8", None, 8, ["resnet8"]])
+def test_unknown_name_lists_what_exists(name: object) -> None:
+    with pytest.raises(ValueError, match=r"^name=.*preact_resnet20, resnet18, resnet20, resnet50, resnet8"):
+        models.build(name, 10)
+
+
+def test_unknown_argument_lists_what_exists() -> None:
+    with pytest.raises(ValueError, match=r"^depth=3: expected an argument that resnet8 takes: num_classes, width"):
+        models.build("resnet8", 10, depth=3)
+    with pytest.raises(ValueError, match=r"^width=64: .*resnet50 takes: num_classes$"):
+        models.build("resnet50", 10, width=64)
