@@ -40,9 +40,12 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 def real(name: str, value: Any, expected: str, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a finite float with low <= value <= high; `expected` is how the ValueError puts that."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, (bool, str)):
         raise invalid(name, value, expected)
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        raise invalid(name, value, expected) from None
     if not math.isfinite(number) or not low <= number <= high:
         raise invalid(name, value, expected)
     return number

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import choice, invalid
+from .checks import choice, flag, invalid
 
 CORRECTIONS = ("none", "mean", "mean_var")
 
@@ -19,12 +19,16 @@ def correct_weight(w_q: Tensor, w: Tensor, mode: str = "mean_var", gradient: boo
     either way the result is differentiable. A channel whose quantized weights are all equal has no variance to match:
     it keeps its mean correction, without NaN.
     Source: Kim et al. 2025 (arXiv 2510.20673), weight bias correction; the same family as ACIQ's (arXiv 1810.05723).
-    ValueError: unknown `mode`, unequal shapes, fewer than two dimensions.
+    ValueError: unknown `mode`, no floating-point tensors, unequal shapes, fewer than two dimensions.
 
     >>> correct_weight(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 2.0]]), mode="mean")
     tensor([[0.5000, 2.5000]])
     """
     choice("mode", mode, CORRECTIONS)
+    flag("gradient", gradient)
+    for name, tensor in (("w_q", w_q), ("w", w)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise invalid(name, tensor, "a floating-point tensor (O, ...)")
     if w_q.shape != w.shape or w.dim() < 2 or w.numel() == 0:
         raise invalid("w_q, w shapes", (tuple(w_q.shape), tuple(w.shape)), "two equal shapes (O, ...), not empty")
     if mode == "none":

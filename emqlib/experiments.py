@@ -4,9 +4,11 @@ import ast
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from . import checks, models
+from . import checks, devices, models
 from .coreset import CoresetConfig
 from .data import Dataset, load_dataset
 from .files import canonical_json, digest, write_text
@@ -26,7 +28,6 @@ from .multibit import convert, evaluate
 from .training import TrainConfig, generator, train
 
 ROOT = Path(__file__).resolve().parent.parent
-CALIBRATION_SAMPLES = 5000  # what `evaluate(adapt_norm=True)` takes, counted in the tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Run:
     """One network trained once and evaluated at every bit-width; its hash names its rows and its checkpoint.
 
     dataset, model: names of `load_dataset` and `models.build`; model_args: its keyword arguments. subset: (train, test)
-    images, 0 for all. eval_bits: bit-widths to evaluate, trained or not.
+    images, (0, 0) for all. eval_bits: bit-widths to evaluate, trained or not.
     """
 
     profile: str
@@ -45,6 +46,9 @@ class Run:
     model_args: tuple[tuple[str, int], ...] = ()
     subset: tuple[int, int] = (0, 0)
     eval_bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eval_bits", checks.bit_widths("eval_bits", self.eval_bits))
 
     @property
     def method(self) -> str:
@@ -136,6 +140,10 @@ class Parameters:
     results_dir: Path
     pruning_rates: tuple[float, ...] = ()
 
+    def output(self, name: str) -> Path:
+        """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
+        return self.results_dir / self.profile.name / name
+
 
 def parameters(
     profile: str = "auto",
@@ -150,29 +158,28 @@ def parameters(
     profile: "smoke", "small", "paper", or "auto" for $EMQ_PROFILE, else paper with CUDA, else small. bits: the trained
     bit-widths. seed: the first of `repeats` seeds (0: as many as the profile has). results_dir: "auto" is `results`
     beside the package, or below the working directory where the package was installed without it, but
-    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1).
+    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1), none twice.
     ValueError: names the parameter, its value and what is allowed; also for a name papermill injected that no
     parameter of the notebook has.
     """
     _refuse_misspelt({"profile", "bits", "seed", "repeats", "results_dir", "pruning_rates"})
-    chosen = PROFILES[checks.choice("profile", _profile_name(profile), PROFILES)]
+    chosen = PROFILES[_profile_name(profile)]
     trained = checks.bit_widths("bits", _listed("bits", bits))
     first = checks.integer("seed", seed, 0)
     count = checks.integer("repeats", repeats, 0) or chosen.repeats
-    rates = tuple(checks.pruning_rate(rate) for rate in _listed("pruning_rates", pruning_rates))
     return Parameters(
         profile=chosen,
         bits=trained,
         seeds=tuple(range(first, first + count)),
         results_dir=_results_dir(results_dir, chosen),
-        pruning_rates=rates,
+        pruning_rates=_rates(pruning_rates),
     )
 
 
 def _profile_name(profile: str) -> str:
-    if profile != "auto":
-        return profile
-    return os.environ.get("EMQ_PROFILE") or ("paper" if torch.cuda.is_available() else "small")
+    asked = os.environ.get("EMQ_PROFILE") or "auto" if profile == "auto" else profile
+    name = checks.choice("profile", asked, [*PROFILES, "auto"])
+    return ("paper" if torch.cuda.is_available() else "small") if name == "auto" else name
 
 
 def _listed(name: str, value: Any) -> Any:
@@ -180,9 +187,18 @@ def _listed(name: str, value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise checks.invalid(name, value, 'a list, for example "[2, 4, 8]"') from None
     return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _rates(value: Any) -> tuple[float, ...]:
+    items = _listed("pruning_rates", value)
+    with suppress(ValueError):
+        rates = tuple(checks.pruning_rate(item) for item in items)
+        if len(set(rates)) == len(rates):
+            return rates
+    raise checks.invalid("pruning_rates", items, "fractions in [0, 1), none twice, for example [0.5, 0.8]")
 
 
 def _results_dir(value: str | Path, profile: Profile) -> Path:
@@ -190,38 +206,22 @@ def _results_dir(value: str | Path, profile: Profile) -> Path:
         raise checks.invalid("results_dir", value, "auto, or a folder")
     home = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()
     auto = home / ("build/smoke" if profile.name == "smoke" else "results")
-    folder = auto if value == "auto" else Path(value).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise checks.invalid("results_dir", str(value), "a folder, not a file")
+    folder = auto if value == "auto" else Path(os.path.expanduser(value)).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
     return folder
 
 
 def _refuse_misspelt(known: set[str]) -> None:
     """papermill injects `-p bitz 4` all the same, and only warns: look at the cell that it wrote, and refuse."""
-    if "IPython" not in sys.modules:
-        return
-    shell = sys.modules["IPython"].get_ipython()
-    for cell in [] if shell is None else shell.user_ns.get("In", []):
-        if not cell.startswith("# Parameters\n"):
-            continue
-        targets = (t for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets)
-        names = {t.id for t in targets if isinstance(t, ast.Name)}
-        own = _declared(shell.user_ns["In"])
-        if names - own:
-            wrong = sorted(names - own)[0]
-            raise checks.invalid("parameter", wrong, "one of " + ", ".join(sorted(own & known)))
-
-
-def _declared(cells: list[str]) -> set[str]:
-    """The names that the notebook itself declares with a type, as its cell tagged `parameters` does."""
-    names = set()
-    for cell in cells:
-        try:
-            body = ast.parse(cell).body
-        except SyntaxError:  # a magic
-            continue
-        names |= {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    return names
+    shell = sys.modules["IPython"].get_ipython() if sys.modules.get("IPython") else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    injected = [cell for cell in cells if cell.startswith("# Parameters\n")][-1:]  # one corrected by hand replaces it
+    own = set(re.findall(r"^(\w+) *:", "\n".join(cells), re.MULTILINE))  # declared with a type, as parameters are
+    wrong = sorted(set(re.findall(r"^(\w+) *=", "".join(injected), re.MULTILINE)) - own)
+    if wrong and own & known:
+        raise checks.invalid("parameter", wrong[0], "one of " + ", ".join(sorted(own & known)))
 
 
 def _base(p: Parameters, seed: int, dataset: str) -> Run:
@@ -233,6 +233,7 @@ def _base(p: Parameters, seed: int, dataset: str) -> Run:
         subset=p.profile.subset,
         spec=QuantSpec(bits=p.bits),
         config=replace(p.profile.training, seed=seed),
+        eval_bits=tuple({*Run.eval_bits, *p.bits}),
     )
 
 
@@ -257,15 +258,12 @@ def ours(base: Run, pruning_rate: float = 0.0, correction: str = "mean_var") -> 
 
 
 def quickstart(p: Parameters) -> list[Run]:
-    """One network on the embedded digits, with and without weight bias correction."""
+    """One network on the embedded digits, without and with weight bias correction."""
     base = _base(p, p.seeds[0], "digits")
-    if p.profile.name != "smoke":
-        base = replace(base, model_args=(("width", 8),), config=_QUICKSTART, dataset="digits", model="resnet8")
-        base = replace(base, config=replace(_QUICKSTART, seed=p.seeds[0]))
+    if p.profile.name != "smoke":  # digits need neither a large network nor a long schedule
+        config = TrainConfig(epochs=4, batch_size=64, lr=0.1, seed=p.seeds[0])
+        base = replace(base, dataset="digits", model="resnet8", model_args=(), config=config)
     return [ours(base, correction="none"), ours(base)]
-
-
-_QUICKSTART = TrainConfig(epochs=6, batch_size=64, lr=0.1)
 
 
 def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
@@ -283,12 +281,15 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-def run_all(runs: Iterable[Run], results_dir: Path, progress: bool = True) -> pd.DataFrame:
+def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True) -> pd.DataFrame:
     """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
 
     One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
+    ValueError: no runs, or a damaged or foreign file where the rows of a run should be.
     """
-    runs = list(runs)
+    runs, results_dir = list(runs), Path(results_dir)
+    if not runs:
+        raise checks.invalid("runs", runs, "at least one Run")
     todo = [run for run in runs if _stored(run, results_dir) is None]
     frames, loaded = [], {}
     with tqdm(runs, unit="run", leave=False, disable=not progress) as bar:
@@ -312,8 +313,8 @@ def _data(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
 
 def build(run: Run, num_classes: int) -> nn.Module:
     """The converted, untrained network of `run`, initialised from its seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(run.config.seed, "init").initial_seed())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator(run.config.seed, "init").initial_seed())
         return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
 
 
@@ -328,7 +329,7 @@ def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool) -> dict
     record = {
         "run": run.hash,
         "config": json.loads(canonical_json(asdict(run))),
-        "provenance": provenance(data),
+        "provenance": provenance(data, devices.device(run.config.device)),
         "history": history.to_dict("records"),
         "rows": rows.to_dict("records"),
     }
@@ -336,26 +337,25 @@ def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool) -> dict
     return record
 
 
-def provenance(data: Dataset) -> dict[str, Any]:
+def provenance(data: Dataset, device: torch.device) -> dict[str, Any]:
     """Where a number came from: commit, versions, device, data."""
-    cuda = torch.cuda.is_available()
+    cpu = f"cpu, {torch.get_num_threads()} threads"
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", "emqlib")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "device": cpu if device.type == "cpu" else torch.cuda.get_device_name(device),
         "data_sha256": data.sha256,
     }
 
 
 def _git(*arguments: str) -> str:
-    try:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return ""
-    return result.stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit
+        if (ROOT / ".git").exists():  # it does not where this was installed, maybe inside a checkout of something else
+            return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+    return ""
 
 
 def _path(run: Run, results_dir: Path) -> Path:
@@ -367,8 +367,12 @@ def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
     path = _path(run, results_dir)
     if not path.exists():
         return None
-    record = json.loads(path.read_text())
-    now, then = _flat(json.loads(canonical_json(asdict(run)))), _flat(record["config"])
+    try:
+        record = json.loads(path.read_text())
+        _frame(run, record)  # raises where a part is missing
+        now, then = _flat(json.loads(canonical_json(asdict(run)))), _flat(record["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checks.invalid("results_dir", str(path), f"a whole record of a run, or none ({error!r})") from error
     changed = [k for k, v in then.items() if now.get(k) != v and not k.endswith(".device")]
     if changed:
         raise checks.invalid(
@@ -391,7 +395,6 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     asked |= {"norm": run.spec.norm, "correction": run.spec.correction, "pruning_rate": run.pruning_rate}
     asked |= {"epochs": run.config.epochs, "seed": run.config.seed}
     cost = {k: sum(epoch[k] for epoch in record["history"]) for k in ("sample_passes", "steps", "seconds")}
-    rows = pd.DataFrame(record["rows"])
-    front = pd.DataFrame([asked] * len(rows))
-    back = pd.DataFrame([cost | {"profile": run.profile, "run": run.hash} | record["provenance"]] * len(rows))
-    return pd.concat([front, rows, back], axis=1)
+    cost |= {"profile": run.profile, "run": run.hash}
+    rows = pd.DataFrame(record["rows"]).assign(**cost, **record["provenance"])
+    return pd.concat([pd.DataFrame([asked] * len(rows)), rows], axis=1)

@@ -4,6 +4,7 @@ A layer's bit-width is the number of levels in a tensor buffer, not a Python int
 for reading only.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -52,9 +53,11 @@ class QuantSpec:
         flag("zero_level", self.zero_level)
         flag("correction_gradient", self.correction_gradient)
         kept = self.full_precision
-        if isinstance(kept, str) or not all(isinstance(name, str) and name for name in kept):
-            raise invalid("full_precision", kept, 'a tuple of "first", "last" and name patterns, for example ("first",)')
-        object.__setattr__(self, "full_precision", tuple(kept))
+        kept = tuple(kept) if isinstance(kept, Iterable) and not isinstance(kept, str) else (None,)
+        if not all(isinstance(name, str) and name for name in kept):
+            expected = 'a tuple of "first", "last" and name patterns, for example ("first",), or () for none'
+            raise invalid("full_precision", self.full_precision, expected)
+        object.__setattr__(self, "full_precision", kept)
         if self.zero_level and (self.weight != "minmax" or 1 in self.bits):
             raise invalid("zero_level", True, 'weight="minmax" and bit-widths from 2 up')
 
@@ -84,8 +87,8 @@ class LearnedScale(nn.Module):
         self.values.data.copy_((size / reach.clamp_min(1).sqrt()).clamp_min(1e-6))
 
     def forward(self) -> Tensor:
-        """The scalar in force."""
-        return (self.values * self.pick).sum()
+        """The scalar in force, positive even where an optimizer step has carried its parameter past zero."""
+        return (self.values * self.pick).sum().abs().clamp_min(1e-12)
 
 
 def _reach(signed: bool) -> dict[int, float]:
@@ -110,6 +113,7 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
         """x (any shape) at n levels (scalar)."""
+        n = n.float()  # in a network cast to float16, the constants of 32 bits would not fit
         if not self.started:
             self._start(x.detach())
         elif self.tracked and self.training:
@@ -137,11 +141,11 @@ class InputQuantizer(nn.Module):
         self.high.lerp_(x.amax().to(self.high.dtype).clamp_min(1e-6), momentum)
 
     def get_extra_state(self) -> Tensor:
-        """Whether the first batch has been seen, as a tensor: checkpoints hold no pickled objects."""
+        """Whether the first batch has been seen, as a scalar tensor: checkpoints hold no pickled objects."""
         return torch.tensor(self.started)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over `get_extra_state`'s answer."""
+        """Take over `get_extra_state`'s answer, a scalar."""
         self.started = bool(state)
 
     def extra_repr(self) -> str:
@@ -159,13 +163,14 @@ class _QuantizedLayer(nn.Module):
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
         self.spec, self.bits = spec, spec.bits[-1]
-        self.input_quantizer = InputQuantizer(spec, signed)
-        self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)
-        if spec.weight == "lsq":
-            self.weight_scale = LearnedScale(spec.bits, _reach(signed=True))
-            self.weight_scale.start(2 * self.weight.detach().abs().mean())
+        with self.weight.device:  # whatever is new lies where the weight does
+            self.input_quantizer = InputQuantizer(spec, signed)
+            self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)
+            if spec.weight == "lsq":
+                self.weight_scale = LearnedScale(spec.bits, _reach(signed=True))
+                self.weight_scale.start(2 * self.weight.detach().abs().mean())
         self.set_bits(self.bits)
-        return self.to(self.weight.device).train(plain.training)
+        return self.train(plain.training)
 
     def set_bits(self, bits: int) -> None:
         """Run at `bits` from now on."""
@@ -246,7 +251,8 @@ class MultiBitBatchNorm(nn.Module):
         self.own: set[int] = set(spec.bits) if self.switchable else set()
         sets = len(spec.bits) if self.switchable else 1
         self.weight, self.bias = (
-            None if p is None else nn.Parameter(p.detach().repeat(sets, 1)) for p in (norm.weight, norm.bias)
+            None if p is None else nn.Parameter(p.detach().repeat(sets, 1), requires_grad=p.requires_grad)
+            for p in (norm.weight, norm.bias)
         )
         self.register_buffer("running_mean", norm.running_mean.repeat(self.SHARED + 1, 1))
         self.register_buffer("running_var", norm.running_var.repeat(self.SHARED + 1, 1))
@@ -289,11 +295,11 @@ class MultiBitBatchNorm(nn.Module):
         return y
 
     def get_extra_state(self) -> Tensor:
-        """The bit-widths that have statistics of their own, as a tensor: checkpoints hold no pickled objects."""
+        """The K bit-widths that have statistics of their own, a tensor (K,): checkpoints hold no pickled objects."""
         return torch.tensor(sorted(self.own), dtype=torch.long)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over `get_extra_state`'s answer."""
+        """Take over `get_extra_state`'s answer, a tensor (K,)."""
         self.own = set(state.tolist())
         if self.serves(self.bits):
             self.set_bits(self.bits)

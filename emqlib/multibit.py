@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,9 +38,12 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
         raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
-    signs, order = input_signs(net)
-    names = [name for name in order if type(net.get_submodule(name)) in _LAYERS]
-    kept = _full_precision(names, spec)
+    signs, order = input_signs(copy.deepcopy(net))  # a forward that stores what it meets would store tracing proxies
+    layers = [name for name, module in net.named_modules() if type(module) in _LAYERS]
+    called = [name for name in order if name in layers]
+    never_called = [name for name in layers if name not in called]
+    names = [*called[:-1], *never_called, *called[-1:]]  # neither the first nor the last, such as an auxiliary head
+    kept = _full_precision(names, spec) if names else {}
     if len(kept) == len(names):
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
     model = copy.deepcopy(net)
@@ -66,12 +70,19 @@ def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
     """ "unit" is for networks still to be trained under DoReFa's clip: those whose batch norms have seen no data."""
     if spec.activation_range != "auto":
         return spec.activation_range
-    norms = [m for m in net.modules() if isinstance(m, _BATCH_NORMS) and m.num_batches_tracked is not None]
-    fresh = all(m.num_batches_tracked.is_meta or int(m.num_batches_tracked) == 0 for m in norms)
-    return "unit" if norms and fresh else "tracked"
+    norms = [m for m in net.modules() if isinstance(m, _BATCH_NORMS)]
+    return "unit" if norms and all(map(_is_fresh, norms)) else "tracked"
 
 
-def _replace(module: nn.Module, new: dict[int, tuple[str, bool]], spec: QuantSpec, done: dict[int, nn.Module]) -> nn.Module:
+def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """By the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0."""
+    mean, var = norm.running_mean, norm.running_var
+    return mean is None or mean.is_meta or not bool(mean.any() or (var - 1).any())
+
+
+def _replace(
+    module: nn.Module, new: dict[int, tuple[str, bool]], spec: QuantSpec, done: dict[int, nn.Module]
+) -> nn.Module:
     """`module`, or its twin, with all that is below it replaced; a module used twice gets one twin."""
     if id(module) in done:
         return done[id(module)]
@@ -83,8 +94,13 @@ def _replace(module: nn.Module, new: dict[int, tuple[str, bool]], spec: QuantSpe
             raise invalid("net", repr(module), "batch norms with running statistics and a momentum")
         twin = MultiBitBatchNorm(module, spec).train(module.training)
     done[id(module)] = twin
-    for name, child in module.named_children() if twin is module else ():
-        module._modules[name] = _replace(child, new, spec, done)
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0  # without its fast path, which in evaluation goes past the layers' forward
+    elif isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False  # only the fast path takes them
+    if twin is module:  # not named_children(), which leaves out the second name of a module used twice
+        for name, child in module._modules.items():
+            module._modules[name] = child if child is None else _replace(child, new, spec, done)
     return twin
 
 
@@ -116,6 +132,8 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
 def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
     if not isinstance(bits, Mapping):
         return dict.fromkeys(modules, bit_width("bits", bits))
+    if not all(isinstance(pattern, str) for pattern in bits):
+        raise invalid("bits", dict(bits), 'name patterns as keys, for example {"layer3.*": 2, "*": 4}')
     wanted = {pattern: bit_width(f"bits[{pattern!r}]", b) for pattern, b in bits.items()}
     plan = {name: next((b for p, b in wanted.items() if fnmatch.fnmatchcase(name, p)), None) for name in modules}
     missed = [name for name, b in plan.items() if b is None]
@@ -139,6 +157,8 @@ def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
 
 
 def _converted(model: nn.Module) -> nn.Module:
+    """The converted network itself, also of torch.compile's wrapper, which would put a prefix before every name."""
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "quant_spec", None), QuantSpec):
         raise invalid("model", type(model).__name__, "a network made by emqlib.convert")
     return model
@@ -164,7 +184,9 @@ def summary(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def batches(data: Dataset | Batches, split: str, device: torch.device, batch_size: int, limit: int | None = None) -> Batches:
+def batches(
+    data: Dataset | Batches, split: str, device: torch.device, batch_size: int, limit: int | None = None
+) -> Batches:
     """(images (B, 3, H, W) float, labels (B,)) on `device`: a data set's split without augmentation, or an iterable's.
 
     limit: at most this many samples. ValueError: an iterator, which a second bit-width would find empty.
@@ -206,23 +228,26 @@ def evaluate(
 
     Columns: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient steps), n (images).
     adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back afterwards. The model
-    is left as it was. ValueError: as `set_bits`; no images; adapt_norm without a Dataset to take training images from.
+    is left as it was. ValueError: as `set_bits`; no images; adapt_norm without a batch norm, or without a Dataset to
+    take training images from.
     """
     wanted = bit_widths("bits", bits)
     flag("adapt_norm", adapt_norm)
     integer("batch_size", batch_size, 1)
-    if adapt_norm and not isinstance(data, Dataset):
+    network = _converted(model)
+    if adapt_norm and not (isinstance(data, Dataset) and _norms(network)):
         raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
     if not adapt_norm:
-        _refuse_unserved(model, wanted)
-    with _restored_norms(_converted(model)), _evaluating(model) as device:
+        _refuse_unserved(network, wanted)
+    with _restored(network, always=True), _evaluating(network) as device:
+        _start_ranges(network, data, batch_size)
         rows = []
         for b in wanted:
             if adapt_norm:
-                _adapt(model, data, (b,), 5000, batch_size)
+                _adapt(network, data, (b,), 5000, batch_size)
             with at_bits(model, b):
                 rows.append(_score(model, batches(data, "test", device, batch_size)) | {"bits": b})
-    table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(model.quant_spec.bits))
+    table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(network.quant_spec.bits))
     return table[["bits", "top1", "loss", "trained", "n"]]
 
 
@@ -245,17 +270,39 @@ def _score(model: nn.Module, pairs: Batches) -> dict[str, float]:
 
 
 @contextmanager
-def _restored_norms(model: nn.Module) -> Iterator[None]:
+def _restored(model: nn.Module, always: bool) -> Iterator[None]:
+    """Norm statistics and not yet started input ranges go back to what they were: always, or after an exception."""
     norms = [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
-    before = [(m.running_mean.clone(), m.running_var.clone(), set(m.own)) for m in norms]
+    kept = norms + [m for m in _input_quantizers(model) if not m.started]
+    before = [copy.deepcopy(m.state_dict()) for m in kept]
+    restore = True
     try:
         yield
+        restore = always
     finally:
-        for m, (mean, var, own) in zip(norms, before, strict=True):
-            m.running_mean.copy_(mean)
-            m.running_var.copy_(var)
-            m.own = own
-            m.set_bits(m.bits)
+        for m, state in zip(kept, before, strict=True) if restore else ():
+            m.load_state_dict(state)
+
+
+def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
+    return [m for m in model.modules() if isinstance(m, InputQuantizer)]
+
+
+def _norms(model: nn.Module) -> list[MultiBitBatchNorm]:
+    norms = [m for m in _converted(model).modules() if isinstance(m, MultiBitBatchNorm)]
+    if not norms:
+        raise invalid("model", type(model).__name__, "a network with batch norm to adapt")
+    return norms
+
+
+def _start_ranges(model: nn.Module, data: Dataset | Batches, batch_size: int) -> None:
+    """Start input ranges that have seen no data at the highest trained bit-width: a low one would distort them."""
+    if all(m.started for m in _input_quantizers(model)):
+        return
+    with at_bits(model, model.quant_spec.bits[-1]):
+        for images, _ in batches(data, "train", next(model.parameters()).device, batch_size, batch_size):
+            model(images)
+            break
 
 
 def adapt_norm(
@@ -271,34 +318,42 @@ def adapt_norm(
     (images, labels). Trained parameters stay untouched, and so do other bit-widths' statistics; a switchable norm
     gains the bit-widths it was not built for, with the affine of the nearest trained one. Cost: samples forward passes
     a bit-width. Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv 2006.16971).
+    Input ranges that have seen no data yet start from the first batch. On an exception all is as it was.
     ValueError: not a converted network, bad bits, no batch norm, no images.
     """
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 2)
-    if not any(isinstance(m, MultiBitBatchNorm) for m in _converted(model).modules()):
-        raise invalid("model", type(model).__name__, "a network with batch norm to adapt")
-    with _evaluating(model):
+    _norms(model)
+    model = _converted(model)
+    with _restored(model, always=False), _evaluating(model):
+        _start_ranges(model, data, batch_size)
         _adapt(model, data, wanted, samples, batch_size)
 
 
 def _adapt(model: nn.Module, data: Dataset | Batches, bits: tuple[int, ...], samples: int, batch_size: int) -> None:
     """`adapt_norm`'s work, in evaluation mode."""
-    norms = [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
+    norms = _norms(model)
     momentum = [m.momentum for m in norms]
-    device = next(model.parameters()).device
+    calls: Counter[nn.Module] = Counter()
+
+    def cumulative(norm: nn.Module, _: object) -> None:  # a norm that is used twice counts two batches
+        calls[norm] += 1
+        norm.momentum = 1 / calls[norm]
+
+    hooks = [m.train().register_forward_pre_hook(cumulative) for m in norms]
     try:
         for b in bits:
+            calls.clear()
             for m in norms:
                 m.own_statistics(b)
             with at_bits(model, b):
-                for i, (images, _) in enumerate(batches(data, "train", device, batch_size, samples)):
-                    for m in norms:
-                        m.train()
-                        m.momentum = 1 / (i + 1)  # the i-th batch enters a cumulative mean
+                for images, _ in batches(data, "train", next(model.parameters()).device, batch_size, samples):
                     model(images)
+            if not calls:
+                raise invalid("data", "no images", "at least one batch of images to adapt to")
     finally:
-        for m, value in zip(norms, momentum, strict=True):
+        for m, hook, value in zip(norms, hooks, momentum, strict=True):
+            hook.remove()
             m.momentum = value
-            m.eval()
-            m.set_bits(m.bits)
+            m.eval().set_bits(m.bits)

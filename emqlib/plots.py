@@ -63,7 +63,10 @@ def _label(method: str, correction: str, pruning_rate: float) -> str:
 
 
 def accuracy_by_cost(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
-    """Mean top-1 accuracy (%) over the trained bit-widths against sample passes, a marker for each method and setting."""
+    """Mean top-1 accuracy (%) over the trained bit-widths against sample passes, a marker for each setting.
+
+    rows: of `experiments.run_all`, those without adaptation; bars show the standard deviation over seeds.
+    """
     import seaborn as sns
 
     ax = _axes(ax, _setting(rows, "Accuracy against training cost"))
@@ -87,6 +90,6 @@ def _passes(rows: pd.DataFrame) -> pd.Series:
 
 
 def save(ax: "Axes", path: Path) -> None:
-    """Write the figure of `ax` as `path`.png, with neither date nor version in it: the same rows give the same bytes."""
+    """Write the figure of `ax` as `path`.png, without date or version: the same rows give the same bytes."""
     figure = ax.figure
     write_atomic(path.with_suffix(".png"), lambda f: figure.savefig(f, format="png", metadata={"Software": None}))

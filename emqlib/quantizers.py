@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .checks import bit_width, choice, invalid
+from .checks import bit_width, choice, flag, invalid
 
 WEIGHT_METHODS = ("dorefa", "minmax", "lsq")
 ACTIVATION_METHODS = ("dorefa", "pact", "lsq", "none")
 
 # At 32 bits an activation is divided by a power of two so small, and clipped so far out, that rounding and clipping
-# change no float32 between 2**-77 and 2**27: the same graph computes the identity, bit for bit.
-_FULL_SCALE, _FULL_LEVELS = 2.0**-100, 2.0**127
-_TINY = 1e-30
+# change no float32 between 2**-76 and 2**27: the same graph computes the identity, bit for bit. One power of two more
+# and the width of the signed range, q_max - q_min, would be infinite and all gradients zero.
+_FULL_SCALE, _FULL_LEVELS = 2.0**-99, 2.0**126
 
 
 def levels(bits: int) -> float:
@@ -34,7 +34,7 @@ def levels(bits: int) -> float:
 
 def is_full(n: Tensor) -> Tensor:
     """Whether the levels n (scalar tensor) stand for 32 bits; a scalar bool tensor, never read back to the host."""
-    return n > 2.0**16
+    return n > 2.0**15  # in float16 the levels of 32 bits are infinite, and so is 2**16
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ def fake_quantize(
     inside and 1 outside. Source: LSQ, eq. 1-3 (arXiv 1902.08153); the offset is LSQ+'s (arXiv 2004.09576).
 
     >>> one = torch.tensor(1.0)
-    >>> fake_quantize(torch.tensor([-0.4, 1.2, 9.0]), one, 0 * one, 3 * one)
-    tensor([-0., 1., 3.])
+    >>> fake_quantize(torch.tensor([0.4, 1.2, 9.0]), one, 0 * one, 3 * one)
+    tensor([0., 1., 3.])
     """
     if x.dtype == torch.float16:  # the constants of 32 bits do not fit float16
         return _FakeQuantize.apply(x.float(), scale, offset, q_min, q_max, learn_step).to(x.dtype)
@@ -139,7 +139,7 @@ def dorefa_weight(w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     gives zeros (NaN there).
     """
     tanh = torch.tanh(w)
-    t = tanh / tanh.abs().max().clamp_min(_TINY)
+    t = tanh / tanh.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
     E = w.detach().abs().mean()
     domain = E * t
     w_q = E * (2 * round_ste(n * (t / 2 + 0.5)) / n - 1)
@@ -153,7 +153,8 @@ def minmax_weight(w: Tensor, n: Tensor, zero_level: bool = False) -> tuple[Tenso
     s r(m w/s) / m, m = (n - 1) / 2, the restricted range of n levels around zero that integer kernels want.
     w: (O, ...); n: scalar levels; returns two (O, ...). s is a statistic and carries no gradient.
     """
-    s = w.detach().abs().flatten(1).amax(1).clamp_min(_TINY).view(-1, *[1] * (w.dim() - 1))
+    s = w.detach().abs().reshape(len(w), -1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
+    s = s.view(-1, *[1] * (w.dim() - 1))
     if zero_level:
         m = (n - 1) / 2
         w_q = s * round_ste(m * w / s) / m
@@ -182,7 +183,7 @@ def lsq_initial_scale(x: Tensor, q_max: Tensor) -> Tensor:
 
 
 def scale_gradient(scale: Tensor, numel: int, q_max: Tensor) -> Tensor:
-    """The scalar `scale` itself, with its gradient multiplied by g = 1 / sqrt(numel q_max). Source: LSQ, section 2.2."""
+    """The scalar `scale` itself, its gradient multiplied by g = 1 / sqrt(numel q_max). Source: LSQ, section 2.2."""
     g = (numel * q_max.clamp_min(1)).rsqrt()
     return (scale - scale * g).detach() + scale * g
 
@@ -194,14 +195,15 @@ def affine_grid(n: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, T
     """
     full, binary = is_full(n), n == 1
     scale = (high - low) / n
-    q_min = torch.where(binary, 0.0, torch.round(low / scale))
+    # not low / scale: rounded twice, a range symmetric about zero would miss its tie and tip over to either side
+    q_min = torch.where(binary, 0.0, torch.round(low * n / (high - low)))
     q_max = q_min + n
     offset = torch.where(binary, low, torch.zeros_like(low))
     return step(n, scale), torch.where(full, -_FULL_LEVELS, q_min), torch.where(full, _FULL_LEVELS, q_max), offset
 
 
 def dorefa_activation(x: Tensor, n: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:
-    """r(n clip(x, 0, c) / c) c / n with c = high (1 in DoReFa); with a negative `low`, the affine grid over [low, high].
+    """r(n clip(x, 0, c) / c) c / n with c = high (1 in DoReFa); with a negative `low`, `affine_grid` over [low, high].
 
     x: any shape; n, high, low: scalar; returns the shape of x. No gradient to the range. 32 bits: x above zero
     (with `low`: x). Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
@@ -213,15 +215,15 @@ def dorefa_activation(x: Tensor, n: Tensor, high: Tensor, low: Tensor | None = N
 
 
 def pact_activation(x: Tensor, n: Tensor, alpha: Tensor, signed: bool) -> Tensor:
-    """r(n clip(x, 0, a) / a) a / n with a learned clipping level a; signed: the affine grid over [-a, a].
+    """r(n clip(x, 0, a) / a) a / n with a learned clipping level a; signed: `signed_grid` with steps of 2 a / n.
 
     x: any shape; n, alpha: scalar; returns the shape of x. The gradient to a is 1 where x >= a, 0 inside (signed: the
     outermost level of the side, in units of a); 32 bits: x above zero (signed: x). Source: PACT, eq. 1-3
     (arXiv 1805.06085).
     """
     if signed:
-        scale, q_min, q_max, offset = affine_grid(n, -alpha, alpha)
-        return fake_quantize(x, scale, q_min, q_max, offset, learn_step=False)
+        scale = 2 * alpha / n
+        return fake_quantize(x, step(n, scale), *signed_grid(n, scale), learn_step=False)
     return fake_quantize(x, step(n, alpha / n), *unsigned_grid(n), learn_step=False)
 
 
@@ -244,13 +246,18 @@ def quantize_weight(
 
     method: "dorefa" (`dorefa_weight`), "minmax" (`minmax_weight`, with or without a `zero_level`) or "lsq"
     (`lsq_weight`; scale: scalar, by default LSQ's initial one). bits: 1 to 8, or 32 for the identity of the method's
-    own domain. ValueError: another method or bit-width, an empty or non-floating w, a zero level at 1 bit.
+    own domain. ValueError: another method or bit-width, an empty or non-floating w, a scale that is not a positive
+    scalar, a zero level at 1 bit.
 
     >>> quantize_weight(torch.tensor([[-0.3, 0.1, 0.2]]), 1)
     tensor([[-0.2000, 0.2000, 0.2000]])
     """
     choice("method", method, WEIGHT_METHODS)
+    flag("zero_level", zero_level)
     n = _checked_levels("w", w, bits)
+    _check_scale(scale)
+    if w.dim() == 0:
+        raise invalid("w", w, "a tensor (O, ...), with a dimension of output channels")
     if method == "dorefa":
         return dorefa_weight(w, n)[0]
     if method == "minmax":
@@ -269,13 +276,16 @@ def quantize_activation(
 
     method: "dorefa", r(n clip(x, 0, c)) / n with c = scale, 1 by default; "pact", the same with a learned clipping
     level `scale`; "lsq", with a learned step `scale`, by default LSQ's initial one; "none", x itself. signed: a grid
-    with negative levels. bits 32: x above zero (signed: x). ValueError: another method or bit-width, an empty x.
+    with negative levels. bits 32: x above zero (signed: x). ValueError: another method or bit-width, an empty or
+    non-floating x, a scale that is not a positive scalar.
 
-    >>> quantize_activation(torch.tensor([-0.2, 0.3, 1.7]), 2)
-    tensor([-0.0000, 0.3333, 1.0000])
+    >>> quantize_activation(torch.tensor([0.1, 0.3, 1.7]), 2)
+    tensor([0.0000, 0.3333, 1.0000])
     """
     choice("method", method, ACTIVATION_METHODS)
+    flag("signed", signed)
     n = _checked_levels("x", x, bits)
+    _check_scale(scale)
     if method == "none":
         return x
     if method == "lsq":
@@ -290,4 +300,11 @@ def quantize_activation(
 def _checked_levels(name: str, x: Tensor, bits: int) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
         raise invalid(name, x, "a floating-point tensor that is not empty")
-    return torch.tensor(levels(bits), dtype=torch.float32, device=x.device)
+    # half precision cannot count to 2**32, and float64 is to stay exact
+    return torch.tensor(levels(bits), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def _check_scale(scale: Tensor | None) -> None:
+    if scale is None or (isinstance(scale, Tensor) and scale.dim() == 0 and (scale.is_meta or scale > 0)):
+        return
+    raise invalid("scale", scale, "a positive scalar tensor, for example torch.tensor(0.1)")

@@ -1,15 +1,11 @@
 """Which inputs can be negative: a walk over a network's graph, from each layer back to what its input went through."""
 
-import operator
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 # Modules, functions and methods (by name) whose output is never negative ...
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
-_NONNEGATIVE_NAMES = {"relu", "relu_", "relu6", "sigmoid", "sigmoid_", "softmax", "softplus", "hardsigmoid", "abs", "exp"}
+_NONNEGATIVE_NAMES = {"relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "softplus"}
+_NONNEGATIVE_NAMES |= {"abs", "exp", "size", "shape"}
 # ... and those whose output is negative only if an input is.
 _KEEPING = (
     nn.Dropout,
@@ -34,11 +30,13 @@ _KEEPING = (
 )
 _KEEPING_NAMES = {"flatten", "view", "reshape", "contiguous", "permute", "transpose", "squeeze", "unsqueeze", "clone"}
 _KEEPING_NAMES |= {"dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum"}
-_KEEPING_NAMES |= {"cat", "concat", "stack", "add", "add_", "iadd", "mul", "mul_", "imul", "getitem", "chunk", "split"}
+_KEEPING_NAMES |= {"cat", "concat", "stack", "getitem", "chunk", "split"}
+_ARITHMETIC_NAMES = {"add", "add_", "iadd", "mul", "mul_", "imul", "div", "div_", "truediv", "floordiv"}
+_KEEPING_NAMES |= _ARITHMETIC_NAMES  # unless a number is negative, as in x + (-1)
 
 
 def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str]]:
-    """(whether the module's input can be negative, by name; the modules' names in the order they are called).
+    """(whether the module's input can be negative, by name; the names of those called, in the order of the calls).
 
     A network that torch.fx cannot trace counts as signed everywhere, in the order its modules were registered: a
     signed quantizer wastes half a range where a wrong unsigned one would lose every negative input.
@@ -54,11 +52,15 @@ def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str]]:
     for node in graph.nodes:
         sources = [nonnegative[n] for n in node.all_input_nodes]
         nonnegative[node] = _is_nonnegative(node, modules, bool(sources) and all(sources))
+        if _target_name(node).endswith("_") and not nonnegative[node]:
+            # x.sub_(1): whoever reads x, or what x is a view of, from here on reads the new values
+            nonnegative = dict.fromkeys(nonnegative, False)
         if node.op == "call_module":
             name = _first_name(names, modules, modules[node.target])
             signs[name] = signs.get(name, False) or not all(sources)
-    never_called = [name for name in names if name not in signs]
-    return dict.fromkeys(never_called, True) | signs, [*signs, *never_called]
+            for inner in modules[node.target].modules():  # such as a transformer layer's, which is not traced into
+                signs.setdefault(_first_name(names, modules, inner), True)
+    return dict.fromkeys(names, True) | signs, list(signs)
 
 
 def _first_name(names: list[str], modules: dict[str, nn.Module], module: nn.Module) -> str:
@@ -71,16 +73,19 @@ def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], sources: bool)
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return module.min_val >= 0
         return isinstance(module, _NONNEGATIVE) or (isinstance(module, _KEEPING) and sources)
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else _name(node.target)
+    name = _target_name(node)
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
-    scaled = name in {"add", "add_", "iadd", "mul", "mul_", "imul"} and any(a < 0 for a in numbers)
+    scaled = name in _ARITHMETIC_NAMES and any(a < 0 for a in numbers)
     return name in _NONNEGATIVE_NAMES or (name in _KEEPING_NAMES and sources and not scaled)
 
 
-def _name(function: Callable) -> str:
-    """The function's name, if it is one of torch's or Python's own; another library's `relu` may be anything."""
-    home = getattr(function, "__module__", "") or ""
-    known = home.startswith(("torch", "_operator", "operator")) or function in (operator.getitem, F.relu, torch.relu)
-    return function.__name__ if known else ""
+def _target_name(node: fx.Node) -> str:
+    """The method's or function's name, if it is torch's or Python's own: another library's `relu` may be anything."""
+    if node.op == "call_method":
+        return node.target
+    if node.op != "call_function":
+        return ""
+    if node.target is getattr:  # x.shape
+        return node.args[1]
+    home = (getattr(node.target, "__module__", None) or "").split(".")[0]
+    return node.target.__name__ if home in ("torch", "_operator") else ""

@@ -7,7 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
-from . import checks
+from . import checks, devices
 from .coreset import CoresetConfig, select
 from .data import Dataset, augment, normalize
 from .files import write_atomic
 from .multibit import set_bits
 
 SCHEMES = ("dedicated", "joint", "bitwise")
-AUTOCAST = ("none", "bfloat16", "float16")
 _STOPPED = "training stopped; a checkpoint keeps the epoch before"
 
 
@@ -70,7 +69,7 @@ class TrainConfig:
         checks.choice("scheme", self.scheme, SCHEMES)
         checks.choice("optimizer", self.optimizer, ("sgd", "adamw"))
         checks.choice("schedule", self.schedule, ("cosine", "step"))
-        checks.choice("autocast", self.autocast, AUTOCAST)
+        checks.choice("autocast", self.autocast, devices.AUTOCAST)
         for name, low in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
             self._take(name, checks.integer(name, getattr(self, name), low))
         for name in ("nesterov", "distillation", "channels_last", "compile"):
@@ -80,7 +79,7 @@ class TrainConfig:
             raise checks.invalid("distillation", True, 'scheme="joint", where the children share a batch')
         if self.coreset is not None and not isinstance(self.coreset, CoresetConfig):
             raise checks.invalid("coreset", self.coreset, "a CoresetConfig, or None for the full data")
-        _device(self.device)
+        devices.device(self.device)
 
     def _take(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # plain int and float: NumPy's do not go into JSON, 1 and 1.0 are equal
@@ -102,30 +101,6 @@ class TrainConfig:
         if not isinstance(self.milestones, (tuple, list)):
             raise checks.invalid("milestones", self.milestones, "a tuple of epochs, for example (100, 150)")
         self._take("milestones", tuple(checks.integer("milestones", m, 1) for m in self.milestones))
-
-
-def _device(name: str) -> torch.device:
-    """The one place that chooses a device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """The one place that chooses the autocast type."""
-    if config.autocast == "none":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, config.autocast))
-
-
-def place(model: nn.Module, config: TrainConfig) -> torch.device:
-    """Move `model` to the device and into the memory format that `config` asks for; returns the device."""
-    device = _device(config.device)
-    model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    return device
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -227,6 +202,7 @@ class _Run:
     data: Dataset
     config: TrainConfig
     device: torch.device
+    memory_format: torch.memory_format
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -251,10 +227,12 @@ def train(
     """
     bits, path = _check(model, data, config), _checked_path(checkpoint)
     checks.flag("progress", progress)
-    device = place(model, config)
+    device = devices.device(config.device)
+    memory_format = devices.memory_format(model, config.channels_last, device)
+    model.to(device, memory_format=memory_format)
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
     forward = torch.compile(model) if config.compile else model
-    run = _Run(model, forward, data.to(device), config, device, optimizer(model, config), scaler)
+    run = _Run(model, forward, data.to(device), config, device, memory_format, optimizer(model, config), scaler)
     if path is not None and path.exists():
         _resume(run, path)
     total = len(plan(len(data.train), bits, config, 0)) * (config.epochs - len(run.history))
@@ -315,11 +293,11 @@ def _epoch(run: _Run, bits: tuple[int, ...], epoch: int, bar: tqdm) -> dict[str,
 @contextmanager
 def _seeded(run: _Run, epoch: int) -> Iterator[None]:
     """Dropout and its like draw from the global generator: an epoch seeds it, and puts it back afterwards."""
-    devices = [run.device] if run.device.type == "cuda" else []
+    forked = [run.device] if run.device.type == "cuda" else []
     seed = generator(run.config.seed, "dropout", epoch).initial_seed()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=forked):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not put back
-        for device in devices:
+        for device in forked:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
@@ -329,12 +307,11 @@ def _step(run: _Run, step: Step, lr: float, watch: _LossWatch, pixels: torch.Gen
     split, config = run.data.train, run.config
     indices = step.indices.to(run.device)
     images = normalize(augment(split.images[indices], run.data, pixels), run.data)
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=run.memory_format)
     run.optimizer.zero_grad(set_to_none=True)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    with _autocast(config, run.device):
+    with devices.autocast(config.autocast, run.device):
         for b, loss in _losses(run, images, split.labels[indices], step):
             watch.see(loss, f"{where}, {b} bits, lr {lr:.3g}")
             run.scaler.scale(loss).backward()

@@ -25,7 +25,7 @@ README, PYPROJECT, MAKEFILE, CONSTRAINTS = (
 # A module imports only what stands in a line above its own.
 LAYERS = [
     ["checks", "files"],
-    ["data", "models", "coreset", "signs"],
+    ["data", "devices", "models", "coreset", "signs"],
     ["quantizers"],
     ["correction"],
     ["layers"],

@@ -1,0 +1,36 @@
+"""The places that choose a device, an autocast type and a memory format: one function each."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from . import checks
+
+AUTOCAST = ("none", "bfloat16", "float16")
+
+
+def device(name: str) -> torch.device:
+    """The device called "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1"; ValueError that lists those here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))
+
+
+def autocast(name: str, device: torch.device) -> AbstractContextManager:
+    """The context in which a forward pass runs in "bfloat16" or "float16"; "none" changes nothing."""
+    return nullcontext() if name == "none" else torch.autocast(device.type, dtype=getattr(torch, name))
+
+
+def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
+    """The format for the weights and images (N, C, H, W) of `model`: channels-last where asked for and safe.
+
+    On a CPU, the gradient of a strided 1x1 convolution of few channels-last input channels writes outside its buffer
+    and crashes, hangs or is wrong (oneDNN issue 6035, seen with torch 2.14.1): such a network stays contiguous.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    unsafe = any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels < 16 for m in convolutions)
+    if not channels_last or (device.type == "cpu" and unsafe):
+        return torch.contiguous_format
+    return torch.channels_last

@@ -1,0 +1,194 @@
+"""Weight bias correction against literal loops, and what it must do where a channel has no variance to match."""
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emqlib.correction import CORRECTIONS, correct_weight
+from emqlib.quantizers import WEIGHT_METHODS, quantize_weight
+
+SHAPES = [(6, 4, 3, 3), (8, 1, 3, 3), (5, 7), (3, 2, 1, 1), (4, 3, 5)]  # the second one depthwise
+BITS = (1, 2, 4, 8)
+
+
+def pair(shape: tuple[int, ...], bits: int, method: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A quantized weight and the full-precision one in the quantizer's own domain, float64."""
+    w = 0.3 * torch.randn(*shape, generator=rng, dtype=torch.float64)
+    return quantize_weight(w, bits, method), quantize_weight(w, 32, method)
+
+
+def moments(w: Tensor) -> tuple[Tensor, Tensor]:
+    channels = w.double().flatten(1)
+    return channels.mean(1), channels.var(1, correction=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_against_reference(method: str, bits: int, shape: tuple[int, ...], rng: torch.Generator) -> None:
+    w_q, w = pair(shape, bits, method, rng)
+    for mode in CORRECTIONS:
+        expected = torch.from_numpy(reference.correct_weight(w_q.numpy(), w.numpy(), mode))
+        for gradient in (True, False):
+            torch.testing.assert_close(correct_weight(w_q, w, mode, gradient), expected, rtol=1e-11, atol=1e-12)
+        single = correct_weight(w_q.float(), w.float(), mode)
+        torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_mean_and_variance_match(method: str, bits: int, rng: torch.Generator) -> None:
+    w_q, w = pair((16, 8, 3, 3), bits, method, rng)
+    mean, var = moments(w)
+    size = w.abs().mean().item()  # a mean near zero is small against the weights, not against itself
+    corrected = correct_weight(w_q.float(), w.float(), "mean_var")
+    torch.testing.assert_close(moments(corrected)[0], mean, rtol=1e-6, atol=1e-6 * size)
+    torch.testing.assert_close(moments(corrected)[1], var, rtol=2e-6, atol=0)  # twice the deviation's
+    shifted = correct_weight(w_q, w, "mean")
+    torch.testing.assert_close(moments(shifted)[0], mean, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(moments(shifted)[1], moments(w_q)[1], rtol=1e-9, atol=1e-12)
+    assert correct_weight(w_q, w, "none") is w_q
+
+
+@pytest.mark.parametrize("mode", ["mean", "mean_var"])
+def test_affine_by_channel(mode: str, rng: torch.Generator) -> None:
+    """w' = alpha_o w_q + beta_o: as many values a channel as before, so still integers when deployed."""
+    w_q, w = pair((6, 4, 3, 3), 2, "dorefa", rng)
+    corrected = correct_weight(w_q, w, mode)
+    for before, after in zip(w_q.flatten(1), corrected.flatten(1), strict=True):
+        assert [len(after[before == level].unique()) for level in before.unique()] == [1] * len(before.unique())
+
+
+@pytest.mark.parametrize("mode", CORRECTIONS)
+@pytest.mark.parametrize("shape", [(3, 2, 3, 3), (4, 1, 3, 3), (3, 5)])
+def test_gradient_through_the_statistics(shape: tuple[int, ...], mode: str, rng: torch.Generator) -> None:
+    w_q, w = (v.requires_grad_() for v in pair(shape, 3, "minmax", rng))
+    assert torch.autograd.gradcheck(lambda q, full: correct_weight(q, full, mode), (w_q.detach().requires_grad_(), w))
+
+
+@pytest.mark.parametrize("mode", ["mean", "mean_var"])
+def test_statistics_without_gradient(mode: str, rng: torch.Generator) -> None:
+    """The statistics are constants: w gets no gradient, w_q the channel's ratio of deviations."""
+    w_q, w = (v.detach().requires_grad_() for v in pair((4, 2, 3, 3), 3, "minmax", rng))
+    grad = torch.randn(w.shape, generator=rng, dtype=torch.float64)
+    correct_weight(w_q, w, mode, gradient=False).backward(grad)
+    ratio = (moments(w)[1] / moments(w_q)[1]).sqrt() if mode == "mean_var" else torch.ones(4, dtype=torch.float64)
+    torch.testing.assert_close(w_q.grad, grad * ratio.view(4, 1, 1, 1))
+    assert w.grad is None
+
+
+CONSTANT = {  # w_q and w of one channel, and what is expected of mean_var
+    "quantized_constant": ([0.2, 0.2, 0.2], [0.1, 0.2, 0.6], [0.3, 0.3, 0.3]),
+    "weight_constant": ([0.0, 0.2, 0.4], [0.3, 0.3, 0.3], [0.3, 0.3, 0.3]),
+    "both_constant": ([0.2, 0.2, 0.2], [0.3, 0.3, 0.3], [0.3, 0.3, 0.3]),
+    "both_zero": ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
+    "quantized_zero": ([0.0, 0.0, 0.0], [-0.1, 0.2, 0.2], [0.1, 0.1, 0.1]),
+    "weight_zero": ([-0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
+    "huge_constant": ([1e10, 1e10, 1e10], [1e10, 2e10, 3e10], [2e10, 2e10, 2e10]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("case", CONSTANT)
+def test_constant_channel(case: str, gradient: bool, dtype: torch.dtype) -> None:
+    """No NaN in value or gradient; another channel is corrected as if the constant one were not there."""
+    if case == "huge_constant" and dtype == torch.float16:
+        return
+    *values, expected = CONSTANT[case]
+    other = ([-1.0, 0.0, 1.0], [0.0, 0.5, 1.5])
+    w_q, w = (torch.tensor([v, o], dtype=dtype).requires_grad_() for v, o in zip(values, other, strict=True))
+    corrected = correct_weight(w_q, w, "mean_var", gradient)
+    (corrected * torch.tensor([[1.0, 2.0, 3.0]], dtype=dtype)).sum().backward()
+    assert w_q.grad.isfinite().all() and (w.grad is None or w.grad.isfinite().all())
+    tolerance = 4 * torch.finfo(dtype).eps
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(corrected[0].detach().double(), wanted, rtol=tolerance, atol=tolerance)
+    alone = correct_weight(w_q[1:], w[1:], "mean_var", gradient)
+    assert torch.equal(corrected[1:], alone)
+
+
+def test_a_large_constant_channel_counts_as_constant() -> None:
+    """The mean of many equal numbers is not exactly that number: the rounding must not be blown up to a deviation."""
+    for count in (27, 4608, 25088):
+        for value in (0.1, 1 / 3, 7.7e-5, 123.456):
+            w_q = torch.full((1, count), value)
+            w = torch.linspace(-1, 1, count)[None]
+            torch.testing.assert_close(correct_weight(w_q, w), torch.zeros(1, count), rtol=0, atol=1e-5 * max(1, value))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("shape", [(5, 1), (5, 1, 1, 1)])
+def test_single_weight_channels(shape: tuple[int, ...], method: str, bits: int, rng: torch.Generator) -> None:
+    """A channel of one weight is its own mean: correction gives the full-precision weight back."""
+    w = torch.randn(*shape, generator=rng).requires_grad_()
+    for mode in ("mean", "mean_var"):
+        w.grad = None
+        corrected = correct_weight(quantize_weight(w, bits, method), quantize_weight(w, 32, method), mode)
+        torch.testing.assert_close(corrected, quantize_weight(w, 32, method))
+        corrected.square().sum().backward()
+        assert w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_one_bit_channels_of_one_sign(method: str) -> None:
+    """At 1 bit a channel whose weights share a sign quantizes to a constant: only its mean can be matched."""
+    w = torch.tensor([[0.1, 0.2, 0.3], [-0.1, 0.2, -0.3]], requires_grad=True)
+    full = quantize_weight(w, 32, method)
+    corrected = correct_weight(quantize_weight(w, 1, method), full)
+    assert len(corrected[0].unique()) == 1 and len(corrected[1].unique()) == 2
+    torch.testing.assert_close(corrected.mean(1), full.mean(1))
+    corrected.square().sum().backward()
+    assert w.grad.isfinite().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(-8, 8, width=16), min_size=4, max_size=24),
+    bits=st.sampled_from((*range(1, 9), 32)),
+    method=st.sampled_from(WEIGHT_METHODS),
+    gradient=st.booleans(),
+)
+def test_never_nan(values: list[float], bits: int, method: str, gradient: bool) -> None:
+    w = torch.tensor(values[: len(values) // 2 * 2]).view(2, -1).requires_grad_()
+    full = quantize_weight(w, 32, method)
+    corrected = correct_weight(quantize_weight(w, bits, method), full, gradient=gradient)
+    corrected.sum().backward()
+    assert corrected.isfinite().all() and w.grad.isfinite().all()
+    torch.testing.assert_close(corrected.mean(1), full.mean(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_at_32_bits_there_is_nothing_to_correct(method: str, rng: torch.Generator) -> None:
+    w = torch.randn(4, 3, 3, 3, generator=rng)
+    full = quantize_weight(w, 32, method)
+    for mode in CORRECTIONS:
+        torch.testing.assert_close(correct_weight(full, full, mode), full)
+
+
+@pytest.mark.parametrize("mode", ["", "Mean", "var", None, 1, True])
+def test_unknown_mode_lists_what_exists(mode: object) -> None:
+    with pytest.raises(ValueError, match=r"^mode=.*expected one of mean, mean_var, none$"):
+        correct_weight(torch.ones(2, 2), torch.ones(2, 2), mode)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((2, 3), (2, 3, 1)), ((3,), (3,)), ((), ()), ((0, 3), (0, 3))])
+def test_wrong_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match=r"^w_q, w shapes=.*expected two equal shapes \(O, ...\), not empty"):
+        correct_weight(torch.ones(shapes[0]), torch.ones(shapes[1]))
+
+
+def test_wrong_arguments() -> None:
+    good = torch.ones(2, 2)
+    for bad in ([[1.0, 2.0]], None, torch.ones(2, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"(?s)^w_q=.*expected a floating-point tensor"):
+            correct_weight(bad, good)
+        with pytest.raises(ValueError, match=r"(?s)^w=.*expected a floating-point tensor"):
+            correct_weight(good, bad)
+    for flag in (0, "no", None):
+        with pytest.raises(ValueError, match=r"^gradient=.*expected True or False"):
+            correct_weight(good, good, gradient=flag)

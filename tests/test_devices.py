@@ -1,0 +1,70 @@
+"""Devices, autocast types and memory formats."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from emqlib import devices, models
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_cuda_where_there_is_one() -> None:
+    assert devices.device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert devices.device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["meta", "gpu", "cuda:99", 0, None, ""])
+def test_an_unknown_device_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match=r"^device=.*expected one of .*auto.*cpu"):
+        devices.device(name)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("none", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_autocast_chooses_the_type_of_products(name: str, dtype: torch.dtype) -> None:
+    with devices.autocast(name, CPU):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("convolution", "expected"),
+    [
+        (nn.Conv2d(16, 32, 1, stride=2), torch.channels_last),
+        (nn.Conv2d(8, 16, 1, stride=1), torch.channels_last),
+        (nn.Conv2d(3, 16, 3, stride=2), torch.channels_last),
+        (nn.Conv2d(8, 16, 1, stride=2), torch.contiguous_format),
+    ],
+)
+def test_channels_last_only_where_it_is_safe(convolution: nn.Conv2d, expected: torch.memory_format) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), convolution)
+    assert devices.memory_format(net, True, CPU) == expected
+    assert devices.memory_format(net, True, torch.device("cuda")) == torch.channels_last
+    assert devices.memory_format(net, False, CPU) == torch.contiguous_format
+
+
+def test_the_chosen_format_survives_the_convolution_that_crashes_in_the_other() -> None:
+    """In a process of its own, since the crash takes the process along: 8 channels, an odd batch, two threads."""
+    script = """
+import torch
+from emqlib import devices
+torch.set_num_threads(2)
+conv = torch.nn.Conv2d(8, 16, 1, stride=2, bias=False)
+form = devices.memory_format(torch.nn.Sequential(conv), True, torch.device("cpu"))
+conv.to(memory_format=form)
+x = torch.randn(63, 8, 32, 32).contiguous(memory_format=form)
+conv(x).square().sum().backward()
+y = torch.einsum("oi,nihw->nohw", conv.weight.detach()[:, :, 0, 0].double(), x[:, :, ::2, ::2].double())
+expected = torch.einsum("nohw,nihw->oi", 2 * y, x[:, :, ::2, ::2].double())
+assert torch.allclose(conv.weight.grad[:, :, 0, 0].double(), expected, rtol=1e-3)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_builder_has_a_format() -> None:
+    formats = {name: devices.memory_format(build(), True, CPU) for name, build in models.MODELS.items()}
+    assert set(formats.values()) == {torch.channels_last}
+    assert devices.memory_format(models.resnet8(width=8), True, CPU) == torch.contiguous_format

@@ -1,0 +1,579 @@
+"""Experiments: parameters by wrong and right values, runs by their hashes, stored rows by stopping and damaging."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from emqlib import CoresetConfig, QuantSpec, TrainConfig, experiments, load_dataset, training
+from emqlib.experiments import PROFILES, Run, parameters, quickstart, run_all, table1
+
+
+@pytest.fixture(autouse=True)
+def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMQ_PROFILE", raising=False)
+
+
+# Parameters
+
+WRONG = {
+    "profile": ["", "Smoke", "huge", None, 3, True, ["small"]],
+    "bits": [
+        *("[2,banana]", "", "2;4", "[]", "()", "[2,2]", "[2,[4]]", "[2,4", "9", "None", "True", "[2, '4']", "banana"),
+        *("{'a': 1}", "{[1]: 2}", "__import__('os')", "[2] + [4]", "-" * 5000 + "1", "\0", "[0]", "2.0"),
+        *([], [2, 2], [2, [4]], 9, 0, -1, True, 2.0, None, {"a": 1}, {2, 4}, ["2"], float("nan")),
+    ],
+    "seed": [-1, 1.5, "0", "banana", None, True, [0]],
+    "repeats": [-1, 1.5, "1", "banana", None, True, [1]],
+    "pruning_rates": [
+        *("[0.5,banana]", "", "0.5;0.8", "[0.5,0.5]", "[[0.5]]", "['0.5']", "nan", "None", "1", "__import__('os')"),
+        *(1, 1.0, -0.1, [0.5, 1.5], [0.5, 0.5], True, None, {"a": 1}, float("nan"), float("inf")),
+    ],
+    "results_dir": ["", None, 3, True, ["results"]],
+}
+
+
+def unquoted(value: object) -> str:
+    return repr(value).translate(str.maketrans("", "", "\"'\\ "))
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_wrong_parameter(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=") as error:
+        parameters(**{"profile": "smoke", name: value})
+    given, _, allowed = str(error.value).removeprefix(f"{name}=").rpartition(": expected ")
+    assert unquoted(value) in unquoted(given) and len(allowed) > 5
+
+
+@pytest.mark.parametrize(
+    ("given", "bits"),
+    [
+        ("[2,4,8]", (2, 4, 8)),
+        ("(2, 4)", (2, 4)),
+        ("2,4", (2, 4)),
+        (" [8, 2] ", (2, 8)),
+        ("4", (4,)),
+        (4, (4,)),
+        ([4], (4,)),
+        ((32, 1), (1, 32)),
+    ],
+)
+def test_bits(given: object, bits: tuple[int, ...]) -> None:
+    assert parameters(profile="smoke", bits=given).bits == bits
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [("[0.5, 0.8]", (0.5, 0.8)), ([0.9, 0], (0.9, 0.0)), ("0.8", (0.8,)), (0.25, (0.25,)), ("[]", ()), ((), ())],
+)
+def test_pruning_rates(given: object, rates: tuple[float, ...]) -> None:
+    assert parameters(profile="smoke", pruning_rates=given).pruning_rates == rates
+
+
+def test_seeds() -> None:
+    assert parameters(profile="smoke").seeds == (0,)
+    assert parameters(profile="small").seeds == (0, 1, 2)
+    assert parameters(profile="small", seed=3, repeats=2).seeds == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "cuda", "profile"),
+    [
+        ("auto", None, False, "small"),
+        ("auto", None, True, "paper"),
+        ("auto", "", False, "small"),
+        ("auto", "auto", True, "paper"),
+        ("auto", "smoke", True, "smoke"),
+        ("small", "smoke", True, "small"),
+    ],
+)
+def test_profile(monkeypatch: pytest.MonkeyPatch, given: str, variable: str | None, cuda: bool, profile: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    if variable is not None:
+        monkeypatch.setenv("EMQ_PROFILE", variable)
+    assert parameters(profile=given).profile is PROFILES[profile]
+
+
+def test_wrong_profile_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMQ_PROFILE", "huge")
+    with pytest.raises(ValueError, match=r"^profile='huge': expected one of auto, paper, small, smoke$"):
+        parameters()
+    assert parameters(profile="smoke").profile.name == "smoke"
+
+
+def test_results_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    root = Path(__file__).resolve().parents[1]
+    assert parameters(profile="small").results_dir == root / "results"
+    assert parameters(profile="smoke").results_dir == root / "build/smoke"
+    assert parameters(profile="smoke", results_dir="a/b").results_dir == tmp_path / "a/b"
+    assert parameters(profile="smoke", results_dir=tmp_path).results_dir == tmp_path
+    assert parameters(profile="smoke", results_dir="~/a").results_dir == tmp_path / "home/a"
+    assert parameters(profile="smoke", results_dir="a").output("00") == tmp_path / "a/smoke/00"
+    assert not list(tmp_path.iterdir())  # nothing is made before there is something to write
+
+
+def test_results_dir_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "ROOT", tmp_path / "site-packages")
+    assert parameters(profile="small").results_dir == tmp_path / "results"
+    assert parameters(profile="smoke").results_dir == tmp_path / "build/smoke"
+
+
+def test_results_dir_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for place in (file, file / "below", str(file)):
+        with pytest.raises(ValueError, match=rf"^results_dir='{place}': expected a folder"):
+            parameters(profile="smoke", results_dir=place)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"^results_dir=.*that can be written to"):
+        parameters(profile="smoke", results_dir=tmp_path)
+
+
+DECLARED = 'profile: str = "auto"  # which\nbits: list = [2]  # trained'
+
+
+def notebook(monkeypatch: pytest.MonkeyPatch, *cells: str) -> None:
+    """As if this were a kernel that has run these cells."""
+    shell = SimpleNamespace(user_ns={"In": ["", *cells]})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+
+
+@pytest.mark.parametrize("name", ["bitz", "repeats", "BITS", "__import__"])
+def test_misspelt_parameter(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    notebook(monkeypatch, "import emqlib", DECLARED, f'# Parameters\nprofile = "smoke"\n{name} = 4\n')
+    with pytest.raises(ValueError, match=rf"^parameter='{name}': expected one of bits, profile$"):
+        parameters(profile="smoke")
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [DECLARED],
+        [DECLARED, '# Parameters\nbits = "[2,4]"\nprofile = "smoke"\n'],
+        [DECLARED, '# Parameters\nprofile = "a\\nbitz = 4"\n'],  # a value that looks like a parameter
+        [DECLARED, "# Parameters\nbits = [\n    2,\n]\n"],  # as papermill writes it where black is installed
+        [DECLARED, "bitz = 4"],  # the reader's own variable
+        [DECLARED, "get_ipython().run_line_magic('time', '')", "bits = [", "# Parameters\nbits = 4\n"],
+        [DECLARED, "# Parameters\nbitz = 4\n", "# Parameters\nbits = 4\n"],  # corrected by hand, run again
+        ["# Parameters\nlearning_rate = 4\n"],  # a notebook of the reader's, which declares none of ours
+    ],
+)
+def test_not_misspelt(monkeypatch: pytest.MonkeyPatch, cells: list[str]) -> None:
+    notebook(monkeypatch, *cells)
+    assert parameters(profile="smoke").profile.name == "smoke"
+
+
+def test_outside_a_kernel_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ipython in (None, SimpleNamespace(get_ipython=lambda: None)):
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        assert parameters(profile="smoke").profile.name == "smoke"
+
+
+# Runs
+
+FIRST_SEED_OF_TABLE_1 = (
+    "310b733c47db e7a75a11dd10 4475910614e9 096838ac6c01 1ec707025621 "
+    "8158a74d4c1b 2b56b65dfa14 8f6781d77b00 88b899474a7d c76018ead9af"
+)
+
+
+def test_finished_runs_keep_their_names() -> None:
+    """results/runs holds files of these names: with another hash they would all be trained again."""
+    runs = table1(parameters(profile="small", bits=(2, 4, 8)))
+    assert [run.hash for run in runs[:10]] == FIRST_SEED_OF_TABLE_1.split()
+    assert len({run.hash for run in runs}) == len(runs) == 30
+
+
+CHANGED: dict[type, dict[str, Any]] = {
+    Run: {
+        "profile": "other",
+        "dataset": "cifar100",
+        "model": "resnet20",
+        "spec": QuantSpec(bits=(1,)),
+        "config": TrainConfig(epochs=1),
+        "model_args": (("width", 8),),
+        "subset": (100, 100),
+        "eval_bits": (2, 4),
+    },
+    QuantSpec: {
+        "bits": (2, 4),
+        "weight": "lsq",
+        "activation": "pact",
+        "correction": "none",
+        "norm": "switchable",
+        "full_precision": ("first",),
+        "zero_level": True,
+        "correction_gradient": False,
+        "activation_range": "unit",
+    },
+    TrainConfig: {
+        "scheme": "bitwise",
+        "epochs": 3,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "lr": 0.2,
+        "momentum": 0.8,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "schedule": "step",
+        "milestones": (1,),
+        "gamma": 0.2,
+        "warmup_epochs": 1.0,
+        "label_smoothing": 0.1,
+        "clip_grad_norm": 1.0,
+        "distillation": True,
+        "autocast": "bfloat16",
+        "channels_last": False,
+        "compile": True,
+        "seed": 1,
+        "coreset": None,
+    },
+    CoresetConfig: {"pruning_rate": 0.5, "resample_every": 2},
+}
+BASE = Run(
+    profile="small",
+    dataset="cifar10",
+    model="resnet8",
+    spec=QuantSpec(bits=(2, 4, 8), weight="minmax"),
+    config=TrainConfig(scheme="joint", coreset=CoresetConfig()),
+)
+
+
+def changed(owner: type, name: str, value: object) -> Run:
+    if owner is Run:
+        return replace(BASE, **{name: value})
+    if owner is QuantSpec:
+        return replace(BASE, spec=replace(BASE.spec, **{name: value}))
+    if owner is TrainConfig:
+        return replace(BASE, config=replace(BASE.config, **{name: value}))
+    coreset = replace(BASE.config.coreset, **{name: value})
+    return replace(BASE, config=replace(BASE.config, coreset=coreset))
+
+
+def test_the_hash_tells_every_field_apart() -> None:
+    named = {(owner, field.name) for owner in CHANGED for field in fields(owner)}
+    only = {(TrainConfig, "device"), (CoresetConfig, "score")}  # does not matter; has one value so far
+    assert named - only == {(owner, name) for owner, values in CHANGED.items() for name in values}
+    runs = [changed(owner, name, value) for owner, values in CHANGED.items() for name, value in values.items()]
+    assert len({run.hash for run in [BASE, *runs]}) == len(runs) + 1
+    assert all(len(run.hash) == 12 and int(run.hash, 16) >= 0 for run in runs)
+
+
+def test_the_hash_does_not_depend_on_the_device_or_on_numbers_types() -> None:
+    assert changed(TrainConfig, "device", "cpu").hash == BASE.hash
+    assert changed(TrainConfig, "weight_decay", 1).hash == changed(TrainConfig, "weight_decay", 1.0).hash
+    assert changed(QuantSpec, "bits", [8, 4, 2]).hash == BASE.hash
+
+
+def test_an_option_of_a_later_version_renames_nothing() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(TrainConfig):
+        novelty: float = 0.0
+
+    later = Later(scheme="joint", coreset=CoresetConfig())
+    assert replace(BASE, config=later).hash == BASE.hash
+    assert replace(BASE, config=replace(later, novelty=1.0)).hash != BASE.hash
+
+
+@pytest.mark.parametrize("value", [(), (9,), (2, 2), None, "2,4", [True]])
+def test_wrong_eval_bits(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^eval_bits=.*expected bit-widths out of 1 to 8 and 32"):
+        replace(BASE, eval_bits=value)
+
+
+ALL = tuple(range(1, 9))
+
+
+def test_table1() -> None:
+    runs = table1(parameters(profile="small", bits="[2,4]", repeats=2, pruning_rates="[0.8, 0]"))
+    expected = [
+        ("Ours", "bitwise", "none", "shared", 0.0, (2, 4), ALL),
+        ("Ours", "bitwise", "mean", "shared", 0.0, (2, 4), ALL),
+        ("Ours", "bitwise", "mean_var", "shared", 0.0, (2, 4), ALL),
+        ("Ours", "bitwise", "mean_var", "shared", 0.8, (2, 4), ALL),
+        ("Any-Precision", "joint", "none", "switchable", 0.0, (2, 4), ALL),
+        ("Dedicated", "dedicated", "none", "shared", 0.0, (2,), (2,)),
+        ("Dedicated", "dedicated", "none", "shared", 0.0, (4,), (4,)),
+    ]
+    settings = [(r.method, r.config.scheme, r.spec.correction, r.spec.norm, r.pruning_rate) for r in runs]
+    found = [(*setting, r.spec.bits, r.eval_bits) for setting, r in zip(settings, runs, strict=True)]
+    assert found == expected * 2
+    assert [r.config.seed for r in runs] == [0] * 7 + [1] * 7
+    assert {r.config.distillation for r in runs if r.method == "Any-Precision"} == {True}
+    assert {r.config.distillation for r in runs if r.method != "Any-Precision"} == {False}
+    assert {(r.dataset, r.model, r.model_args) for r in runs} == {("cifar10", "resnet8", (("width", 16),))}
+
+
+def test_the_rates_of_table1() -> None:
+    runs = table1(parameters(profile="small", repeats=1))
+    assert [run.pruning_rate for run in runs] == [0, 0, 0, 0.5, 0.8, 0.9, 0, 0, 0, 0]
+
+
+def test_a_trained_bit_width_is_evaluated() -> None:
+    runs = table1(parameters(profile="smoke", bits=[4, 32]))
+    assert {run.eval_bits for run in runs if run.method != "Dedicated"} == {(*ALL, 32)}
+
+
+def test_quickstart() -> None:
+    runs = quickstart(parameters(profile="small", seed=3, repeats=2))
+    assert [run.spec.correction for run in runs] == ["none", "mean_var"]
+    assert {(run.dataset, run.method, run.config.seed) for run in runs} == {("digits", "Ours", 3)}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("table", [quickstart, table1])
+def test_every_run_can_be_built(profile: str, table: Callable) -> None:
+    runs = table(parameters(profile=profile))
+    assert {run.profile for run in runs} == {profile}
+    for run in runs[:1] if profile == "paper" else runs:
+        model = experiments.build(run, num_classes=10)
+        assert model.quant_spec == run.spec
+
+
+def test_a_build_depends_on_its_seed_alone() -> None:
+    run = quickstart(parameters(profile="smoke"))[0]
+    before = torch.get_rng_state()
+    first, again, other = (
+        experiments.build(replace(run, config=replace(run.config, seed=seed)), 10).state_dict() for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+# Stored rows
+
+TRAIN, TEST, EPOCHS = 40, 20, 2
+TIMED = ["seconds"]  # columns that no two runs have in common
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits_on_one_thread() -> Iterator[None]:
+    pytest.importorskip("sklearn")
+    digits, threads = load_dataset("digits").subset(60, 30), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "load_dataset", lambda name: digits)
+        yield
+    torch.set_num_threads(threads)
+
+
+def tiny_runs() -> list[Run]:
+    """One of each method, and one on all images that there are."""
+    plan = table1(parameters(profile="smoke", bits=(2, 4), pruning_rates=[0.5]))
+    runs = [plan[0], plan[3], *plan[4:]]
+    config = {"epochs": EPOCHS, "batch_size": TRAIN, "lr": 0.01}
+    runs = [replace(r, subset=(TRAIN, TEST), config=replace(r.config, **config)) for r in runs]
+    runs = [r if r.method == "Dedicated" else replace(r, eval_bits=(2, 3)) for r in runs]
+    return [*runs, replace(runs[0], subset=(0, 0))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run_all(tiny_runs(), folder, progress=False)
+
+
+@pytest.fixture
+def finished(undisturbed: tuple[Path, pd.DataFrame], tmp_path: Path) -> Path:
+    """A folder of one's own with all runs finished."""
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "finished"))
+
+
+def refuse_to_train(*_: object, **__: object) -> None:
+    raise AssertionError("trained")
+
+
+def assert_same(rows: pd.DataFrame, expected: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(rows.drop(columns=TIMED), expected.drop(columns=TIMED), check_exact=True)
+
+
+def test_one_file_a_run(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    folder, rows = undisturbed
+    names = [run.hash for run in tiny_runs()]
+    assert {path.name for path in (folder / "runs").iterdir()} == {f"{name}.json" for name in names}
+    assert list(rows.run.drop_duplicates()) == names
+    record = json.loads((folder / "runs" / f"{names[1]}.json").read_text())
+    assert record["config"]["config"]["coreset"]["pruning_rate"] == 0.5
+    assert [epoch["epoch"] for epoch in record["history"]] == [1, 2]
+
+
+def test_rows(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    """A row a bit-width and adaptation; a switchable norm serves the other bit-widths only once adapted."""
+    _, rows = undisturbed
+    for run, (name, part) in zip(tiny_runs(), rows.groupby("run", sort=False), strict=True):
+        served = run.spec.bits if run.spec.norm == "switchable" else run.eval_bits
+        expected = [(b, False) for b in served] + [(b, True) for b in run.eval_bits]
+        assert name == run.hash
+        assert list(zip(part.bits, part.adapted, strict=True)) == expected
+        assert list(part.trained) == [b in run.spec.bits for b, _ in expected]
+        asked = part[["method", "scheme", "norm", "correction", "pruning_rate", "seed", "epochs"]].drop_duplicates()
+        values = (run.method, run.config.scheme, run.spec.norm, run.spec.correction, run.pruning_rate, 0, EPOCHS)
+        assert [tuple(row) for row in asked.to_numpy()] == [values]
+        assert set(part.n) == {TEST if run.subset[1] else 30}
+    assert rows.top1.between(0, 100).all() and not rows.drop(columns="commit").isna().any(axis=None)
+
+
+def test_cost_in_closed_form(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    costs = undisturbed[1].drop_duplicates("run")
+    children = 2
+    passes = [children * TRAIN, children * TRAIN // 2, children * TRAIN, TRAIN, TRAIN, children * 60]
+    assert list(costs.sample_passes) == [EPOCHS * n for n in passes]
+    steps = [children, children, 1, 1, 1, children * 2]
+    assert list(costs.steps) == [EPOCHS * n for n in steps]
+    assert (costs.seconds > 0).all()
+
+
+def test_provenance(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    _, rows = undisturbed
+    one = rows[["profile", "python", "torch", "device", "dataset", "model"]].drop_duplicates()
+    versions = (".".join(map(str, sys.version_info[:3])), torch.__version__)
+    expected = ("smoke", *versions, f"cpu, {torch.get_num_threads()} threads", "digits", "resnet8")
+    assert [tuple(row) for row in one.to_numpy()] == [expected]
+    digits = load_dataset("digits").subset(60, 30)
+    sums = {digits.sha256, digits.subset(TRAIN, TEST).sha256}
+    assert set(rows.data_sha256) == sums and len(sums) == 2
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def commit_and_dirty(root: Path) -> tuple[str, bool]:
+        monkeypatch.setattr(experiments, "ROOT", root)
+        found = experiments.provenance(load_dataset("digits"), torch.device("cpu"))
+        return found["commit"], found["dirty"]
+
+    (tmp_path / "emqlib").mkdir()
+    (tmp_path / "emqlib/a.py").touch()
+    assert commit_and_dirty(tmp_path) == ("", False)
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    assert commit_and_dirty(tmp_path) == ("", True)  # nothing committed yet
+    git(tmp_path, "commit", "--message", "a")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert len(commit) == 40 and commit_and_dirty(tmp_path) == (commit, False)
+    (tmp_path / "notes.txt").touch()
+    assert commit_and_dirty(tmp_path) == (commit, False)
+    (tmp_path / "emqlib/a.py").write_text("1")
+    assert commit_and_dirty(tmp_path) == (commit, True)
+    # installed into an environment that lies inside somebody else's checkout
+    assert commit_and_dirty(tmp_path / "emqlib") == ("", False)
+
+
+def test_a_second_call_trains_nothing(
+    finished: Path, undisturbed: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    rows = run_all(tiny_runs(), str(finished), progress=False)
+    pd.testing.assert_frame_equal(rows, undisturbed[1], check_exact=True)
+    some = run_all(iter(tiny_runs()[2:3]), finished, progress=False)
+    assert set(some.method) == {"Any-Precision"}
+
+
+@pytest.mark.parametrize("checkpoint", ["kept", "deleted"])
+def test_a_deleted_run_alone_is_run_again(
+    finished: Path, undisturbed: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch, checkpoint: str
+) -> None:
+    run, trained = tiny_runs()[1], []
+    (finished / f"runs/{run.hash}.json").unlink()
+    if checkpoint == "deleted":
+        (finished / f"checkpoints/{run.hash}.pt").unlink()
+    epoch = training._epoch
+
+    def counted(run: Any, *arguments: Any) -> dict[str, Any]:
+        trained.append(run.config)
+        return epoch(run, *arguments)
+
+    monkeypatch.setattr(training, "_epoch", counted)
+    assert_same(run_all(tiny_runs(), finished, progress=False), undisturbed[1])
+    assert trained == ([run.config] * EPOCHS if checkpoint == "deleted" else [])
+    assert (finished / f"runs/{run.hash}.json").exists()
+
+
+def test_an_interrupted_run_goes_on(
+    undisturbed: tuple[Path, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first epoch of the third run: two runs stay, the third has one epoch left."""
+    runs, saved, epochs = tiny_runs()[:4], [], []
+    save, epoch = training._save, training._epoch
+
+    def save_and_stop(run: Any, path: Path) -> None:
+        save(run, path)
+        saved.append(path.stem)
+        if len(saved) == 2 * EPOCHS + 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(runs, tmp_path, progress=False)
+    assert {path.stem for path in (tmp_path / "runs").iterdir()} == {run.hash for run in runs[:2]}
+    monkeypatch.setattr(training, "_epoch", lambda run, *rest: epochs.append(rest[1]) or epoch(run, *rest))
+    rows = run_all(runs, tmp_path, progress=False)
+    assert epochs == [1, 0, 1]
+    assert_same(rows, undisturbed[1][: len(rows)])
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_rows_of_another_config_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a default changes, which the hash does not show."""
+    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    path = finished / f"runs/{tiny_runs()[1].hash}.json"
+    edit(path, lambda record: record["config"]["config"].update(momentum=0.5))
+    with pytest.raises(ValueError, match=rf"^results_dir='{path}': .*config\.momentum was 0\.5"):
+        run_all(tiny_runs(), finished, progress=False)
+
+
+def test_rows_of_another_device_or_an_older_version_are_taken(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    path = finished / f"runs/{tiny_runs()[0].hash}.json"
+    edit(path, lambda record: record["config"]["config"].update(device="cuda:1"))
+    edit(path, lambda record: record["config"]["config"].pop("compile"))  # there was no such option
+    assert len(run_all(tiny_runs()[:1], finished, progress=False)) == 4
+
+
+@pytest.mark.parametrize("key", ["config", "provenance", "history", "rows"])
+def test_a_record_without_a_part_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    path = finished / f"runs/{tiny_runs()[-1].hash}.json"
+    edit(path, lambda record: record.pop(key))
+    with pytest.raises(ValueError, match=rf"^results_dir='{path}': expected a whole record.*{key}"):
+        run_all(tiny_runs(), finished, progress=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"config": 3}', b"{} {}"])
+def test_a_damaged_record_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Also when an earlier run is still to be trained: nothing starts before all that is stored has been read."""
+    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    (finished / f"runs/{tiny_runs()[0].hash}.json").unlink()
+    path = finished / f"runs/{tiny_runs()[-1].hash}.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^results_dir='{path}': expected a whole record"):
+        run_all(tiny_runs(), finished, progress=False)
+
+
+def test_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^runs=\[\]: expected at least one Run$"):
+        run_all([], tmp_path)

@@ -1,0 +1,155 @@
+"""Files are whole or absent, whatever happens to the writer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import BinaryIO
+
+import pytest
+
+from emqlib import files
+
+# A process of its own that may be killed or run out of space; run_path instead of an import, which would load torch.
+WRITER = """
+import os, resource, runpy, signal, sys
+from pathlib import Path
+write_atomic = runpy.run_path(sys.argv[1])["write_atomic"]
+
+def killed(file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def too_large(file):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    file.write(b"new" * 100_000)
+
+write_atomic(Path(sys.argv[2]), {"killed": killed, "too_large": too_large}[sys.argv[3]])
+"""
+
+
+def run_writer(path: Path, how: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WRITER, files.__file__, str(path), how]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def half_then(error: BaseException) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise error
+
+    return write
+
+
+def test_content_and_missing_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.bin"
+    files.write_atomic(path, lambda file: file.write(b"\x00\xff"))
+    assert path.read_bytes() == b"\x00\xff"
+    files.write_atomic(path, lambda file: file.write(b"again"))
+    assert path.read_bytes() == b"again"
+    assert os.listdir(path.parent) == ["file.bin"]
+
+
+def test_others_may_read_it(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "row.json", "{}")
+    assert (tmp_path / "row.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_text_is_utf8_with_the_line_ends_given(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "t.txt", "α\r\nβ\n")
+    assert (tmp_path / "t.txt").read_bytes() == "α\r\nβ\n".encode()
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "file"
+    for before in ([], ["file"]):
+        with pytest.raises(type(error)):
+            files.write_atomic(path, half_then(error))
+        assert os.listdir(tmp_path) == before
+        files.write_text(path, "old")
+    assert path.read_text() == "old"
+
+
+def test_content_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may rename first and write later; a power failure in between would leave an empty file."""
+    calls = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, call=call: calls.append(name) or call(*args))
+    files.write_text(tmp_path / "row.json", "{}")
+    assert calls == ["fsync", "replace"] and (tmp_path / "row.json").read_text() == "{}"
+
+
+def test_a_full_disk_is_reported_with_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    path.write_text("old")
+    result = run_writer(path, "too_large")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("OSError: [Errno 27]") and str(path) in result.stderr
+    assert os.listdir(tmp_path) == ["row.json"] and path.read_text() == "old"
+
+
+def test_a_writer_killed_half_way_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "row.json"
+    assert run_writer(path, "killed").returncode == -signal.SIGKILL
+    assert not path.exists()
+    path.write_text("old")
+    assert run_writer(path, "killed").returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    files.write_text(path, "new")  # what the killed one left behind is in nobody's way
+    assert path.read_text() == "new"
+
+
+def test_a_reader_sees_whole_files_only(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 1 << 20
+    contents = {letter * size for letter in "ab"}
+    files.write_text(path, "a" * size)
+    writer = Thread(target=lambda: [files.write_text(path, letter * size) for letter in "ba" * 10])
+    writer.start()
+    seen = [path.read_text()]
+    while writer.is_alive():
+        seen.append(path.read_text())
+    writer.join()
+    assert set(seen) <= contents
+
+
+def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    for place in ("file/below", "folder"):
+        with pytest.raises(OSError, match=r"file|folder"):
+            files.write_text(tmp_path / place, "new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old" and not os.listdir(tmp_path / "folder")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder at hand that even root cannot write to")
+def test_a_folder_that_cannot_be_written_to() -> None:
+    with pytest.raises(OSError, match="/proc/self"):
+        files.write_text(Path("/proc/self/row.json"), "new")
+
+
+def test_equal_values_have_equal_json() -> None:
+    text = files.canonical_json({"b": (1, 2.5), "a": {"d": None, "c": "β"}})
+    assert text == '{"a":{"c":"\\u03b2","d":null},"b":[1,2.5]}'
+    assert text == files.canonical_json({"a": {"c": "β", "d": None}, "b": [1, 2.5]})
+    assert json.loads(text) == {"a": {"c": "β", "d": None}, "b": [1, 2.5]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [-float("inf")]}])
+def test_json_has_no_word_for_these(value: object) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.canonical_json(value)
+
+
+def test_digest() -> None:
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert files.digest("") == files.digest(b"") == empty
+    assert files.digest("β") == files.digest("β".encode()) != files.digest("b")

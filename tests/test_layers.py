@@ -1,0 +1,463 @@
+"""The layers that training uses against literal float64 loops, and batch norm against PyTorch's own."""
+
+import copy
+import io
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+
+from emqlib.correction import CORRECTIONS
+from emqlib.layers import InputQuantizer, LearnedScale, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS
+
+ALL_BITS = (*range(1, 9), 32)
+TRAINED = (2, 4, 8)
+CONVOLUTIONS = {
+    "plain": ({"in_channels": 3, "out_channels": 4, "kernel_size": 3}, {"stride": 1, "padding": 1}),
+    "grouped": ({"in_channels": 4, "out_channels": 6, "kernel_size": (3, 2)}, {"stride": 2, "padding": 2, "groups": 2}),
+    "depthwise": ({"in_channels": 4, "out_channels": 4, "kernel_size": 3}, {"padding": 1, "groups": 4}),
+    "dilated": ({"in_channels": 2, "out_channels": 3, "kernel_size": 2, "bias": False}, {"padding": 1, "dilation": 2}),
+    "pointwise": ({"in_channels": 1, "out_channels": 3, "kernel_size": 1}, {}),
+}
+
+Layer = QuantConv2d | QuantLinear
+
+
+def spec(**kwargs: object) -> QuantSpec:
+    return QuantSpec(**{"bits": TRAINED, "activation_range": "unit"} | kwargs)
+
+
+def learned(trained: dict[int, float], reach: dict[int, float], bits: int) -> float:
+    """The scale at `bits`: the nearest trained one's (the lower of two), stretched to reach as far."""
+    nearest = min(sorted(trained), key=lambda b: abs(b - bits))
+    return trained[nearest] * reach[nearest] / reach[bits]
+
+
+def reach(signed: bool) -> dict[int, float]:
+    """How many steps the largest level is away from zero; {-s/2, s/2} at 1 signed bit."""
+    levels = {b: float(reference.lsq_levels(b, signed)[1]) for b in ALL_BITS}
+    return levels | {1: 0.5} if signed else levels
+
+
+def set_scales(scale: LearnedScale, rng: torch.Generator, size: float) -> dict[int, float]:
+    """Give each trained bit-width a scale of its own; returns them."""
+    values = size * (0.5 + torch.rand(len(TRAINED), generator=rng, dtype=torch.float64))
+    scale.values.data = values
+    return dict(zip(TRAINED, values.tolist(), strict=True))
+
+
+def expected_weight(layer: Layer, scales: dict[int, float], bits: int) -> np.ndarray:
+    w = layer.weight.detach().numpy()
+    if layer.spec.weight == "lsq":
+        s = learned(scales, reach(signed=True), bits)
+        w_q, full = reference.lsq_weight(w, bits, s)[0], w
+    elif layer.spec.weight == "minmax":
+        zero = layer.spec.zero_level
+        w_q, full = reference.minmax_weight(w, bits, zero)[0], w
+    else:
+        w_q, full = reference.dorefa_weight(w, bits)[0], reference.dorefa_weight(w, 32)[0]
+    return reference.correct_weight(w_q, full, layer.spec.correction)
+
+
+def expected_input(layer: Layer, x: np.ndarray, scales: dict[int, float], bits: int) -> np.ndarray:
+    method, signed = layer.spec.activation, layer.input_quantizer.signed
+    if method == "none":
+        return x
+    if method == "lsq":
+        return reference.lsq_activation(x, bits, learned(scales, reach(signed), bits), signed)[0]
+    if method == "pact":
+        return reference.pact_activation(x, bits, learned(scales, dict.fromkeys(ALL_BITS, 1.0), bits), signed)[0]
+    if layer.input_quantizer.tracked:
+        return reference.dorefa_activation(x, bits, float(x.min()) if signed else None, float(x.max()))[0]
+    return reference.dorefa_activation(x, bits)[0]
+
+
+def check(layer: Layer, x: Tensor, rng: torch.Generator, bits: tuple[int, ...], arguments: dict[str, int]) -> None:
+    """`layer` on x, float64, at each of `bits` against the loops."""
+    layer = layer.double()
+    layer(x)  # what is learned or tracked starts here
+    weight_scales = set_scales(layer.weight_scale, rng, 0.1) if layer.spec.weight == "lsq" else {}
+    input_scales = {}
+    if layer.spec.activation in ("lsq", "pact"):
+        input_scales = set_scales(layer.input_quantizer.scale, rng, 0.3 if layer.spec.activation == "lsq" else 1.5)
+    bias = None if layer.bias is None else layer.bias.detach().numpy()
+    for b in bits:
+        layer.set_bits(b)
+        w, x_q = expected_weight(layer, weight_scales, b), expected_input(layer, x.numpy(), input_scales, b)
+        torch.testing.assert_close(layer.quantized_weight(), torch.from_numpy(w), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(layer.input_quantizer(x, layer.levels), torch.from_numpy(x_q), rtol=1e-9, atol=1e-11)
+        product = reference.linear if isinstance(layer, QuantLinear) else reference.conv2d
+        expected = torch.from_numpy(product(x_q, w, bias, **arguments))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-10)
+
+
+def images(channels: int, signed: bool, rng: torch.Generator) -> Tensor:
+    x = torch.randn(2, channels, 5, 4, generator=rng, dtype=torch.float64)
+    return x if signed else x.abs()
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("weight", WEIGHT_METHODS)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_conv2d_against_reference(kind: str, weight: str, correction: str, rng: torch.Generator) -> None:
+    shape, arguments = CONVOLUTIONS[kind]
+    conv = nn.Conv2d(**shape, **arguments).eval()
+    layer = QuantConv2d.from_float(conv, spec(weight=weight, correction=correction), signed=False)
+    check(layer, images(shape["in_channels"], False, rng), rng, ALL_BITS, arguments)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("weight", WEIGHT_METHODS)
+def test_linear_against_reference(weight: str, correction: str, rng: torch.Generator) -> None:
+    for bias in (True, False):
+        linear = nn.Linear(7, 5, bias=bias).eval()
+        layer = QuantLinear.from_float(linear, spec(weight=weight, correction=correction), signed=False)
+        check(layer, torch.rand(4, 7, generator=rng, dtype=torch.float64) * 1.5, rng, ALL_BITS, {})
+
+
+@pytest.mark.parametrize("activation_range", ["unit", "tracked"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATION_METHODS)
+def test_inputs_against_reference(activation: str, signed: bool, activation_range: str, rng: torch.Generator) -> None:
+    settings = spec(weight="minmax", activation=activation, activation_range=activation_range)
+    shape, arguments = CONVOLUTIONS["plain"]
+    layer = QuantConv2d.from_float(nn.Conv2d(**shape, **arguments).eval(), settings, signed)
+    check(layer, images(3, signed, rng), rng, ALL_BITS, arguments)
+    layer = QuantLinear.from_float(nn.Linear(7, 5).eval(), settings, signed)
+    x = torch.randn(4, 7, generator=rng, dtype=torch.float64)
+    check(layer, x if signed else x.abs(), rng, ALL_BITS, {})
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_zero_level_against_reference(correction: str, rng: torch.Generator) -> None:
+    settings = spec(weight="minmax", zero_level=True, correction=correction)
+    layer = QuantLinear.from_float(nn.Linear(7, 5).eval(), settings, signed=False)
+    check(layer, torch.rand(4, 7, generator=rng, dtype=torch.float64), rng, ALL_BITS[1:], {})
+
+
+@pytest.mark.parametrize("weight", WEIGHT_METHODS)
+def test_gradients_reach_every_parameter(weight: str, rng: torch.Generator) -> None:
+    x = images(3, True, rng).float()
+    for activation in ACTIVATION_METHODS:
+        conv = nn.Conv2d(3, 4, 3)
+        layer = QuantConv2d.from_float(conv, spec(weight=weight, activation=activation, correction="none"), signed=True)
+        layer(x)
+        if activation in ("lsq", "pact"):
+            layer.input_quantizer.scale.values.data *= 0.5  # so that some inputs are clipped
+        for bits in TRAINED:
+            layer.set_bits(bits)
+            layer(x).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None and (parameter.grad != 0).all(), name  # of every bit-width's scale too
+
+
+def test_a_layer_takes_over_the_plain_ones_parameters_and_settings() -> None:
+    conv = nn.Conv2d(4, 6, (3, 2), stride=2, padding="valid", dilation=2, groups=2, padding_mode="reflect").eval()
+    conv.weight.requires_grad_(False)
+    layer = QuantConv2d.from_float(conv, spec(), signed=False)
+    assert layer.weight is conv.weight and layer.bias is conv.bias and not layer.training
+    for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels"):
+        assert getattr(layer, name) == getattr(conv, name)
+    assert "bits=8, weight=dorefa, correction=mean_var" in repr(layer)
+    assert "dorefa, signed=False, range=unit" in repr(layer)
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_at_32_bits(padding_mode: str, rng: torch.Generator) -> None:
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=padding_mode)
+    layer = QuantConv2d.from_float(conv, spec(weight="minmax", activation="none", correction="none"), signed=True)
+    layer.set_bits(32)
+    x = torch.randn(2, 2, 5, 5, generator=rng)
+    assert torch.equal(layer(x), conv(x))
+
+
+def test_linear_takes_any_number_of_dimensions(rng: torch.Generator) -> None:
+    layer = QuantLinear.from_float(nn.Linear(4, 3), spec(), signed=False)
+    x = torch.rand(2, 5, 4, generator=rng)
+    assert layer(x).shape == (2, 5, 3)
+    assert torch.equal(layer(x)[1], layer(x[1])) and layer(x[0, 0]).shape == (3,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATION_METHODS)
+def test_half_precision_layers(activation: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """A whole layer in half precision, at every bit-width, 32 included: near the float32 one, never NaN."""
+    for weight in WEIGHT_METHODS:
+        settings = spec(weight=weight, activation=activation, activation_range="tracked")
+        layer = QuantLinear.from_float(nn.Linear(8, 5), settings, signed=True)
+        x = torch.randn(6, 8, generator=rng)
+        layer(x)
+        half = copy.deepcopy(layer).to(dtype).eval()
+        for bits in ALL_BITS:
+            half.set_bits(bits)
+            layer.eval().set_bits(bits)
+            y = half(x.to(dtype))
+            assert y.dtype == dtype and y.isfinite().all()
+            if bits in (8, 32):
+                torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.1)
+
+
+# What is learned or tracked
+
+
+def test_learned_scales_start_from_the_first_batch(rng: torch.Generator) -> None:
+    x = 3 * torch.rand(10, 20, generator=rng)
+    for signed in (False, True):
+        lsq = InputQuantizer(spec(activation="lsq"), signed)
+        pact = InputQuantizer(spec(activation="pact"), signed)
+        for quantizer in (lsq, pact):
+            quantizer(x, torch.tensor(255.0))
+            quantizer(100 * x, torch.tensor(255.0))  # the second batch moves nothing
+        starts = [reference.lsq_initial_scale(x.double().numpy(), b, signed) for b in TRAINED]
+        assert lsq.scale.values.tolist() == pytest.approx(starts, rel=1e-5)
+        assert pact.scale.values.tolist() == pytest.approx([x.max().item()] * 3)
+    layer = QuantLinear.from_float(nn.Linear(9, 4), spec(weight="lsq"), signed=False)
+    weight = layer.weight.detach().double().numpy()
+    starts = [reference.lsq_initial_scale(weight, b, signed=True) for b in TRAINED]
+    assert layer.weight_scale.values.tolist() == pytest.approx(starts, rel=1e-5)
+
+
+def test_untrained_bit_widths_reach_as_far_as_the_nearest_trained() -> None:
+    """Steps of 3 unsigned bits (7 steps) under 2 trained ones (3 steps), and of 6 (63) under 4 (15), 7 under 8."""
+    scale = LearnedScale(TRAINED, reach(signed=False))
+    scale.values.data = torch.tensor([0.1, 0.2, 0.3])
+    expected = {1: 0.3, 2: 0.1, 3: 0.3 / 7, 4: 0.2, 5: 3 / 31, 6: 3 / 63, 7: 0.3 * 255 / 127, 8: 0.3}
+    for bits, value in expected.items():
+        scale.set_bits(bits)
+        assert scale().item() == pytest.approx(value)
+    scale.set_bits(3)
+    scale().backward()
+    assert scale.values.grad.tolist() == pytest.approx([3 / 7, 0, 0])
+
+
+def test_a_scale_stays_positive() -> None:
+    scale = LearnedScale(TRAINED, reach(signed=False))
+    for value in (-0.1, 0.0):
+        scale.values.data.fill_(value)
+        assert scale() > 0
+
+
+def test_tracked_ranges_follow_the_data(rng: torch.Generator) -> None:
+    quantizer, n = InputQuantizer(spec(), signed=True), torch.tensor(255.0)
+    batches = [torch.randn(50, generator=rng) * size for size in (1.0, 4.0, 0.5)]
+    low = high = None
+    for x in batches:
+        quantizer(x, n)
+        low = float(x.min()) if low is None else 0.9 * low + 0.1 * float(x.min())
+        high = float(x.max()) if high is None else 0.9 * high + 0.1 * float(x.max())
+        assert (quantizer.low.item(), quantizer.high.item()) == pytest.approx((low, high), rel=1e-5)
+    quantizer.eval()(1000 * batches[0], n)
+    assert (quantizer.low.item(), quantizer.high.item()) == pytest.approx((low, high), rel=1e-5)
+
+
+def test_a_unit_range_stays(rng: torch.Generator) -> None:
+    quantizer = InputQuantizer(spec(), signed=False)
+    assert quantizer.started and not quantizer.tracked
+    quantizer(100 * torch.rand(50, generator=rng), torch.tensor(3.0))
+    assert (quantizer.low, quantizer.high) == (0, 1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_METHODS)
+@pytest.mark.parametrize("signed", [False, True])
+def test_first_batch_of_zeros(activation: str, signed: bool) -> None:
+    quantizer = InputQuantizer(spec(activation=activation, activation_range="tracked"), signed)
+    x = torch.zeros(2, 3, requires_grad=True)
+    for n in (1.0, 3.0, 255.0, 2.0**32 - 1):
+        y = quantizer(x, torch.tensor(n))
+        y.sum().backward()
+        assert y.abs().max() < 1e-5 and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_METHODS)
+@pytest.mark.parametrize("norm", ["shared", "switchable"])
+def test_state_dict_round_trip(activation: str, norm: str, rng: torch.Generator) -> None:
+    """Through a file without pickled objects; what started or was adapted is so afterwards too."""
+    settings = spec(activation=activation, weight="lsq", norm=norm, activation_range="tracked")
+
+    def network() -> nn.Sequential:
+        layer = QuantLinear.from_float(nn.Linear(6, 4), settings, signed=True)
+        return nn.Sequential(layer, MultiBitBatchNorm(nn.BatchNorm1d(4), settings))
+
+    one, other = network(), network()
+    x = torch.randn(20, 6, generator=rng)
+    one(x)
+    one[1].own_statistics(3)
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other[0].input_quantizer.started and other[1].own == one[1].own >= {3}
+    for bits in (2, 3, 8):
+        for module in (*one, *other):
+            module.set_bits(bits)
+        assert torch.equal(one.eval()(x), other.eval()(x))
+    assert torch.equal(one.train()(100 * x), other.train()(100 * x))  # neither starts again
+
+
+def test_deepcopy(rng: torch.Generator) -> None:
+    settings = spec(weight="lsq", activation="lsq", norm="switchable")
+    one = nn.Sequential(
+        QuantLinear.from_float(nn.Linear(6, 4), settings, True), MultiBitBatchNorm(nn.BatchNorm1d(4), settings)
+    )
+    x = torch.randn(20, 6, generator=rng)
+    one(x)
+    other = copy.deepcopy(one)
+    before = one.eval()(x)
+    assert torch.equal(other.eval()(x), before)
+    for module in other:
+        module.set_bits(2)
+    other.train()(x).sum().backward()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    assert torch.equal(one(x), before) and all(p.grad is None for p in one.parameters())
+
+
+# Batch norm
+
+
+def norm_inputs(kind: type[nn.Module], rng: torch.Generator) -> Tensor:
+    return torch.randn(*{nn.BatchNorm1d: (8, 5), nn.BatchNorm2d: (4, 5, 3, 3)}[kind], generator=rng) * 2 + 1
+
+
+def uneven(norm: nn.Module, rng: torch.Generator) -> nn.Module:
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        tensor.data = 0.5 + torch.rand(tensor.shape, generator=rng)
+    return norm
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_shared_norm_is_batch_norm(kind: type[nn.Module], rng: torch.Generator) -> None:
+    """Bit for bit over several training steps at changing bit-widths: outputs, gradients, running statistics."""
+    plain = uneven(kind(5, eps=1e-3, momentum=0.3), rng)
+    ours = MultiBitBatchNorm(plain, spec())
+    for bits in (2, 8, 3, 4, 32):
+        x = norm_inputs(kind, rng).requires_grad_()
+        twin = x.detach().clone().requires_grad_()
+        ours.set_bits(bits)
+        expected, actual = plain(x), ours(twin)
+        assert torch.equal(actual, expected)
+        expected.square().sum().backward()
+        actual.square().sum().backward()
+        assert torch.equal(twin.grad, x.grad)
+        assert torch.equal(ours.weight.grad[0], plain.weight.grad) and torch.equal(ours.bias.grad[0], plain.bias.grad)
+        assert torch.equal(ours.running_mean[-1], plain.running_mean)
+        assert torch.equal(ours.running_var[-1], plain.running_var)
+    x = norm_inputs(kind, rng)
+    assert torch.equal(ours.eval()(x), plain.eval()(x))
+
+
+def test_norm_against_reference(rng: torch.Generator) -> None:
+    plain = uneven(nn.BatchNorm2d(5), rng).double()
+    ours = MultiBitBatchNorm(plain, spec())
+    x = norm_inputs(nn.BatchNorm2d, rng).double()
+    arrays = [t.detach().numpy() for t in (plain.running_mean, plain.running_var, plain.weight, plain.bias)]
+    expected = torch.from_numpy(reference.batch_norm(x.numpy(), *arrays, eps=1e-5))
+    torch.testing.assert_close(ours.eval()(x), expected, rtol=1e-10, atol=1e-12)
+    ours.train()(x)
+    mean, var = (torch.from_numpy(v) for v in reference.batch_moments(x.numpy()))
+    torch.testing.assert_close(ours.running_mean[-1], 0.9 * plain.running_mean + 0.1 * mean)
+    torch.testing.assert_close(ours.running_var[-1], 0.9 * plain.running_var + 0.1 * var)
+
+
+def test_switchable_norm_is_one_batch_norm_a_bit_width(rng: torch.Generator) -> None:
+    start = uneven(nn.BatchNorm2d(5), rng)
+    ours = MultiBitBatchNorm(start, spec(norm="switchable"))
+    plain = {bits: copy.deepcopy(start) for bits in TRAINED}
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (ours, *plain.values())]
+    for bits in (2, 8, 8, 4, 2):
+        x = norm_inputs(nn.BatchNorm2d, rng) * bits
+        ours.set_bits(bits)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        assert torch.equal(ours(x), plain[bits](x))
+        for module in (ours, plain[bits]):
+            module(x).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    x = norm_inputs(nn.BatchNorm2d, rng)
+    for bits in TRAINED:
+        ours.eval().set_bits(bits)
+        assert torch.equal(ours(x), plain[bits].eval()(x))
+    assert [ours.serves(b) for b in ALL_BITS] == [b in TRAINED for b in ALL_BITS]
+    assert "5, switchable, bits=8, own=[2, 4, 8]" in repr(ours)
+
+
+def test_own_statistics(rng: torch.Generator) -> None:
+    """A new row starts from what the bit-width used, and from then on the others do not move it."""
+    shared = MultiBitBatchNorm(uneven(nn.BatchNorm1d(5), rng), spec())
+    shared.own_statistics(3)
+    shared.set_bits(3)
+    x = norm_inputs(nn.BatchNorm1d, rng)
+    before = shared.eval()(x)
+    shared.train().set_bits(4)
+    assert torch.equal(before, shared.eval()(x))  # 3 bits started from the shared statistics
+    shared.train()(100 * x)
+    assert not torch.equal(before, shared.eval()(x))
+    shared.set_bits(3)
+    assert torch.equal(before, shared(x))
+    switchable = MultiBitBatchNorm(nn.BatchNorm1d(5), spec(norm="switchable"))
+    switchable.set_bits(4)
+    switchable(100 * x)
+    switchable.own_statistics(5)
+    assert switchable.serves(5)
+    before = switchable.eval()(x)
+    switchable.set_bits(5)
+    assert torch.equal(before, switchable(x))
+
+
+def test_norm_without_affine_and_frozen_norm(rng: torch.Generator) -> None:
+    for norm in ("shared", "switchable"):
+        ours = MultiBitBatchNorm(nn.BatchNorm1d(5, affine=False), spec(norm=norm))
+        x = norm_inputs(nn.BatchNorm1d, rng)
+        assert ours.weight is None and torch.equal(ours(x), nn.BatchNorm1d(5, affine=False)(x))
+        frozen = MultiBitBatchNorm(nn.BatchNorm1d(5).requires_grad_(False), spec(norm=norm))
+        assert not any(p.requires_grad for p in frozen.parameters())
+
+
+# QuantSpec
+
+
+def test_spec_defaults_and_order() -> None:
+    default = QuantSpec(bits=[8, 2, 4])
+    assert default.bits == (2, 4, 8) and default.full_precision == ("first", "last")
+    assert (default.weight, default.activation, default.correction, default.norm) == (
+        "dorefa",
+        "dorefa",
+        "mean_var",
+        "shared",
+    )
+    assert QuantSpec(bits=iter([4]), full_precision=iter(["first"])).full_precision == ("first",)
+    assert hash(default) == hash(QuantSpec(bits=(2, 4, 8)))
+    with pytest.raises(FrozenInstanceError):
+        default.bits = (2,)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "allowed"),
+    [
+        ("bits", [(), (2, 2), (0,), (9,), (2, True), "248", b"2", {2: 4}, 4, (2.0,), ("4",), None], r"1 to 8 and 32"),
+        ("weight", ["DoReFa", None, 1, "pact"], "one of dorefa, lsq, minmax"),
+        ("activation", ["relu", None, 0, "minmax"], "one of dorefa, lsq, none, pact"),
+        ("correction", ["var", None, True], "one of mean, mean_var, none"),
+        ("norm", ["batch", None], "one of shared, switchable"),
+        ("activation_range", ["0..1", None], "one of auto, tracked, unit"),
+        ("full_precision", ["first", ("first", 1), ("",), None, 3, {"first": 1, 2: 3}], "a tuple of"),
+        ("zero_level", [1, "yes", None], "True or False"),
+        ("correction_gradient", [0, None], "True or False"),
+    ],
+)
+def test_wrong_spec(field: str, values: list[object], allowed: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{field}=.*expected .*{allowed}"):
+            QuantSpec(**{"bits": (2, 4)} | {field: value})
+
+
+def test_a_zero_level_needs_minmax_and_two_bits() -> None:
+    for wrong in ({"weight": "dorefa"}, {"weight": "minmax", "bits": (1, 2)}):
+        with pytest.raises(ValueError, match=r'^zero_level=True: expected weight="minmax" and bit-widths from 2 up'):
+            QuantSpec(**{"bits": (2, 4), "zero_level": True} | wrong)

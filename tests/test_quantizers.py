@@ -1,0 +1,478 @@
+"""Every quantizer against the loops of reference.py, its gradient against the stated rule, and its properties."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emqlib import quantizers
+from emqlib.quantizers import quantize_activation, quantize_weight
+
+LOW_BITS = range(1, 9)
+ALL_BITS = (*LOW_BITS, 32)
+SIGNS = (False, True)
+WEIGHTS = {
+    "dorefa": reference.dorefa_weight,
+    "minmax": reference.minmax_weight,
+    "lsq": lambda w, bits: reference.lsq_weight(w, bits, reference.lsq_initial_scale(w, bits, signed=True)),
+}
+ACTIVATIONS = {
+    "dorefa": lambda x, bits, s, signed: reference.dorefa_activation(x, bits, -s if signed else None, s),
+    "pact": reference.pact_activation,
+    "lsq": reference.lsq_activation,
+}
+
+
+def on_its_grid(actual: Tensor, expected: tuple[np.ndarray, np.ndarray], rtol: float) -> None:
+    """Equal, but where the number before rounding lay so near a tie that the last bit of a sum decides."""
+    values, place = expected
+    decided = torch.from_numpy(np.abs(place - np.floor(place) - 0.5) > (1e-5 if rtol < 1e-6 else 2e-4))
+    assert decided.double().mean() > 0.9
+    wanted = torch.from_numpy(values)
+    torch.testing.assert_close(actual.double()[decided], wanted[decided], rtol=rtol, atol=rtol)
+
+
+def inputs(rng: torch.Generator, *shape: int, spread: float = 1.0) -> Tensor:
+    return spread * torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def scalar(value: float, **kwargs: object) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, **kwargs)
+
+
+# The formulas
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_weight(method: str, bits: int, rng: torch.Generator) -> None:
+    for shape in ((5, 3, 3, 3), (4, 1, 3, 3), (6, 7)):
+        w = inputs(rng, *shape, spread=0.3)
+        expected = WEIGHTS[method](w.numpy(), bits)
+        on_its_grid(quantize_weight(w, bits, method), expected, rtol=1e-12)
+        on_its_grid(quantize_weight(w.float(), bits, method), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_minmax_with_a_zero_level(bits: int, rng: torch.Generator) -> None:
+    w = inputs(rng, 5, 3, 3, 3)
+    if bits == 1:
+        with pytest.raises(ValueError, match=r"^zero_level=True: expected at least 2 bits"):
+            quantize_weight(w, bits, "minmax", zero_level=True)
+        return
+    w_q = quantize_weight(w, bits, "minmax", zero_level=True)
+    on_its_grid(w_q, reference.minmax_weight(w.numpy(), bits, zero_level=True), rtol=1e-12)
+    assert len(w_q[0].unique()) <= 2**bits - 1
+    assert (quantize_weight(torch.zeros(2, 3), bits, "minmax", zero_level=True) == 0).all()
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_lsq_weight_with_a_given_scale(bits: int, rng: torch.Generator) -> None:
+    w = inputs(rng, 6, 20)
+    expected = reference.lsq_weight(w.numpy(), bits, 0.07)
+    on_its_grid(quantize_weight(w, bits, "lsq", scale=scalar(0.07)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("signed", SIGNS)
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("method", ACTIVATIONS)
+def test_activation(method: str, bits: int, signed: bool, rng: torch.Generator) -> None:
+    x = inputs(rng, 2, 5, 6, 6)
+    scale = 1.7 if method != "lsq" else reference.lsq_initial_scale(x.numpy(), bits, signed)
+    expected = ACTIVATIONS[method](x.numpy(), bits, scale, signed)
+    on_its_grid(quantize_activation(x, bits, method, scalar(scale), signed), expected, rtol=1e-12)
+    on_its_grid(quantize_activation(x.float(), bits, method, torch.tensor(scale), signed), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_activation_default_ranges(bits: int, rng: torch.Generator) -> None:
+    """Without a scale: [0, 1] as DoReFa and Any-Precision have it, and LSQ's initial step."""
+    x = inputs(rng, 200)
+    for signed in SIGNS:
+        for method in ("dorefa", "pact"):
+            on_its_grid(
+                quantize_activation(x, bits, method, signed=signed),
+                ACTIVATIONS[method](x.numpy(), bits, 1.0, signed),
+                1e-12,
+            )
+        start = reference.lsq_initial_scale(x.numpy(), bits, signed)
+        expected = reference.lsq_activation(x.numpy(), bits, start, signed)
+        on_its_grid(quantize_activation(x, bits, "lsq", signed=signed), expected, 1e-12)
+    assert torch.equal(quantize_activation(x, bits, "none"), x)
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+@pytest.mark.parametrize(("low", "high"), [(-0.3, 2.0), (-5.0, 0.5), (-1.0, 1.0), (-1e-6, 3.0), (-2.0, 1e-6)])
+def test_affine_grid(bits: int, low: float, high: float, rng: torch.Generator) -> None:
+    x = inputs(rng, 300)
+    n = scalar(quantizers.levels(bits))
+    x_q = quantizers.dorefa_activation(x, n, scalar(high), scalar(low))
+    on_its_grid(x_q, reference.dorefa_activation(x.numpy(), bits, low, high), rtol=1e-12)
+    assert len(x_q.unique()) <= 2**bits
+    assert bits == 1 or quantizers.dorefa_activation(torch.zeros(1), n, scalar(high), scalar(low)) == 0
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_learned_clipping_level_never_tips_its_grid_over(bits: int, rng: torch.Generator) -> None:
+    """Signed PACT is centred on a rounding tie; the grid must not hang on the last bit of alpha."""
+    big = torch.tensor([-1e9, 1e9])
+    for alpha in torch.rand(100, generator=rng) * 10:
+        low, high = quantize_activation(big, bits, "pact", alpha, signed=True) * (2**bits - 1) / (2 * alpha)
+        assert (round(float(low)), round(float(high))) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+# 32 bits: the identity, bit for bit
+
+
+@pytest.mark.parametrize("method", ["dorefa", "pact", "lsq"])
+def test_32_bit_activations_are_untouched(method: str, rng: torch.Generator) -> None:
+    powers = 10.0 ** torch.arange(-20, 8, 0.25)
+    x = torch.cat([powers, -powers, torch.zeros(1), torch.randn(1000, generator=rng)]).requires_grad_()
+    for signed in SIGNS:
+        x.grad = None
+        y = quantize_activation(x, 32, method, signed=signed)
+        assert torch.equal(y, x if signed else x.relu())
+        y.sum().backward()
+        assert torch.equal(x.grad, torch.ones_like(x) if signed else (x > 0).float())
+
+
+def test_32_bit_weights_are_untouched_or_the_domain(rng: torch.Generator) -> None:
+    w = torch.randn(8, 4, 3, 3, generator=rng)
+    for method in ("minmax", "lsq"):
+        leaf = w.clone().requires_grad_()
+        assert torch.equal(quantize_weight(leaf, 32, method), w)
+        quantize_weight(leaf, 32, method).sum().backward()
+        assert torch.equal(leaf.grad, torch.ones_like(w))
+    domain = w.abs().mean() * w.tanh() / w.tanh().abs().max()
+    torch.testing.assert_close(quantize_weight(w, 32, "dorefa"), domain)
+
+
+@pytest.mark.parametrize("method", ["dorefa", "pact", "lsq"])
+def test_a_scale_gets_no_gradient_at_32_bits(method: str, rng: torch.Generator) -> None:
+    for signed in SIGNS:
+        scale = torch.tensor(0.5, requires_grad=True)
+        quantize_activation(torch.randn(50, generator=rng), 32, method, scale, signed).sum().backward()
+        assert scale.grad == 0
+
+
+# Gradients: against finite differences where the formula is smooth, else against the stated rule
+
+
+def test_round_ste() -> None:
+    x = torch.tensor([-1.5, -0.2, 0.5, 2.7], requires_grad=True)
+    y = quantizers.round_ste(x)
+    (y * torch.arange(4.0)).sum().backward()
+    assert y.tolist() == [-2, 0, 0, 3] and x.grad.tolist() == [0, 1, 2, 3]
+
+
+def finite_differences(function: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    gradient = np.zeros_like(x)
+    for i in range(x.size):
+        shift = np.zeros(x.size)
+        shift[i] = step
+        shift = shift.reshape(x.shape)
+        gradient.flat[i] = (function(x + shift) - function(x - shift)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_dorefa_weight_gradient(bits: int, rng: torch.Generator) -> None:
+    """That of E tanh(w) / max|tanh(w)|, the maximum included, E held fixed: rounding passes gradients through."""
+    w, grad = inputs(rng, 3, 5), inputs(rng, 3, 5)
+    mean = float(w.abs().mean())
+
+    def smooth(v: np.ndarray) -> float:
+        return float(mean * (grad.numpy() * np.tanh(v)).sum() / np.abs(np.tanh(v)).max())
+
+    leaf = w.clone().requires_grad_()
+    quantize_weight(leaf, bits, "dorefa").backward(grad)
+    torch.testing.assert_close(leaf.grad, torch.from_numpy(finite_differences(smooth, w.numpy())), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("zero_level", SIGNS)
+def test_minmax_weight_gradient_is_one(bits: int, zero_level: bool, rng: torch.Generator) -> None:
+    if zero_level and bits == 1:
+        return
+    leaf, grad = inputs(rng, 3, 5).requires_grad_(), inputs(rng, 3, 5)
+    quantize_weight(leaf, bits, "minmax", zero_level=zero_level).backward(grad)
+    torch.testing.assert_close(leaf.grad, grad, rtol=1e-12, atol=1e-12)
+
+
+def lsq_rule(x: Tensor, grad: Tensor, bits: int, s: float, signed: bool) -> tuple[Tensor, float]:
+    """LSQ, section 2: ds is r(x/s) - x/s inside, the outer level outside, times 1 / sqrt(numel q_max); dx 1 and 0."""
+    q_n, q_p = reference.lsq_levels(bits, signed)
+    shift = 0.5 if signed and bits == 1 else 0.0  # the two levels -1 and 0, moved to -1/2 and 1/2
+    grad_x, grad_s = torch.zeros_like(x), 0.0
+    for i, (v, g) in enumerate(zip(x.flatten().tolist(), grad.flatten().tolist(), strict=True)):
+        u = v / s - shift
+        if -q_n < u < q_p:
+            grad_x.view(-1)[i] = g
+            grad_s += g * (reference.round_even(u) - u)
+        else:
+            grad_s += g * (shift + (-q_n if u <= -q_n else q_p))
+    return grad_x, grad_s / math.sqrt(x.numel() * max(q_p, 1))
+
+
+@pytest.mark.parametrize("signed", SIGNS)
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_lsq_gradients(bits: int, signed: bool, rng: torch.Generator) -> None:
+    values, grad = inputs(rng, 10, 30), inputs(rng, 10, 30)
+    s = 1.5 / 2 ** (bits - signed)  # so that some inputs fall outside
+    expected = lsq_rule(values, grad, bits, s, signed)
+    functions = [lambda x, scale: quantize_activation(x, bits, "lsq", scale, signed)]
+    if signed:
+        functions.append(lambda w, scale: quantize_weight(w, bits, "lsq", scale))
+    for function in functions:
+        x, scale = values.clone().requires_grad_(), scalar(s, requires_grad=True)
+        function(x, scale).backward(grad)
+        assert torch.equal(x.grad, expected[0])
+        assert scale.grad.item() == pytest.approx(expected[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_pact_gradients(bits: int, rng: torch.Generator) -> None:
+    """PACT, eq. 3: to alpha, 1 where x >= alpha and 0 elsewhere; to x, 1 between 0 and alpha."""
+    values, grad = inputs(rng, 200), inputs(rng, 200)
+    x, alpha = values.clone().requires_grad_(), scalar(0.8, requires_grad=True)
+    quantize_activation(x, bits, "pact", alpha).backward(grad)
+    assert alpha.grad.item() == pytest.approx(grad[values >= 0.8].sum().item(), rel=1e-9)
+    assert torch.equal(x.grad, torch.where((values > 0) & (values < 0.8), grad, 0))
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_signed_pact_gradients(bits: int, rng: torch.Generator) -> None:
+    """Outside, the outermost level in units of alpha; inside, none."""
+    values, grad = inputs(rng, 200), inputs(rng, 200)
+    x, alpha = values.clone().requires_grad_(), scalar(0.8, requires_grad=True)
+    x_q = quantize_activation(x, bits, "pact", alpha, signed=True)
+    x_q.backward(grad)
+    low, high = x_q.min().item(), x_q.max().item()
+    outside = (values <= low) | (values >= high)
+    expected = (grad * x_q.detach() / 0.8)[outside].sum().item()
+    assert alpha.grad.item() == pytest.approx(expected, rel=1e-9)
+    assert torch.equal(x.grad, torch.where(outside, 0, grad))
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_dorefa_activation_gradient(bits: int, rng: torch.Generator) -> None:
+    values, grad = inputs(rng, 200), inputs(rng, 200)
+    x = values.clone().requires_grad_()
+    quantize_activation(x, bits, "dorefa").backward(grad)
+    assert torch.equal(x.grad, torch.where((values > 0) & (values < 1), grad, 0))
+
+
+def test_offset_gradient(rng: torch.Generator) -> None:
+    """LSQ+: a learned offset moves what is outside with it, and nothing inside."""
+    values, grad = inputs(rng, 100), inputs(rng, 100)
+    x, s, offset = values.clone().requires_grad_(), scalar(0.2, requires_grad=True), scalar(-0.4, requires_grad=True)
+    quantizers.fake_quantize(x, s, scalar(0.0), scalar(7.0), offset).backward(grad)
+    u = (values + 0.4) / 0.2
+    inside = (u > 0) & (u < 7)
+    assert torch.equal(x.grad, torch.where(inside, grad, 0))
+    assert offset.grad.item() == pytest.approx(grad[~inside].sum().item(), rel=1e-9)
+    rule = torch.where(inside, u.round() - u, u.clamp(0, 7))
+    assert s.grad.item() == pytest.approx((grad * rule).sum().item(), rel=1e-9)
+
+
+# Properties
+
+
+numbers = st.floats(-100, 100, width=32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(numbers, min_size=1, max_size=30), st.sampled_from(LOW_BITS), st.sampled_from(sorted(WEIGHTS)))
+def test_weight_properties(values: list[float], bits: int, method: str) -> None:
+    """One channel: at most 2**b values, no larger than allowed, in the order of the weights."""
+    w = torch.tensor([sorted(values)])
+    w_q = quantize_weight(w, bits, method)
+    assert w_q.shape == w.shape and w_q.isfinite().all()
+    assert len(w_q.unique()) <= 2**bits
+    assert (w_q.diff() >= 0).all()
+    largest = {"dorefa": w.abs().mean(), "minmax": w.abs().max(), "lsq": math.inf}[method]
+    assert w_q.abs().max() <= largest * (1 + 1e-6) + 1e-30
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(numbers, min_size=1, max_size=30),
+    bits=st.sampled_from(LOW_BITS),
+    method=st.sampled_from(sorted(ACTIVATIONS)),
+    signed=st.booleans(),
+    scale=st.floats(1 / 1024, 128, width=32),
+)
+def test_activation_properties(values: list[float], bits: int, method: str, signed: bool, scale: float) -> None:
+    x, s = torch.tensor(sorted(values)), torch.tensor(scale)
+    x_q = quantize_activation(x, bits, method, s, signed)
+    assert x_q.shape == x.shape and x_q.isfinite().all()
+    assert len(x_q.unique()) <= 2**bits
+    assert (x_q.diff() >= 0).all()
+    assert signed or (x_q >= 0).all()
+    again = quantize_activation(x_q, bits, method, s, signed)  # on the grid already: nothing moves
+    torch.testing.assert_close(again, x_q, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+@pytest.mark.parametrize("method", ["minmax", "lsq"])
+def test_weight_grid_is_idempotent(method: str, bits: int, rng: torch.Generator) -> None:
+    """Not DoReFa's: tanh and the mean scale the quantized weights once more."""
+    w, scale = torch.randn(4, 9, generator=rng), torch.tensor(0.1) if method == "lsq" else None
+    once = quantize_weight(w, bits, method, scale)
+    torch.testing.assert_close(quantize_weight(once, bits, method, scale), once)
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_more_bits_come_closer(method: str, rng: torch.Generator) -> None:
+    w = torch.randn(16, 100, generator=rng)
+    target = quantize_weight(w, 32, method)
+    errors = [float((quantize_weight(w, b, method) - target).square().mean()) for b in LOW_BITS]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2 * errors[0]
+
+
+def test_nothing_is_written_in_place(rng: torch.Generator) -> None:
+    w = torch.randn(4, 9, generator=rng)
+    before = w.clone()
+    for bits in ALL_BITS:
+        for method in WEIGHTS:
+            quantize_weight(w, bits, method)
+        for method in ACTIVATIONS:
+            quantize_activation(w, bits, method, signed=True)
+    assert torch.equal(w, before)
+
+
+# Number types
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_dtype_is_kept(dtype: torch.dtype, bits: int, rng: torch.Generator) -> None:
+    x = torch.randn(4, 50, generator=rng).to(dtype)
+    for method in WEIGHTS:
+        leaf = x.clone().requires_grad_()
+        w_q = quantize_weight(leaf, bits, method)
+        w_q.sum().backward()
+        assert w_q.dtype == leaf.grad.dtype == dtype
+        assert w_q.isfinite().all() and leaf.grad.isfinite().all()
+        assert bits == 32 or max(len(channel.unique()) for channel in w_q) <= 2**bits
+    for method in ACTIVATIONS:
+        for signed in SIGNS:
+            leaf = x.clone().requires_grad_()
+            x_q = quantize_activation(leaf, bits, method, signed=signed)
+            x_q.sum().backward()
+            assert x_q.dtype == leaf.grad.dtype == dtype
+            assert leaf.grad.isfinite().all() and leaf.grad.any()
+            if bits == 32:
+                assert torch.equal(x_q, x if signed else x.relu())
+            else:
+                assert len(x_q.unique()) <= 2**bits and x_q.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees_with_single(dtype: torch.dtype, rng: torch.Generator) -> None:
+    x = torch.rand(500, generator=rng).to(dtype)
+    expected = quantize_activation(x.float(), 3)
+    near_tie = ((x.float() * 7) % 1 - 0.5).abs() < 0.05
+    torch.testing.assert_close(quantize_activation(x, 3).float()[~near_tie], expected[~near_tie], rtol=0.01, atol=0)
+
+
+# Degenerate inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_all_zero_weight(method: str, bits: int, dtype: torch.dtype) -> None:
+    w = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
+    w_q = quantize_weight(w, bits, method)
+    w_q.sum().backward()
+    assert w_q.abs().max() <= torch.finfo(dtype).tiny + 1e-6
+    assert w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("method", WEIGHTS)
+@pytest.mark.parametrize("value", [0.3, -0.3, 1e-20, -1e30])
+def test_constant_weight(method: str, bits: int, value: float) -> None:
+    w = torch.full((2, 3), value, requires_grad=True)
+    w_q = quantize_weight(w, bits, method)
+    w_q.sum().backward()
+    assert w_q.isfinite().all() and w.grad.isfinite().all() and len(w_q.unique()) == 1
+    if method != "lsq":
+        torch.testing.assert_close(w_q, w)  # the outermost level, or E tanh(w) / max|tanh(w)|
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_single_weight(method: str, bits: int) -> None:
+    for shape in ((1,), (1, 1), (1, 1, 1, 1)):
+        w = torch.full(shape, -0.7, requires_grad=True)
+        w_q = quantize_weight(w, bits, method)
+        w_q.sum().backward()
+        assert w_q.shape == shape and w_q.isfinite().all() and w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", LOW_BITS)
+@pytest.mark.parametrize("method", ACTIVATIONS)
+def test_degenerate_activations(method: str, bits: int) -> None:
+    for signed in SIGNS:
+        for value in (0.0, 1e-30, 1e30, -1e30):
+            x = torch.full((2, 3), value, requires_grad=True)
+            x_q = quantize_activation(x, bits, method, signed=signed)
+            x_q.sum().backward()
+            assert x_q.isfinite().all() and x.grad.isfinite().all()
+
+
+# Errors
+
+
+@pytest.mark.parametrize("bits", [0, 9, 16, 31, 33, -1, True, "4", 2.0, 2.5, None, [4]])
+def test_wrong_bits(bits: object) -> None:
+    for function in (quantize_weight, quantize_activation):
+        with pytest.raises(ValueError, match=r"^bits=.*expected a bit-width: 1 to 8, or 32"):
+            function(torch.ones(2, 2), bits)
+    with pytest.raises(ValueError, match=r"^bits="):
+        quantizers.levels(bits)
+
+
+@pytest.mark.parametrize("method", ["DoReFa", "", "none ", None, 3, ["lsq"]])
+def test_unknown_method_lists_what_exists(method: object) -> None:
+    with pytest.raises(ValueError, match=r"^method=.*expected one of dorefa, lsq, minmax$"):
+        quantize_weight(torch.ones(2, 2), 4, method)
+    with pytest.raises(ValueError, match=r"^method=.*expected one of dorefa, lsq, none, pact$"):
+        quantize_activation(torch.ones(2, 2), 4, method)
+
+
+@pytest.mark.parametrize("value", [torch.empty(0, 3), torch.ones(2, 2, dtype=torch.int64), [[0.1]], 0.5, None])
+def test_wrong_tensor(value: object) -> None:
+    for method in WEIGHTS:
+        with pytest.raises(ValueError, match=r"^w=(?s:.*)expected a floating-point tensor that is not empty"):
+            quantize_weight(value, 4, method)
+    for method in ("none", *ACTIVATIONS):
+        with pytest.raises(ValueError, match=r"^x=(?s:.*)expected a floating-point tensor that is not empty"):
+            quantize_activation(value, 4, method)
+    with pytest.raises(ValueError, match=r"^w=.*a dimension of output channels"):
+        quantize_weight(torch.tensor(0.5), 4)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(math.nan), torch.ones(2), 0.1])
+def test_wrong_scale(scale: object) -> None:
+    with pytest.raises(ValueError, match=r"^scale=.*expected a positive scalar tensor"):
+        quantize_weight(torch.ones(2, 2), 4, "lsq", scale)
+    with pytest.raises(ValueError, match=r"^scale=.*expected a positive scalar tensor"):
+        quantize_activation(torch.ones(2, 2), 4, "pact", scale)
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes", None])
+def test_wrong_flags(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^zero_level=.*True or False"):
+        quantize_weight(torch.ones(2, 2), 4, "minmax", zero_level=value)
+    with pytest.raises(ValueError, match=r"^signed=.*True or False"):
+        quantize_activation(torch.ones(2, 2), 4, signed=value)

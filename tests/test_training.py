@@ -1,0 +1,879 @@
+"""Training: plans, schedules and seeds by closed forms, steps by a loop written out, runs by stopping and killing."""
+
+import copy
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import emqlib as emq
+from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, training
+from emqlib.layers import InputQuantizer
+
+BITS = (2, 4, 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks as small as these are ten times slower when threads of several processes wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    pytest.importorskip("sklearn")
+    return emq.load_dataset("digits", image_size=8).subset(100, 50)
+
+
+def tiny_net(classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    """First, quantized and last layer, batch norms, and dropout if wanted.
+
+    No bias before a batch norm: its gradient is zero but for rounding, and AdamW would make steps of that.
+    """
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Conv2d(6, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(24, classes),
+    )
+
+
+def tiny(bits: tuple[int, ...] = BITS, init: int = 0, dropout: float = 0.0, **spec: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(init)
+        return emq.convert(tiny_net(dropout=dropout), QuantSpec(bits=bits, **spec))
+
+
+def quick(**fields: Any) -> TrainConfig:
+    return TrainConfig(**{"epochs": 2, "batch_size": 25, "lr": 0.05} | fields)
+
+
+def train(model: nn.Module, data: Dataset, config: TrainConfig, checkpoint: Path | None = None) -> pd.DataFrame:
+    return emq.train(model, data, config, checkpoint=checkpoint, progress=False)
+
+
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert list(ours) == list(theirs)
+    assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# Plans
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 65, 100])
+@pytest.mark.parametrize("rate", [0.0, 0.8])
+@pytest.mark.parametrize("scheme", ["dedicated", "joint", "bitwise"])
+def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, n: int) -> None:
+    bits = (4,) if scheme == "dedicated" else BITS
+    config = TrainConfig(scheme=scheme, batch_size=16, coreset=CoresetConfig(pruning_rate=rate))
+    for epoch in (0, 1):
+        steps = training.plan(n, bits, config, epoch)
+        for b, subset in training.coresets(n, bits, config, epoch).items():
+            seen = [step.indices for step in steps if b in step.bits]
+            assert torch.cat(seen).sort().values.tolist() == subset.tolist()
+            assert len(subset) == max(1, round((1 - rate) * n))
+            sizes = [len(indices) for indices in seen]
+            assert len(sizes) == math.ceil(len(subset) / 16)
+            assert max(sizes) <= 16 and max(sizes) - min(sizes) <= 1
+
+
+def test_joint_steps_have_all_bit_widths_highest_first() -> None:
+    steps = training.plan(100, BITS, TrainConfig(scheme="joint", batch_size=16), 0)
+    assert {step.bits for step in steps} == {(8, 4, 2)} and len(steps) == 7
+
+
+def test_bitwise_steps_alternate_between_the_children() -> None:
+    steps = training.plan(100, BITS, TrainConfig(scheme="bitwise", batch_size=16), 0)
+    assert [step.bits for step in steps] == [(8,), (4,), (2,)] * 7
+    first = [step.indices.tolist() for step in steps[:3]]
+    assert first[0] != first[1] != first[2] != first[0]
+
+
+def test_every_epoch_is_shuffled_anew() -> None:
+    config = TrainConfig(scheme="joint", batch_size=100)
+    orders = [training.plan(100, BITS, config, epoch)[0].indices.tolist() for epoch in range(3)]
+    assert list(range(100)) not in orders and orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("dedicated", (4,)), ("joint", BITS), ("bitwise", BITS)])
+@pytest.mark.parametrize("rate", [None, 0.0, 0.55, 0.8])
+def test_sample_passes_are_counted(digits: Dataset, scheme: str, bits: tuple[int, ...], rate: float | None) -> None:
+    coreset = None if rate is None else CoresetConfig(pruning_rate=rate)
+    history = train(tiny(bits), digits, quick(scheme=scheme, batch_size=50, coreset=coreset))
+    assert history.columns.tolist() == ["epoch", "lr", "loss", "steps", "sample_passes", "seconds"]
+    passes = len(bits) * round((1 - (rate or 0)) * 100)
+    assert history.sample_passes.tolist() == [passes, passes]
+    batches = math.ceil(round((1 - (rate or 0)) * 100) / 50)
+    assert history.steps.tolist() == [batches * (len(bits) if scheme == "bitwise" else 1)] * 2
+    assert history.epoch.tolist() == [1, 2]
+
+
+# Learning rate
+
+
+@pytest.mark.parametrize("progress", [0.1, 1.0, 2.0, 2.5, 6.0, 9.99])
+def test_cosine_after_warm_up(progress: float) -> None:
+    config = TrainConfig(lr=0.4, epochs=10, warmup_epochs=2.0)
+    rising = 0.4 * progress / 2
+    falling = 0.2 * (1 + math.cos(math.pi * (progress - 2) / 8))
+    assert training.learning_rate(progress, config) == pytest.approx(rising if progress < 2 else falling)
+
+
+def test_the_peak_and_the_end_of_the_cosine() -> None:
+    for warmup in (0.0, 0.5, 3.0):
+        config = TrainConfig(lr=0.4, epochs=10, warmup_epochs=warmup)
+        assert training.learning_rate(warmup, config) == 0.4
+        assert training.learning_rate(10.0, config) == pytest.approx(0, abs=1e-12)
+        rates = [training.learning_rate(warmup + i / 10, config) for i in range(int(10 * (10 - warmup)) + 1)]
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_step_schedule() -> None:
+    config = TrainConfig(lr=1.0, epochs=20, schedule="step", milestones=[5, 10], gamma=0.1, warmup_epochs=1)
+    assert config.milestones == (5, 10)
+    rates = [training.learning_rate(progress, config) for progress in (0.5, 1.0, 4.99, 5.0, 9.9, 10.0, 20.0)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_the_history_shows_the_learning_rate(digits: Dataset) -> None:
+    history = train(tiny(), digits, quick(epochs=4, batch_size=100, lr=0.2))
+    assert history.lr.tolist() == pytest.approx([0.1 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (1, 2, 3, 4)])
+
+
+def test_every_parameter_group_follows(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: torch.optim.SGD) -> None:
+        seen.append([group["lr"] for group in self.param_groups])
+        step(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    train(tiny(), digits, quick(scheme="joint", batch_size=50, warmup_epochs=1, schedule="step"))
+    assert seen == [[rate, rate] for rate in (0.025, 0.05, 0.05, 0.05)]
+
+
+# Seeds by purpose
+
+
+def test_a_seed_is_a_run_and_the_global_generator_is_left_alone(digits: Dataset) -> None:
+    models = []
+    for global_seed, seed in ((1, 5), (2, 5), (1, 6)):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        models.append(tiny(dropout=0.3))
+        train(models[-1], digits, quick(seed=seed, coreset=CoresetConfig(pruning_rate=0.5)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_state(models[0], models[1])
+    assert not same_state(models[0], models[2])
+
+
+def test_the_global_generator_is_put_back_after_an_error(digits: Dataset) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(FloatingPointError):
+        train(tiny(dropout=0.3), digits, quick(lr=1e35))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_of_different_purposes_differ() -> None:
+    purposes = [(0, "shuffle", 0), (1, "shuffle", 0), (0, "augment", 0), (0, "shuffle", 1), (0, "shuffle", 0, 2)]
+    seeds = {training.generator(seed, *purpose).initial_seed() for seed, *purpose in purposes}
+    assert len(seeds) == len(purposes)
+    assert training.generator(0, "shuffle", 0).initial_seed() in seeds
+
+
+@pytest.mark.parametrize("scheme", ["joint", "bitwise"])
+def test_another_coreset_does_not_shift_the_shuffling(scheme: str) -> None:
+    """Subsets differ, and the samples in them stand in the same order."""
+    orders, subsets = [], []
+    for every in (0, 1):
+        config = TrainConfig(scheme=scheme, batch_size=16, coreset=CoresetConfig(resample_every=every))
+        subset = training.coresets(200, BITS, config, 3)
+        ranks = [torch.searchsorted(subset[s.bits[0]], s.indices) for s in training.plan(200, BITS, config, 3)]
+        orders.append([rank.tolist() for rank in ranks])
+        subsets.append(subset[2].tolist())
+    assert orders[0] == orders[1] and subsets[0] != subsets[1]
+
+
+def test_another_coreset_or_network_does_not_shift_the_augmentation(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[Tensor] = []
+    augment = training.augment
+
+    def watched(images: Tensor, data: Dataset, generator: torch.Generator) -> Tensor:
+        states.append(generator.get_state())
+        return augment(images, data, generator)
+
+    monkeypatch.setattr(training, "augment", watched)
+    runs = []
+    for every, dropout in ((0, 0.0), (1, 0.5)):
+        states.clear()
+        train(tiny(dropout=dropout), digits, quick(coreset=CoresetConfig(pruning_rate=0.5, resample_every=every)))
+        runs.append(torch.stack(states))
+    assert torch.equal(runs[0], runs[1]) and len(runs[0].unique(dim=0)) == len(runs[0])
+
+
+# Steps, against a loop written out
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of -sum_c target_c log p_c; logits, target: (B, C)."""
+    log_p = logits - logits.exp().sum(1, keepdim=True).log()
+    return -(target * log_p).sum(1).mean()
+
+
+def standardized(images: Tensor, data: Dataset) -> Tensor:
+    mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in (data.mean, data.std))
+    return (images.double() / 255 - mean) / std
+
+
+def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
+    """`train` at a constant learning rate for data without augmentation: plain autograd, updates by hand."""
+    decayed = {"0.weight", "4.weight", "10.weight"}
+    memory: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    model.train()
+    steps = [s for e in range(config.epochs) for s in training.plan(len(data.train), BITS, config, e)]
+    for number, step in enumerate(steps, start=1):
+        images = standardized(data.train.images[step.indices], data)
+        target = nn.functional.one_hot(data.train.labels[step.indices], 10).double()
+        target = target * (1 - config.label_smoothing) + config.label_smoothing / 10
+        total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for b in step.bits:
+            emq.set_bits(model, b)
+            logits = model(images)
+            grads = torch.autograd.grad(soft_cross_entropy(logits, target), list(model.parameters()), allow_unused=True)
+            for name, grad in zip(total, grads, strict=True):
+                total[name] += 0 if grad is None else grad
+            if config.distillation:
+                target = logits.detach().exp() / logits.detach().exp().sum(1, keepdim=True)
+        clip(total, config.clip_grad_norm)
+        for name, p in model.named_parameters():
+            decay = config.weight_decay if name in decayed else 0.0
+            p.data = UPDATES[config.optimizer](p.data, total[name], decay, config, memory[name], number)
+
+
+def clip(grads: dict[str, Tensor], largest: float) -> None:
+    norm = sum(grad.square().sum() for grad in grads.values()).sqrt()
+    if largest and norm > largest:
+        for grad in grads.values():
+            grad *= largest / (norm + 1e-6)
+
+
+def sgd(w: Tensor, grad: Tensor, decay: float, config: TrainConfig, memory: list[Tensor], _: int) -> Tensor:
+    grad = grad + decay * w
+    memory[:] = [config.momentum * memory[0] + grad if memory else grad]
+    return w - config.lr * (grad + config.momentum * memory[0] if config.nesterov else memory[0])
+
+
+def adamw(w: Tensor, grad: Tensor, decay: float, config: TrainConfig, memory: list[Tensor], t: int) -> Tensor:
+    m, v = memory or (torch.zeros_like(w), torch.zeros_like(w))
+    memory[:] = [0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2]
+    m, v = memory[0] / (1 - 0.9**t), memory[1] / (1 - 0.999**t)
+    return w - config.lr * decay * w - config.lr * m / (v.sqrt() + 1e-8)
+
+
+UPDATES: dict[str, Callable[..., Tensor]] = {"sgd": sgd, "adamw": adamw}
+
+
+@contextmanager
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In float32 a rounding error could lift a weight over a quantization step, and the two runs would part."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "normalize", standardized)
+        patch.setattr(Tensor, "float", lambda tensor: tensor)
+        yield
+
+
+STEPS = {
+    "bitwise": {},
+    "joint": {"scheme": "joint"},
+    "distillation": {"scheme": "joint", "distillation": True},
+    "smoothed distillation": {"scheme": "joint", "distillation": True, "label_smoothing": 0.2},
+    "label smoothing": {"label_smoothing": 0.1},
+    "clipped": {"scheme": "joint", "clip_grad_norm": 0.5},
+    "no momentum": {"momentum": 0.0, "nesterov": False},
+    "heavy ball": {"nesterov": False, "weight_decay": 0.1},
+    "adamw": {"scheme": "joint", "optimizer": "adamw", "lr": 0.01, "weight_decay": 0.3},
+    "coreset": {"coreset": CoresetConfig(pruning_rate=0.5)},
+}
+
+
+@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_are_those_of_the_literal_loop(
+    name: str, norm: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = replace(digits.subset(30, 10), crop_padding=0, mean=(0.25, 0.5, 0.375), std=(0.5, 0.25, 1.0))
+    config = quick(**{"batch_size": 15, "schedule": "step", "weight_decay": 0.01} | STEPS[name])
+    ours, theirs = (tiny(norm=norm).double() for _ in range(2))
+    with float64(monkeypatch):
+        train(ours, data, config)
+    literal_run(theirs, data, config)
+    for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
+    assert not same_state(ours, tiny(norm=norm).double())
+
+
+# What the optimizer and the device are told
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_is_for_convolution_and_linear_weights_alone(optimizer: str) -> None:
+    model = tiny(weight="lsq", activation="lsq", norm="switchable")
+    groups = training.optimizer(model, quick(optimizer=optimizer, weight_decay=0.25)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert decayed == {"0.weight", "4.weight", "10.weight"}
+    assert decayed | free == set(names.values()) and not decayed & free
+    assert {"10.bias", "1.weight", "4.weight_scale.values", "4.input_quantizer.scale.values"} <= free
+
+
+def losses(data: Dataset, model: nn.Module | None = None, **fields: Any) -> list[float]:
+    return train(model or tiny(), data, quick(**fields)).loss.tolist()
+
+
+def test_channels_last_computes_the_same(digits: Dataset) -> None:
+    models = [tiny(bits=(8, 32)) for _ in range(2)]
+    formats = (torch.channels_last, torch.contiguous_format)
+    histories = [losses(digits, m, channels_last=last) for m, last in zip(models, (True, False), strict=True)]
+    assert [m[4].weight.is_contiguous(memory_format=f) for m, f in zip(models, formats, strict=True)] == [True, True]
+    assert not models[0][4].weight.is_contiguous()
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3)
+
+
+def test_bfloat16_runs_the_layers_in_bfloat16(digits: Dataset) -> None:
+    types = set()
+    model = tiny()
+    for layer in (model[0], model[4], model[10]):
+        layer.register_forward_hook(lambda layer, inputs, out: types.add(out.dtype))
+    half = losses(digits, model, autocast="bfloat16", scheme="joint")
+    assert types == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    full = losses(digits, scheme="joint")
+    assert half != full and half == pytest.approx(full, rel=0.05)
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.1])
+def test_float16_gradients_are_scaled_back_before_they_are_clipped(largest: float, digits: Dataset) -> None:
+    moved = []
+    for autocast in ("float16", "none"):
+        model = tiny(activation="none")
+        before = model[4].weight.detach().clone()
+        train(model, digits, quick(autocast=autocast, clip_grad_norm=largest))
+        moved.append((model[4].weight.detach() - before).flatten())
+    assert moved[0].norm().item() == pytest.approx(moved[1].norm().item(), rel=0.1)
+    assert nn.functional.cosine_similarity(*moved, dim=0) > 0.9
+
+
+def test_compile_hands_the_network_to_torch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    model = tiny()
+    assert losses(digits, model, compile=True) == losses(digits)
+    assert compiled == [model]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"scheme": "joint", "distillation": True},
+        {"scheme": "joint", "optimizer": "adamw", "clip_grad_norm": 1.0, "label_smoothing": 0.1},
+    ],
+)
+@pytest.mark.parametrize("spec", [{}, {"weight": "lsq", "activation": "lsq"}, {"norm": "switchable"}])
+def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> None:
+    """On the meta device, which computes nothing and refuses tensors that lie elsewhere."""
+    config, meta = quick(**fields), torch.device("meta")
+    model = tiny(**spec).to(meta)
+    optimizer, scaler = training.optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+    run = training._Run(model, model, digits.to(meta), config, meta, torch.contiguous_format, optimizer, scaler)
+    watch = training._LossWatch(meta)
+    watch.lag = 100  # a loss without a value cannot be looked at
+    for step in training.plan(len(digits.train), BITS, config, 0)[:3]:
+        training._step(run, step, 0.1, watch, torch.Generator(), "step")
+    assert {loss.device for loss, _ in watch.pending} == {meta}
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    assert {p.grad.device for p in weights.values()} == {meta} and run.optimizer.state
+
+
+# Does it learn
+
+
+@pytest.mark.parametrize("scheme", ["bitwise", "joint"])
+def test_it_learns(scheme: str) -> None:
+    pytest.importorskip("sklearn")
+    data = emq.load_dataset("digits", image_size=12).subset(400, 200)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = emq.convert(emq.models.resnet8(width=8), QuantSpec(bits=BITS))
+    history = train(model, data, TrainConfig(scheme=scheme, epochs=5, batch_size=20, lr=0.1, warmup_epochs=0.5))
+    assert history.loss.iloc[-1] < 0.7 * history.loss.iloc[0]
+    table = emq.evaluate(model, data, bits=BITS)
+    assert table.trained.all() and (table.top1 > 40).all(), table  # chance: 10
+    assert model.layer2[0].conv1.bits == 8  # left at the highest
+
+
+# Stopped and resumed
+
+
+class Stop(Exception):
+    """Raised in the middle of an epoch."""
+
+
+@contextmanager
+def stopped_at(
+    monkeypatch: pytest.MonkeyPatch, where: str, before: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Let `train` run into a Stop at the end of a step, or into what `before(run)` does ahead of it."""
+    step = training._step
+
+    def disturbed(run: Any, *args: Any) -> None:
+        if before is not None and args[-1] == where:
+            before(run)
+        step(run, *args)
+        if before is None and args[-1] == where:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", disturbed)
+        yield
+
+
+RUNS = {
+    "sgd": ({}, {}),
+    "joint distillation": ({"scheme": "joint", "distillation": True}, {}),
+    "adamw": ({"optimizer": "adamw", "lr": 0.01, "clip_grad_norm": 1.0}, {"norm": "switchable"}),
+    "learned scales": ({"scheme": "joint"}, {"weight": "lsq", "activation": "lsq"}),
+    "learned clipping": ({"optimizer": "adamw", "lr": 0.01}, {"activation": "pact", "weight": "minmax"}),
+    "tracked range": ({"autocast": "bfloat16"}, {"activation_range": "tracked", "norm": "switchable"}),
+    "float16": ({"autocast": "float16"}, {}),
+    "coreset": ({"coreset": CoresetConfig(pruning_rate=0.5, resample_every=2)}, {"correction": "none"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_ends_where_the_undisturbed_one_does(
+    name: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields, spec = RUNS[name]
+    config, path = quick(epochs=3, warmup_epochs=0.5, **fields), tmp_path / "runs" / "deep" / "run.pt"
+    undisturbed = tiny(dropout=0.3, **spec)
+    history = train(undisturbed, digits, config, tmp_path / "undisturbed.pt")
+    for number, where in enumerate(("epoch 1, step 1", "epoch 2, step 2", "epoch 3, step 1")):
+        assert path.exists() == (number > 1)
+        model = tiny(init=number if path.exists() else 0, dropout=0.3, **spec)
+        torch.manual_seed(number)  # dropout must not depend on where the global generator stands
+        with stopped_at(monkeypatch, where), pytest.raises(Stop):
+            train(model, digits, config, path)
+    resumed = tiny(init=9, dropout=0.3, **spec)
+    assert_same_history(train(resumed, digits, config, path), history)
+    assert_same_state(resumed, undisturbed)
+    scalers = [torch.load(p, weights_only=True)["scaler"] for p in (path, tmp_path / "undisturbed.pt")]
+    assert scalers[0] == scalers[1] and bool(scalers[0]) == (name == "float16")
+    assert os.listdir(path.parent) == ["run.pt"]
+
+
+def assert_same_history(a: pd.DataFrame, b: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"), check_exact=True)
+
+
+def test_what_started_from_the_first_batch_does_not_start_again(digits: Dataset, tmp_path: Path) -> None:
+    config, path = quick(), tmp_path / "run.pt"
+    for init in (0, 1):
+        model = tiny(init=init, weight="lsq", activation="lsq")
+        train(model, digits, config, path)
+        quantizers = [m for m in model.modules() if isinstance(m, InputQuantizer)]
+        assert quantizers and all(q.started for q in quantizers)
+        scale = model[4].input_quantizer.scale.values.detach().clone()
+        assert not torch.equal(scale, torch.ones(3))
+        emq.evaluate(model, digits, bits=BITS)
+        assert torch.equal(model[4].input_quantizer.scale.values, scale)
+
+
+def test_a_finished_run_is_returned_without_a_step(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = quick(), tmp_path / "run.pt"
+    trained = tiny()
+    history = train(trained, digits, config, path)
+    stamp = path.stat().st_mtime_ns
+    monkeypatch.delattr(training, "_step")
+    again = tiny(init=1)
+    emq.set_bits(again, 2)
+    pd.testing.assert_frame_equal(train(again, digits, config, path), history, check_exact=True)
+    assert_same_state(again, trained)
+    assert path.stat().st_mtime_ns == stamp and again[4].bits == 8
+
+
+def test_a_checkpoint_holds_no_objects(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    train(tiny(weight="lsq", activation="lsq", norm="switchable"), digits, quick(autocast="float16"), path)
+    with torch.serialization.safe_globals([]):
+        assert set(torch.load(path, weights_only=True)) == {"identity", "history", "model", "optimizer", "scaler"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"lr": 0.1}, "lr: 0.05 there, 0.1 here"),
+        ({"epochs": 3, "seed": 1}, "epochs: 2 there, 3 here; seed: 0 there, 1 here"),
+        ({"scheme": "joint"}, "scheme: 'bitwise' there, 'joint' here"),
+        ({"schedule": "step", "milestones": (1,)}, "milestones: [] there, [1] here"),
+        ({"coreset": CoresetConfig(pruning_rate=0.5)}, "coreset: None there, {'score': 'random', 'pruning_rate': 0.5"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(fields: dict, named: str, digits: Dataset, tmp_path: Path) -> None:
+    assert_refused(tiny(), digits, quick(**fields), named, digits, tmp_path)
+
+
+def test_a_checkpoint_of_another_network_or_data_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    wider = emq.convert(emq.models.resnet8(width=4), QuantSpec(bits=BITS))
+    assert_refused(wider, digits, quick(), "net: '", digits, tmp_path)
+    assert_refused(
+        tiny(correction="none"), digits, quick(), "spec.correction: 'mean_var' there, 'none' here", digits, tmp_path
+    )
+    assert_refused(tiny(bits=(2, 3)), digits, quick(), "spec.bits: [2, 4, 8] there, [2, 3] here", digits, tmp_path)
+    assert_refused(tiny(), digits.subset(60, 20), quick(), f"data: '{digits.sha256}' there", digits, tmp_path)
+
+
+def assert_refused(
+    model: nn.Module, data: Dataset, config: TrainConfig, named: str, digits: Dataset, folder: Path
+) -> None:
+    path = folder / "run.pt"
+    if not path.exists():
+        train(tiny(), digits, quick(), path)
+    content, before = path.read_bytes(), copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"^checkpoint=.*expected one of the same run, but ") as caught:
+        train(model, data, config, path)
+    assert named in str(caught.value) and str(path) in str(caught.value)
+    assert path.read_bytes() == content
+    assert_same_state(model, before)
+
+
+def test_a_device_is_no_difference(digits: Dataset, tmp_path: Path) -> None:
+    train(tiny(), digits, quick(device="auto"), tmp_path / "run.pt")
+    train(tiny(), digits, quick(device="cpu"), tmp_path / "run.pt")
+
+
+class Hostile:
+    """Runs code when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def broken_checkpoints(good: bytes, folder: Path) -> Iterator[bytes]:
+    yield b""
+    yield b"not a checkpoint"
+    yield bytes(range(256)) * 4
+    yield from (good[: int(len(good) * part)] for part in (0.01, 0.5, 0.999))
+    yield pickle.dumps(Hostile(folder / "executed"))
+    for content in (
+        torch.ones(3),
+        [],
+        {"identity": "{}"},
+        {"identity": "{", "history": "[]"},
+        Hostile(folder / "executed"),
+    ):
+        whole = io.BytesIO()
+        torch.save(content, whole)
+        yield whole.getvalue()
+
+
+def test_a_broken_or_hostile_checkpoint_is_refused_and_not_run(digits: Dataset, tmp_path: Path) -> None:
+    path, model = tmp_path / "run.pt", tiny()
+    train(tiny(), digits, quick(), path)
+    for content in broken_checkpoints(path.read_bytes(), tmp_path):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^checkpoint='.*run\.pt': expected a whole checkpoint of this library"):
+            train(model, digits, quick(), path)
+        assert path.read_bytes() == content and os.listdir(tmp_path) == ["run.pt"]
+    assert_same_state(model, tiny())
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, undisturbed, resumed = tmp_path / "run.pt", tiny(), tiny(init=1)
+    train(undisturbed, digits, quick())
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*run\.pt"):
+        patch.setattr(os, "fsync", full)
+        train(tiny(), digits, quick(), path)
+    assert not os.listdir(tmp_path)
+    with (
+        monkeypatch.context() as patch,
+        stopped_at(patch, "epoch 2, step 1", lambda run: patch.setattr(os, "fsync", full)),
+        pytest.raises(OSError, match=r"No space left on device: .*run\.pt"),
+    ):
+        train(tiny(), digits, quick(), path)
+    assert os.listdir(tmp_path) == ["run.pt"]
+    assert train(resumed, digits, quick(), path).epoch.tolist() == [1, 2]
+    assert_same_state(resumed, undisturbed)
+
+
+# Losses and weights that are not finite
+
+
+def spoil(run: Any) -> None:
+    run.model[4].weight.data[0, 0, 0, 0] = torch.nan
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path, undisturbed, resumed = quick(epochs=3), tmp_path / "run.pt", tiny(), tiny(init=1)
+    train(undisturbed, digits, config)
+    lr = training.learning_rate(1 + 5 / 12, config)
+    message = (
+        rf"^loss=nan at epoch 2, step 5, 4 bits, lr {lr:.3g}: training stopped; a checkpoint keeps the epoch before"
+    )
+    with stopped_at(monkeypatch, "epoch 2, step 5", spoil), pytest.raises(FloatingPointError, match=message):
+        train(tiny(), digits, config, path)
+    assert len(json.loads(torch.load(path, weights_only=True)["history"])) == 1
+    train(resumed, digits, config, path)
+    assert_same_state(resumed, undisturbed)
+
+
+def test_a_joint_step_names_the_child(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil_scale(run: Any) -> None:
+        run.model[4].weight_scale.values.data[0] = torch.nan
+
+    message = r"^loss=nan at epoch 1, step 2, 8 bits, lr 0\.05: "
+    config, model = quick(scheme="joint", schedule="step"), tiny(weight="lsq")
+    with stopped_at(monkeypatch, "epoch 1, step 2", spoil_scale), pytest.raises(FloatingPointError, match=message):
+        train(model, digits, config)
+    assert model[0].weight.isfinite().all()  # no step was made with it
+
+
+def test_too_high_a_learning_rate_stops_in_the_first_steps(digits: Dataset) -> None:
+    with pytest.raises(FloatingPointError, match=r"at epoch 1, step [234], [248] bits, lr \d(\.\d+)?e\+3\d: "):
+        train(tiny(), digits, quick(lr=1e35))
+
+
+def test_weights_that_break_in_the_last_step_do_not_reach_the_checkpoint(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of an epoch's last step is computed before that step changes the weights."""
+    path, step = tmp_path / "run.pt", training._step
+
+    def broken(run: Any, *args: Any) -> None:
+        step(run, *args)
+        if args[-1] == "epoch 2, step 12":
+            spoil(run)
+
+    monkeypatch.setattr(training, "_step", broken)
+    message = r"^4\.weight is not finite after epoch 2, step 12, \(2,\) bits, lr "
+    with pytest.raises(FloatingPointError, match=message):
+        train(tiny(), digits, quick(epochs=3), path)
+    state = torch.load(path, weights_only=True)
+    assert len(json.loads(state["history"])) == 1
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+# Killed
+
+SCRIPT = """
+import sys, time
+import torch
+import emqlib as emq
+from emqlib import training
+
+checkpoint, final, init, pause = sys.argv[1:]
+step = training._step
+
+def slow_step(*args):
+    step(*args)
+    print(args[-1], flush=True)
+    time.sleep(float(pause))
+
+training._step = slow_step
+torch.manual_seed(int(init))
+model = emq.convert(emq.models.resnet8(width=4), emq.QuantSpec(bits=(2, 4)))
+data = emq.load_dataset("digits", image_size=8).subset(100, 10)
+config = emq.TrainConfig(epochs=3, batch_size=20, coreset=emq.CoresetConfig(pruning_rate=0.2))
+emq.train(model, data, config, checkpoint=checkpoint, progress=False)
+torch.save(model.state_dict(), final)
+"""
+
+
+def start(folder: Path, final: str, init: int, pause: float = 0) -> subprocess.Popen[str]:
+    """A training process that writes a line after each step, and its weights to `final` when it is done."""
+    checkpoint = folder / f"{final.split('-')[0]}.checkpoint"
+    command = [sys.executable, "-c", SCRIPT, str(checkpoint), str(folder / final), str(init), str(pause)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(emq.__file__).parents[1])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+
+
+def test_a_process_killed_in_the_middle_of_an_epoch_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    undisturbed = start(tmp_path, "undisturbed", init=0)
+    with start(tmp_path, "killed-first", init=0, pause=0.1) as victim:
+        for line in victim.stdout:
+            if line == "epoch 2, step 3\n":
+                break
+        victim.send_signal(signal.SIGKILL)
+    assert victim.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed.checkpoint").exists() and not (tmp_path / "killed-first").exists()
+    resumed = start(tmp_path, "killed-second", init=1)
+    steps = resumed.communicate(timeout=60)[0].splitlines()
+    assert steps[0] == "epoch 2, step 1" and steps[-1] == "epoch 3, step 8"
+    assert undisturbed.communicate(timeout=60)[0].splitlines()[-16:] == steps
+    assert resumed.returncode == undisturbed.returncode == 0
+    ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("killed-second", "undisturbed"))
+    assert list(ours) == list(theirs)
+    assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+
+
+# Arguments
+
+NAN, INF = float("nan"), float("inf")
+NOT_A_NUMBER = ["0.1", None, True, NAN, INF, -INF, [0.1], 1j]
+NOT_AN_INTEGER = ["1", None, True, NAN, INF, 1.0, 0.5, [1], torch.ones(2), -1]
+NOT_A_FLAG = [0, 1, "yes", None, NAN, [True]]
+WRONG: dict[str, list[object]] = {
+    "scheme": ["", "Joint", "bit-wise", None, 1, ["joint"]],
+    "epochs": [0, *NOT_AN_INTEGER],
+    "batch_size": [0, *NOT_AN_INTEGER],
+    "optimizer": ["adam", "SGD", "", None, torch.optim.SGD],
+    "lr": [0, -0.1, *NOT_A_NUMBER],
+    "momentum": [1, 1.5, -0.1, *NOT_A_NUMBER],
+    "nesterov": NOT_A_FLAG,
+    "weight_decay": [-1e-4, *NOT_A_NUMBER],
+    "schedule": ["linear", "", None, 0, ["cosine"]],
+    "milestones": ["12", 5, None, {3}, [0], [-1], [1.5], ["1"], [True], [NAN], (3, None)],
+    "gamma": [-0.1, *NOT_A_NUMBER],
+    "warmup_epochs": [-1, 10, 11.5, *NOT_A_NUMBER],
+    "label_smoothing": [1, -0.1, *NOT_A_NUMBER],
+    "clip_grad_norm": [-1, *NOT_A_NUMBER],
+    "distillation": NOT_A_FLAG,
+    "autocast": ["fp16", "half", "", None, True, torch.bfloat16],
+    "channels_last": NOT_A_FLAG,
+    "compile": NOT_A_FLAG,
+    "device": ["gpu", "", "cpu:0x", "cuda:99", "meta", None, 0, NAN, torch.device("cpu")],
+    "seed": NOT_AN_INTEGER,
+    "coreset": ["random", 0.8, True, {}, CoresetConfig],
+}
+
+
+def test_every_field_has_wrong_values() -> None:
+    assert set(WRONG) == {field.name for field in fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_config(name: str) -> None:
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match=rf"(?s)^{name}=.*: expected .+"):
+            TrainConfig(**{name: value})
+        with pytest.raises(ValueError, match=rf"(?s)^{name}=.*: expected .+"):
+            replace(TrainConfig(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"distillation": True}, r'^distillation=True: expected scheme="joint", where the children share a batch'),
+        ({"momentum": 0}, r"^nesterov=True: expected False when momentum is 0"),
+        ({"warmup_epochs": 5, "epochs": 5}, r"^warmup_epochs=5\.0: expected less than epochs=5"),
+        ({"device": "cuda:99"}, r"^device='cuda:99': expected one of auto, cpu"),
+    ],
+)
+def test_values_that_do_not_fit_together(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)
+
+
+def test_numpy_numbers_become_plain_ones(digits: Dataset, tmp_path: Path) -> None:
+    """They cannot be written as JSON, which would fail after the first epoch."""
+    np = pytest.importorskip("numpy")
+    config = quick(
+        epochs=np.int64(1), batch_size=np.int32(50), seed=np.uint8(3), lr=np.float32(0.5), milestones=[np.int64(1)]
+    )
+    assert config == quick(epochs=1, batch_size=50, seed=3, lr=0.5, milestones=(1,))
+    train(tiny(), digits, config, tmp_path / "run.pt")
+    assert quick(lr=1) == quick(lr=1.0) and isinstance(quick(lr=1).lr, float)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("model", value) for value in (None, "resnet8", 3, tiny_net(), nn.Module)),
+        *(("data", value) for value in (None, "digits", [], torch.ones(3))),
+        *(("config", value) for value in (None, {}, "joint", TrainConfig)),
+        *(
+            ("checkpoint", value)
+            for value in (3, True, b"run.pt", "", ".", "/", "FOLDER", "FILE/run.pt", "FILE/a/run.pt")
+        ),
+        *(("progress", value) for value in (None, 1, "yes")),
+    ],
+)
+def test_wrong_arguments(name: str, value: object, digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FILE").write_text("old")
+    if isinstance(value, str) and value.startswith("F"):
+        value = str(tmp_path / value)
+    model = tiny()
+    arguments = {"model": model, "data": digits, "config": quick(), "progress": False} | {name: value}
+    with pytest.raises(ValueError, match=rf"(?s)^{name}=.*: expected .+"):
+        emq.train(**arguments)
+    assert_same_state(model, tiny())
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["FILE", "FOLDER"]
+
+
+def test_a_folder_that_cannot_be_written_to(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(ValueError, match=r"^checkpoint=.*in a folder that can be written to"):
+        train(tiny(), digits, quick(), tmp_path / "below" / "run.pt")
+    assert not os.listdir(tmp_path)
+
+
+def test_dedicated_is_for_one_bit_width(digits: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"^scheme='dedicated': expected one trained bit-width .*\(2, 4, 8\)"):
+        train(tiny(), digits, quick(scheme="dedicated"))
+
+
+def test_a_network_needs_an_output_for_each_class(digits: Dataset, tmp_path: Path) -> None:
+    model = emq.convert(tiny_net(classes=9), QuantSpec(bits=BITS))
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"^model='9 outputs': expected 10 or more, one a class"):
+        train(model, digits, quick(), tmp_path / "run.pt")
+    assert same_state(model, before) and not os.listdir(tmp_path)
+    train(emq.convert(tiny_net(classes=11), QuantSpec(bits=BITS)), digits, quick())
