@@ -83,7 +83,7 @@ def load_dataset(name: str, root: str | Path | None = None, image_size: int | No
 
     name: "digits", "cifar10", "cifar100", "tinyimagenet", or "imagefolder:PATH" for any folder that holds
         train/<class>/* and test/<class>/* (or val/<class>/*).
-    root: where the files are; None: the environment variable EMQ_DATA, else data/ in the current directory.
+    root: where the files are; None: the environment variable EMQ_DATA, else data/ in `files.home()`.
         Looked for there: the official files, then <name>/{train,test}/<class>/*; then CIFAR is downloaded.
     image_size: resize the shorter side to this many pixels and cut out the centre; None: images as they are.
     ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes.
@@ -94,7 +94,7 @@ def load_dataset(name: str, root: str | Path | None = None, image_size: int | No
     source = SOURCES[key if key in SOURCES else checks.choice("name", name, SOURCES)]
     if image_size is not None:
         image_size = checks.integer("image_size", image_size, 1)
-    folder = Path(path or root or os.environ.get("EMQ_DATA") or "data").expanduser().absolute()
+    folder = Path(path or root or os.environ.get("EMQ_DATA") or files.home() / "data").expanduser().absolute()
     train, test, classes = _find(name, source, folder, image_size)
     mean, std = source.statistics or _statistics(train.images)
     return Dataset(name, train, test, classes, mean, std, source.flip, source.crop_padding, _sha256(train, test))

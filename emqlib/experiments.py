@@ -19,15 +19,13 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from . import checks, devices, models
+from . import checks, devices, files, models
 from .coreset import CoresetConfig
 from .data import Dataset, load_dataset
-from .files import canonical_json, digest, write_text
+from .files import canonical_json, digest, home, write_text
 from .layers import QuantSpec
 from .multibit import convert, evaluate
 from .training import TrainConfig, generator, train
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +202,7 @@ def _rates(value: Any) -> tuple[float, ...]:
 def _results_dir(value: str | Path, profile: Profile) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise checks.invalid("results_dir", value, "auto, or a folder")
-    home = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()
-    auto = home / ("build/smoke" if profile.name == "smoke" else "results")
+    auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
     folder = auto if value == "auto" else Path(os.path.expanduser(value)).absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -251,10 +248,7 @@ def any_precision(base: Run) -> Run:
 
 
 def ours(base: Run, pruning_rate: float = 0.0, correction: str = "mean_var", gradient: bool = True) -> Run:
-    """Bit-wise training under one shared batch norm, each child on its own coreset.
-
-    gradient: whether the correction's statistics carry gradient.
-    """
+    """Bit-wise training under one shared batch norm; `gradient`: whether the correction's statistics carry it."""
     coreset = CoresetConfig(score="random", pruning_rate=pruning_rate) if pruning_rate else None
     config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
     return replace(base, spec=replace(base.spec, correction=correction, correction_gradient=gradient), config=config)
@@ -356,8 +350,9 @@ def provenance(data: Dataset, device: torch.device) -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit
-        if (ROOT / ".git").exists():  # it does not where this was installed, maybe inside a checkout of something else
-            return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+        if (files.CHECKOUT / ".git").exists():  # not where this was installed, maybe inside somebody else's checkout
+            command = ["git", "-C", str(files.CHECKOUT), *arguments]
+            return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     return ""
 
 
@@ -399,6 +394,5 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     asked |= {"norm": run.spec.norm, "correction": correction, "pruning_rate": run.pruning_rate}
     asked |= {"epochs": run.config.epochs, "seed": run.config.seed}
     cost = {k: sum(epoch[k] for epoch in record["history"]) for k in ("sample_passes", "steps", "seconds")}
-    cost |= {"profile": run.profile, "run": run.hash}
-    rows = pd.DataFrame(record["rows"]).assign(**cost, **record["provenance"])
+    rows = pd.DataFrame(record["rows"]).assign(**cost, profile=run.profile, run=run.hash, **record["provenance"])
     return pd.concat([pd.DataFrame([asked] * len(rows)), rows], axis=1)

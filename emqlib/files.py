@@ -8,6 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def home() -> Path:
+    """The folder that `data/`, `results/` and `build/` lie in by default, whatever folder a notebook is run from.
+
+    The checkout this package lies in, or the working directory where it was installed without one.
+    """
+    return CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file beside `path`, then rename it to `path`.

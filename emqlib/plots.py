@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from . import checks
 from .files import write_atomic
 from .results import SETTING, spread
 
@@ -25,6 +26,8 @@ def _axes(ax: "Axes | None", title: str) -> "Axes":
 
 def _setting(rows: pd.DataFrame, title: str) -> str:
     """The title, and what the figure was made with."""
+    if rows.empty:
+        raise checks.invalid("rows", "none", "rows of run_all, at least one")
     first = rows.iloc[0]
     return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {rows.seed.nunique()} seed(s)"
 
@@ -33,6 +36,7 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """Top-1 accuracy (%) against bit-width, a line for each method and setting; adapted ones are dashed.
 
     rows: of `experiments.run_all`; bars show the standard deviation over seeds, hollow markers untrained bit-widths.
+    ValueError: no rows.
     """
     import seaborn as sns
 
@@ -52,7 +56,7 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     ax.set_xlabel("bit-width of weights and activations (hollow: not trained)")
     ax.set_ylabel("top-1 accuracy (%)")
     ax.set_xticks(sorted(rows.bits.unique()))
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, handlelength=4)  # long enough to tell dashed from solid behind a marker
     return ax
 
 
@@ -66,6 +70,7 @@ def accuracy_by_cost(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """Mean top-1 accuracy (%) over the trained bit-widths against sample passes, a marker for each setting.
 
     rows: of `experiments.run_all`, those without adaptation; bars show the standard deviation over seeds.
+    ValueError: no rows.
     """
     import seaborn as sns
 
@@ -78,8 +83,11 @@ def accuracy_by_cost(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
         std = point.top1.std() if len(point) > 1 else 0
         look = {"color": colors[i], "marker": markers[i % len(markers)], "ls": "", "capsize": 2}
         ax.errorbar(point.passes.mean() / 1e6, point.top1.mean(), std, label=_label(*setting), **look)
+    ticks = sorted(set(points.passes.mean() / 1e6))
     ax.set_xscale("log")
-    ax.set_xlabel("sample passes (millions)")
+    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("sample passes (millions, logarithmic)")
     ax.set_ylabel("mean top-1 accuracy (%)")
     ax.legend(fontsize=7)
     return ax

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from .experiments import ROOT
-from .files import write_text
+from . import checks
+from .files import home, write_text
 
 SETTING = ["method", "correction", "pruning_rate"]
 
 
 def paper(table: str) -> pd.DataFrame:
     """What the paper reports, one row a number: method, pruning_rate, metric, value, source; empty where unknown."""
-    path = ROOT / "results" / "paper" / f"{table}.csv"
+    path = home() / "results" / "paper" / f"{table}.csv"
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["method", "pruning_rate", "metric", "value"])
 
 
@@ -56,7 +56,7 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     columns = {
         "top1 (%)": _mean_over_bits(trained[~trained.adapted]),
         "adapted top1 (%)": _mean_over_bits(trained[trained.adapted]),
-        "passes (M)": (cost.sample_passes / 1e6).round(3),
+        "passes (M)": (cost.sample_passes / 1e6).round(6),
         "steps": cost.steps.round(),
         "seconds": cost.seconds.round(),
         "fewer passes": (baseline.iloc[0] / cost.sample_passes).round(2) if len(baseline) else None,
@@ -88,13 +88,15 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     One row a bit-width: top-1 (%) of ours on the full data for each correction, without and with batch-norm adaptation,
     and the share of the gap that each correction closes with no adaptation (%), all means over seeds. The share is
-    empty where the gap is below one point: that is within the noise of seeds.
+    empty where the gap is below one point: that is within the noise of seeds. ValueError: `rows` lack such runs.
     """
     part = rows[(rows.method == "Ours") & (rows.pruning_rate == 0)]
+    if "none" not in set(part.correction):
+        raise checks.invalid("rows", sorted(set(rows.method)), "runs of ours on the full data, without correction too")
     table = part.pivot_table(index=["bits", "trained"], columns=["adapted", "correction"], values="top1")
     table.columns = [correction + (", adapted" if adapted else "") for adapted, correction in table.columns]
     gap = table["none, adapted"] - table["none"]
-    for name in ("mean", "mean_var"):
+    for name in [correction for correction in ("mean", "mean_var") if correction in table]:
         table[f"{name} closes (%)"] = (100 * (table[name] - table["none"]) / gap).where(gap >= 1)
     return table.round(1).reset_index()
 

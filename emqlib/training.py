@@ -236,7 +236,7 @@ def train(
     if path is not None and path.exists():
         _resume(run, path)
     total = len(plan(len(data.train), bits, config, 0)) * (config.epochs - len(run.history))
-    with tqdm(total=total, unit="step", leave=False, disable=not progress, mininterval=0.5) as bar:
+    with tqdm(total=total, unit="step", leave=False, disable=not progress, mininterval=1) as bar:
         for epoch in range(len(run.history), config.epochs):
             run.history.append(_epoch(run, bits, epoch, bar))
             if path is not None:

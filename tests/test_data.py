@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
+from emqlib import files
 from emqlib.data import Dataset, Split, augment, load_dataset, normalize
 
 REAL = Path(os.environ.get("EMQ_DATA") or "no data")
@@ -33,6 +34,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     monkeypatch.delenv("EMQ_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "CHECKOUT", tmp_path)  # no pyproject.toml there: data/ is the working directory's
 
 
 @pytest.fixture

@@ -164,9 +164,15 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
+def runs_at_import(node: ast.stmt) -> bool:
+    """Whether `import emqlib` executes this statement; what stands below `if TYPE_CHECKING` is for type checkers."""
+    for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
+    return not isinstance(node, Function) and not for_types
+
+
 def import_time_faults(tree: ast.Module, core: set[str], extras: set[str]) -> Iterator[str]:
     """Packages imported that are not declared, or that `import emqlib` would need though they are an extra."""
-    at_import = ast.Module([node for node in tree.body if not isinstance(node, Function)], [])
+    at_import = ast.Module([node for node in tree.body if runs_at_import(node)], [])
     early = {name.split(".")[0] for name, _ in imports(at_import)}
     for name in sorted({name.split(".")[0] for name, _ in imports(tree)} - set(sys.stdlib_module_names)):
         if name not in core | extras:
@@ -454,7 +460,9 @@ def test_length_checker() -> None:
 
 def test_import_time_checker() -> None:
     early = "import os\nimport torch\ndef figure():\n    import matplotlib"
-    assert not list(import_time_faults(ast.parse(early), {"torch"}, {"matplotlib"}))
+    hint = "if TYPE_CHECKING:\n    from matplotlib.axes import Axes\n"
+    assert not list(import_time_faults(ast.parse(hint + early), {"torch"}, {"matplotlib"}))
+    assert list(import_time_faults(ast.parse(hint + "else:\n    x = 1"), {"torch"}, {"matplotlib"}))
     late = "try:\n    import matplotlib.pyplot\nexcept ImportError: ...\nfrom timm.models import vit"
     faults = list(import_time_faults(ast.parse(late), {"torch"}, {"matplotlib"}))
     assert [fault.split()[0] for fault in faults] == ["matplotlib", "timm"]

@@ -1,0 +1,137 @@
+"""The notebooks as a reader runs them: papermill, in the smoke profile, in a checkout of their own.
+
+Each kernel takes seconds to start, so each of the runs here answers several questions.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+pytest.importorskip("papermill")
+pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed part of this one that the notebooks need: what they leave behind can be seen, and harms nothing."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("emqlib", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "results/paper", folder / "results/paper")
+    for name in ("pyproject.toml", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    git(folder, "init")
+    git(folder, "add", ".")
+    git(folder, "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--no-gpg-sign", "--message", "a")
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def papermill(checkout: Path, cwd: Path, notebook: str, output: Path, *arguments: str, profile: str = "smoke") -> str:
+    """Run a notebook in a fresh kernel, with no settings of the user's; returns what papermill said where it failed."""
+    own = {"PYTHONPATH": str(checkout), "EMQ_PROFILE": profile, "OMP_NUM_THREADS": "1"}
+    own |= {name: str(checkout.parent / "user") for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "-k",
+        "python3",
+        "--no-progress-bar",
+        notebook,
+        str(output),
+        *arguments,
+    ]
+    result = subprocess.run(command, cwd=cwd, env=os.environ | own, capture_output=True, text=True)
+    return result.stderr if result.returncode else ""
+
+
+def cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def assert_failed_at_once(output: Path) -> None:
+    """The cell that reads the parameters is the first that failed, in under a second; none ran after it."""
+    last = [cell for cell in cells(output) if cell.metadata.papermill.status != "pending"][-1]
+    assert "experiments.parameters(" in last.source and last.metadata.papermill.status == "failed"
+    assert last.metadata.papermill.duration < 1
+
+
+def test_quickstart_from_the_root(checkout: Path, tmp_path: Path) -> None:
+    place = tmp_path / "made"
+    arguments = ["-p", "bits", "[2,4]", "-p", "results_dir", str(place)]
+    assert not papermill(checkout, checkout, "notebooks/00_quickstart.ipynb", tmp_path / "out.ipynb", *arguments)
+    assert {path.name for path in place.iterdir()} == {"checkpoints", "runs", "smoke"}
+    assert {path.name for path in (place / "smoke").iterdir()} == {
+        f"00_quickstart.{kind}" for kind in ("csv", "md", "png")
+    }
+
+    rows = pd.read_csv(place / "smoke/00_quickstart.csv", dtype={"run": str})
+    assert len(rows) == 2 * 2 * 8  # corrections, adaptations, bit-widths
+    assert set(rows.bits[rows.trained]) == {2, 4}
+    assert {f"{name}.json" for name in rows.run} == {path.name for path in (place / "runs").iterdir()}
+    assert set(rows.commit) == {git(checkout, "rev-parse", "HEAD")} and not rows.dirty.any()
+    assert set(rows.profile) == {"smoke"} and set(rows.dataset) == {"digits"}
+
+    header = (place / "smoke/00_quickstart.md").read_text().splitlines()[0]
+    assert re.findall(r"\d\*?", header) == ["1", "2*", "3", "4*", "5", "6", "7", "8"]
+    shown = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
+    assert any("2*" in output.get("data", {}).get("text/html", "") for output in shown)
+    assert any("image/png" in output.get("data", {}) for output in shown)
+    assert not git(checkout, "status", "--porcelain")
+
+
+def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
+    """As the README has it; the rows lie outside of what git sees."""
+    arguments = ["-p", "bits", "[2,4,8]", "-p", "profile", "smoke"]
+    output = tmp_path / "out.ipynb"
+    assert not papermill(checkout, checkout / "notebooks", "01_cifar10.ipynb", output, *arguments, profile="small")
+    assert not git(checkout, "status", "--porcelain")
+    place = checkout / "build/smoke/smoke"
+    tables = ("01_cifar10", "01_cifar10_cost", "01_cifar10_gap")
+    pictures = ("01_cifar10", "01_cifar10_cost")
+    expected = {f"{name}.{kind}" for name in tables for kind in ("csv", "md")} | {f"{name}.png" for name in pictures}
+    assert {path.name for path in place.iterdir()} == expected
+
+    rows = pd.read_csv(place / "01_cifar10.csv", dtype={"run": str})
+    assert set(rows.method) == {"Dedicated", "Any-Precision", "Ours"}
+    assert set(rows.bits[rows.trained]) == {2, 4, 8}
+    passes = rows.drop_duplicates("run").groupby(["method", "pruning_rate"]).sample_passes.max()
+    images = 320  # of the profile, for one epoch
+    assert dict(passes[["Ours", "Any-Precision"]]) == {
+        ("Ours", 0.0): 3 * images,
+        ("Ours", 0.5): 3 * images / 2,
+        ("Ours", 0.8): 3 * images / 5,
+        ("Ours", 0.9): 3 * images / 10,
+        ("Any-Precision", 0.0): 3 * images,
+    }
+    assert passes["Dedicated", 0.0] == images
+    assert "paper: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
+
+
+def test_wrong_bits(checkout: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.ipynb"
+    message = papermill(checkout, checkout / "notebooks", "01_cifar10.ipynb", output, "-p", "bits", "[2,banana]")
+    assert "ValueError: bits='[2,banana]': expected a list" in message
+    assert_failed_at_once(output)
+
+
+def test_misspelt_parameter(checkout: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.ipynb"
+    message = papermill(checkout, checkout, "notebooks/00_quickstart.ipynb", output, "-p", "bitz", "4")
+    assert "ValueError: parameter='bitz': expected one of bits, profile, results_dir, seed" in message
+    assert_failed_at_once(output)

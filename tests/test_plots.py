@@ -1,0 +1,196 @@
+"""Figures, read back from their axes: what is drawn is what the rows say."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+pytest.importorskip("seaborn")
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import to_rgba  # noqa: E402
+from matplotlib.container import ErrorbarContainer  # noqa: E402
+
+from emqlib import plots  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays() -> Iterator[None]:
+    yield
+    pyplot.close("all")
+
+
+def example() -> pd.DataFrame:
+    """Ours, two seeds, evaluated at 2, 4 and 5 (not trained) bits, pruned too; one seed of Dedicated; shuffled."""
+    names = ["method", "correction", "pruning_rate", "adapted", "seed", "bits", "top1", "run", "sample_passes"]
+    ours = [
+        (
+            "Ours",
+            "mean_var",
+            rate,
+            adapted,
+            seed,
+            bits,
+            10 * bits + 2 * seed + 30 * adapted - 10 * (rate > 0),
+            run,
+            passes,
+        )
+        for rate, passes in ((0.0, 4_000_000), (0.8, 800_000))
+        for seed in (0, 1)
+        for adapted in (False, True)
+        for bits in (5, 4, 2)
+        for run in (f"ours {rate} {seed}",)
+    ]
+    dedicated = [
+        ("Dedicated", "none", 0.0, False, 0, 2, 55.0, "dedicated 2", 2_000_000),
+        ("Dedicated", "none", 0.0, False, 0, 4, 65.0, "dedicated 4", 2_000_000),
+    ]
+    rows = pd.DataFrame(ours + dedicated, columns=names).assign(trained=lambda t: t.bits.isin([2, 4]))
+    return rows.assign(dataset="cifar10", model="resnet8", profile="small")
+
+
+def drawn(ax: Axes) -> dict[str, ErrorbarContainer]:
+    return {container.get_label(): container for container in ax.containers}
+
+
+def points(container: ErrorbarContainer) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in zip(*container.lines[0].get_data(), strict=True)]
+
+
+def half_bars(container: ErrorbarContainer) -> list[float]:
+    """Half the height of each error bar."""
+    segments = container.lines[2][0].get_segments()
+    return [float(high - low) / 2 for (_, low), (_, high) in segments]
+
+
+def hollow(ax: Axes) -> list[tuple[tuple[float, float], ...]]:
+    """The points of each line of white markers, those without points left out."""
+    lines = [line for line in ax.get_lines() if line.get_markerfacecolor() == "white"]
+    return [tuple((float(x), float(y)) for x, y in line.get_xydata()) for line in lines if len(line.get_xydata())]
+
+
+LABELS = [
+    "Ours, mean_var",
+    "Ours, mean_var, adapted",
+    "Ours, mean_var, 80% pruned",
+    "Ours, mean_var, 80% pruned, adapted",
+    "Dedicated",
+]
+
+
+def test_accuracy_by_bits_draws_the_rows() -> None:
+    """Means over the seeds 0 and 1, which are 2 apart: a sample standard deviation of sqrt(2)."""
+    lines = drawn(plots.accuracy_by_bits(example()))
+    assert list(lines) == LABELS
+    for label, level in zip(LABELS[:4], (1, 31, -9, 21), strict=True):
+        assert points(lines[label]) == [(bits, 10 * bits + level) for bits in (2, 4, 5)]
+        assert half_bars(lines[label]) == pytest.approx([2**0.5] * 3)
+    assert points(lines["Dedicated"]) == [(2, 55), (4, 65)]
+    assert half_bars(lines["Dedicated"]) == [0, 0]  # one seed has no spread
+
+
+def test_accuracy_by_bits_marks_untrained_bit_widths() -> None:
+    ax = plots.accuracy_by_bits(example())
+    assert hollow(ax) == [((5, 51),), ((5, 81),), ((5, 41),), ((5, 71),)]
+    trained = example()
+    assert not hollow(plots.accuracy_by_bits(trained[trained.trained]))
+
+
+def test_accuracy_by_bits_tells_its_lines_apart() -> None:
+    """A color and a marker for each setting; dashes for adaptation."""
+    lines = {label: container.lines[0] for label, container in drawn(plots.accuracy_by_bits(example())).items()}
+    looks = {label: (to_rgba(line.get_color()), line.get_marker()) for label, line in lines.items()}
+    assert looks[LABELS[0]] == looks[LABELS[1]] and looks[LABELS[2]] == looks[LABELS[3]]
+    settings = [looks[label] for label in LABELS[::2]]
+    assert len({color for color, _ in settings}) == len({marker for _, marker in settings}) == 3
+    assert [lines[label].get_linestyle() for label in LABELS] == ["-", "--", "-", "--", "-"]
+
+
+def test_accuracy_by_bits_names_what_it_shows() -> None:
+    ax = plots.accuracy_by_bits(example())
+    assert ax.get_title() == "Accuracy by bit-width\ncifar10, resnet8, profile small, 2 seed(s)"
+    assert ax.get_xlabel().startswith("bit-width") and ax.get_ylabel() == "top-1 accuracy (%)"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == LABELS
+    assert list(ax.get_xticks()) == [2, 4, 5]
+
+
+def test_corrections_have_lines_of_their_own() -> None:
+    rows = example()[lambda t: t.method.eq("Ours") & t.pruning_rate.eq(0)]
+    corrections = ("none", "mean", "mean_var, no gradient")
+    ax = plots.accuracy_by_bits(pd.concat([rows.assign(correction=name) for name in corrections]))
+    expected = [f"Ours, {name}{suffix}" for name in corrections for suffix in ("", ", adapted")]
+    assert list(drawn(ax)) == expected
+
+
+def test_accuracy_by_cost_draws_the_rows() -> None:
+    """Without adaptation and over the trained 2 and 4 bits; the passes of Dedicated are those of its two networks."""
+    ax = plots.accuracy_by_cost(example())
+    marks = drawn(ax)
+    assert {label: points(mark) for label, mark in marks.items()} == {
+        "Ours, mean_var": [(4.0, 31.0)],
+        "Ours, mean_var, 80% pruned": [(0.8, 21.0)],
+        "Dedicated": [(4.0, 60.0)],
+    }
+    spreads = [pytest.approx([bar]) for bar in (2**0.5, 2**0.5, 0)]
+    assert [half_bars(mark) for mark in marks.values()] == spreads
+    assert len({to_rgba(mark.lines[0].get_color()) for mark in marks.values()}) == 3
+
+
+def test_accuracy_by_cost_names_what_it_shows() -> None:
+    ax = plots.accuracy_by_cost(example())
+    assert ax.get_title() == "Accuracy against training cost\ncifar10, resnet8, profile small, 2 seed(s)"
+    assert ax.get_xlabel() == "sample passes (millions, logarithmic)" and ax.get_xscale() == "log"
+    assert ax.get_ylabel() == "mean top-1 accuracy (%)"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*LABELS[::2]]
+
+
+@pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])
+def test_axes_of_the_reader_are_used(plot: Callable[..., Axes]) -> None:
+    figure, axes = pyplot.subplots(1, 2)
+    rows = example()
+    before = rows.copy()
+    assert plot(rows, ax=axes[1]) is axes[1]
+    assert axes[1].containers and not axes[0].containers
+    assert pyplot.get_fignums() == [figure.number]
+    pd.testing.assert_frame_equal(rows, before)
+
+
+@pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])
+def test_no_rows(plot: Callable[..., Axes]) -> None:
+    with pytest.raises(ValueError, match=r"^rows='none': expected rows of run_all, at least one$"):
+        plot(example()[:0])
+    assert not pyplot.get_fignums()
+
+
+@pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])
+def test_equal_rows_give_equal_bytes(plot: Callable[..., Axes], tmp_path: Path) -> None:
+    """Also after a reading of the CSV beside the figure."""
+    example().to_csv(tmp_path / "rows.csv", index=False)
+    for name, rows in {"a": example(), "b": example(), "c": pd.read_csv(tmp_path / "rows.csv")}.items():
+        plots.save(plot(rows), tmp_path / name)
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert pictures[0].startswith(b"\x89PNG") and pictures[0] == pictures[1] == pictures[2]
+    assert len(pictures[0]) < 100_000 and b"matplotlib" not in pictures[0].lower()
+    changed = example().assign(top1=example().top1 + 1)
+    plots.save(plot(changed), tmp_path / "d")
+    assert (tmp_path / "d.png").read_bytes() != pictures[0]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}  # no temporary file
+
+
+def test_the_library_needs_none_of_the_notebooks_packages() -> None:
+    blocked = ["matplotlib", "seaborn", "papermill", "IPython", "ipywidgets", "jupyterlab", "sklearn", "tabulate"]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+import emqlib.plots, emqlib.results
+from emqlib.experiments import parameters, table1
+print(len(table1(parameters(profile="smoke", bits="[2,4]"))))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr, result.stdout.strip().isdigit()) == (0, "", True)

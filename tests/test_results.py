@@ -1,0 +1,250 @@
+"""Tables, against numbers worked out by hand from a few rows."""
+
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from emqlib import files, results
+
+RUNS = count()
+
+
+def run(
+    method: str,
+    accuracy: Mapping[int, tuple[float | None, float]],
+    *,
+    correction: str = "none",
+    rate: float = 0.0,
+    seed: int = 0,
+    trained: tuple[int, ...] = (2, 4),
+    passes: int = 1_000_000,
+    steps: int = 100,
+    seconds: float = 10.0,
+) -> pd.DataFrame:
+    """The rows of one run; accuracy: bit-width to top-1 in % without (None: not served) and with adaptation."""
+    pairs = [
+        (b, adapted, top1) for b, both in accuracy.items() for adapted, top1 in zip((False, True), both, strict=True)
+    ]
+    table = pd.DataFrame([(b, top1, b in trained, adapted) for b, adapted, top1 in pairs if top1 is not None])
+    table.columns = ["bits", "top1", "trained", "adapted"]
+    asked = {"method": method, "correction": correction, "pruning_rate": rate, "seed": seed}
+    return table.assign(**asked, run=f"{next(RUNS):012}", sample_passes=passes, steps=steps, seconds=seconds)
+
+
+def together(*runs: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat(runs, ignore_index=True)
+
+
+def table_1() -> pd.DataFrame:
+    """Two seeds of ours, with and without correction, and pruned; two of Any-Precision; one of Dedicated."""
+    full, pruned = {"passes": 8_000_000, "steps": 200}, {"passes": 1_600_000, "steps": 40}
+    return together(
+        run("Ours", {2: (40, 70), 3: (50, 60), 4: (80, 82)}, **full),
+        run("Ours", {2: (60, 80), 3: (30, 60), 4: (80, 84)}, seed=1, **full),
+        run("Ours", {2: (66, 70), 3: (58, 60), 4: (81, 82)}, correction="mean_var", **full),
+        run("Ours", {2: (74, 80), 3: (58, 60), 4: (83, 84)}, correction="mean_var", seed=1, **full),
+        run("Ours", {2: (61, 62), 3: (52, 53), 4: (71, 72)}, correction="mean_var", rate=0.8, **pruned),
+        run("Ours", {2: (63, 62), 3: (52, 53), 4: (75, 72)}, correction="mean_var", rate=0.8, seed=1, **pruned),
+        run("Any-Precision", {2: (70, 70), 3: (None, 20), 4: (90, 90)}, passes=8_000_000, seconds=30),
+        run("Any-Precision", {2: (72, 70), 3: (None, 30), 4: (92, 90)}, seed=1, passes=8_000_000, seconds=31),
+        run("Dedicated", {2: (75, 74)}, trained=(2,), passes=4_000_000, seconds=11),
+        run("Dedicated", {4: (91, 92)}, trained=(4,), passes=4_000_000, seconds=12),
+    )
+
+
+def columns(table: pd.DataFrame, *names: str) -> list[tuple]:
+    """The named columns row by row, missing values as None."""
+    part = table[list(names)].astype(object)
+    return [tuple(row) for row in part.where(part.notna(), None).to_numpy()]
+
+
+def test_spread() -> None:
+    """The sample standard deviation of 40 and 60 is sqrt(200); one seed has none."""
+    rows = table_1()
+    spread = results.spread(rows[rows.bits.eq(2) & ~rows.adapted], ["method", "correction", "pruning_rate"])
+    assert list(spread.columns) == ["method", "correction", "pruning_rate", "mean", "std", "seeds"]
+    assert columns(spread, "method", "mean", "std", "seeds") == [
+        ("Ours", 50, pytest.approx(200**0.5), 2),
+        ("Ours", 70, pytest.approx(32**0.5), 2),
+        ("Ours", 62, pytest.approx(2**0.5), 2),
+        ("Any-Precision", 71, pytest.approx(2**0.5), 2),
+        ("Dedicated", 75, None, 1),
+    ]
+
+
+def test_spread_of_another_column() -> None:
+    rows = together(run("Ours", {2: (1, 2)}, seconds=3), run("Ours", {2: (1, 2)}, seconds=5, seed=1))
+    assert columns(results.spread(rows, ["method"], value="seconds"), "mean", "seeds") == [(4, 4)]
+
+
+def test_accuracy_table() -> None:
+    table = results.accuracy_table(table_1())
+    assert list(table.columns) == ["method", "correction", "pruning_rate", "adapted", "2*", "3", "4*"]
+    assert columns(table, *table.columns) == [
+        ("Ours", "none", 0, False, "50.0 ± 14.1", "40.0 ± 14.1", "80.0 ± 0.0"),
+        ("Ours", "none", 0, True, "75.0 ± 7.1", "60.0 ± 0.0", "83.0 ± 1.4"),
+        ("Ours", "mean_var", 0, False, "70.0 ± 5.7", "58.0 ± 0.0", "82.0 ± 1.4"),
+        ("Ours", "mean_var", 0, True, "75.0 ± 7.1", "60.0 ± 0.0", "83.0 ± 1.4"),
+        ("Ours", "mean_var", 0.8, False, "62.0 ± 1.4", "52.0 ± 0.0", "73.0 ± 2.8"),
+        ("Ours", "mean_var", 0.8, True, "62.0 ± 0.0", "53.0 ± 0.0", "72.0 ± 0.0"),
+        ("Any-Precision", "none", 0, False, "71.0 ± 1.4", "", "91.0 ± 1.4"),
+        ("Any-Precision", "none", 0, True, "70.0 ± 0.0", "25.0 ± 7.1", "90.0 ± 0.0"),
+        ("Dedicated", "none", 0, False, "75.0", "", "91.0"),
+        ("Dedicated", "none", 0, True, "74.0", "", "92.0"),
+    ]
+
+
+def test_accuracy_table_has_bit_widths_in_order() -> None:
+    rows = together(run("Ours", {8: (1, 2), 32: (3, 4), 2: (5, 6)}, trained=(32,)))
+    assert list(results.accuracy_table(rows).columns[4:]) == ["2", "8", "32*"]
+
+
+def test_cost_table() -> None:
+    """Accuracy is the mean over trained bit-widths, cost the sum over a method's networks; then means over seeds."""
+    table = results.cost_table(table_1(), "table1")
+    assert columns(table, "method", "correction", "pruning_rate", "top1 (%)", "adapted top1 (%)") == [
+        ("Ours", "none", 0, "65.0 ± 7.1", "79.0 ± 4.2"),  # (40 + 80) / 2 and (60 + 80) / 2; 76 and 82
+        ("Ours", "mean_var", 0, "76.0 ± 3.5", "79.0 ± 4.2"),  # 73.5 and 78.5
+        ("Ours", "mean_var", 0.8, "67.5 ± 2.1", "67.0 ± 0.0"),  # 66 and 69
+        ("Any-Precision", "none", 0, "81.0 ± 1.4", "80.0 ± 0.0"),  # 80 and 82
+        ("Dedicated", "none", 0, "83.0", "83.0"),
+    ]
+    assert columns(table, "passes (M)", "steps", "seconds", "fewer passes") == [
+        (8, 200, 10, 1),
+        (8, 200, 10, 1),
+        (1.6, 40, 10, 5),
+        (8, 100, 30, 1),  # of 30 and 31 seconds: rounded half to even
+        (8, 200, 23, 1),
+    ]
+
+
+def test_cost_table_without_a_baseline() -> None:
+    table = results.cost_table(run("Ours", {2: (40, 50)}), "table1")
+    assert columns(table, "top1 (%)", "fewer passes") == [("40.0", None)]
+
+
+PAPER = "method,pruning_rate,metric,value,source\n" + "\n".join(
+    [
+        "Ours,0.8,mean_top1,93.46,Table 1",
+        "Ours,0.8,time_ratio,7.88,Table 1",
+        "Any-Precision,0,mean_top1,92.5,Table 1",
+        "Dedicated,,mean_top1,91.5,Table 1",
+        "Ours,0.8,something_else,1.0,Table 1",
+        "Ours,0.6,mean_top1,93.0,Table 1",
+    ]
+)
+
+
+def test_the_papers_numbers_stand_beside_ours_where_they_apply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "home", lambda: tmp_path)
+    files.write_text(tmp_path / "results/paper/table1.csv", PAPER)
+    rows = together(table_1(), run("Ours", {2: (60, 62), 4: (71, 72)}, rate=0.8))  # uncorrected: not the paper's method
+    table = results.cost_table(rows, "table1")
+    names = ("method", "correction", "pruning_rate", "paper: top1 (%)", "paper: times faster")
+    assert list(table.columns[-2:]) == list(names[-2:])
+    assert columns(table, *names) == [
+        ("Ours", "none", 0, None, None),
+        ("Ours", "mean_var", 0, None, None),
+        ("Ours", "mean_var", 0.8, 93.46, 7.88),
+        ("Any-Precision", "none", 0, 92.5, None),
+        ("Dedicated", "none", 0, None, None),
+        ("Ours", "none", 0.8, None, None),
+    ]
+    without = ["top1 (%)", "passes (M)"]
+    pd.testing.assert_frame_equal(table[without], results.cost_table(rows, "no such table")[without])
+    assert results.cost_table(rows, "no such table")["paper: top1 (%)"].isna().all()
+
+
+def test_the_committed_numbers_of_the_paper() -> None:
+    reported = results.paper("table1")
+    assert list(reported.columns) == ["method", "pruning_rate", "metric", "value", "source"]
+    assert reported.source.str.contains("2510.20673").all()
+    assert not reported.duplicated(["method", "pruning_rate", "metric"]).any()
+    assert set(reported.method) <= {"Dedicated", "Any-Precision", "Ours"}
+    table = results.cost_table(table_1(), "table1")
+    assert columns(table[table.pruning_rate == 0.8], "paper: top1 (%)", "paper: times faster") == [(93.46, 7.88)]
+    assert list(results.paper("no such table").columns) == ["method", "pruning_rate", "metric", "value"]
+
+
+def test_gap_table() -> None:
+    """2 bits: the gap is 75 - 50, of which 60 - 50 and 70 - 50 are closed. 4 bits: 83.1 - 82.5 is less than a point."""
+    rows = together(
+        run("Ours", {2: (40, 70), 3: (50, 40), 4: (82.5, 83.1)}),
+        run("Ours", {2: (60, 80), 3: (50, 40), 4: (82.5, 83.1)}, seed=1),
+        run("Ours", {2: (60, 71), 3: (60, 61), 4: (83.0, 83.1)}, correction="mean"),
+        run("Ours", {2: (70, 72), 3: (60, 62), 4: (83.0, 83.1)}, correction="mean_var"),
+        run("Ours", {2: (0, 0), 3: (0, 0), 4: (0, 0)}, correction="mean_var", rate=0.8),
+        run("Any-Precision", {2: (0, 0), 4: (0, 0)}),
+        run("Dedicated", {2: (0, 0)}, trained=(2,)),
+    )
+    table = results.gap_table(rows)
+    assert columns(table, "bits", "trained", "none", "mean", "mean_var") == [
+        (2, True, 50, 60, 70),
+        (3, False, 50, 60, 60),
+        (4, True, 82.5, 83, 83),
+    ]
+    assert columns(table, "none, adapted", "mean, adapted", "mean_var, adapted") == [
+        (75, 71, 72),
+        (40, 61, 62),
+        (83.1, 83.1, 83.1),
+    ]
+    assert columns(table, "mean closes (%)", "mean_var closes (%)") == [(40, 80), (None, None), (None, None)]
+
+
+def test_gap_of_a_point_counts() -> None:
+    rows = together(
+        run("Ours", {2: (50.0, 51.0), 4: (50.0, 50.75)}),
+        run("Ours", {2: (50.25, 0), 4: (50.25, 0)}, correction="mean"),
+        run("Ours", {2: (52.0, 0), 4: (52.0, 0)}, correction="mean_var"),
+    )
+    assert columns(results.gap_table(rows), "mean closes (%)", "mean_var closes (%)") == [(25, 200), (None, None)]
+
+
+def test_gap_table_of_one_correction() -> None:
+    """The quickstart has no run corrected in the mean alone."""
+    rows = together(run("Ours", {2: (50, 60)}), run("Ours", {2: (59, 60)}, correction="mean_var"))
+    table = results.gap_table(rows)
+    assert columns(table, "bits", "mean_var closes (%)") == [(2, 90)]
+    assert not [name for name in table if name.startswith("mean closes")]
+
+
+def test_gap_table_without_what_it_compares() -> None:
+    with pytest.raises(ValueError, match=r"^rows=.*expected runs of ours on the full data, without correction too"):
+        results.gap_table(run("Ours", {2: (50, 60)}, correction="mean_var"))
+    with pytest.raises(ValueError, match=r"^rows="):
+        results.gap_table(run("Dedicated", {2: (50, 60)}))
+
+
+def test_save(tmp_path: Path) -> None:
+    rows = table_1()
+    results.save(rows, results.cost_table(rows, "table1"), tmp_path / "small/01")
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {"01.csv", "01.md"}
+    again = pd.read_csv(tmp_path / "small/01.csv", dtype={"run": str})
+    pd.testing.assert_frame_equal(again, rows)
+    for table in (results.accuracy_table, results.gap_table, lambda rows: results.cost_table(rows, "table1")):
+        pd.testing.assert_frame_equal(table(again), table(rows))
+
+
+def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
+    table = pd.DataFrame({"method": ["Ours", "Dedicated"], "passes": [1.5, 2.0], "paper": [93.46, None], "none": None})
+    results.save(table, table, tmp_path / "a")
+    lines = (tmp_path / "a.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["method", "passes", "paper", "none"]
+    assert cells[2:] == [["Ours", "1.5", "93.46", ""], ["Dedicated", "2", "", ""]]
+    assert (tmp_path / "a.csv").read_text() == "method,passes,paper,none\nOurs,1.5,93.46,\nDedicated,2.0,,\n"
+
+
+def test_save_keeps_the_old_files_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table_1()
+    results.save(rows, rows, tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for broken in ("os.replace", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space left"):
+                results.save(rows[:1], rows[:1], tmp_path / "a")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
