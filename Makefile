@@ -51,10 +51,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Twice: the first execution trains, the second finds every run stored, and is kept without progress bars in it.
 notebooks: install
-	EMQ_PROFILE=$(PROFILE) $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=-1 \
-		--ExecutePreprocessor.record_timing=False $(sort $(wildcard notebooks/*.ipynb))
+	@mkdir -p build
+	for notebook in $(sort $(wildcard notebooks/*.ipynb)); do \
+		EMQ_PROFILE=$(PROFILE) $(BIN)/papermill -k python3 $$notebook build/$$(basename $$notebook) && \
+		EMQ_PROFILE=$(PROFILE) $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
+			--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=-1 \
+			--ExecutePreprocessor.record_timing=False $$notebook || exit 1; \
+	done
 
 # Leaves .venv, which is gigabytes to install again.
 clean:

@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 import torchvision
 from torch import nn
-from tqdm import tqdm
 
 from . import checks, devices, files, models
 from .coreset import CoresetConfig
@@ -287,16 +286,15 @@ def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True)
     runs, results_dir = list(runs), Path(results_dir)
     if not runs:
         raise checks.invalid("runs", runs, "at least one Run")
-    todo = [run for run in runs if _stored(run, results_dir) is None]
+    for run in runs:  # a damaged file is found before anything trains, not after hours
+        _stored(run, results_dir)
     frames, loaded = [], {}
-    with tqdm(runs, unit="run", leave=False, disable=not progress) as bar:
-        bar.set_postfix_str(f"{len(runs) - len(todo)} of {len(runs)} stored")
-        for run in bar:
-            record = _stored(run, results_dir)
-            if record is None:
-                bar.set_description(f"{run.method}, {run.spec.bits} bits, seed {run.config.seed}")
-                record = _execute(run, _data(run, loaded), results_dir, progress)
-            frames.append(_frame(run, record))
+    for i, run in enumerate(runs):
+        record = _stored(run, results_dir)
+        if record is None:
+            label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
+            record = _execute(run, _data(run, loaded), results_dir, progress and label)
+        frames.append(_frame(run, record))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -315,7 +313,7 @@ def build(run: Run, num_classes: int) -> nn.Module:
         return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
 
 
-def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool) -> dict[str, Any]:
+def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> dict[str, Any]:
     model = build(run, data.num_classes)
     checkpoint = results_dir / "checkpoints" / f"{run.hash}.pt"
     history = train(model, data, run.config, checkpoint=checkpoint, progress=progress)

@@ -101,8 +101,9 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     return table.round(1).reset_index()
 
 
-def save(rows: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
-    """Write the tidy `rows` as `path`.csv and the `table` made of them as `path`.md, each whole or not at all."""
-    write_text(path.with_suffix(".csv"), rows.to_csv(index=False))
+def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:
+    """Write `table` as `path`.md, and the tidy `rows` it was made of as `path`.csv, each file whole or not at all."""
+    if rows is not None:
+        write_text(path.with_suffix(".csv"), rows.to_csv(index=False))
     cells = table.astype(object).where(table.notna(), None)  # missing is empty, not "nan"
     write_text(path.with_suffix(".md"), cells.to_markdown(index=False) + "\n")

@@ -213,20 +213,21 @@ def train(
     data: Dataset,
     config: TrainConfig,
     checkpoint: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> pd.DataFrame:
     """Train a converted `model` in place; returns the history, one row an epoch.
 
     Columns: epoch, lr (at its end), loss (mean over its children's steps, nats), steps (optimizer steps), sample_passes
     (forward and backward passes of one sample at one bit-width) and seconds, these three of the epoch alone.
     checkpoint: a file, written after each epoch, atomically; if it is there, training goes on from it, and on a CPU
-    ends with the very weights of an undisturbed run. The bit-width is the highest trained one afterwards.
+    ends with the very weights of an undisturbed run. progress: a bar on stderr; a text is its label.
+    The bit-width is the highest trained one afterwards.
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
     where no checkpoint can be, or a checkpoint of another configuration, network or data. FloatingPointError: a loss or
     weight that is not finite, named with step, bit-width and learning rate; the checkpoint of the epoch before stays.
     """
     bits, path = _check(model, data, config), _checked_path(checkpoint)
-    checks.flag("progress", progress)
+    label = progress if isinstance(progress, str) else checks.flag("progress", progress) and "training"
     device = devices.device(config.device)
     memory_format = devices.memory_format(model, config.channels_last, device)
     model.to(device, memory_format=memory_format)
@@ -236,7 +237,7 @@ def train(
     if path is not None and path.exists():
         _resume(run, path)
     total = len(plan(len(data.train), bits, config, 0)) * (config.epochs - len(run.history))
-    with tqdm(total=total, unit="step", leave=False, disable=not progress, mininterval=1) as bar:
+    with tqdm(total=total, desc=label, unit="step", leave=False, disable=not label, mininterval=1) as bar:
         for epoch in range(len(run.history), config.epochs):
             run.history.append(_epoch(run, bits, epoch, bar))
             if path is not None:

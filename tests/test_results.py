@@ -220,7 +220,7 @@ def test_gap_table_without_what_it_compares() -> None:
 
 def test_save(tmp_path: Path) -> None:
     rows = table_1()
-    results.save(rows, results.cost_table(rows, "table1"), tmp_path / "small/01")
+    results.save(results.cost_table(rows, "table1"), tmp_path / "small/01", rows)
     assert {path.name for path in (tmp_path / "small").iterdir()} == {"01.csv", "01.md"}
     again = pd.read_csv(tmp_path / "small/01.csv", dtype={"run": str})
     pd.testing.assert_frame_equal(again, rows)
@@ -230,7 +230,7 @@ def test_save(tmp_path: Path) -> None:
 
 def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
     table = pd.DataFrame({"method": ["Ours", "Dedicated"], "passes": [1.5, 2.0], "paper": [93.46, None], "none": None})
-    results.save(table, table, tmp_path / "a")
+    results.save(table, tmp_path / "a", table)
     lines = (tmp_path / "a.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["method", "passes", "paper", "none"]
@@ -240,11 +240,16 @@ def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
 
 def test_save_keeps_the_old_files_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table_1()
-    results.save(rows, rows, tmp_path / "a")
+    results.save(rows, tmp_path / "a", rows)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for broken in ("os.replace", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(broken, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(OSError, match="No space left"):
-                results.save(rows[:1], rows[:1], tmp_path / "a")
+                results.save(rows[:1], tmp_path / "a", rows[:1])
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_table_alone_leaves_the_rows_where_they_are(tmp_path: Path) -> None:
+    results.save(pd.DataFrame({"a": [1]}), tmp_path / "cost")
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.md"]

@@ -842,7 +842,7 @@ def test_numpy_numbers_become_plain_ones(digits: Dataset, tmp_path: Path) -> Non
             ("checkpoint", value)
             for value in (3, True, b"run.pt", "", ".", "/", "FOLDER", "FILE/run.pt", "FILE/a/run.pt")
         ),
-        *(("progress", value) for value in (None, 1, "yes")),
+        *(("progress", value) for value in (None, 1, 2.5)),
     ],
 )
 def test_wrong_arguments(name: str, value: object, digits: Dataset, tmp_path: Path) -> None:
