@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import bit_width, bit_widths, flag, integer, invalid
-from .data import Dataset, normalize
+from .data import Dataset, augment, normalize
 from .layers import InputQuantizer, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
 from .signs import input_signs
 
@@ -187,19 +187,24 @@ def summary(model: nn.Module) -> pd.DataFrame:
 def batches(
     data: Dataset | Batches, split: str, device: torch.device, batch_size: int, limit: int | None = None
 ) -> Batches:
-    """(images (B, 3, H, W) float, labels (B,)) on `device`: a data set's split without augmentation, or an iterable's.
+    """(images (B, 3, H, W) float, labels (B,)) on `device`: of a data set's split, or an iterable's.
 
-    limit: at most this many samples. ValueError: an iterator, which a second bit-width would find empty.
+    split: "test", or "train", whose images are augmented as in training, the same way each time: statistics of plain
+    images are not what the network was trained under, and cost it points. limit: at most this many samples.
+    ValueError: an iterator, which a second bit-width would find empty.
     """
     if not isinstance(data, Dataset):
         if not isinstance(data, Iterable) or isinstance(data, Iterator):
             raise invalid("data", type(data).__name__, "a Dataset, or an iterable of (images, labels) to go over again")
         return ((images.to(device), labels.to(device)) for images, labels in data)
+    generator = torch.Generator().manual_seed(0)
     images, labels = getattr(data, split).images, getattr(data, split).labels
     if limit is not None and limit < len(labels):  # the same random images each time: data sets lie class by class
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:limit].to(labels.device)
+        chosen = torch.randperm(len(labels), generator=generator)[:limit].to(labels.device)
         images, labels = images[chosen], labels[chosen]
     count = -(-len(labels) // batch_size)  # parts of near-equal size: batch norm cannot take a last part of one image
+    if split == "train":
+        images = augment(images, data, generator)
     parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
     return ((normalize(x.to(device), data), y.to(device)) for x, y in parts)
 
@@ -314,10 +319,11 @@ def adapt_norm(
 ) -> None:
     """Batch-norm adaptation: give each of `bits` running statistics of its own, re-estimated by forward passes.
 
-    The cumulative mean over the batches of `samples` random training images (not augmented), or of an iterable of
-    (images, labels). Trained parameters stay untouched, and so do other bit-widths' statistics; a switchable norm
-    gains the bit-widths it was not built for, with the affine of the nearest trained one. Cost: samples forward passes
-    a bit-width. Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv 2006.16971).
+    The cumulative mean over the batches of `samples` random training images, augmented as in training, or of an
+    iterable of (images, labels). Trained parameters stay untouched, and so do other bit-widths' statistics; a
+    switchable norm gains the bit-widths it was not built for, with the affine of the nearest trained one. Cost:
+    samples forward passes a bit-width. Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv
+    2006.16971).
     Input ranges that have seen no data yet start from the first batch. On an exception all is as it was.
     ValueError: not a converted network, bad bits, no batch norm, no images.
     """
