@@ -493,8 +493,16 @@ def test_a_second_call_trains_nothing(
     assert capsys.readouterr() == ("", "")
     some = run_all(iter(tiny_runs()[2:3]), finished)
     assert set(some.method) == {"Any-Precision"}
+    assert capsys.readouterr() == ("", "")  # no bar for what is only read
+
+
+def test_progress_names_the_run_on_stderr(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_runs()[2]
+    (finished / f"runs/{run.hash}.json").unlink()
+    (finished / f"checkpoints/{run.hash}.pt").unlink()
+    run_all([run], finished)
     out, err = capsys.readouterr()
-    assert not out and "1 of 1 stored" in err  # tables are on the other stream
+    assert not out and "run 1 of 1: Any-Precision" in err  # tables are on the other stream
 
 
 @pytest.mark.parametrize("checkpoint", ["kept", "deleted"])
