@@ -146,7 +146,7 @@ def test_one_bit_channels_of_one_sign(method: str) -> None:
     assert w.grad.isfinite().all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(-8, 8, width=16), min_size=4, max_size=24),
     bits=st.sampled_from((*range(1, 9), 32)),

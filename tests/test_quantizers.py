@@ -287,7 +287,7 @@ def test_offset_gradient(rng: torch.Generator) -> None:
 numbers = st.floats(-100, 100, width=32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(numbers, min_size=1, max_size=30), st.sampled_from(LOW_BITS), st.sampled_from(sorted(WEIGHTS)))
 def test_weight_properties(values: list[float], bits: int, method: str) -> None:
     """One channel: at most 2**b values, no larger than allowed, in the order of the weights."""
@@ -300,7 +300,7 @@ def test_weight_properties(values: list[float], bits: int, method: str) -> None:
     assert w_q.abs().max() <= largest * (1 + 1e-6) + 1e-30
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(numbers, min_size=1, max_size=30),
     bits=st.sampled_from(LOW_BITS),
