@@ -286,11 +286,10 @@ def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True)
     runs, results_dir = list(runs), Path(results_dir)
     if not runs:
         raise checks.invalid("runs", runs, "at least one Run")
-    for run in runs:  # a damaged file is found before anything trains, not after hours
-        _stored(run, results_dir)
+    records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
     frames, loaded = [], {}
     for i, run in enumerate(runs):
-        record = _stored(run, results_dir)
+        record = records[i] or _stored(run, results_dir)  # another job may have finished it meanwhile
         if record is None:
             label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
             record = _execute(run, _data(run, loaded), results_dir, progress and label)

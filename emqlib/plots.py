@@ -7,7 +7,7 @@ import pandas as pd
 
 from . import checks
 from .files import write_atomic
-from .results import SETTING, spread
+from .results import SETTING, spread, training_cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,8 @@ def accuracy_by_cost(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     ax = _axes(ax, _setting(rows, "Accuracy against training cost"))
     part = rows[rows.trained & ~rows.adapted]
     per_seed = part.groupby([*SETTING, "seed"], sort=False)
-    points = pd.DataFrame({"top1": per_seed.top1.mean(), "passes": _passes(part)}).groupby(SETTING, sort=False)
+    passes = training_cost(part, ["sample_passes"]).sample_passes
+    points = pd.DataFrame({"top1": per_seed.top1.mean(), "passes": passes}).groupby(SETTING, sort=False)
     colors, markers = sns.color_palette("colorblind", points.ngroups), "osD^vP*Xhd<>"
     for i, (setting, point) in enumerate(points):
         std = point.top1.std() if len(point) > 1 else 0
@@ -91,10 +92,6 @@ def accuracy_by_cost(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     ax.set_ylabel("mean top-1 accuracy (%)")
     ax.legend(fontsize=7)
     return ax
-
-
-def _passes(rows: pd.DataFrame) -> pd.Series:
-    return rows.drop_duplicates("run").groupby([*SETTING, "seed"], sort=False).sample_passes.sum()
 
 
 def save(ax: "Axes", path: Path) -> None:

@@ -42,6 +42,11 @@ def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
     return [f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}" for mean, std in pairs]
 
 
+def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """`columns` of each setting and seed, summed over its runs, each counted once: Dedicated has one a bit-width."""
+    return rows.drop_duplicates("run").groupby([*SETTING, "seed"], sort=False)[columns].sum()
+
+
 def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row a method and setting: mean top-1 (%) over the trained bit-widths, and what training cost.
 
@@ -50,8 +55,8 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     of their own. rows: of `experiments.run_all`; table: whose numbers of the paper, for example "table1".
     """
     trained = rows[rows.trained]
-    runs = rows.drop_duplicates("run").groupby([*SETTING, "seed"], sort=False)
-    cost = runs[["sample_passes", "steps", "seconds"]].sum().groupby(SETTING, sort=False).mean()
+    per_seed = training_cost(rows, ["sample_passes", "steps", "seconds"])
+    cost = per_seed.groupby(SETTING, sort=False).mean()
     baseline = cost.sample_passes[cost.index.get_level_values("method") == "Any-Precision"]
     columns = {
         "top1 (%)": _mean_over_bits(trained[~trained.adapted]),
