@@ -7,10 +7,10 @@ Letters in shapes: B batch, N samples, C classes or channels, T observed epochs,
 """
 
 from . import coreset, correction, models, quantizers
-from .coreset import CoresetConfig
 from .data import Dataset, load_dataset
 from .layers import QuantSpec
 from .multibit import adapt_norm, at_bits, convert, evaluate, set_bits, summary
+from .sampling import CoresetConfig
 from .training import TrainConfig, train
 
 __version__ = "0.1.0"

@@ -1,61 +1,255 @@
-"""Coresets: which samples a child model trains on until the next re-sampling."""
+"""Coresets as pure functions on tensors: importance scores, one number a sample, and the selection by them.
 
-from dataclasses import dataclass
+A score's docstring gives the end of it that is kept; all but `moderate` keep the highest.
+"""
 
 import torch
 from torch import Tensor
 
 from . import checks
 
-SCORES = ("random",)
+HOW = ("top", "sample", "ccs")
+EPS = 1e-8  # inside TDDS' logarithms, as its authors have it
 
 
-@dataclass(frozen=True, kw_only=True)
-class CoresetConfig:
-    """Which part of the training set each child trains on. ValueError names the field, its value and what is allowed.
+def entropy(probabilities: Tensor) -> Tensor:
+    """H = -sum_c p_c log p_c in nats: (N, C) to (N,); high, uncertain, is kept. Source: Coleman et al. 2020."""
+    return torch.special.entr(_probabilities(probabilities, 2)).sum(1)
 
-    score: how samples are ranked; "random" draws them uniformly. pruning_rate: fraction of the training set a child
-    does NOT see, in [0, 1). resample_every: epochs between two draws, 0 to keep the first (1 is RS2, arXiv 2305.18424).
+
+def el2n(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Error norm ||p - e_y||_2: (N, C), (N,) to (N,); high, wrong, is kept. Source: Paul et al., arXiv 2107.07075."""
+    p = _probabilities(probabilities, 2)
+    return (p - torch.nn.functional.one_hot(_labels(labels, p.shape), p.shape[1])).norm(dim=1)
+
+
+def grand(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+    """The norm of the last layer's gradient, weight and bias: (N, C), (N,), (N, D) to (N,); high is kept.
+
+    The gradient of a sample's cross entropy is (p - e_y) h^T for the weight and p - e_y for the bias, so that its norm
+    is ||p - e_y|| sqrt(||h||^2 + 1), with no gradient built. features: h, the last layer's input.
+    Source: Paul et al., arXiv 2107.07075, of the last layer instead of all.
     """
-
-    score: str = "random"
-    pruning_rate: float = 0.8
-    resample_every: int = 1
-
-    def __post_init__(self) -> None:
-        checks.choice("score", self.score, SCORES)
-        # plain float and int: NumPy's do not go into JSON
-        object.__setattr__(self, "pruning_rate", checks.pruning_rate(self.pruning_rate))
-        object.__setattr__(self, "resample_every", checks.integer("resample_every", self.resample_every, 0))
-
-    def draw_of(self, epoch: int) -> int:
-        """The number of the draw that `epoch` (from 0) trains on."""
-        return epoch // self.resample_every if self.resample_every else 0
+    return el2n(probabilities, labels) * (_features(features, len(labels)).square().sum(1) + 1).sqrt()
 
 
-def select(scores: Tensor, pruning_rate: float, how: str = "top", generator: torch.Generator | None = None) -> Tensor:
+def forgetting(correct: Tensor) -> Tensor:
+    """How often a sample was right and then wrong: (T, N) bool to (N,); high is kept.
+
+    A sample that was never right counts as T. Source: Toneva et al. 2019, arXiv 1812.05159.
+    """
+    if not isinstance(correct, Tensor) or correct.dim() != 2 or correct.dtype != torch.bool or len(correct) < 2:
+        raise checks.invalid("correct", correct, "a bool tensor (T, N), T >= 2")
+    forgotten = (correct[:-1] & ~correct[1:]).sum(0)
+    return torch.where(correct.any(0), forgotten, len(correct)).float()
+
+
+def moderate(features: Tensor, labels: Tensor) -> Tensor:
+    """Distance to the median of its class, coordinate by coordinate: (N, D), (N,) to (N,).
+
+    Neither end is kept but the middle: select by `centrality` of it. Source: Xia et al., ICLR 2023.
+    """
+    h = _features(features, len(labels))
+    distance = h.new_zeros(len(h))
+    for label in _labels(labels, (len(h), 1 << 62)).unique():
+        own = labels == label
+        ordered, count = h[own].sort(0).values, int(own.sum())
+        median = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+        distance[own] = (h[own] - median).norm(dim=1)
+    return distance
+
+
+def centrality(scores: Tensor) -> Tensor:
+    """-|rank - (N - 1) / 2|: (N,) to (N,); the highest are the samples in the middle of the order of `scores`."""
+    return -(ranks(scores) - (len(scores) - 1) / 2).abs()
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Each sample's place, 0 to N - 1, in ascending order; of equal scores the first comes first.
+
+    >>> ranks(torch.tensor([0.3, 0.1, 0.2])).tolist()
+    [2.0, 0.0, 1.0]
+    """
+    order = scores.argsort(stable=True)
+    return torch.empty(len(scores)).index_copy_(0, order.cpu(), torch.arange(float(len(scores)))).to(scores.device)
+
+
+def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
+    """Temporal dual-depth score: (T, N, C), the softmax of T consecutive epochs, to (N,); high is kept.
+
+    d_t = sum_c |p_{t+1} (log p_{t+1} - log p_t)| is the projection of a sample's gradient on the epoch's; over windows
+    of `window` epochs, so window - 1 of the d, v_k = ||d - mean d||_2 is how much it varies; the score is the
+    exponential moving average S <- (1 - decay) S + decay v_k, from 0, over all windows in their order.
+    ValueError: window < 3, where every v is 0; fewer epochs than the window; decay outside (0, 1]; rows that are no
+    probabilities, as logits are not. Source: Zhang et al., CVPR 2024, arXiv 2311.13613, as its published code has it.
+    """
+    p = _probabilities(probabilities, 3)
+    window, decay = check_window(window, decay)
+    if len(p) < window:
+        raise checks.invalid("window", window, f"at most the {len(p)} epochs there are")
+    log_p = (p + EPS).log()
+    deltas = (p[1:] * (log_p[1:] - log_p[:-1])).abs().sum(2)
+    score = p.new_zeros(p.shape[1])
+    for first in range(len(p) - window + 1):
+        score = (1 - decay) * score + decay * spread(deltas[first : first + window - 1], dim=0)
+    return score
+
+
+def spread(deltas: Tensor, dim: int) -> Tensor:
+    """||d - mean d||_2 along `dim`: TDDS' variation within one window."""
+    return (deltas - deltas.mean(dim, keepdim=True)).norm(dim=dim)
+
+
+def check_window(window: int, decay: float) -> tuple[int, float]:
+    """TDDS' parameters; ValueError that says what is allowed."""
+    expected = "a number in (0, 1]"
+    if checks.real("decay", decay, expected, low=0, high=1) == 0:
+        raise checks.invalid("decay", decay, expected)
+    return checks.integer("window", window, 3), float(decay)
+
+
+def _probabilities(p: Tensor, dims: int) -> Tensor:
+    shape = {2: "(N, C)", 3: "(T, N, C)"}[dims]
+    ok = isinstance(p, Tensor) and p.is_floating_point() and p.dim() == dims and p.numel() > 0
+    if not ok or bool((p < 0).any()) or not bool(((p.sum(-1) - 1).abs() < 0.02).all()):
+        raise checks.invalid("probabilities", p, f"a tensor {shape} of softmax outputs: >= 0, of sum 1 along C")
+    return p if p.dtype == torch.float64 else p.float()
+
+
+def _labels(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    ok = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == shape[:1]
+    if not ok or bool((labels < 0).any()) or bool((labels >= shape[1]).any()):
+        raise checks.invalid("labels", labels, f"an int64 tensor ({shape[0]},) of classes")
+    return labels
+
+
+def _features(features: Tensor, n: int) -> Tensor:
+    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != n:
+        raise checks.invalid("features", features, f"a tensor ({n}, D)")
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def select(
+    scores: Tensor,
+    pruning_rate: float,
+    how: str = "top",
+    generator: torch.Generator | None = None,
+    labels: Tensor | None = None,
+    cut: float = 0.0,
+) -> Tensor:
     """Sorted indices (K,) of the round((1 - pruning_rate) N) samples to keep, at least one; scores: (N,).
 
     how: "top" keeps the highest scores, of equal ones the first; "sample" draws without replacement, scores being
-    weights >= 0 (equal ones: uniformly), from `generator` and no other source.
-    ValueError: scores of another shape, not finite, or negative when sampling; an unknown `how`; sampling without a
-    CPU generator; fewer positive weights than samples to keep.
+    weights >= 0, each sample with the probability that `inclusion` gives; "ccs" drops the `cut` highest fraction and
+    draws evenly over 50 strata of score of the rest (Zheng et al. 2023, arXiv 2210.15809). Draws come from `generator`
+    and no other source. labels: (N,) classes, to keep the same fraction of each.
+    ValueError: scores of another shape, not finite, or negative when sampling; an unknown `how`; drawing without a
+    CPU generator; fewer positive weights than samples to keep; a cut that leaves too few.
 
     >>> select(torch.tensor([0.1, 0.9, 0.5, 0.7]), pruning_rate=0.5)
     tensor([1, 3])
     """
-    checks.choice("how", how, ("top", "sample"))
+    checks.choice("how", how, HOW)
     rate = checks.pruning_rate(pruning_rate)
     if not isinstance(scores, Tensor) or scores.dim() != 1 or len(scores) == 0 or not bool(scores.isfinite().all()):
         raise checks.invalid("scores", scores, "a tensor (N,) of finite numbers, N >= 1")
-    keep = max(1, round((1 - rate) * len(scores)))
+    return choose(scores, kept(len(scores), rate), how, generator, labels, cut)
+
+
+def kept(n: int, pruning_rate: float) -> int:
+    """K = round((1 - pruning_rate) n), at least one."""
+    return max(1, round((1 - pruning_rate) * n))
+
+
+def choose(
+    scores: Tensor,
+    keep: int,
+    how: str,
+    generator: torch.Generator | None = None,
+    labels: Tensor | None = None,
+    cut: float = 0.0,
+) -> Tensor:
+    """`select`, with the number of samples to keep in place of a rate."""
+    if how != "top" and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
+        raise checks.invalid("generator", generator, f'a torch.Generator of the CPU when how="{how}"')
+    if labels is None:
+        return _choose(scores, keep, how, generator, cut).sort().values
+    parts = []
+    for own, quota in _classes(labels, len(scores), keep):
+        parts.append(own[_choose(scores[own], quota, how, generator, cut)])
+    return torch.cat(parts).sort().values
+
+
+def _choose(scores: Tensor, keep: int, how: str, generator: torch.Generator | None, cut: float) -> Tensor:
+    if keep == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
     if how == "top":
-        return scores.argsort(descending=True, stable=True)[:keep].sort().values
-    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-        raise checks.invalid("generator", generator, 'a torch.Generator of the CPU when how="sample"')
-    if bool((scores < 0).any()) or int((scores > 0).sum()) < keep:
-        raise checks.invalid("scores", scores, f"weights >= 0, at least {keep} of them positive")
-    # the K smallest of independent exponential times with rates w are a weighted draw without replacement
-    # (Efraimidis and Spirakis 2006), at any N, where torch.multinomial stops at 2**24
-    times = torch.empty(len(scores), dtype=torch.float64).exponential_(generator=generator) / scores.double().cpu()
-    return times.argsort(stable=True)[:keep].sort().values.to(scores.device)
+        return scores.argsort(descending=True, stable=True)[:keep]
+    if how == "ccs":
+        return _strata(scores, keep, cut, generator)
+    return _draw(inclusion(scores, keep), keep, generator)
+
+
+def _classes(labels: Tensor, n: int, keep: int) -> list[tuple[Tensor, int]]:
+    """For each class its samples' indices and how many of them to keep: proportional, by largest remainder."""
+    sizes = _labels(labels, (n, 1 << 62)).bincount()
+    shares = sizes.double() * keep / n
+    quota = shares.floor().long()
+    largest = (shares - quota).argsort(descending=True, stable=True)[: keep - int(quota.sum())]
+    quota[largest] += 1
+    return [((labels == c).nonzero().flatten(), int(q)) for c, q in enumerate(quota)]
+
+
+def inclusion(weights: Tensor, keep: int, labels: Tensor | None = None) -> Tensor:
+    """The probability (N,) that "sample" keeps each sample: min(1, c w), of sum `keep`; within each class if labels.
+
+    ValueError: weights negative, or fewer positive ones than `keep`.
+
+    >>> inclusion(torch.tensor([1.0, 1.0, 2.0, 6.0]), keep=2)
+    tensor([0.2500, 0.2500, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    if labels is not None:
+        probabilities = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+        for own, quota in _classes(labels, len(weights), keep):
+            probabilities[own] = inclusion(weights[own], quota)
+        return probabilities
+    if bool((weights < 0).any()) or int((weights > 0).sum()) < keep:
+        raise checks.invalid("scores", weights, f"weights >= 0, at least {keep} of them positive")
+    w, certain = weights.double(), torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
+    while True:  # what would pass 1 is certain, and the rest shares what is left: a few rounds
+        rest = keep - int(certain.sum())
+        scaled = torch.where(certain, 1.0, w * (rest / w[~certain].sum().clamp_min(1e-300)))
+        over = (scaled > 1) & ~certain
+        if not bool(over.any()):
+            return scaled
+        certain |= over
+
+
+def _draw(probabilities: Tensor, keep: int, generator: torch.Generator | None) -> Tensor:
+    """`keep` samples, each with its probability: a systematic sample along a random order, which keeps both exact."""
+    n, p = len(probabilities), probabilities.cpu()
+    order = torch.empty(n, dtype=torch.float64).exponential_(generator=generator).argsort(stable=True)
+    if bool((p == p[0]).all()):  # equal ones: the first of a random order
+        return order[:keep].to(probabilities.device)
+    ends = p[order].cumsum(0)
+    points = torch.arange(keep, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=generator)
+    chosen = torch.searchsorted(ends * (keep / ends[-1]), points, right=True)  # points lie 1 apart, samples fill <= 1
+    return order[chosen].to(probabilities.device)
+
+
+def _strata(scores: Tensor, keep: int, cut: float, generator: torch.Generator | None, strata: int = 50) -> Tensor:
+    """CCS: the budget goes to strata of equal width in score, the smallest first, each gets at most an equal share."""
+    n = len(scores)
+    left = scores.argsort(stable=True)[: n - int(cut * n)]
+    if len(left) < keep:
+        raise checks.invalid("cut", cut, f"a fraction that leaves the {keep} samples to keep of {n}")
+    values = scores[left].double()
+    low, width = values[0], (values[-1] - values[0]).clamp_min(1e-300) / strata
+    stratum = ((values - low) / width).long().clamp_max(strata - 1).cpu()
+    sizes, parts, budget = stratum.bincount(minlength=strata), [], keep
+    for done, s in enumerate(sizes.argsort(stable=True).tolist()):
+        share = min(int(sizes[s]), budget // (strata - done))
+        own = (stratum == s).nonzero().flatten()
+        parts.append(own[torch.randperm(len(own), generator=generator)[:share]])
+        budget -= share
+    return left[torch.cat(parts).to(scores.device)]

@@ -1,12 +1,8 @@
 """A paper table becomes a list of runs; a run is one frozen config, one hash, one file of rows, and never run twice."""
 
-import ast
 import json
-import os
 import platform
-import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -19,12 +15,17 @@ import torchvision
 from torch import nn
 
 from . import checks, devices, files, models
-from .coreset import CoresetConfig
 from .data import Dataset, load_dataset
-from .files import canonical_json, digest, home, write_text
+from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
-from .multibit import convert, evaluate
-from .training import TrainConfig, generator, train
+from .multibit import ADAPTATION_SAMPLES, convert, evaluate
+from .profiles import Parameters
+from .sampling import CoresetConfig, generator
+from .training import TrainConfig, train
+
+
+COST = ("sample_passes", "scoring_passes", "steps", "seconds")
+_TITLES = ("score", "pruning_rate")  # of a coreset, in columns of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,14 @@ class Run:
         return 0.0 if self.config.coreset is None else self.config.coreset.pruning_rate
 
     @property
+    def coreset(self) -> str:
+        """The score that coresets are selected by, and what else differs from the defaults; empty on the full data."""
+        if not self.pruning_rate:
+            return ""
+        options = _asked(self.config.coreset)
+        return ", ".join([self.config.coreset.score] + [f"{k}={v}" for k, v in options.items() if k not in _TITLES])
+
+    @property
     def hash(self) -> str:
         """12 hexadecimal digits of the SHA-256 of what differs from the defaults, the device left out.
 
@@ -75,152 +84,9 @@ def _asked(config: Any) -> dict[str, Any]:
     return {name: _asked(value) if is_dataclass(value) else value for name, value in differing.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What a run costs: the data, the network and the schedule behind every notebook."""
-
-    name: str
-    model: str
-    training: TrainConfig
-    repeats: int
-    model_args: tuple[tuple[str, int], ...] = ()
-    dataset: str | None = None  # in place of the experiment's own
-    subset: tuple[int, int] = (0, 0)
-
-
-PROFILES = {
-    # proves that everything runs, in seconds, with no download
-    "smoke": Profile(
-        name="smoke",
-        dataset="digits",
-        subset=(320, 160),
-        model="resnet8",
-        model_args=(("width", 4),),
-        training=TrainConfig(epochs=1, batch_size=32, lr=0.05),
-        repeats=1,
-    ),
-    # real data and a small network, for a laptop's CPU
-    "small": Profile(
-        name="small",
-        model="resnet8",
-        model_args=(("width", 16),),
-        training=TrainConfig(epochs=4, batch_size=128, lr=0.1, warmup_epochs=0.5, autocast="bfloat16"),
-        repeats=3,
-    ),
-    # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
-    "paper": Profile(
-        name="paper",
-        model="preact_resnet20",
-        model_args=(("width_factor", 5),),
-        training=TrainConfig(
-            epochs=200,
-            batch_size=128,
-            optimizer="adamw",
-            lr=1e-3,
-            weight_decay=0.0,
-            schedule="step",
-            milestones=(100, 150, 180),
-            autocast="bfloat16",
-        ),
-        repeats=1,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """A notebook's parameters, checked."""
-
-    profile: Profile
-    bits: tuple[int, ...]
-    seeds: tuple[int, ...]
-    results_dir: Path
-    pruning_rates: tuple[float, ...] = ()
-
-    def output(self, name: str) -> Path:
-        """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
-        return self.results_dir / self.profile.name / name
-
-
-def parameters(
-    profile: str = "auto",
-    bits: Any = (2, 4, 8),
-    seed: Any = 0,
-    repeats: Any = 0,
-    results_dir: str | Path = "auto",
-    pruning_rates: Any = (),
-) -> Parameters:
-    """Check a notebook's parameters, as Python values or as the strings that `papermill -p` makes of lists.
-
-    profile: "smoke", "small", "paper", or "auto" for $EMQ_PROFILE, else paper with CUDA, else small. bits: the trained
-    bit-widths. seed: the first of `repeats` seeds (0: as many as the profile has). results_dir: "auto" is `results`
-    beside the package, or below the working directory where the package was installed without it, but
-    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1), none twice.
-    ValueError: names the parameter, its value and what is allowed; also for a name papermill injected that no
-    parameter of the notebook has.
-    """
-    _refuse_misspelt({"profile", "bits", "seed", "repeats", "results_dir", "pruning_rates"})
-    chosen = PROFILES[_profile_name(profile)]
-    trained = checks.bit_widths("bits", _listed("bits", bits))
-    first = checks.integer("seed", seed, 0)
-    count = checks.integer("repeats", repeats, 0) or chosen.repeats
-    return Parameters(
-        profile=chosen,
-        bits=trained,
-        seeds=tuple(range(first, first + count)),
-        results_dir=_results_dir(results_dir, chosen),
-        pruning_rates=_rates(pruning_rates),
-    )
-
-
-def _profile_name(profile: str) -> str:
-    asked = os.environ.get("EMQ_PROFILE") or "auto" if profile == "auto" else profile
-    name = checks.choice("profile", asked, [*PROFILES, "auto"])
-    return ("paper" if torch.cuda.is_available() else "small") if name == "auto" else name
-
-
-def _listed(name: str, value: Any) -> Any:
-    """A list or tuple; papermill makes a string of "[2,4,8]", and an int of 2."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            raise checks.invalid(name, value, 'a list, for example "[2, 4, 8]"') from None
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _rates(value: Any) -> tuple[float, ...]:
-    items = _listed("pruning_rates", value)
-    with suppress(ValueError):
-        rates = tuple(checks.pruning_rate(item) for item in items)
-        if len(set(rates)) == len(rates):
-            return rates
-    raise checks.invalid("pruning_rates", items, "fractions in [0, 1), none twice, for example [0.5, 0.8]")
-
-
-def _results_dir(value: str | Path, profile: Profile) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise checks.invalid("results_dir", value, "auto, or a folder")
-    auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
-    folder = auto if value == "auto" else Path(os.path.expanduser(value)).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
-    return folder
-
-
-def _refuse_misspelt(known: set[str]) -> None:
-    """papermill injects `-p bitz 4` all the same, and only warns: look at the cell that it wrote, and refuse."""
-    shell = sys.modules["IPython"].get_ipython() if sys.modules.get("IPython") else None
-    cells = shell.user_ns.get("In", []) if shell else []
-    injected = [cell for cell in cells if cell.startswith("# Parameters\n")][-1:]  # one corrected by hand replaces it
-    own = set(re.findall(r"^(\w+) *:", "\n".join(cells), re.MULTILINE))  # declared with a type, as parameters are
-    wrong = sorted(set(re.findall(r"^(\w+) *=", "".join(injected), re.MULTILINE)) - own)
-    if wrong and own & known:
-        raise checks.invalid("parameter", wrong[0], "one of " + ", ".join(sorted(own & known)))
-
-
-def _base(p: Parameters, seed: int, dataset: str) -> Run:
+def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
+    """What all runs of a profile share, on the full data; epochs: 0 for the profile's own number."""
+    config = replace(p.profile.training, seed=seed, epochs=epochs or p.profile.training.epochs)
     return Run(
         profile=p.profile.name,
         dataset=p.profile.dataset or dataset,
@@ -228,7 +94,7 @@ def _base(p: Parameters, seed: int, dataset: str) -> Run:
         model_args=p.profile.model_args,
         subset=p.profile.subset,
         spec=QuantSpec(bits=p.bits),
-        config=replace(p.profile.training, seed=seed),
+        config=config,
         eval_bits=tuple({*Run.eval_bits, *p.bits}),
     )
 
@@ -246,20 +112,19 @@ def any_precision(base: Run) -> Run:
     return replace(base, spec=spec, config=replace(base.config, scheme="joint", distillation=True, coreset=None))
 
 
-def ours(base: Run, pruning_rate: float = 0.0, correction: str = "mean_var", gradient: bool = True) -> Run:
+def ours(base: Run, coreset: CoresetConfig | None = None, correction: str = "mean_var", gradient: bool = True) -> Run:
     """Bit-wise training under one shared batch norm; `gradient`: whether the correction's statistics carry it."""
-    coreset = CoresetConfig(score="random", pruning_rate=pruning_rate) if pruning_rate else None
     config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
     return replace(base, spec=replace(base.spec, correction=correction, correction_gradient=gradient), config=config)
 
 
 def quickstart(p: Parameters) -> list[Run]:
     """One network on the embedded digits, without and with weight bias correction."""
-    base = _base(p, p.seeds[0], "digits")
+    shared = base(p, p.seeds[0], "digits")
     if p.profile.name != "smoke":  # digits need neither a large network nor a long schedule
         config = TrainConfig(epochs=4, batch_size=64, lr=0.1, seed=p.seeds[0])
-        base = replace(base, dataset="digits", model="resnet8", model_args=(), config=config)
-    return [ours(base, correction="none"), ours(base)]
+        shared = replace(shared, dataset="digits", model="resnet8", model_args=(), config=config)
+    return [ours(shared, correction="none"), ours(shared)]
 
 
 def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
@@ -270,10 +135,12 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
-        base = _base(p, seed, dataset)
-        runs += [ours(base, correction=c) for c in ("none", "mean", "mean_var")]
-        runs += [ours(base, rate) for rate in rates if rate > 0]
-        runs += [any_precision(base), *dedicated(base), ours(base, rates[len(rates) // 2], gradient=False)]
+        shared = base(p, seed, dataset)
+        random = [CoresetConfig(pruning_rate=rate) for rate in rates]
+        runs += [ours(shared, correction=c) for c in ("none", "mean", "mean_var")]
+        runs += [ours(shared, coreset) for coreset in random if coreset.pruning_rate > 0]
+        runs += [any_precision(shared), *dedicated(shared)]
+        runs += [ours(shared, random[len(rates) // 2], gradient=False)]
     return runs
 
 
@@ -325,6 +192,8 @@ def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -
         "config": json.loads(canonical_json(asdict(run))),
         "provenance": provenance(data, devices.device(run.config.device)),
         "history": history.to_dict("records"),
+        "coresets": history.attrs["coresets"],
+        "calibration_passes": min(ADAPTATION_SAMPLES, len(data.train)),
         "rows": rows.to_dict("records"),
     }
     write_text(_path(run, results_dir), json.dumps(record, indent=1) + "\n")
@@ -388,8 +257,10 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     """A run's rows, with what was asked for before them and its cost and provenance after them."""
     asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme}
     correction = run.spec.correction + ("" if run.spec.correction_gradient else ", no gradient")
-    asked |= {"norm": run.spec.norm, "correction": correction, "pruning_rate": run.pruning_rate}
-    asked |= {"epochs": run.config.epochs, "seed": run.config.seed}
-    cost = {k: sum(epoch[k] for epoch in record["history"]) for k in ("sample_passes", "steps", "seconds")}
-    rows = pd.DataFrame(record["rows"]).assign(**cost, profile=run.profile, run=run.hash, **record["provenance"])
+    asked |= {"norm": run.spec.norm, "correction": correction, "pruning_rate": run.pruning_rate, "coreset": run.coreset}
+    asked |= {"epochs": run.config.epochs, "batch_size": run.config.batch_size, "seed": run.config.seed}
+    cost = {k: sum(epoch[k] for epoch in record["history"]) for k in COST}
+    rows = pd.DataFrame(record["rows"])
+    rows["calibration_passes"] = record["calibration_passes"] * rows.adapted
+    rows = rows.assign(**cost, profile=run.profile, run=run.hash, **record["provenance"])
     return pd.concat([pd.DataFrame([asked] * len(rows)), rows], axis=1)

@@ -19,6 +19,7 @@ from .signs import input_signs
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+ADAPTATION_SAMPLES = 5000  # images that batch-norm adaptation takes, at each bit-width
 
 Bits = int | Mapping[str, int]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -249,7 +250,7 @@ def evaluate(
         rows = []
         for b in wanted:
             if adapt_norm:
-                _adapt(network, data, (b,), 5000, batch_size)
+                _adapt(network, data, (b,), ADAPTATION_SAMPLES, batch_size)
             with at_bits(model, b):
                 rows.append(_score(model, batches(data, "test", device, batch_size)) | {"bits": b})
     table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(network.quant_spec.bits))
@@ -314,7 +315,7 @@ def adapt_norm(
     model: nn.Module,
     data: Dataset | Batches,
     bits: Iterable[int],
-    samples: int = 5000,
+    samples: int = ADAPTATION_SAMPLES,
     batch_size: int = 500,
 ) -> None:
     """Batch-norm adaptation: give each of `bits` running statistics of its own, re-estimated by forward passes.

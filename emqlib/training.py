@@ -21,10 +21,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
 from . import checks, devices
-from .coreset import CoresetConfig, select
 from .data import Dataset, augment, normalize
 from .files import write_atomic
 from .multibit import set_bits
+from .sampling import CoresetConfig, Sampler, Selection, generator
 
 SCHEMES = ("dedicated", "joint", "bitwise")
 _STOPPED = "training stopped; a checkpoint keeps the epoch before"
@@ -79,6 +79,11 @@ class TrainConfig:
             raise checks.invalid("distillation", True, 'scheme="joint", where the children share a batch')
         if self.coreset is not None and not isinstance(self.coreset, CoresetConfig):
             raise checks.invalid("coreset", self.coreset, "a CoresetConfig, or None for the full data")
+        if self.coreset is not None and self.coreset.pruning_rate:
+            spent = self.coreset.warmup + self.coreset.full_epochs
+            if spent >= self.epochs:
+                expected = f"more than the {spent} that the coreset's scoring phase and full_epochs take"
+                raise checks.invalid("epochs", self.epochs, expected)
         devices.device(self.device)
 
     def _take(self, name: str, value: Any) -> None:
@@ -103,18 +108,13 @@ class TrainConfig:
         self._take("milestones", tuple(checks.integer("milestones", m, 1) for m in self.milestones))
 
 
-def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose, such as ("shuffle", epoch): one stream's draws never shift another's."""
-    text = json.dumps([seed, *purpose])
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
-
-
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: the samples (B,) that enter it, and the children, highest bit-width first."""
+    """One optimizer step: samples (B,) that enter it, children, highest bit-width first, weights (B,) of the losses."""
 
     indices: Tensor
     bits: tuple[int, ...]
+    weights: Tensor | None = None
 
 
 def _chunks(indices: Tensor, batch_size: int, gen: torch.Generator) -> tuple[Tensor, ...]:
@@ -123,25 +123,27 @@ def _chunks(indices: Tensor, batch_size: int, gen: torch.Generator) -> tuple[Ten
     return shuffled.tensor_split(-(-len(indices) // batch_size))
 
 
-def coresets(n: int, bits: tuple[int, ...], config: TrainConfig, epoch: int) -> dict[int, Tensor]:
-    """The sample indices (K,) that each bit-width trains on in `epoch` (from 0), out of n; joint: one for all."""
-    if config.coreset is None or config.coreset.pruning_rate == 0:
-        return dict.fromkeys(bits, torch.arange(n))
-    draw, rate = config.coreset.draw_of(epoch), config.coreset.pruning_rate
-    shared = config.scheme == "joint"
-    streams = {b: generator(config.seed, "coreset", draw, "all" if shared else b) for b in bits}
-    return {b: select(torch.ones(n), rate, how="sample", generator=g) for b, g in streams.items()}
-
-
-def plan(n: int, bits: tuple[int, ...], config: TrainConfig, epoch: int) -> list[Step]:
-    """The steps of one epoch over n samples; `bits` ascending."""
-    subsets = coresets(n, bits, config, epoch)
-    if config.scheme == "joint":
+def plan(selection: Selection, config: TrainConfig, epoch: int) -> list[Step]:
+    """The steps of one epoch over what was selected for it."""
+    subsets, bits = selection.subsets, tuple(sorted(selection.subsets, reverse=True))
+    weights = {b: selection.weights.get(b) for b in bits}
+    if selection.scheme == "joint":
         chunks = _chunks(subsets[bits[0]], config.batch_size, generator(config.seed, "shuffle", epoch))
-        return [Step(chunk, bits[::-1]) for chunk in chunks]
+        return [Step(chunk, bits, _at(weights[bits[0]], chunk)) for chunk in chunks]
     queues = {b: _chunks(subsets[b], config.batch_size, generator(config.seed, "shuffle", epoch, b)) for b in bits}
     rounds = max(len(queue) for queue in queues.values())
-    return [Step(queues[b][i], (b,)) for i in range(rounds) for b in bits[::-1] if i < len(queues[b])]
+    turns = [(queues[b][i], b) for i in range(rounds) for b in bits if i < len(queues[b])]
+    return [Step(chunk, (b,), _at(weights[b], chunk)) for chunk, b in turns]
+
+
+def _at(weights: Tensor | None, indices: Tensor) -> Tensor | None:
+    return None if weights is None else weights[indices]
+
+
+def _count(sampler: Sampler, config: TrainConfig, epoch: int) -> int:
+    """How many steps `plan` will have in `epoch`."""
+    children = 1 if sampler.scheme_of(epoch) == "joint" else len(sampler.bits)
+    return children * -(-sampler.size(epoch) // config.batch_size)
 
 
 def learning_rate(progress: float, config: TrainConfig) -> float:
@@ -205,7 +207,13 @@ class _Run:
     memory_format: torch.memory_format
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
+    sampler: Sampler
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch at hand, from 0."""
+        return len(self.history)
 
 
 def train(
@@ -218,7 +226,9 @@ def train(
     """Train a converted `model` in place; returns the history, one row an epoch.
 
     Columns: epoch, lr (at its end), loss (mean over its children's steps, nats), steps (optimizer steps), sample_passes
-    (forward and backward passes of one sample at one bit-width) and seconds, these three of the epoch alone.
+    (forward and backward passes of one sample at one bit-width), scoring_passes (those in the scoring phase) and
+    seconds, these four of the epoch alone. Its attrs["coresets"] holds a row a draw and bit-width: size, union and
+    overlap (fractions), drift since the last draw, rank correlation with other bit-widths' scores, images a class.
     checkpoint: a file, written after each epoch, atomically; if it is there, training goes on from it, and on a CPU
     ends with the very weights of an undisturbed run. progress: a bar on stderr; a text is its label.
     The bit-width is the highest trained one afterwards.
@@ -233,17 +243,21 @@ def train(
     model.to(device, memory_format=memory_format)
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
     forward = torch.compile(model) if config.compile else model
-    run = _Run(model, forward, data.to(device), config, device, memory_format, optimizer(model, config), scaler)
+    sampler = Sampler(config.coreset, config.scheme, config.seed, bits, data.train.labels, config.epochs)
+    data = data.to(device)
+    run = _Run(model, forward, data, config, device, memory_format, optimizer(model, config), scaler, sampler)
     if path is not None and path.exists():
         _resume(run, path)
-    total = len(plan(len(data.train), bits, config, 0)) * (config.epochs - len(run.history))
+    total = sum(_count(sampler, config, epoch) for epoch in range(run.epoch, config.epochs))
     with tqdm(total=total, desc=label, unit="step", leave=False, disable=not label, mininterval=1) as bar:
-        for epoch in range(len(run.history), config.epochs):
-            run.history.append(_epoch(run, bits, epoch, bar))
+        while run.epoch < config.epochs:
+            run.history.append(_epoch(run, bar))
             if path is not None:
                 _save(run, path)
     set_bits(model, bits[-1])
-    return pd.DataFrame(run.history)
+    history = pd.DataFrame(run.history)
+    history.attrs["coresets"] = sampler.rows
+    return history
 
 
 def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, ...]:
@@ -270,12 +284,13 @@ def _checked_path(checkpoint: Any) -> Path | None:
     return path
 
 
-def _epoch(run: _Run, bits: tuple[int, ...], epoch: int, bar: tqdm) -> dict[str, Any]:
+def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     run.model.train()
-    steps = plan(len(run.data.train), bits, run.config, epoch)
-    watch, passes, start = _LossWatch(run.device), 0, perf_counter()
+    epoch, watch, passes, start = run.epoch, _LossWatch(run.device), 0, perf_counter()
+    selection = run.sampler.selection(epoch)
+    steps = plan(selection, run.config, epoch)
     pixels = generator(run.config.seed, "augment", epoch)
-    with _seeded(run, epoch):
+    with _seeded(run, epoch), run.sampler.recording(run.model, selection):
         for i, step in enumerate(steps):
             lr = learning_rate(epoch + (i + 1) / len(steps), run.config)
             where = f"epoch {epoch + 1}, step {i + 1}"
@@ -288,7 +303,7 @@ def _epoch(run: _Run, bits: tuple[int, ...], epoch: int, bar: tqdm) -> dict[str,
             raise FloatingPointError(f"{name} is not finite after {where}, {step.bits} bits, lr {lr:.3g}: {_STOPPED}")
     bar.set_postfix(loss=f"{loss:.3f}")
     row = {"epoch": epoch + 1, "lr": lr, "loss": loss, "steps": len(steps), "sample_passes": passes}
-    return row | {"seconds": perf_counter() - start}
+    return row | {"scoring_passes": passes if selection.scored else 0, "seconds": perf_counter() - start}
 
 
 @contextmanager
@@ -331,10 +346,18 @@ def _losses(run: _Run, images: Tensor, labels: Tensor, step: Step) -> Iterator[t
         logits = run.forward(images).float()
         if logits.shape[1] < run.data.num_classes:
             raise checks.invalid("model", f"{logits.shape[1]} outputs", f"{run.data.num_classes} or more, one a class")
-        smoothing = run.config.label_smoothing if teacher is None else 0.0
-        yield b, F.cross_entropy(logits, labels if teacher is None else teacher, label_smoothing=smoothing)
+        run.sampler.observe(b, run.epoch, step.indices, logits, labels)
+        yield b, _loss(logits, labels if teacher is None else teacher, step, run.config, teacher is not None)
         if run.config.distillation:
             teacher = logits.detach().softmax(1)
+
+
+def _loss(logits: Tensor, target: Tensor, step: Step, config: TrainConfig, distilled: bool) -> Tensor:
+    smoothing = 0.0 if distilled else config.label_smoothing
+    if step.weights is None:
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+    return (losses * step.weights.to(losses)).mean()
 
 
 def _identity(run: _Run) -> dict[str, Any]:
@@ -353,6 +376,7 @@ def _save(run: _Run, path: Path) -> None:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
+        "sampler": run.sampler.state(),
     }
     whole = io.BytesIO()  # to a file on a full disk, torch.save raises a RuntimeError that does not say so
     torch.save(state, whole)
@@ -362,7 +386,7 @@ def _save(run: _Run, path: Path) -> None:
 def _resume(run: _Run, path: Path) -> None:
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
-        theirs, history = json.loads(state["identity"]), json.loads(state["history"])
+        theirs, history, drawn = json.loads(state["identity"]), json.loads(state["history"]), state["sampler"]
     except Exception as error:  # torch.load raises whatever the broken part of the file leads to
         raise checks.invalid("checkpoint", str(path), f"a whole checkpoint of this library ({error})") from error
     ours = json.loads(json.dumps(_identity(run)))
@@ -372,4 +396,5 @@ def _resume(run: _Run, path: Path) -> None:
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
+    run.sampler.load(drawn, run.device)
     run.history = history

@@ -1,0 +1,161 @@
+"""What a notebook is asked for: its profile, which says what a run costs, and its parameters, checked."""
+
+import ast
+import os
+import re
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checks
+from .files import home
+from .training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a run costs: the data, the network and the schedule behind every notebook."""
+
+    name: str
+    model: str
+    training: TrainConfig
+    repeats: int
+    model_args: tuple[tuple[str, int], ...] = ()
+    dataset: str | None = None  # in place of the experiment's own
+    subset: tuple[int, int] = (0, 0)
+
+
+PROFILES = {
+    # proves that everything runs, in seconds, with no download
+    "smoke": Profile(
+        name="smoke",
+        dataset="digits",
+        subset=(320, 160),
+        model="resnet8",
+        model_args=(("width", 4),),
+        training=TrainConfig(epochs=1, batch_size=32, lr=0.05),
+        repeats=1,
+    ),
+    # real data and a small network, for a laptop's CPU
+    "small": Profile(
+        name="small",
+        model="resnet8",
+        model_args=(("width", 16),),
+        training=TrainConfig(epochs=4, batch_size=128, lr=0.1, warmup_epochs=0.5, autocast="bfloat16"),
+        repeats=3,
+    ),
+    # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
+    "paper": Profile(
+        name="paper",
+        model="preact_resnet20",
+        model_args=(("width_factor", 5),),
+        training=TrainConfig(
+            epochs=200,
+            batch_size=128,
+            optimizer="adamw",
+            lr=1e-3,
+            weight_decay=0.0,
+            schedule="step",
+            milestones=(100, 150, 180),
+            autocast="bfloat16",
+        ),
+        repeats=1,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """A notebook's parameters, checked."""
+
+    profile: Profile
+    bits: tuple[int, ...]
+    seeds: tuple[int, ...]
+    results_dir: Path
+    pruning_rates: tuple[float, ...] = ()
+
+    def output(self, name: str) -> Path:
+        """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
+        return self.results_dir / self.profile.name / name
+
+
+def parameters(
+    profile: str = "auto",
+    bits: Any = (2, 4, 8),
+    seed: Any = 0,
+    repeats: Any = 0,
+    results_dir: str | Path = "auto",
+    pruning_rates: Any = (),
+) -> Parameters:
+    """Check a notebook's parameters, as Python values or as the strings that `papermill -p` makes of lists.
+
+    profile: "smoke", "small", "paper", or "auto" for $EMQ_PROFILE, else paper with CUDA, else small. bits: the trained
+    bit-widths. seed: the first of `repeats` seeds (0: as many as the profile has). results_dir: "auto" is `results`
+    beside the package, or below the working directory where the package was installed without it, but
+    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1), none twice.
+    ValueError: names the parameter, its value and what is allowed; also for a name papermill injected that no
+    parameter of the notebook has.
+    """
+    _refuse_misspelt({"profile", "bits", "seed", "repeats", "results_dir", "pruning_rates"})
+    chosen = PROFILES[_profile_name(profile)]
+    trained = checks.bit_widths("bits", _listed("bits", bits))
+    first = checks.integer("seed", seed, 0)
+    count = checks.integer("repeats", repeats, 0) or chosen.repeats
+    return Parameters(
+        profile=chosen,
+        bits=trained,
+        seeds=tuple(range(first, first + count)),
+        results_dir=_results_dir(results_dir, chosen),
+        pruning_rates=_rates(pruning_rates),
+    )
+
+
+def _profile_name(profile: str) -> str:
+    asked = os.environ.get("EMQ_PROFILE") or "auto" if profile == "auto" else profile
+    name = checks.choice("profile", asked, [*PROFILES, "auto"])
+    return ("paper" if torch.cuda.is_available() else "small") if name == "auto" else name
+
+
+def _listed(name: str, value: Any) -> Any:
+    """A list or tuple; papermill makes a string of "[2,4,8]", and an int of 2."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            raise checks.invalid(name, value, 'a list, for example "[2, 4, 8]"') from None
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _rates(value: Any) -> tuple[float, ...]:
+    items = _listed("pruning_rates", value)
+    with suppress(ValueError):
+        rates = tuple(checks.pruning_rate(item) for item in items)
+        if len(set(rates)) == len(rates):
+            return rates
+    raise checks.invalid("pruning_rates", items, "fractions in [0, 1), none twice, for example [0.5, 0.8]")
+
+
+def _results_dir(value: str | Path, profile: Profile) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise checks.invalid("results_dir", value, "auto, or a folder")
+    auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
+    folder = auto if value == "auto" else Path(os.path.expanduser(value)).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
+    return folder
+
+
+def _refuse_misspelt(known: set[str]) -> None:
+    """papermill injects `-p bitz 4` all the same, and only warns: look at the cell that it wrote, and refuse."""
+    shell = sys.modules["IPython"].get_ipython() if sys.modules.get("IPython") else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    injected = [cell for cell in cells if cell.startswith("# Parameters\n")][-1:]  # one corrected by hand replaces it
+    own = set(re.findall(r"^(\w+) *:", "\n".join(cells), re.MULTILINE))  # declared with a type, as parameters are
+    wrong = sorted(set(re.findall(r"^(\w+) *=", "".join(injected), re.MULTILINE)) - own)
+    if wrong and own & known:
+        raise checks.invalid("parameter", wrong[0], "one of " + ", ".join(sorted(own & known)))
