@@ -20,12 +20,10 @@ from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
 from .multibit import ADAPTATION_SAMPLES, convert, evaluate
 from .profiles import Parameters
-from .sampling import CoresetConfig, generator
+from .sampling import SCORES, CoresetConfig, generator
 from .training import TrainConfig, train
 
-
 COST = ("sample_passes", "scoring_passes", "steps", "seconds")
-_TITLES = ("score", "pruning_rate")  # of a coreset, in columns of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +60,15 @@ class Run:
 
     @property
     def coreset(self) -> str:
-        """The score that coresets are selected by, and what else differs from the defaults; empty on the full data."""
+        """What selects coresets, and which options differ from the defaults."""
         if not self.pruning_rate:
-            return ""
+            return "full data"
         options = _asked(self.config.coreset)
-        return ", ".join([self.config.coreset.score] + [f"{k}={v}" for k, v in options.items() if k not in _TITLES])
+        name = options.pop("score", "random")
+        if name == "random" and options.pop("resample_every", 1) == 1:
+            name = "RS2"  # a random coreset that is drawn anew each epoch
+        named = [f"{k}={v}" for k, v in options.items() if k not in ("pruning_rate", "candidates", "scoring_epochs")]
+        return ", ".join([name, *named])
 
     @property
     def hash(self) -> str:
@@ -85,7 +87,10 @@ def _asked(config: Any) -> dict[str, Any]:
 
 
 def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
-    """What all runs of a profile share, on the full data; epochs: 0 for the profile's own number."""
+    """What all runs of a profile share, on the full data.
+
+    epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated.
+    """
     config = replace(p.profile.training, seed=seed, epochs=epochs or p.profile.training.epochs)
     return Run(
         profile=p.profile.name,
@@ -95,7 +100,7 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         subset=p.profile.subset,
         spec=QuantSpec(bits=p.bits),
         config=config,
-        eval_bits=tuple({*Run.eval_bits, *p.bits}),
+        eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
     )
 
 
@@ -144,13 +149,118 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
+def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
+    """Coresets by importance, TDDS where not said otherwise, as the notebooks use them; None where nothing is pruned.
+
+    Cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs at
+    least, and so spends on them the price of one epoch more of its coreset.
+    """
+    if not pruning_rate:
+        return None
+    usual = {"score": "tdds", "scoring_epochs": 3, "candidates": min(1.0, (1 - pruning_rate) * 4 / 3)}
+    return CoresetConfig(**{"pruning_rate": pruning_rate} | usual | options)
+
+
+def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Accuracy against the cost of training: Any-Precision and ours at each pruning rate, at each run length.
+
+    The first length has all seeds, a longer one the first alone.
+    """
+    rates = [0.0, *(rate for rate in p.pruning_rates or (0.5, 0.8, 0.9) if rate)]
+    pairs = [(epochs, seed) for epochs in p.lengths for seed in (p.seeds if epochs == p.lengths[0] else p.seeds[:1])]
+    runs = []
+    for epochs, seed in pairs:
+        shared = base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
+        runs += [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in rates)]
+    return runs
+
+
+def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Coresets by score: Random and RS2, TDDS and EL2N at every pruning rate, all the others at the middle one.
+
+    All scores are recorded in the same scoring phase, and so at the same price; Random and RS2 have none, and train on
+    their coresets from the first epoch.
+    """
+    rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
+    for seed in p.seeds:
+        shared = _coreset_base(p, seed, dataset)
+        for rate in rates:
+            middle = rate == rates[len(rates) // 2]
+            scores = [score for score in SCORES[1:] if middle or score in ("tdds", "el2n")]
+            coresets = [CoresetConfig(pruning_rate=rate, resample_every=every) for every in (0, 1)]
+            coresets += [bitwise_coreset(rate, score=score) for score in scores]
+            coresets += [bitwise_coreset(rate, how="sample")]
+            runs += [ours(shared, coreset) for coreset in coresets]
+    return runs
+
+
+def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
+    """What of a TDDS coreset matters: how it is scored, drawn, drawn again and shared between bit-widths.
+
+    The last seven have all samples as candidates, where nothing else sets bit-widths apart: "joint" against "bitwise"
+    scoring is Table 7, and coresets that are identical, independent or disjoint across bit-widths, by importance and at
+    random, tell what scores of its own are worth to a bit-width from what wider coverage is.
+    """
+    options = [
+        {},
+        {"how": "sample"},
+        {"how": "sample", "resample_every": 0},
+        {"how": "sample", "rescore": True},
+        {"how": "sample", "unbiased": True, "candidates": 1.0},
+        {"how": "ccs", "cut": 0.1},
+        {"balanced": True},
+        {"full_epochs": 1},
+    ]
+    ways = ("identical", "independent", "disjoint")
+    options += [{"candidates": 1.0, "scoring": "joint"}]
+    options += [{"candidates": 1.0, "across_bits": way} for way in ways]
+    random = {"score": "random", "candidates": 1.0, "scoring_epochs": 0, "resample_every": 0}
+    options += [random | {"across_bits": way} for way in ways]
+    shared = [_coreset_base(p, seed, dataset) for seed in p.seeds]
+    return [ours(start, bitwise_coreset(pruning_rate, **option)) for start in shared for option in options]
+
+
+def _coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
+    """What runs that compare coresets share: more epochs, on as much of the data as they can then afford."""
+    return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
+
+
+def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
+    """Every scheme over more and more bit-widths, on a small part of CIFAR-10: what it costs, not what it gives."""
+    runs = []
+    for count in p.profile.bit_counts:
+        widths = (2, 8, 4, 6, 3, 5, 7, 1)[:count]
+        shared = base(replace(p, bits=tuple(sorted(widths))), p.seeds[0], "cifar10", p.profile.coreset_epochs)
+        shared = replace(shared, subset=p.profile.subset if any(p.profile.subset) else (2560, 500))
+        runs += [*dedicated(shared), any_precision(shared), ours(shared), ours(shared, bitwise_coreset(pruning_rate))]
+    return runs
+
+
+def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
+    """One row a draw and bit-width of the finished `runs`: size, union, overlap, drift, rank correlation, classes.
+
+    overlap and rank_correlation are means over the other bit-widths; classes is each class's share of the coreset.
+    """
+    rows = []
+    for run in runs:
+        for draw in _stored(run, Path(results_dir))["coresets"]:
+            classes = pd.Series(draw["classes"]) / draw["size"]
+            means = {k: pd.Series(draw[k], dtype=float).mean() for k in ("overlap", "rank_correlation")}
+            told = {k: draw[k] for k in ("epoch", "bits", "size", "union", "drift", "clipped")}
+            spread = {"rarest_class": classes.min(), "commonest_class": classes.max()}
+            asked = {"pruning_rate": run.pruning_rate, "coreset": run.coreset, "epochs": run.config.epochs}
+            asked |= {"candidates": run.config.coreset.candidates, "seed": run.config.seed, "run": run.hash}
+            rows.append(asked | told | means | spread)
+    return pd.DataFrame(rows)
+
+
 def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True) -> pd.DataFrame:
     """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
 
     One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
     ValueError: no runs, or a damaged or foreign file where the rows of a run should be.
     """
-    runs, results_dir = list(runs), Path(results_dir)
+    runs, results_dir = list(dict.fromkeys(runs)), Path(results_dir)
     if not runs:
         raise checks.invalid("runs", runs, "at least one Run")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
@@ -193,6 +303,7 @@ def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -
         "provenance": provenance(data, devices.device(run.config.device)),
         "history": history.to_dict("records"),
         "coresets": history.attrs["coresets"],
+        "n_train": len(data.train),
         "calibration_passes": min(ADAPTATION_SAMPLES, len(data.train)),
         "rows": rows.to_dict("records"),
     }
@@ -258,6 +369,9 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme}
     correction = run.spec.correction + ("" if run.spec.correction_gradient else ", no gradient")
     asked |= {"norm": run.spec.norm, "correction": correction, "pruning_rate": run.pruning_rate, "coreset": run.coreset}
+    pruned = run.config.coreset if run.pruning_rate else CoresetConfig(pruning_rate=0)
+    asked |= {"candidates": pruned.candidates, "scoring_epochs": pruned.warmup}
+    asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]}
     asked |= {"epochs": run.config.epochs, "batch_size": run.config.batch_size, "seed": run.config.seed}
     cost = {k: sum(epoch[k] for epoch in record["history"]) for k in COST}
     rows = pd.DataFrame(record["rows"])

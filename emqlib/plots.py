@@ -60,36 +60,87 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def _label(method: str, correction: str, pruning_rate: float) -> str:
+def _label(method: str, correction: str, pruning_rate: float, coreset: str = "", *_: object) -> str:
     if method != "Ours":
         return method
-    return f"Ours, {correction}" + (f", {pruning_rate:.0%} pruned" if pruning_rate else "")
+    return f"Ours, {correction}" + (f", {pruning_rate:.0%} pruned, {coreset}" if pruning_rate else "")
 
 
-def accuracy_by_cost(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
-    """Mean top-1 accuracy (%) over the trained bit-widths against sample passes, a marker for each setting.
+def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":
+    """Mean top-1 accuracy (%) over the trained bit-widths against the cost of training, a line for each setting.
+
+    A line joins the run lengths of a setting, in epochs beside the markers. rows: of `experiments.run_all`, those
+    without adaptation; cost: "sample_passes" or "seconds"; bars show the standard deviation over seeds.
+    ValueError: no rows, or another cost.
+    """
+    import seaborn as sns
+
+    unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
+    ax = _axes(ax, _setting(rows, "Accuracy against training cost"))
+    part = rows[rows.trained & ~rows.adapted]
+    seeds = part.groupby([*SETTING, "seed"], sort=False).top1.mean()
+    points = pd.DataFrame({"top1": seeds, "cost": training_cost(part, [cost])[cost] / unit})
+    groups = points.groupby(SETTING[:-1], sort=False, dropna=False)
+    colors, markers = sns.color_palette("colorblind", groups.ngroups), "osD^vP*Xhd<>"
+    for i, (setting, group) in enumerate(groups):
+        lengths = group.groupby("epochs").agg({"top1": ["mean", "std"], "cost": "mean"})
+        x, y, spreads = lengths["cost", "mean"], lengths["top1", "mean"], lengths["top1", "std"].fillna(0)
+        look = {"color": colors[i % len(colors)], "marker": markers[i % len(markers)], "capsize": 2, "ms": 5, "lw": 1}
+        ax.errorbar(x, y, spreads, label=_label(*setting), **look)
+        for epochs in lengths.index if points.index.get_level_values("epochs").nunique() > 1 else ():
+            place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6, "color": look["color"]}
+            ax.annotate(f"{epochs}", (x[epochs], y[epochs]), **place)
+    ax.set_xscale("log")
+    ax.set_xlabel(f"{label}, logarithmic")
+    ax.set_ylabel("mean top-1 accuracy (%)")
+    ax.legend(fontsize=7)
+    return ax
+
+
+_COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
+
+
+def accuracy_by_pruning(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each way to select coresets.
 
     rows: of `experiments.run_all`, those without adaptation; bars show the standard deviation over seeds.
     ValueError: no rows.
     """
     import seaborn as sns
 
-    ax = _axes(ax, _setting(rows, "Accuracy against training cost"))
+    ax = _axes(ax, _setting(rows, "Accuracy by pruning rate"))
     part = rows[rows.trained & ~rows.adapted]
-    per_seed = part.groupby([*SETTING, "seed"], sort=False)
-    passes = training_cost(part, ["sample_passes"]).sample_passes
-    points = pd.DataFrame({"top1": per_seed.top1.mean(), "passes": passes}).groupby(SETTING, sort=False)
-    colors, markers = sns.color_palette("colorblind", points.ngroups), "osD^vP*Xhd<>"
-    for i, (setting, point) in enumerate(points):
-        std = point.top1.std() if len(point) > 1 else 0
-        look = {"color": colors[i], "marker": markers[i % len(markers)], "ls": "", "capsize": 2}
-        ax.errorbar(point.passes.mean() / 1e6, point.top1.mean(), std, label=_label(*setting), **look)
-    ticks = sorted(set(points.passes.mean() / 1e6))
-    ax.set_xscale("log")
-    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    ax.set_xticks([], minor=True)
-    ax.set_xlabel("sample passes (millions, logarithmic)")
+    seeds = part.groupby(["coreset", "pruning_rate", "seed"], sort=False).top1.mean().reset_index()
+    lines = spread(seeds, ["coreset", "pruning_rate"])
+    names = list(dict.fromkeys(lines.coreset))
+    colors, markers = sns.color_palette("colorblind", len(names)), "osD^vP*Xhd<>"
+    for i, name in enumerate(names):
+        line = lines[lines.coreset == name].sort_values("pruning_rate")
+        shift = 0.4 * (i - len(names) / 2)  # beside one another, or bars hide each other
+        look = {"color": colors[i], "marker": markers[i % len(markers)], "capsize": 2, "ms": 5, "lw": 1}
+        ax.errorbar(100 * line.pruning_rate + shift, line["mean"], line["std"].fillna(0), label=name, **look)
+    ax.set_xticks(100 * lines.pruning_rate.unique())
+    ax.set_xlabel("pruning rate (%)")
     ax.set_ylabel("mean top-1 accuracy (%)")
+    ax.legend(fontsize=7)
+    return ax
+
+
+def growth(table: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":
+    """Training cost against the number of bit-widths, a line for each scheme; table: of `results.growth_table`."""
+    import seaborn as sns
+
+    unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
+    ax = _axes(ax, "Training cost by number of bit-widths")
+    names = list(dict.fromkeys(table.scheme))
+    colors, markers = sns.color_palette("colorblind", len(names)), "osD^"
+    for i, name in enumerate(names):
+        line = table[table.scheme == name]
+        ax.plot(line["bit-widths"], line[cost] / unit, color=colors[i], marker=markers[i % 4], label=name)
+    ax.set_xticks(sorted(table["bit-widths"].unique()))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("number of bit-widths")
+    ax.set_ylabel(label)
     ax.legend(fontsize=7)
     return ax
 

@@ -24,6 +24,10 @@ class Profile:
     model: str
     training: TrainConfig
     repeats: int
+    lengths: tuple[int, ...]  # epochs of the runs of an accuracy-against-cost curve
+    coreset_epochs: int  # of runs that compare coresets: longer than a scoring phase
+    coreset_subset: tuple[int, int]  # (train, test) images of those runs, (0, 0) for all
+    bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
     model_args: tuple[tuple[str, int], ...] = ()
     dataset: str | None = None  # in place of the experiment's own
     subset: tuple[int, int] = (0, 0)
@@ -39,6 +43,10 @@ PROFILES = {
         model_args=(("width", 4),),
         training=TrainConfig(epochs=1, batch_size=32, lr=0.05),
         repeats=1,
+        lengths=(4, 5),
+        coreset_epochs=5,
+        coreset_subset=(320, 160),
+        bit_counts=(2, 3),
     ),
     # real data and a small network, for a laptop's CPU
     "small": Profile(
@@ -47,6 +55,9 @@ PROFILES = {
         model_args=(("width", 16),),
         training=TrainConfig(epochs=4, batch_size=128, lr=0.1, warmup_epochs=0.5, autocast="bfloat16"),
         repeats=3,
+        lengths=(4, 8, 16),
+        coreset_epochs=8,
+        coreset_subset=(10000, 5000),
     ),
     # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
     "paper": Profile(
@@ -64,6 +75,9 @@ PROFILES = {
             autocast="bfloat16",
         ),
         repeats=1,
+        lengths=(50, 100, 200),
+        coreset_epochs=200,
+        coreset_subset=(0, 0),
     ),
 }
 
@@ -77,6 +91,7 @@ class Parameters:
     seeds: tuple[int, ...]
     results_dir: Path
     pruning_rates: tuple[float, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     def output(self, name: str) -> Path:
         """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
@@ -90,17 +105,19 @@ def parameters(
     repeats: Any = 0,
     results_dir: str | Path = "auto",
     pruning_rates: Any = (),
+    lengths: Any = (),
 ) -> Parameters:
     """Check a notebook's parameters, as Python values or as the strings that `papermill -p` makes of lists.
 
     profile: "smoke", "small", "paper", or "auto" for $EMQ_PROFILE, else paper with CUDA, else small. bits: the trained
     bit-widths. seed: the first of `repeats` seeds (0: as many as the profile has). results_dir: "auto" is `results`
     beside the package, or below the working directory where the package was installed without it, but
-    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1), none twice.
+    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1), none twice. lengths: numbers of
+    epochs, none twice (empty: the profile's own).
     ValueError: names the parameter, its value and what is allowed; also for a name papermill injected that no
     parameter of the notebook has.
     """
-    _refuse_misspelt({"profile", "bits", "seed", "repeats", "results_dir", "pruning_rates"})
+    _refuse_misspelt({"profile", "bits", "seed", "repeats", "results_dir", "pruning_rates", "lengths"})
     chosen = PROFILES[_profile_name(profile)]
     trained = checks.bit_widths("bits", _listed("bits", bits))
     first = checks.integer("seed", seed, 0)
@@ -111,6 +128,7 @@ def parameters(
         seeds=tuple(range(first, first + count)),
         results_dir=_results_dir(results_dir, chosen),
         pruning_rates=_rates(pruning_rates),
+        lengths=_lengths(lengths) or chosen.lengths,
     )
 
 
@@ -137,6 +155,15 @@ def _rates(value: Any) -> tuple[float, ...]:
         if len(set(rates)) == len(rates):
             return rates
     raise checks.invalid("pruning_rates", items, "fractions in [0, 1), none twice, for example [0.5, 0.8]")
+
+
+def _lengths(value: Any) -> tuple[int, ...]:
+    items = _listed("lengths", value)
+    with suppress(ValueError):
+        lengths = tuple(sorted(checks.integer("lengths", item, 1) for item in items))
+        if len(set(lengths)) == len(lengths):
+            return lengths
+    raise checks.invalid("lengths", items, "numbers of epochs, none twice, for example [4, 12]")
 
 
 def _results_dir(value: str | Path, profile: Profile) -> Path:

@@ -7,7 +7,7 @@ import pandas as pd
 from . import checks
 from .files import home, write_text
 
-SETTING = ["method", "correction", "pruning_rate"]
+SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
 
 
 def paper(table: str) -> pd.DataFrame:
@@ -50,24 +50,33 @@ def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row a method and setting: mean top-1 (%) over the trained bit-widths, and what training cost.
 
-    The mean is without and with batch-norm adaptation; the cost is sample passes (millions), optimizer steps, seconds,
-    and how many times fewer passes than Any-Precision; all are means over seeds, and the paper's numbers have columns
-    of their own. rows: of `experiments.run_all`; table: whose numbers of the paper, for example "table1".
+    The mean is without and with batch-norm adaptation; the cost is sample passes (millions) and the part of them (%) in
+    the scoring phase, optimizer steps, seconds, and how many times less of either than Any-Precision at as many epochs;
+    all are means over seeds, and the paper's numbers have columns of their own. rows: of `experiments.run_all`; table:
+    whose numbers of the paper, for example "table1".
     """
     trained = rows[rows.trained]
-    per_seed = training_cost(rows, ["sample_passes", "steps", "seconds"])
-    cost = per_seed.groupby(SETTING, sort=False).mean()
-    baseline = cost.sample_passes[cost.index.get_level_values("method") == "Any-Precision"]
+    cost = training_cost(rows, ["sample_passes", "scoring_passes", "steps", "seconds"])
+    cost = cost.groupby(SETTING, sort=False).mean()
     columns = {
         "top1 (%)": _mean_over_bits(trained[~trained.adapted]),
         "adapted top1 (%)": _mean_over_bits(trained[trained.adapted]),
         "passes (M)": (cost.sample_passes / 1e6).round(6),
+        "scoring (%)": (100 * cost.scoring_passes / cost.sample_passes).round(1),
         "steps": cost.steps.round(),
         "seconds": cost.seconds.round(),
-        "fewer passes": (baseline.iloc[0] / cost.sample_passes).round(2) if len(baseline) else None,
+        "fewer passes": _times_less(cost.sample_passes),
+        "faster": _times_less(cost.seconds),
     }
     wide = pd.DataFrame(columns, index=cost.index).reset_index()
     return wide.assign(**_paper_columns(wide, paper(table)))
+
+
+def _times_less(cost: pd.Series) -> pd.Series:
+    """How many times less than Any-Precision's at the same number of epochs; empty where that was not run."""
+    epochs = cost.index.get_level_values("epochs")
+    baseline = cost[cost.index.get_level_values("method") == "Any-Precision"].droplevel([*SETTING[:-1]])
+    return (baseline.reindex(epochs).set_axis(cost.index) / cost).round(2)
 
 
 def _mean_over_bits(rows: pd.DataFrame) -> pd.Series:
@@ -81,8 +90,8 @@ def _paper_columns(wide: pd.DataFrame, reported: pd.DataFrame) -> dict[str, list
     columns = {}
     for metric, name in {"mean_top1": "paper: top1 (%)", "time_ratio": "paper: times faster"}.items():
         values = reported[reported.metric == metric].set_index(["method", "pruning_rate"]).value
-        # the paper's own method is the corrected one: an ablation of it has no number there
-        own = (wide.method != "Ours") | (wide.correction == "mean_var")
+        # the paper's method has the correction and TDDS coresets: an ablation of it has no number there
+        own = (wide.method != "Ours") | ((wide.correction == "mean_var") & wide.coreset.isin(["full data", "tdds"]))
         keys = zip(wide.method, wide.pruning_rate, own, strict=True)
         columns[name] = [values.get((method, rate)) if reports else None for method, rate, reports in keys]
     return columns
@@ -104,6 +113,78 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     for name in [correction for correction in ("mean", "mean_var") if correction in table]:
         table[f"{name} closes (%)"] = (100 * (table[name] - table["none"]) / gap).where(gap >= 1)
     return table.round(1).reset_index()
+
+
+def comparison_table(rows: pd.DataFrame, columns: str = "pruning_rate") -> pd.DataFrame:
+    """One row a way to select coresets, one column a pruning rate: mean top-1 (%) over the trained bit-widths.
+
+    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run.
+    """
+    part = rows[rows.trained & ~rows.adapted]
+    seeds = part.groupby(["coreset", columns, "seed"], sort=False).top1.mean().reset_index()
+    cells = spread(seeds, ["coreset", columns])
+    cells["text"] = _texts(cells["mean"], cells["std"])
+    wide = cells.pivot_table(index="coreset", columns=columns, values="text", aggfunc="first", sort=False)
+    return wide[sorted(wide.columns)].fillna("").rename_axis(columns=None).reset_index()
+
+
+def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
+    """One row a way to select coresets: what they had in common, means over draws, bit-widths and seeds.
+
+    union: fraction of the data in any coreset of a draw; overlap: of a coreset that another bit-width's has too; drift:
+    of it that the draw before had not; rank_correlation: Spearman's, of two bit-widths' scores; the share of the rarest
+    and of the commonest class. draws: of `experiments.coreset_rows`.
+    """
+    values = ["size", "union", "overlap", "drift", "rank_correlation", "clipped", "rarest_class", "commonest_class"]
+    means = draws.groupby(["pruning_rate", "coreset", "candidates"], sort=False)[values].mean()
+    return means.round(3).reset_index()
+
+
+def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Training cost by scheme and number of bit-widths: sample passes, by formula too, optimizer steps, seconds.
+
+    Dedicated is the sum of one network for each of the bit-widths. rows: of `experiments.growth`. The formulas, for B
+    bit-widths, N images and E epochs: B N E; ours with coresets B N (c S + (1 - r) (E - S)), where S scoring epochs see
+    the fraction c, and r is the pruning rate.
+    """
+    runs = rows.drop_duplicates("run")
+    table = []
+    for widths in runs.trained_bits[runs.method == "Any-Precision"]:
+        singles = runs[(runs.method == "Dedicated") & runs.trained_bits.isin(widths.split())]
+        shared = runs[(runs.method != "Dedicated") & (runs.trained_bits == widths)]
+        for name, part in [("Dedicated", singles), *shared.groupby(SETTING, sort=False)]:
+            first, count = part.iloc[0], len(widths.split())
+            scored = first.candidates * first.scoring_epochs if first.pruning_rate else 0
+            kept = (1 - first.pruning_rate) * (first.epochs - first.scoring_epochs)
+            formula = round(count * first.n_train * (scored + kept))
+            label = (
+                name
+                if isinstance(name, str)
+                else f"{first.method}, {first.coreset}"
+                if first.method == "Ours"
+                else first.method
+            )
+            sums = part[["sample_passes", "steps", "seconds"]].sum().to_dict()
+            table.append({"scheme": label, "bit-widths": count, "bits": widths, "by formula": formula} | sums)
+    return pd.DataFrame(table)
+
+
+def ratio_definitions(bits: range = range(2, 6), epochs: int = 200) -> pd.DataFrame:
+    """Which definition of cost would give the paper's times: an inference, by our own counts, from numbers alone.
+
+    The ratio is passes of a baseline over k bit-widths to ours over B <= k, both for `epochs`, with S epochs of scoring
+    on the full data: k E / (B (S + (1 - r) (E - S))). Rows: for each reported ratio the three nearest of all k up to 9
+    (8 and full precision) and S in 0, 5, 10, 20. Where the pruning rate is not known to us, 60 and 80 % are tried.
+    """
+    reported = [(7.88, "CIFAR-10", (0.8,)), (5.75, "ImageNet-1K", (0.6, 0.8)), (8.41, "TinyImageNet", (0.6,))]
+    table = []
+    for ratio, data, rates in reported:
+        options = [(r, b, k, s) for r in rates for b in bits for k in range(b, 10) for s in (0, 5, 10, 20)]
+        counted = [(k * epochs / (b * (s + (1 - r) * (epochs - s))), r, b, k, s) for r, b, k, s in options]
+        for value, r, b, k, s in sorted(counted, key=lambda row: abs(row[0] - ratio))[:3]:
+            row = {"data": data, "paper": ratio, "by passes": round(value, 2), "pruning rate": r}
+            table.append(row | {"our bit-widths": b, "baseline's": k, "scoring epochs": s})
+    return pd.DataFrame(table)
 
 
 def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:

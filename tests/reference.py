@@ -188,3 +188,111 @@ def batch_moments(x: Array) -> tuple[Array, Array]:
         means.append(mean)
         variances.append(std**2 * x[:, c].size / (x[:, c].size - 1))
     return np.array(means), np.array(variances)
+
+
+# Coresets: probabilities (N, C), trajectories (T, N, C), labels (N,), to one number a sample
+
+
+def entropy(p: Array) -> Array:
+    return np.array([-sum(float(v) * math.log(v) for v in row if v > 0) for row in p])
+
+
+def el2n(p: Array, labels: Array) -> Array:
+    errors = [[float(v) - (c == y) for c, v in enumerate(row)] for row, y in zip(p, labels, strict=True)]
+    return np.array([math.sqrt(sum(e**2 for e in row)) for row in errors])
+
+
+def forgetting(correct: list[bool]) -> int:
+    """Of one sample, epoch by epoch."""
+    if not any(correct):
+        return len(correct)
+    return sum(1 for before, after in itertools.pairwise(correct) if before and not after)
+
+
+def median(values: list[float]) -> float:
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def moderate(features: Array, labels: Array) -> Array:
+    distances = []
+    for h, label in zip(features, labels, strict=True):
+        own = [other for other, y in zip(features, labels, strict=True) if y == label]
+        medians = [median([float(other[d]) for other in own]) for d in range(len(h))]
+        distances.append(math.sqrt(sum((float(v) - m) ** 2 for v, m in zip(h, medians, strict=True))))
+    return np.array(distances)
+
+
+def ranks(scores: list[float]) -> list[int]:
+    """How many samples come before each: smaller ones, and of equal ones those that stand before it."""
+    return [sum(1 for j, other in enumerate(scores) if (other, j) < (score, i)) for i, score in enumerate(scores)]
+
+
+def tdds_difference(before: Array, after: Array) -> float:
+    """d of one sample between two epochs, (C,) each."""
+    pairs = zip(before, after, strict=True)
+    return sum(abs(float(q) * (math.log(float(q) + 1e-8) - math.log(float(p) + 1e-8))) for p, q in pairs)
+
+
+def tdds_window(snapshots: list[Array]) -> float:
+    """v of one sample from the snapshots of one window, (C,) each."""
+    differences = [tdds_difference(p, q) for p, q in itertools.pairwise(snapshots)]
+    mean = sum(differences) / len(differences)
+    return math.sqrt(sum((d - mean) ** 2 for d in differences))
+
+
+def tdds(p: Array, window: int, decay: float) -> Array:
+    """The sum over windows k = 0 .. T - J of decay (1 - decay)^(T - J - k) v_k."""
+    last = len(p) - window
+    scores = []
+    for n in range(p.shape[1]):
+        spreads = [tdds_window([p[t, n] for t in range(k, k + window)]) for k in range(last + 1)]
+        scores.append(sum(decay * (1 - decay) ** (last - k) * v for k, v in enumerate(spreads)))
+    return np.array(scores)
+
+
+# Selection: numbers may be fractions, so that probabilities are exact
+
+
+def inclusion(weights: list, keep: int) -> list:
+    """min(1, c w) of sum `keep`: while the largest weight that is not yet certain would pass 1, it is certain."""
+    certain: set[int] = set()
+    while True:
+        rest = [i for i in range(len(weights)) if i not in certain]
+        total = sum(weights[i] for i in rest)
+        c = (keep - len(certain)) / total if total else 0
+        largest = max(rest, key=lambda i: weights[i], default=None)
+        if largest is None or c * weights[largest] <= 1:
+            return [1 if i in certain else c * w for i, w in enumerate(weights)]
+        certain.add(largest)
+
+
+def systematic(probabilities: list, keep: int) -> dict[tuple[int, ...], float]:
+    """How probable each subset is: points u, u + 1, ... on the samples laid end to end, over every order and u."""
+    n = len(probabilities)
+    chances: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(n)):
+        ends = list(itertools.accumulate(probabilities[i] for i in order))
+        breaks = sorted({0, 1, *(end % 1 for end in ends)})
+        for low, high in itertools.pairwise(breaks):
+            points = [(low + high) / 2 + k for k in range(keep)]
+            subset = tuple(sorted(order[sum(1 for end in ends if end <= point)] for point in points))
+            chances[subset] = chances.get(subset, 0) + high - low
+    return {subset: total / math.factorial(n) for subset, total in chances.items()}
+
+
+def strata(scores: list[float], keep: int, cut: float, count: int = 50) -> list[tuple[list[int], int]]:
+    """CCS: the samples of each stratum of equal width below the cut, and how many of them are kept."""
+    order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
+    left = order[: len(order) - int(cut * len(order))]
+    low, high = scores[left[0]], scores[left[-1]]
+    members: list[list[int]] = [[] for _ in range(count)]
+    for i in left:
+        place = int((scores[i] - low) / ((high - low) / count)) if high > low else 0
+        members[min(place, count - 1)].append(i)
+    parts = []
+    for done, own in enumerate(sorted(members, key=len)):
+        share = min(len(own), keep // (count - done))
+        keep -= share
+        parts.append((own, share))
+    return parts

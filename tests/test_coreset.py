@@ -1,18 +1,218 @@
-"""Selection against a literal reference and against the probabilities it promises; coresets by scheme and epoch."""
+"""Scores against literal references; selection against a reference and against the probabilities it promises."""
 
 from collections import Counter
-from itertools import permutations
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import reference
 import torch
+from torch import Tensor, nn
 
-from emqlib import CoresetConfig, TrainConfig
-from emqlib.coreset import select
-from emqlib.training import coresets
+from emqlib import CoresetConfig, coreset
+from emqlib.coreset import HOW, inclusion, select
+
+N, C, D, T = 23, 4, 5, 7
+DRAWS = 4000
+
+
+@pytest.fixture(autouse=True)
+def _the_global_generator_is_untouched() -> Iterator[None]:
+    """Whatever a test of this file calls."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def log(rng: torch.Generator, n: int = N) -> dict[str, Tensor]:
+    """T epochs of N samples in float64: probabilities, some of them zero; class 2 has no sample, class 3 one."""
+    walk = torch.randn(T, n, C, dtype=torch.float64, generator=rng).cumsum(0)
+    p = (2 * walk).softmax(2)
+    p[:, 1::5] = nn.functional.one_hot(p[:, 1::5].argmax(2), C).double()
+    labels = torch.randint(0, 2, (n,), generator=rng)
+    labels[-1] = 3
+    features = torch.randn(n, D, dtype=torch.float64, generator=rng)
+    correct = torch.rand(T, n, generator=rng) < 0.4
+    correct[:, 2], correct[:, 3] = False, True
+    return {"p": p[0], "trajectory": p, "labels": labels, "features": features, "correct": correct}
+
+
+def each_forgetting(correct: np.ndarray) -> np.ndarray:
+    return np.array([reference.forgetting(column.tolist()) for column in correct.T])
+
+
+def grand_reference(p: np.ndarray, labels: np.ndarray, features: np.ndarray) -> np.ndarray:
+    return reference.el2n(p, labels) * np.array([(sum(v**2 for v in h) + 1) ** 0.5 for h in features])
+
+
+# Each score: library, reference, what it takes
+SCORES = {
+    "entropy": (coreset.entropy, reference.entropy, ("p",)),
+    "el2n": (coreset.el2n, reference.el2n, ("p", "labels")),
+    "grand": (coreset.grand, grand_reference, ("p", "labels", "features")),
+    "forgetting": (coreset.forgetting, each_forgetting, ("correct",)),
+    "moderate": (coreset.moderate, reference.moderate, ("features", "labels")),
+    "tdds": (lambda p: coreset.tdds(p, 4), lambda p: reference.tdds(p, 4, 0.9), ("trajectory",)),
+}
+PER_SAMPLE = sorted(set(SCORES) - {"moderate"})
+
+
+def close(actual: Tensor, expected: object, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(actual.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=atol)
+
+
+def part(name: str, value: Tensor, samples: object) -> Tensor:
+    return value[:, samples] if name in ("trajectory", "correct") else value[samples]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_score_is_the_reference(score: str, rng: torch.Generator) -> None:
+    function, expected, names = SCORES[score]
+    data = log(rng)
+    close(function(*(data[name] for name in names)), expected(*(data[name].numpy() for name in names)))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_score_in_float32_is_close_to_float64(score: str, rng: torch.Generator) -> None:
+    function, _, names = SCORES[score]
+    arguments = [log(rng)[name] for name in names]
+    single = function(*(a.float() if a.is_floating_point() else a for a in arguments))
+    assert single.dtype == torch.float32
+    close(single, function(*arguments), atol=2e-5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_permuted_samples_permute_the_scores(score: str, rng: torch.Generator) -> None:
+    function, _, names = SCORES[score]
+    data, order = log(rng), torch.randperm(N, generator=rng)
+    close(function(*(part(n, data[n], order) for n in names)), function(*(data[n] for n in names))[order])
+
+
+@pytest.mark.parametrize("size", [1, 4, 22])
+@pytest.mark.parametrize("score", PER_SAMPLE)
+def test_scores_by_batches_are_those_of_all_at_once(score: str, size: int, rng: torch.Generator) -> None:
+    function, _, names = SCORES[score]
+    data = log(rng)
+    batches = [slice(start, start + size) for start in range(0, N, size)]
+    parts = [function(*(part(n, data[n], batch) for n in names)) for batch in batches]
+    close(torch.cat(parts), function(*(data[n] for n in names)))
+
+
+def test_grand_is_the_gradient_norm_of_the_last_linear_layer(rng: torch.Generator) -> None:
+    data = log(rng)
+    layer = nn.utils.skip_init(nn.Linear, D, C, dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=rng)
+    norms = []
+    for h, label in zip(data["features"], data["labels"], strict=True):
+        layer.zero_grad()
+        nn.functional.cross_entropy(layer(h), label).backward()
+        norms.append(sum(float(parameter.grad.square().sum()) for parameter in layer.parameters()) ** 0.5)
+    p = layer(data["features"]).detach().softmax(1)
+    close(coreset.grand(p, data["labels"], data["features"]), norms)
+
+
+@pytest.mark.parametrize(
+    ("correct", "count"),
+    [([0, 0, 0], 3), ([1, 1, 1], 0), ([0, 1, 1], 0), ([1, 0, 0], 1), ([1, 0, 1], 1), ([0, 1, 0], 1)],
+)
+def test_forgetting_by_hand(correct: list[int], count: int) -> None:
+    assert coreset.forgetting(torch.tensor(correct, dtype=torch.bool)[:, None]).tolist() == [count]
+
+
+def test_moderate_by_hand() -> None:
+    """The median of an even class lies between its middle two; a class's only member is its own median."""
+    features = torch.tensor([[0.0, 0.0], [2.0, 8.0], [9.0, 9.0], [1.0, 1.0], [8.0, 2.0], [1.0, 5.0], [3.0, 5.0]])
+    labels = torch.tensor([0, 0, 7, 0, 0, 2, 2])  # medians: (1.5, 1.5), (9, 9), (2, 5)
+    squares = [4.5, 42.5, 0, 0.5, 42.5, 1, 1]
+    close(coreset.moderate(features, labels), torch.tensor(squares).sqrt(), atol=1e-6)
+
+
+def test_ranks_and_centrality_are_the_reference(rng: torch.Generator) -> None:
+    for n in range(1, 12):
+        scores = torch.randint(0, 4, (n,), generator=rng).double()  # ties
+        ranks = reference.ranks(scores.tolist())
+        assert coreset.ranks(scores).tolist() == ranks
+        assert coreset.centrality(scores).tolist() == [-abs(rank - (n - 1) / 2) for rank in ranks]
+
+
+def test_selecting_by_centrality_keeps_the_middle(rng: torch.Generator) -> None:
+    order = torch.randperm(20, generator=rng)
+    chosen = select(coreset.centrality(order.double()), 0.7)
+    assert sorted(order[chosen].tolist()) == list(range(7, 13))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "window", "decay"), [(3, 3, 0.9), (7, 3, 0.9), (7, 4, 0.5), (7, 7, 0.2), (6, 5, 1.0), (5, 3, 1)]
+)
+def test_tdds_is_the_formula(epochs: int, window: int, decay: float, rng: torch.Generator) -> None:
+    p = log(rng)["trajectory"][:epochs]
+    close(coreset.tdds(p, window, decay), reference.tdds(p.numpy(), window, decay))
+
+
+WRONG_TDDS = {
+    "window": [2, 1, 0, -3, T + 1, 3.0, "3", True, None],
+    "decay": [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.9", True, None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TDDS.items() for value in values])
+def test_wrong_tdds_parameters(name: str, value: object, rng: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=.*: expected .+"):
+        coreset.tdds(**{"probabilities": log(rng)["trajectory"], "window": 3, name: value})
+
+
+# How a valid argument is spoilt, by its name in the error
+WRONG: dict[str, list[Callable[[Tensor], object]]] = {
+    "probabilities": [
+        lambda p: 30 * p - 5,  # as logits are
+        lambda p: 2 * p - 1 / C,  # of sum one
+        lambda p: p.log(),
+        lambda p: p / 2,
+        lambda p: p * torch.nan,
+        lambda p: p.round().long(),
+        lambda p: p[0],
+        lambda p: p[None],
+        lambda p: p[..., :0],
+        lambda p: p.tolist(),
+    ],
+    "labels": [
+        lambda y: y.int(),
+        lambda y: y.double(),
+        lambda y: y - 2,
+        lambda y: y[:, None],
+        lambda y: y.tolist(),
+    ],
+    "features": [lambda h: h[0], lambda h: h[1:], lambda h: h[None], lambda h: h.tolist()],
+    "correct": [lambda c: c.float(), lambda c: c[:1], lambda c: c[:, 0], lambda c: c[None], lambda c: c.tolist()],
+}
+TAKES = {"p": "probabilities", "trajectory": "probabilities"}
+
+
+def wrong_arguments() -> Iterator[tuple[str, str, Callable[[Tensor], object]]]:
+    for score, (_, _, names) in SCORES.items():
+        yield from ((score, name, spoil) for name in names for spoil in WRONG[TAKES.get(name, name)])
+
+
+@pytest.mark.parametrize(("score", "name", "spoil"), list(wrong_arguments()))
+def test_wrong_arguments_of_scores(score: str, name: str, spoil: Callable, rng: torch.Generator) -> None:
+    function, _, names = SCORES[score]
+    data = log(rng)
+    with pytest.raises(ValueError, match=rf"(?s)^{TAKES.get(name, name)}=.*: expected a"):
+        function(*(spoil(data[n]) if n == name else data[n] for n in names))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(N - 1, dtype=torch.int64), torch.full((N,), C), None])
+def test_labels_that_do_not_fit_the_probabilities(labels: object, rng: torch.Generator) -> None:
+    data = log(rng)
+    for arguments in [(data["p"], labels), (data["p"], labels, data["features"])]:
+        with pytest.raises(ValueError, match=r"(?s)^labels=.*expected an int64 tensor \(23,\)"):
+            (coreset.el2n, coreset.grand)[len(arguments) - 2](*arguments)
 
 
 def top_reference(scores: list[float], keep: int) -> list[int]:
@@ -29,15 +229,36 @@ def top_reference(scores: list[float], keep: int) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.mark.parametrize("how", ["top", "sample"])
-def test_size_order_and_uniqueness(how: str, rng: torch.Generator) -> None:
-    for n in range(1, 51):
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("how", HOW)
+def test_size_order_and_uniqueness(how: str, labelled: bool, rng: torch.Generator) -> None:
+    for n in (1, 2, 3, 8, 25, 50):
         scores = torch.rand(n, generator=rng) + 0.01
-        for rate in [*(percent / 100 for percent in range(0, 100, 3)), 0.5, 0.99]:
-            indices = select(scores, rate, how=how, generator=rng)
+        labels = torch.randint(0, 4, (n,), generator=rng) if labelled else None
+        for rate in (0, 0.01, 0.1, 0.33, 0.5, 0.75, 0.8, 0.9, 0.99):
+            indices = select(scores, rate, how, rng, labels)
             assert len(indices) == max(1, round((1 - rate) * n))
             assert indices.dtype == torch.int64 and indices.min() >= 0 and indices.max() < n
             assert bool((indices.diff() > 0).all())
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_classes_are_kept_in_proportion_by_largest_remainder(how: str, rng: torch.Generator) -> None:
+    for rate in (0.1, 0.45, 0.5, 0.7, 0.8, 0.97):
+        labels = torch.randint(0, 6, (61,), generator=rng) * 2  # odd classes have no sample
+        sizes, kept = Counter(labels.tolist()), round((1 - rate) * 61)
+        indices = select(torch.rand(61, generator=rng) + 0.1, rate, how, rng, labels)
+        counts = Counter(labels[indices].tolist())
+        rounded = {c: counts[c] - Fraction(size * kept, 61) for c, size in sizes.items()}
+        assert sum(counts.values()) == kept and all(abs(by) < 1 for by in rounded.values())
+        # whichever was rounded up had at least the remainder of whichever was rounded down
+        up, down = ([by % 1 for by in rounded.values() if sign * by > 0] for sign in (1, -1))
+        assert all(1 - a >= 1 - b for a in up for b in down)
+
+
+def test_of_equal_remainders_the_first_class_is_kept() -> None:
+    labels = torch.arange(4).repeat_interleave(2)
+    assert select(torch.ones(8), 0.75, labels=labels).tolist() == [0, 2]
 
 
 def test_top_is_the_reference(rng: torch.Generator) -> None:
@@ -46,6 +267,16 @@ def test_top_is_the_reference(rng: torch.Generator) -> None:
         for rate in (0.0, 0.3, 0.5, 0.8):
             indices = select(scores, rate)
             assert indices.tolist() == top_reference(scores.tolist(), len(indices))
+
+
+def test_top_of_each_class_is_the_reference(rng: torch.Generator) -> None:
+    labels = torch.arange(3).repeat_interleave(torch.tensor([4, 12, 8]))[torch.randperm(24, generator=rng)]
+    scores = torch.randint(-3, 4, (24,), generator=rng).float()
+    expected = []
+    for c, keep in enumerate([1, 3, 2]):
+        own = (labels == c).nonzero().flatten()
+        expected += own[top_reference(scores[own].tolist(), keep)].tolist()
+    assert select(scores, 0.75, labels=labels).tolist() == sorted(expected)
 
 
 def test_of_equal_scores_the_first_are_kept() -> None:
@@ -59,50 +290,135 @@ def test_top_draws_nothing(rng: torch.Generator) -> None:
     assert torch.equal(rng.get_state(), before)
 
 
-def assert_frequencies(counts: Counter, expected: dict, draws: int) -> None:
+def assert_frequencies(counts: Counter, expected: dict, draws: int = DRAWS) -> None:
     """Each within 4.5 standard deviations of a binomial: wrong once in 150,000, and the seed is fixed."""
-    assert set(counts) <= set(expected)
+    assert set(counts) <= {outcome for outcome, p in expected.items() if p > 0}
     for outcome, p in expected.items():
         assert abs(counts[outcome] - draws * p) <= 4.5 * (draws * p * (1 - p)) ** 0.5, outcome
 
 
-def test_equal_weights_are_drawn_uniformly(rng: torch.Generator) -> None:
-    draws = 4000
-    counts = Counter(i for _ in range(draws) for i in select(torch.ones(10), 0.7, "sample", rng).tolist())
-    assert_frequencies(counts, dict.fromkeys(range(10), 0.3), draws)
+WEIGHTS = {
+    "unequal": ([1, 2, 3, 4, 5], 2),
+    "one certain, one impossible": ([1, 1, 2, 6, 0], 2),
+    "certain in two rounds": ([1, 2, 4, 30], 3),
+    "one of many": ([1, 2, 3, 0, 4], 1),
+    "equal": ([1, 1, 1, 1, 1], 3),
+    "equal or nothing": ([2, 0, 2, 2], 2),
+    "all": ([1, 5, 2], 3),
+}
+each_weights = pytest.mark.parametrize(("weights", "keep"), WEIGHTS.values(), ids=WEIGHTS)
 
 
-def test_a_single_draw_follows_the_weights(rng: torch.Generator) -> None:
-    weights, draws = torch.tensor([1.0, 2.0, 3.0, 0.0, 4.0]), 4000
-    counts = Counter(select(weights, 0.8, "sample", rng).item() for _ in range(draws))
-    assert_frequencies(counts, {0: 0.1, 1: 0.2, 2: 0.3, 4: 0.4}, draws)
+def exact_inclusion(weights: list[int], keep: int) -> list[Fraction]:
+    return [Fraction(p) for p in reference.inclusion([Fraction(w) for w in weights], keep)]
 
 
-def test_pairs_are_drawn_one_after_the_other_by_weight(rng: torch.Generator) -> None:
-    weights, draws = [1.0, 2.0, 5.0], 4000
-    expected: Counter = Counter()
-    for first, second in permutations(range(3), 2):
-        p = weights[first] / sum(weights) * weights[second] / (sum(weights) - weights[first])
-        expected[tuple(sorted((first, second)))] += p
-    counts = Counter(tuple(select(torch.tensor(weights), 1 / 3, "sample", rng).tolist()) for _ in range(draws))
-    assert_frequencies(counts, expected, draws)
+@each_weights
+def test_inclusion_is_the_reference(weights: list[int], keep: int) -> None:
+    expected = exact_inclusion(weights, keep)
+    assert sum(expected) == keep
+    close(inclusion(torch.tensor(weights), keep), [float(p) for p in expected], atol=1e-14)
 
 
-def test_weights_of_zero_are_never_drawn(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("power", [0.5, 2, 8])
+def test_inclusion_of_many_weights(power: float, rng: torch.Generator) -> None:
+    weights = torch.rand(200, dtype=torch.float64, generator=rng) ** power
+    labels = torch.randint(0, 3, (200,), generator=rng)
+    for keep in (1, 40, 160):
+        close(inclusion(weights, keep), reference.inclusion(weights.tolist(), keep))
+        by_class = inclusion(weights, keep, labels)
+        for c in range(3):
+            quota = round(float(by_class[labels == c].sum()))
+            close(by_class[labels == c], inclusion(weights[labels == c], quota))
+            assert abs(quota - keep * int((labels == c).sum()) / 200) < 1
+
+
+@each_weights
+def test_subsets_are_drawn_systematically_along_a_random_order(
+    weights: list[int], keep: int, rng: torch.Generator
+) -> None:
+    expected = reference.systematic(exact_inclusion(weights, keep), keep)
+    assert sum(expected.values()) == 1
+    rate = 1 - keep / len(weights)
+    draws = (select(torch.tensor(weights), rate, "sample", rng) for _ in range(DRAWS))
+    assert_frequencies(Counter(tuple(subset.tolist()) for subset in draws), expected)
+
+
+@each_weights
+def test_gradients_weighted_by_inclusion_are_unbiased(weights: list[int], keep: int) -> None:
+    """Over all draws, mean_{i in S} w_i g_i with w_i = K / (N pi_i) is the mean gradient of whatever can be drawn."""
+    pi, n = inclusion(torch.tensor(weights), keep).tolist(), len(weights)
+    gradients = [(-3.0) ** i for i in range(n)]
+    expectation = 0.0
+    for subset, chance in reference.systematic(exact_inclusion(weights, keep), keep).items():
+        expectation += float(chance) * sum(keep / (n * pi[i]) * gradients[i] for i in subset) / keep
+    assert expectation == pytest.approx(sum(g for g, w in zip(gradients, weights, strict=True) if w) / n, abs=1e-12)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_samples_are_drawn_as_often_as_inclusion_says(labelled: bool, rng: torch.Generator) -> None:
+    """Of 40 weights over two orders of magnitude, four of them zero and several certain."""
+    weights = torch.cat([torch.zeros(4), torch.logspace(-1, 1, 36)])[torch.randperm(40, generator=rng)]
+    labels = torch.randint(0, 3, (40,), generator=rng) if labelled else None
+    pi = inclusion(weights, 16, labels)
+    assert int((pi == 0).sum()) == 4 and int((pi == 1).sum()) >= 2
+    counts = Counter(i for _ in range(1500) for i in select(weights, 0.6, "sample", rng, labels).tolist())
+    assert_frequencies(counts, dict(enumerate(pi.tolist())), 1500)
+
+
+def test_weights_of_any_size_are_drawn(rng: torch.Generator) -> None:
     weights = torch.zeros(20)
     weights[[3, 7, 19]] = torch.tensor([1e-30, 1.0, 1e30])
     for _ in range(20):
         assert select(weights, 0.85, "sample", rng).tolist() == [3, 7, 19]
 
 
-def test_sampling_draws_from_the_generator_alone() -> None:
-    before = torch.get_rng_state()
-    draws = [select(torch.ones(100), 0.5, "sample", seeded(seed)).tolist() for seed in (1, 1, 2)]
+@pytest.mark.parametrize("labels", [None, torch.arange(100) % 2], ids=["all at once", "by class"])
+@pytest.mark.parametrize("weights", [torch.ones(100), torch.arange(1.0, 11.0).repeat(10)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("how", ["sample", "ccs"])
+def test_the_generator_decides_the_draw(how: str, weights: Tensor, labels: Tensor | None) -> None:
+    draws = [select(weights, 0.5, how, seeded(seed), labels).tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-    assert torch.equal(torch.get_rng_state(), before)
     rng = seeded(1)
-    first, second = (select(torch.ones(100), 0.5, "sample", rng).tolist() for _ in range(2))
+    first, second = (select(weights, 0.5, how, rng, labels).tolist() for _ in range(2))
     assert first == draws[0] != second
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.1, 0.45])
+@pytest.mark.parametrize("keep", [1, 49, 50, 77, 165, 300])
+def test_ccs_strata_get_the_budget_of_the_reference(keep: int, cut: float, rng: torch.Generator) -> None:
+    scores = torch.rand(300, dtype=torch.float64, generator=rng) ** 3 - 0.2  # crowded at the low end
+    if keep > 300 * (1 - cut):
+        with pytest.raises(ValueError, match=rf"^cut=.*a fraction that leaves the {keep} samples to keep of 300"):
+            select(scores, 1 - keep / 300, "ccs", rng, cut=cut)
+        return
+    chosen = set(select(scores, 1 - keep / 300, "ccs", rng, cut=cut).tolist())
+    parts = reference.strata(scores.tolist(), keep, cut)
+    assert [len(chosen & set(own)) for own, _ in parts] == [share for _, share in parts]
+    assert len(chosen) == keep  # so that none lies above the cut
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.9])
+def test_ccs_never_keeps_what_is_cut(rate: float, rng: torch.Generator) -> None:
+    scores = torch.randperm(100, generator=rng)
+    drawn = {int(s) for _ in range(20) for s in scores[select(scores, rate, "ccs", rng, cut=0.3)]}
+    assert drawn == set(range(70)) if rate == 0.3 else max(drawn) < 70
+    labels = (scores % 2).long()
+    assert max(scores[select(scores, rate, "ccs", rng, labels, cut=0.3)].tolist()) < 70
+
+
+@pytest.mark.parametrize(
+    ("scores", "shares"),
+    [
+        ([3.0] * 6 + [3.5] * 4 + [4.0] * 2, [1 / 3] * 6 + [1 / 2] * 4 + [1] * 2),  # two of each of three strata
+        ([-1.0] * 9, [6 / 9] * 9),
+    ],
+    ids=["three strata", "constant scores"],
+)
+def test_ccs_draws_evenly_within_a_stratum(scores: list[float], shares: list[float], rng: torch.Generator) -> None:
+    draws = (select(torch.tensor(scores), 1 - 6 / len(scores), "ccs", rng) for _ in range(500))
+    counts = Counter(i for indices in draws for i in indices.tolist())
+    assert_frequencies(counts, dict(enumerate(shares)), 500)
 
 
 @pytest.mark.parametrize(
@@ -119,26 +435,38 @@ def test_weights_that_cannot_be_sampled(scores: list[float], rng: torch.Generato
         select(torch.tensor(scores), 0.4, "sample", rng)
 
 
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 2], torch.zeros(2, dtype=torch.int64), torch.zeros(3), torch.tensor([0, 1, -1])]
+)
+def test_wrong_labels(how: str, labels: object, rng: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=r"(?s)^labels=.*expected an int64 tensor \(3,\)"):
+        select(torch.ones(3), 0.5, how, rng, labels)
+
+
 @pytest.mark.parametrize("how", ["best", "", None, 1])
 def test_unknown_how(how: object) -> None:
-    with pytest.raises(ValueError, match=r"^how=.*expected one of sample, top"):
+    with pytest.raises(ValueError, match=r"^how=.*expected one of ccs, sample, top"):
         select(torch.ones(3), 0.5, how)
 
 
+@pytest.mark.parametrize("how", ["sample", "ccs"])
 @pytest.mark.parametrize("generator", [None, 0, "seed", torch.Generator])
-def test_sampling_needs_a_generator(generator: object) -> None:
-    with pytest.raises(ValueError, match=r"^generator=.*expected a torch.Generator"):
-        select(torch.ones(3), 0.5, "sample", generator)
+def test_drawing_needs_a_generator(how: str, generator: object) -> None:
+    with pytest.raises(ValueError, match=rf'^generator=.*expected a torch.Generator of the CPU when how="{how}"'):
+        select(torch.ones(3), 0.5, how, generator)
 
 
-WRONG = {
+WRONG_CONFIG = {
     "score": ["", "tdd", "Random", None, 1, ["random"]],
     "pruning_rate": [1, 1.5, -0.1, float("nan"), float("inf"), "0.8", True, None, [0.5]],
     "resample_every": [-1, 1.0, "1", True, None, float("nan")],
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_CONFIG.items() for value in values]
+)
 def test_wrong_config(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{name}=.*: expected .+"):
         CoresetConfig(**{name: value})
@@ -147,51 +475,7 @@ def test_wrong_config(name: str, value: object) -> None:
             select(torch.ones(3), value)
 
 
-# Which child trains on what, and when
-
-
-def draws(scheme: str, epochs: int, n: int = 200, bits: tuple[int, ...] = (2, 4, 8), **fields: object) -> list[dict]:
-    """For each epoch, each bit-width's coreset as a tuple."""
-    config = TrainConfig(scheme=scheme, epochs=epochs, coreset=CoresetConfig(**fields))
-    return [{b: tuple(i.tolist()) for b, i in coresets(n, bits, config, e).items()} for e in range(epochs)]
-
-
-def test_bitwise_children_draw_independently() -> None:
-    epoch = draws("bitwise", 1, n=2000, pruning_rate=0.5)[0]
-    for a, b in ((2, 4), (2, 8), (4, 8)):  # hypergeometric: 500 +- 11
-        assert abs(len(set(epoch[a]) & set(epoch[b])) - 500) < 50
-
-
-def test_joint_children_share_a_batch_so_also_a_coreset() -> None:
-    epoch = draws("joint", 1, pruning_rate=0.8)[0]
-    assert epoch[2] == epoch[4] == epoch[8] and len(epoch[2]) == 40
-
-
-@pytest.mark.parametrize("scheme", ["joint", "bitwise"])
-@pytest.mark.parametrize(("every", "numbers"), [(0, "000000"), (1, "012345"), (2, "001122"), (4, "000011")])
-def test_coresets_are_drawn_again(scheme: str, every: int, numbers: str) -> None:
-    epochs = draws(scheme, 6, resample_every=every)
-    for b in (2, 4, 8):
-        names: dict[tuple, str] = {}
-        assert "".join(names.setdefault(epoch[b], str(len(names))) for epoch in epochs) == numbers
-
-
-@pytest.mark.parametrize("scheme", ["joint", "bitwise"])
-def test_no_pruning_is_the_full_data(scheme: str) -> None:
-    assert draws(scheme, 1, pruning_rate=0)[0] == dict.fromkeys((2, 4, 8), tuple(range(200)))
-    full = coresets(200, (2, 4), TrainConfig(scheme=scheme), 0)
-    assert all(indices.tolist() == list(range(200)) for indices in full.values())
-
-
-def test_another_child_does_not_change_a_childs_coreset() -> None:
-    """Dedicated networks and the children of one bit-wise run see the same subsets: only the sharing differs."""
-    together = draws("bitwise", 2, bits=(2, 4, 8))
-    assert [e[4] for e in together] == [e[4] for e in draws("bitwise", 2, bits=(4,))]
-    assert [e[4] for e in together] == [e[4] for e in draws("dedicated", 2, bits=(4,))]
-
-
 def test_numpy_numbers_become_plain_ones() -> None:
-    numpy = pytest.importorskip("numpy")
-    config = CoresetConfig(pruning_rate=numpy.float32(0.5), resample_every=numpy.int64(2))
+    config = CoresetConfig(pruning_rate=np.float32(0.5), resample_every=np.int64(2))
     assert config == CoresetConfig(pruning_rate=0.5, resample_every=2)
     assert (type(config.pruning_rate), type(config.resample_every)) == (float, int)

@@ -1,4 +1,4 @@
-"""Experiments: parameters by wrong and right values, runs by their hashes, stored rows by stopping and damaging."""
+"""Experiments: runs by their hashes, stored rows by stopping and damaging."""
 
 import json
 import shutil
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,170 +14,13 @@ import pytest
 import torch
 
 from emqlib import CoresetConfig, QuantSpec, TrainConfig, experiments, files, load_dataset, training
-from emqlib.experiments import PROFILES, Run, parameters, quickstart, run_all, table1
+from emqlib.experiments import Run, quickstart, run_all, table1
+from emqlib.profiles import PROFILES, parameters
 
 
 @pytest.fixture(autouse=True)
 def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMQ_PROFILE", raising=False)
-
-
-# Parameters
-
-WRONG = {
-    "profile": ["", "Smoke", "huge", None, 3, True, ["small"]],
-    "bits": [
-        *("[2,banana]", "", "2;4", "[]", "[2,2]", "[2,[4]]", "[2,4", "9", "None", "True", "[2, '4']", "banana"),
-        *("{'a': 1}", "{[1]: 2}", "__import__('os')", "[2] + [4]", "-" * 5000 + "1", "\0", "[0]", "2.0"),
-        *([], [2, 2], [2, [4]], 9, 0, -1, True, 2.0, None, {"a": 1}, {2, 4}, ["2"], float("nan")),
-    ],
-    "seed": [-1, 1.5, "0", "banana", None, True, [0]],
-    "repeats": [-1, 1.5, "1", "banana", None, True, [1]],
-    "pruning_rates": [
-        *("[0.5,banana]", "", "0.5;0.8", "[0.5,0.5]", "[[0.5]]", "['0.5']", "nan", "None", "1", "__import__('os')"),
-        *(1, 1.0, -0.1, [0.5, 1.5], [0.5, 0.5], True, None, {"a": 1}, float("nan"), float("inf")),
-    ],
-    "results_dir": ["", None, 3, True, ["results"]],
-}
-
-
-def unquoted(value: object) -> str:
-    return repr(value).translate(str.maketrans("", "", "\"'\\ "))
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_wrong_parameter(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}=") as error:
-        parameters(**{"profile": "smoke", name: value})
-    given, _, allowed = str(error.value).removeprefix(f"{name}=").rpartition(": expected ")
-    assert unquoted(value) in unquoted(given) and len(allowed) > 5
-
-
-@pytest.mark.parametrize(
-    ("given", "bits"),
-    [
-        ("[2,4,8]", (2, 4, 8)),
-        ("(2, 4)", (2, 4)),
-        ("2,4", (2, 4)),
-        (" [8, 2] ", (2, 8)),
-        ("4", (4,)),
-        (4, (4,)),
-        ([4], (4,)),
-        ((32, 1), (1, 32)),
-    ],
-)
-def test_bits(given: object, bits: tuple[int, ...]) -> None:
-    assert parameters(profile="smoke", bits=given).bits == bits
-
-
-@pytest.mark.parametrize(
-    ("given", "rates"),
-    [("[0.5, 0.8]", (0.5, 0.8)), ([0.9, 0], (0.9, 0.0)), ("0.8", (0.8,)), (0.25, (0.25,)), ("[]", ()), ((), ())],
-)
-def test_pruning_rates(given: object, rates: tuple[float, ...]) -> None:
-    assert parameters(profile="smoke", pruning_rates=given).pruning_rates == rates
-
-
-def test_seeds() -> None:
-    assert parameters(profile="smoke").seeds == (0,)
-    assert parameters(profile="small").seeds == (0, 1, 2)
-    assert parameters(profile="small", seed=3, repeats=2).seeds == (3, 4)
-
-
-@pytest.mark.parametrize(
-    ("given", "variable", "cuda", "profile"),
-    [
-        ("auto", None, False, "small"),
-        ("auto", None, True, "paper"),
-        ("auto", "", False, "small"),
-        ("auto", "auto", True, "paper"),
-        ("auto", "smoke", True, "smoke"),
-        ("small", "smoke", True, "small"),
-    ],
-)
-def test_profile(monkeypatch: pytest.MonkeyPatch, given: str, variable: str | None, cuda: bool, profile: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    if variable is not None:
-        monkeypatch.setenv("EMQ_PROFILE", variable)
-    assert parameters(profile=given).profile is PROFILES[profile]
-
-
-def test_wrong_profile_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EMQ_PROFILE", "huge")
-    with pytest.raises(ValueError, match=r"^profile='huge': expected one of auto, paper, small, smoke$"):
-        parameters()
-    assert parameters(profile="smoke").profile.name == "smoke"
-
-
-def test_results_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    root = Path(__file__).resolve().parents[1]
-    assert parameters(profile="small").results_dir == root / "results"
-    assert parameters(profile="smoke").results_dir == root / "build/smoke"
-    assert parameters(profile="smoke", results_dir="a/b").results_dir == tmp_path / "a/b"
-    assert parameters(profile="smoke", results_dir=tmp_path).results_dir == tmp_path
-    assert parameters(profile="smoke", results_dir="~/a").results_dir == tmp_path / "home/a"
-    assert parameters(profile="smoke", results_dir="a").output("00") == tmp_path / "a/smoke/00"
-    assert not list(tmp_path.iterdir())  # nothing is made before there is something to write
-
-
-def test_results_dir_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "CHECKOUT", tmp_path / "site-packages")
-    assert parameters(profile="small").results_dir == tmp_path / "results"
-    assert parameters(profile="smoke").results_dir == tmp_path / "build/smoke"
-
-
-def test_results_dir_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    for place in (file, file / "below", str(file)):
-        with pytest.raises(ValueError, match=rf"^results_dir='{place}': expected a folder"):
-            parameters(profile="smoke", results_dir=place)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ValueError, match=r"^results_dir=.*that can be written to"):
-        parameters(profile="smoke", results_dir=tmp_path)
-
-
-DECLARED = 'profile: str = "auto"  # which\nbits: list = [2]  # trained'
-
-
-def notebook(monkeypatch: pytest.MonkeyPatch, *cells: str) -> None:
-    """As if this were a kernel that has run these cells."""
-    shell = SimpleNamespace(user_ns={"In": ["", *cells]})
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-
-
-@pytest.mark.parametrize("name", ["bitz", "repeats", "BITS", "__import__"])
-def test_misspelt_parameter(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    notebook(monkeypatch, "import emqlib", DECLARED, f'# Parameters\nprofile = "smoke"\n{name} = 4\n')
-    with pytest.raises(ValueError, match=rf"^parameter='{name}': expected one of bits, profile$"):
-        parameters(profile="smoke")
-
-
-@pytest.mark.parametrize(
-    "cells",
-    [
-        [DECLARED],
-        [DECLARED, '# Parameters\nbits = "[2,4]"\nprofile = "smoke"\n'],
-        [DECLARED, '# Parameters\nprofile = "a\\nbitz = 4"\n'],  # a value that looks like a parameter
-        [DECLARED, "# Parameters\nbits = [\n    2,\n]\n"],  # as papermill writes it where black is installed
-        [DECLARED, "bitz = 4"],  # the reader's own variable
-        [DECLARED, "get_ipython().run_line_magic('time', '')", "bits = [", "# Parameters\nbits = 4\n"],
-        [DECLARED, "# Parameters\nbitz = 4\n", "# Parameters\nbits = 4\n"],  # corrected by hand, run again
-        ["# Parameters\nlearning_rate = 4\n"],  # a notebook of the reader's, which declares none of ours
-    ],
-)
-def test_not_misspelt(monkeypatch: pytest.MonkeyPatch, cells: list[str]) -> None:
-    notebook(monkeypatch, *cells)
-    assert parameters(profile="smoke").profile.name == "smoke"
-
-
-def test_outside_a_kernel_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ipython in (None, SimpleNamespace(get_ipython=lambda: None)):
-        monkeypatch.setitem(sys.modules, "IPython", ipython)
-        assert parameters(profile="smoke").profile.name == "smoke"
 
 
 # Runs
@@ -220,7 +62,7 @@ CHANGED: dict[type, dict[str, Any]] = {
     },
     TrainConfig: {
         "scheme": "bitwise",
-        "epochs": 3,
+        "epochs": 5,
         "batch_size": 64,
         "optimizer": "adamw",
         "lr": 0.2,
@@ -240,14 +82,32 @@ CHANGED: dict[type, dict[str, Any]] = {
         "seed": 1,
         "coreset": None,
     },
-    CoresetConfig: {"pruning_rate": 0.5, "resample_every": 2},
+    CoresetConfig: {
+        "score": "el2n",
+        "pruning_rate": 0.5,
+        "resample_every": 2,
+        "scoring_epochs": 5,
+        "scoring": "joint",
+        "candidates": 0.5,
+        "window": 4,
+        "decay": 0.8,
+        "rescore": True,
+        "how": "ccs",
+        "power": 2.0,
+        "cut": 0.1,
+        "balanced": True,
+        "across_bits": "identical",
+        "unbiased": True,
+        "max_weight": 3.0,
+        "full_epochs": 1,
+    },
 }
 BASE = Run(
     profile="small",
     dataset="cifar10",
     model="resnet8",
     spec=QuantSpec(bits=(2, 4, 8), weight="minmax"),
-    config=TrainConfig(scheme="joint", coreset=CoresetConfig()),
+    config=TrainConfig(scheme="joint", coreset=CoresetConfig(score="tdds", how="sample")),
 )
 
 
@@ -264,8 +124,7 @@ def changed(owner: type, name: str, value: object) -> Run:
 
 def test_the_hash_tells_every_field_apart() -> None:
     named = {(owner, field.name) for owner in CHANGED for field in fields(owner)}
-    only = {(TrainConfig, "device"), (CoresetConfig, "score")}  # does not matter; has one value so far
-    assert named - only == {(owner, name) for owner, values in CHANGED.items() for name in values}
+    assert named - {(TrainConfig, "device")} == {(owner, name) for owner, values in CHANGED.items() for name in values}
     runs = [changed(owner, name, value) for owner, values in CHANGED.items() for name, value in values.items()]
     assert len({run.hash for run in [BASE, *runs]}) == len(runs) + 1
     assert all(len(run.hash) == 12 and int(run.hash, 16) >= 0 for run in runs)
@@ -282,7 +141,7 @@ def test_an_option_of_a_later_version_renames_nothing() -> None:
     class Later(TrainConfig):
         novelty: float = 0.0
 
-    later = Later(scheme="joint", coreset=CoresetConfig())
+    later = Later(scheme="joint", coreset=BASE.config.coreset)
     assert replace(BASE, config=later).hash == BASE.hash
     assert replace(BASE, config=replace(later, novelty=1.0)).hash != BASE.hash
 
@@ -373,13 +232,14 @@ def few_digits_on_one_thread() -> Iterator[None]:
 
 
 def tiny_runs() -> list[Run]:
-    """One of each method, and one on all images that there are."""
+    """One of each method, one with coresets by score, and one on all images that there are."""
     plan = table1(parameters(profile="smoke", bits=(2, 4), pruning_rates=[0.5]))
     runs = [plan[0], *plan[3:]]
     config = {"epochs": EPOCHS, "batch_size": TRAIN, "lr": 0.01}
     runs = [replace(r, subset=(TRAIN, TEST), config=replace(r.config, **config)) for r in runs]
     runs = [r if r.method == "Dedicated" else replace(r, eval_bits=(2, 3)) for r in runs]
-    return [*runs, replace(runs[0], subset=(0, 0))]
+    scored = replace(runs[1].config, coreset=CoresetConfig(score="el2n", pruning_rate=0.5, unbiased=True, how="sample"))
+    return [*runs, replace(runs[1], config=scored), replace(runs[0], subset=(0, 0))]
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +270,34 @@ def test_one_file_a_run(undisturbed: tuple[Path, pd.DataFrame]) -> None:
     record = json.loads((folder / "runs" / f"{names[1]}.json").read_text())
     assert record["config"]["config"]["coreset"]["pruning_rate"] == 0.5
     assert [epoch["epoch"] for epoch in record["history"]] == [1, 2]
+    assert record["calibration_passes"] == TRAIN
+
+
+def test_a_file_holds_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    for run in tiny_runs():
+        draws = json.loads((undisturbed[0] / f"runs/{run.hash}.json").read_text())["coresets"]
+        epochs = [] if not run.pruning_rate else [2] if run.config.coreset.score == "el2n" else [1, 2]
+        assert sorted((d["epoch"], d["bits"]) for d in draws) == [(e, b) for e in epochs for b in run.spec.bits]
+        assert all(d["size"] == sum(d["classes"]) == TRAIN // 2 for d in draws)
+        assert all(0.5 <= d["union"] <= 1 and set(d["overlap"]) < {"2", "4"} for d in draws)
+
+
+@pytest.mark.parametrize(
+    ("coreset", "name"),
+    [
+        (None, "full data"),
+        (CoresetConfig(pruning_rate=0.0), "full data"),
+        (CoresetConfig(), "RS2"),
+        (CoresetConfig(pruning_rate=0.5), "RS2"),
+        (CoresetConfig(balanced=True), "RS2, balanced=True"),
+        (CoresetConfig(resample_every=0), "random"),
+        (CoresetConfig(score="tdds", pruning_rate=0.5, candidates=0.75), "tdds"),
+        (CoresetConfig(score="el2n", how="sample", power=2), "el2n, how=sample, power=2.0"),
+    ],
+)
+def test_the_name_of_a_coreset(coreset: CoresetConfig | None, name: str) -> None:
+    run = replace(BASE, config=TrainConfig(coreset=coreset))
+    assert run.coreset == name
 
 
 def test_rows(undisturbed: tuple[Path, pd.DataFrame]) -> None:
@@ -421,10 +309,13 @@ def test_rows(undisturbed: tuple[Path, pd.DataFrame]) -> None:
         assert name == run.hash
         assert list(zip(part.bits, part.adapted, strict=True)) == expected
         assert list(part.trained) == [b in run.spec.bits for b, _ in expected]
-        asked = part[["method", "scheme", "norm", "correction", "pruning_rate", "seed", "epochs"]].drop_duplicates()
+        names = ["method", "scheme", "norm", "correction", "pruning_rate", "seed", "epochs", "coreset", "batch_size"]
+        asked = part[names].drop_duplicates()
         correction = run.spec.correction if run.spec.correction_gradient else "mean_var, no gradient"
         values = (run.method, run.config.scheme, run.spec.norm, correction, run.pruning_rate, 0, EPOCHS)
-        assert [tuple(row) for row in asked.to_numpy()] == [values]
+        assert [tuple(row) for row in asked.to_numpy()] == [(*values, run.coreset, TRAIN)]
+        adapted = TRAIN if run.subset[0] else 60  # images a bit-width adapts to
+        assert list(part.calibration_passes) == [adapted * adaptation for _, adaptation in expected]
         assert set(part.n) == {TEST if run.subset[1] else 30}
     assert rows.top1.between(0, 100).all() and not rows.drop(columns="commit").isna().any(axis=None)
 
@@ -433,9 +324,11 @@ def test_cost_in_closed_form(undisturbed: tuple[Path, pd.DataFrame]) -> None:
     costs = undisturbed[1].drop_duplicates("run")
     children = 2
     half = children * TRAIN // 2
-    passes = [children * TRAIN, half, children * TRAIN, TRAIN, TRAIN, half, children * 60]
+    scored = (children * TRAIN + half) // 2  # the first of two epochs scores all images
+    passes = [children * TRAIN, half, children * TRAIN, TRAIN, TRAIN, half, scored, children * 60]
     assert list(costs.sample_passes) == [EPOCHS * n for n in passes]
-    steps = [children, children, 1, 1, 1, children, children * 2]
+    assert list(costs.scoring_passes) == [0] * 6 + [children * TRAIN, 0]
+    steps = [children, children, 1, 1, 1, children, children, children * 2]
     assert list(costs.steps) == [EPOCHS * n for n in steps]
     assert (costs.seconds > 0).all()
 
@@ -543,7 +436,7 @@ def test_an_interrupted_run_goes_on(
         with pytest.raises(KeyboardInterrupt):
             run_all(runs, tmp_path, progress=False)
     assert {path.stem for path in (tmp_path / "runs").iterdir()} == {run.hash for run in runs[:2]}
-    monkeypatch.setattr(training, "_epoch", lambda run, *rest: epochs.append(rest[1]) or epoch(run, *rest))
+    monkeypatch.setattr(training, "_epoch", lambda run, bar: epochs.append(run.epoch) or epoch(run, bar))
     rows = run_all(runs, tmp_path, progress=False)
     assert epochs == [1, 0, 1]
     assert_same(rows, undisturbed[1][: len(rows)])
@@ -572,7 +465,7 @@ def test_rows_of_another_device_or_an_older_version_are_taken(finished: Path, mo
     assert len(run_all(tiny_runs()[:1], finished, progress=False)) == 4
 
 
-@pytest.mark.parametrize("key", ["config", "provenance", "history", "rows"])
+@pytest.mark.parametrize("key", ["config", "provenance", "history", "rows", "calibration_passes"])
 def test_a_record_without_a_part_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setattr(experiments, "train", refuse_to_train)
     path = finished / f"runs/{tiny_runs()[-1].hash}.json"

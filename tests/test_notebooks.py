@@ -67,7 +67,7 @@ def cells(path: Path) -> list[nbformat.NotebookNode]:
 def assert_failed_at_once(output: Path) -> None:
     """The cell that reads the parameters is the first that failed, in under a second; none ran after it."""
     last = [cell for cell in cells(output) if cell.metadata.papermill.status != "pending"][-1]
-    assert "experiments.parameters(" in last.source and last.metadata.papermill.status == "failed"
+    assert "profiles.parameters(" in last.source and last.metadata.papermill.status == "failed"
     assert last.metadata.papermill.duration < 1
 
 

@@ -52,7 +52,8 @@ def example() -> pd.DataFrame:
         ("Dedicated", "none", 0.0, False, 0, 4, 65.0, "dedicated 4", 2_000_000),
     ]
     rows = pd.DataFrame(ours + dedicated, columns=names).assign(trained=lambda t: t.bits.isin([2, 4]))
-    return rows.assign(dataset="cifar10", model="resnet8", profile="small")
+    rows["coreset"] = rows.pruning_rate.map({0.0: "full data", 0.8: "tdds"})
+    return rows.assign(candidates=1.0, epochs=4, dataset="cifar10", model="resnet8", profile="small")
 
 
 def drawn(ax: Axes) -> dict[str, ErrorbarContainer]:
@@ -78,8 +79,8 @@ def hollow(ax: Axes) -> list[tuple[tuple[float, float], ...]]:
 LABELS = [
     "Ours, mean_var",
     "Ours, mean_var, adapted",
-    "Ours, mean_var, 80% pruned",
-    "Ours, mean_var, 80% pruned, adapted",
+    "Ours, mean_var, 80% pruned, tdds",
+    "Ours, mean_var, 80% pruned, tdds, adapted",
     "Dedicated",
 ]
 
@@ -134,7 +135,7 @@ def test_accuracy_by_cost_draws_the_rows() -> None:
     marks = drawn(ax)
     assert {label: points(mark) for label, mark in marks.items()} == {
         "Ours, mean_var": [(4.0, 31.0)],
-        "Ours, mean_var, 80% pruned": [(0.8, 21.0)],
+        "Ours, mean_var, 80% pruned, tdds": [(0.8, 21.0)],
         "Dedicated": [(4.0, 60.0)],
     }
     spreads = [pytest.approx([bar]) for bar in (2**0.5, 2**0.5, 0)]
@@ -145,7 +146,7 @@ def test_accuracy_by_cost_draws_the_rows() -> None:
 def test_accuracy_by_cost_names_what_it_shows() -> None:
     ax = plots.accuracy_by_cost(example())
     assert ax.get_title() == "Accuracy against training cost\ncifar10, resnet8, profile small, 2 seed(s)"
-    assert ax.get_xlabel() == "sample passes (millions, logarithmic)" and ax.get_xscale() == "log"
+    assert ax.get_xlabel() == "sample passes (millions), logarithmic" and ax.get_xscale() == "log"
     assert ax.get_ylabel() == "mean top-1 accuracy (%)"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [*LABELS[::2]]
 
@@ -189,7 +190,8 @@ def test_the_library_needs_none_of_the_notebooks_packages() -> None:
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 import emqlib.plots, emqlib.results
-from emqlib.experiments import parameters, table1
+from emqlib.experiments import table1
+from emqlib.profiles import parameters
 print(len(table1(parameters(profile="smoke", bits="[2,4]"))))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -21,6 +21,7 @@ def run(
     seed: int = 0,
     trained: tuple[int, ...] = (2, 4),
     passes: int = 1_000_000,
+    scored: int = 0,
     steps: int = 100,
     seconds: float = 10.0,
 ) -> pd.DataFrame:
@@ -31,7 +32,9 @@ def run(
     table = pd.DataFrame([(b, top1, b in trained, adapted) for b, adapted, top1 in pairs if top1 is not None])
     table.columns = ["bits", "top1", "trained", "adapted"]
     asked = {"method": method, "correction": correction, "pruning_rate": rate, "seed": seed}
-    return table.assign(**asked, run=f"{next(RUNS):012}", sample_passes=passes, steps=steps, seconds=seconds)
+    asked |= {"coreset": "tdds" if rate else "full data", "candidates": 1.0, "epochs": 4}
+    cost = {"sample_passes": passes, "scoring_passes": scored, "steps": steps, "seconds": seconds}
+    return table.assign(**asked, run=f"{next(RUNS):012}", **cost)
 
 
 def together(*runs: pd.DataFrame) -> pd.DataFrame:
@@ -40,7 +43,7 @@ def together(*runs: pd.DataFrame) -> pd.DataFrame:
 
 def table_1() -> pd.DataFrame:
     """Two seeds of ours, with and without correction, and pruned; two of Any-Precision; one of Dedicated."""
-    full, pruned = {"passes": 8_000_000, "steps": 200}, {"passes": 1_600_000, "steps": 40}
+    full, pruned = {"passes": 8_000_000, "steps": 200}, {"passes": 1_600_000, "scored": 400_000, "steps": 40}
     return together(
         run("Ours", {2: (40, 70), 3: (50, 60), 4: (80, 82)}, **full),
         run("Ours", {2: (60, 80), 3: (30, 60), 4: (80, 84)}, seed=1, **full),
@@ -82,8 +85,9 @@ def test_spread_of_another_column() -> None:
 
 def test_accuracy_table() -> None:
     table = results.accuracy_table(table_1())
-    assert list(table.columns) == ["method", "correction", "pruning_rate", "adapted", "2*", "3", "4*"]
-    assert columns(table, *table.columns) == [
+    setting = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
+    assert list(table.columns) == [*setting, "adapted", "2*", "3", "4*"]
+    assert columns(table, *setting[:3], "adapted", "2*", "3", "4*") == [
         ("Ours", "none", 0, False, "50.0 ± 14.1", "40.0 ± 14.1", "80.0 ± 0.0"),
         ("Ours", "none", 0, True, "75.0 ± 7.1", "60.0 ± 0.0", "83.0 ± 1.4"),
         ("Ours", "mean_var", 0, False, "70.0 ± 5.7", "58.0 ± 0.0", "82.0 ± 1.4"),
@@ -99,7 +103,7 @@ def test_accuracy_table() -> None:
 
 def test_accuracy_table_has_bit_widths_in_order() -> None:
     rows = together(run("Ours", {8: (1, 2), 32: (3, 4), 2: (5, 6)}, trained=(32,)))
-    assert list(results.accuracy_table(rows).columns[4:]) == ["2", "8", "32*"]
+    assert list(results.accuracy_table(rows).columns[7:]) == ["2", "8", "32*"]
 
 
 def test_cost_table() -> None:
@@ -112,12 +116,12 @@ def test_cost_table() -> None:
         ("Any-Precision", "none", 0, "81.0 ± 1.4", "80.0 ± 0.0"),  # 80 and 82
         ("Dedicated", "none", 0, "83.0", "83.0"),
     ]
-    assert columns(table, "passes (M)", "steps", "seconds", "fewer passes") == [
-        (8, 200, 10, 1),
-        (8, 200, 10, 1),
-        (1.6, 40, 10, 5),
-        (8, 100, 30, 1),  # of 30 and 31 seconds: rounded half to even
-        (8, 200, 23, 1),
+    assert columns(table, "passes (M)", "scoring (%)", "steps", "seconds", "fewer passes", "faster") == [
+        (8, 0, 200, 10, 1, 3.05),
+        (8, 0, 200, 10, 1, 3.05),
+        (1.6, 25, 40, 10, 5, 3.05),
+        (8, 0, 100, 30, 1, 1),  # of 30 and 31 seconds: rounded half to even
+        (8, 0, 200, 23, 1, 1.33),
     ]
 
 

@@ -326,8 +326,9 @@ def test_imports_are_declared_and_extras_are_late(path: Path) -> None:
 
 
 def test_the_library_is_small() -> None:
-    assert len(MODULES) <= 16
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 3500
+    """Raised from 16 and 3,500: coresets brought sampling and recorder, and 400 lines a file parted profiles off."""
+    assert len(MODULES) <= 19
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 4600
 
 
 def test_the_library_prints_in_one_place_at_most() -> None:

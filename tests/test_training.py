@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, training
 from emqlib.layers import InputQuantizer
+from emqlib.sampling import SCORES, Sampler, Selection
 
 BITS = (2, 4, 8)
 
@@ -86,6 +87,23 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def sampler(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Sampler:
+    return Sampler(config.coreset, config.scheme, config.seed, bits, labels, config.epochs)
+
+
+def selections(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Iterator[Selection]:
+    """What each epoch trains on, for coresets that need no scores."""
+    drawn = sampler(labels, bits, config)
+    yield from (drawn.selection(epoch) for epoch in range(config.epochs))
+
+
+def plans(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> list[list[training.Step]]:
+    return [training.plan(s, config, epoch) for epoch, s in enumerate(selections(labels, bits, config))]
+
+
+HUNDRED = torch.arange(100) % 10
+
+
 # Plans
 
 
@@ -94,10 +112,11 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("scheme", ["dedicated", "joint", "bitwise"])
 def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, n: int) -> None:
     bits = (4,) if scheme == "dedicated" else BITS
-    config = TrainConfig(scheme=scheme, batch_size=16, coreset=CoresetConfig(pruning_rate=rate))
-    for epoch in (0, 1):
-        steps = training.plan(n, bits, config, epoch)
-        for b, subset in training.coresets(n, bits, config, epoch).items():
+    config = TrainConfig(scheme=scheme, epochs=2, batch_size=16, coreset=CoresetConfig(pruning_rate=rate))
+    for epoch, selection in enumerate(selections(torch.arange(n) % 10, bits, config)):
+        steps = training.plan(selection, config, epoch)
+        assert set(selection.subsets) == set(bits)
+        for b, subset in selection.subsets.items():
             seen = [step.indices for step in steps if b in step.bits]
             assert torch.cat(seen).sort().values.tolist() == subset.tolist()
             assert len(subset) == max(1, round((1 - rate) * n))
@@ -107,20 +126,20 @@ def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, 
 
 
 def test_joint_steps_have_all_bit_widths_highest_first() -> None:
-    steps = training.plan(100, BITS, TrainConfig(scheme="joint", batch_size=16), 0)
+    steps = plans(HUNDRED, BITS, TrainConfig(scheme="joint", batch_size=16))[0]
     assert {step.bits for step in steps} == {(8, 4, 2)} and len(steps) == 7
 
 
 def test_bitwise_steps_alternate_between_the_children() -> None:
-    steps = training.plan(100, BITS, TrainConfig(scheme="bitwise", batch_size=16), 0)
+    steps = plans(HUNDRED, BITS, TrainConfig(scheme="bitwise", batch_size=16))[0]
     assert [step.bits for step in steps] == [(8,), (4,), (2,)] * 7
     first = [step.indices.tolist() for step in steps[:3]]
     assert first[0] != first[1] != first[2] != first[0]
 
 
 def test_every_epoch_is_shuffled_anew() -> None:
-    config = TrainConfig(scheme="joint", batch_size=100)
-    orders = [training.plan(100, BITS, config, epoch)[0].indices.tolist() for epoch in range(3)]
+    config = TrainConfig(scheme="joint", batch_size=100, epochs=3)
+    orders = [steps[0].indices.tolist() for steps in plans(HUNDRED, BITS, config)]
     assert list(range(100)) not in orders and orders[0] != orders[1] != orders[2] != orders[0]
 
 
@@ -129,7 +148,8 @@ def test_every_epoch_is_shuffled_anew() -> None:
 def test_sample_passes_are_counted(digits: Dataset, scheme: str, bits: tuple[int, ...], rate: float | None) -> None:
     coreset = None if rate is None else CoresetConfig(pruning_rate=rate)
     history = train(tiny(bits), digits, quick(scheme=scheme, batch_size=50, coreset=coreset))
-    assert history.columns.tolist() == ["epoch", "lr", "loss", "steps", "sample_passes", "seconds"]
+    expected = ["epoch", "lr", "loss", "steps", "sample_passes", "scoring_passes", "seconds"]
+    assert history.columns.tolist() == expected and not history.scoring_passes.any()
     passes = len(bits) * round((1 - (rate or 0)) * 100)
     assert history.sample_passes.tolist() == [passes, passes]
     batches = math.ceil(round((1 - (rate or 0)) * 100) / 50)
@@ -216,9 +236,10 @@ def test_another_coreset_does_not_shift_the_shuffling(scheme: str) -> None:
     """Subsets differ, and the samples in them stand in the same order."""
     orders, subsets = [], []
     for every in (0, 1):
-        config = TrainConfig(scheme=scheme, batch_size=16, coreset=CoresetConfig(resample_every=every))
-        subset = training.coresets(200, BITS, config, 3)
-        ranks = [torch.searchsorted(subset[s.bits[0]], s.indices) for s in training.plan(200, BITS, config, 3)]
+        config = TrainConfig(scheme=scheme, epochs=4, batch_size=16, coreset=CoresetConfig(resample_every=every))
+        selection = list(selections(HUNDRED.repeat(2), BITS, config))[3]
+        subset, steps = selection.subsets, training.plan(selection, config, 3)
+        ranks = [torch.searchsorted(subset[s.bits[0]], s.indices) for s in steps]
         orders.append([rank.tolist() for rank in ranks])
         subsets.append(subset[2].tolist())
     assert orders[0] == orders[1] and subsets[0] != subsets[1]
@@ -246,10 +267,10 @@ def test_another_coreset_or_network_does_not_shift_the_augmentation(
 # Steps, against a loop written out
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of -sum_c target_c log p_c; logits, target: (B, C)."""
+def soft_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """Mean over the batch of w -sum_c target_c log p_c; logits, target: (B, C), weights: (B,)."""
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
-    return -(target * log_p).sum(1).mean()
+    return -(weights * (target * log_p).sum(1)).mean()
 
 
 def standardized(images: Tensor, data: Dataset) -> Tensor:
@@ -262,7 +283,7 @@ def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
     decayed = {"0.weight", "4.weight", "10.weight"}
     memory: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     model.train()
-    steps = [s for e in range(config.epochs) for s in training.plan(len(data.train), BITS, config, e)]
+    steps = [step for epoch in plans(data.train.labels, BITS, config) for step in epoch]
     for number, step in enumerate(steps, start=1):
         images = standardized(data.train.images[step.indices], data)
         target = nn.functional.one_hot(data.train.labels[step.indices], 10).double()
@@ -271,7 +292,8 @@ def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
         for b in step.bits:
             emq.set_bits(model, b)
             logits = model(images)
-            grads = torch.autograd.grad(soft_cross_entropy(logits, target), list(model.parameters()), allow_unused=True)
+            loss = soft_cross_entropy(logits, target, 1.0 if step.weights is None else step.weights)
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             for name, grad in zip(total, grads, strict=True):
                 total[name] += 0 if grad is None else grad
             if config.distillation:
@@ -310,10 +332,12 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In float32 a rounding error could lift a weight over a quantization step, and the two runs would part."""
     with monkeypatch.context() as patch:
         patch.setattr(training, "normalize", standardized)
-        patch.setattr(Tensor, "float", lambda tensor: tensor)
+        patch.setattr(Tensor, "float", lambda t: t if t.is_floating_point() else t.double())
         yield
 
 
+# quotas are whole numbers, classes are not of one size: so weights differ from one
+WEIGHTED = CoresetConfig(pruning_rate=0.5, balanced=True, how="sample", unbiased=True)
 STEPS = {
     "bitwise": {},
     "joint": {"scheme": "joint"},
@@ -325,6 +349,8 @@ STEPS = {
     "heavy ball": {"nesterov": False, "weight_decay": 0.1},
     "adamw": {"scheme": "joint", "optimizer": "adamw", "lr": 0.01, "weight_decay": 0.3},
     "coreset": {"coreset": CoresetConfig(pruning_rate=0.5)},
+    "weighted losses": {"coreset": WEIGHTED},
+    "weighted joint losses": {"scheme": "joint", "label_smoothing": 0.2, "distillation": True, "coreset": WEIGHTED},
 }
 
 
@@ -418,14 +444,134 @@ def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> N
     config, meta = quick(**fields), torch.device("meta")
     model = tiny(**spec).to(meta)
     optimizer, scaler = training.optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    run = training._Run(model, model, digits.to(meta), config, meta, torch.contiguous_format, optimizer, scaler)
+    parts = (optimizer, scaler, sampler(digits.train.labels, BITS, config))
+    run = training._Run(model, model, digits.to(meta), config, meta, torch.contiguous_format, *parts)
     watch = training._LossWatch(meta)
     watch.lag = 100  # a loss without a value cannot be looked at
-    for step in training.plan(len(digits.train), BITS, config, 0)[:3]:
+    for step in plans(digits.train.labels, BITS, config)[0][:3]:
         training._step(run, step, 0.1, watch, torch.Generator(), "step")
     assert {loss.device for loss, _ in watch.pending} == {meta}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     assert {p.grad.device for p in weights.values()} == {meta} and run.optimizer.state
+
+
+# Scores while training
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("bitwise", {}),
+        ("bitwise", {"scoring": "joint"}),
+        ("bitwise", {"candidates": 0.6, "full_epochs": 1}),
+        ("bitwise", {"candidates": 0.6, "scoring": "joint", "rescore": True}),
+        ("joint", {"scoring_epochs": 2}),
+        ("joint", {"candidates": 0.6, "full_epochs": 2}),
+    ],
+)
+def test_passes_and_steps_of_a_scored_run_in_closed_form(scheme: str, options: dict, digits: Dataset) -> None:
+    coreset = CoresetConfig(**{"score": "el2n", "pruning_rate": 0.7, "scoring_epochs": 1} | options)
+    history = train(tiny(), digits, quick(scheme=scheme, epochs=5, coreset=coreset))
+    middle = 5 - coreset.warmup - coreset.full_epochs
+    sizes = [round(100 * coreset.candidates)] * coreset.warmup + [30] * middle + [100] * coreset.full_epochs
+    joint = [scheme == "joint" or (i < coreset.warmup and coreset.scoring == "joint") for i in range(5)]
+    assert history.sample_passes.tolist() == [3 * size for size in sizes]
+    assert history.scoring_passes.tolist() == [3 * size for size in sizes[: coreset.warmup]] + [0] * (
+        5 - coreset.warmup
+    )
+    assert history.steps.tolist() == [math.ceil(n / 25) * (1 if j else 3) for n, j in zip(sizes, joint, strict=True)]
+
+
+def test_recording_changes_nothing(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the scoring phase a run is, to the bit, one on the full data, whichever score is recorded."""
+    states: list[dict[str, Tensor]] = []
+    epoch = training._epoch
+
+    def watched(run: Any, bar: Any) -> dict[str, Any]:
+        if run.epoch == 3:
+            states.append(copy.deepcopy(run.model.state_dict()))
+        return epoch(run, bar)
+
+    monkeypatch.setattr(training, "_epoch", watched)
+    scores = ("el2n", "tdds", "moderate", "grand", "forgetting", "entropy")
+    configs = [CoresetConfig(score=score, pruning_rate=0.5, scoring_epochs=3) for score in scores]
+    histories = [train(tiny(dropout=0.3), digits, quick(epochs=4, coreset=config)) for config in (None, *configs)]
+    for state, history in zip(states, histories, strict=True):
+        assert history.loss.tolist()[:3] == histories[0].loss.tolist()[:3]
+        assert not [name for name, tensor in state.items() if not torch.equal(tensor, states[0][name])]
+    assert len({history.loss.tolist()[3] for history in histories}) > 2
+
+
+def watch_losses(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], list[Selection]]:
+    """Whatever `train` computes a loss of, as (step, logits, target, loss), and what was selected for each epoch."""
+    seen: list[tuple[training.Step, Tensor, Tensor, Tensor]] = []
+    selected: list[Selection] = []
+    loss, plan = training._loss, training.plan
+
+    def watched(logits: Tensor, target: Tensor, step: training.Step, *rest: Any) -> Tensor:
+        value = loss(logits, target, step, *rest)
+        seen.append((step, logits.detach(), target, value.detach()))
+        return value
+
+    def planned(selection: Selection, *rest: Any) -> list[training.Step]:
+        selected.append(selection)
+        return plan(selection, *rest)
+
+    monkeypatch.setattr(training, "_loss", watched)
+    monkeypatch.setattr(training, "plan", planned)
+    return seen, selected
+
+
+def test_scores_are_those_of_the_training_passes(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, selected = watch_losses(monkeypatch)
+    train(tiny(), digits, quick(coreset=CoresetConfig(score="el2n", pruning_rate=0.6)))
+    found = []
+    for b in BITS:
+        scores = torch.zeros(100)
+        for step, logits, target, _ in seen[:12]:  # of the scoring phase
+            if step.bits == (b,):
+                scores[step.indices] = emq.coreset.el2n(logits.softmax(1), target)
+        found.append(selected[1].subsets[b].tolist())
+        assert scores.min() > 0 and found[-1] == emq.coreset.select(scores, 0.6).tolist()
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_weighted_losses_are_those_of_the_selections_weights(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mean(w loss), with the weights of the child that the step trains; none in the scoring phase."""
+    seen, selected = watch_losses(monkeypatch)
+    coreset = CoresetConfig(score="el2n", pruning_rate=0.6, how="sample", unbiased=True)
+    train(tiny(), digits, quick(coreset=coreset))
+    assert len(seen) == 3 * 4 + 3 * 2 and [step.weights for step, *_ in seen[:12]] == [None] * 12
+    weights = selected[1].weights
+    assert set(weights) == set(BITS) and not torch.equal(weights[2], weights[8])
+    for step, logits, target, value in seen[12:]:
+        w = weights[step.bits[0]][step.indices]
+        each = -logits.log_softmax(1)[torch.arange(len(target)), target]
+        assert value.item() == pytest.approx(sum((w * each).tolist()) / len(w), rel=1e-5)
+        assert w.min() < 0.9 and w.max() > 1.1
+
+
+@pytest.mark.parametrize("where", ["epoch 1, step 2", "epoch 3, step 2"])
+def test_no_hook_stays_after_an_error(where: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the scoring phase nor in an epoch that is scored again."""
+    model, during = tiny(), []
+    own = len(model[10]._forward_pre_hooks)
+
+    def stop(run: Any) -> None:
+        during.append(len(run.model[10]._forward_pre_hooks))
+        raise Stop
+
+    coreset = CoresetConfig(score="grand", pruning_rate=0.5, rescore=True)
+    with stopped_at(monkeypatch, where, stop), pytest.raises(Stop):
+        train(model, digits, quick(epochs=3, coreset=coreset))
+    assert during == [own + 1] and len(model[10]._forward_pre_hooks) == own
+
+
+def test_a_network_without_a_linear_layer_has_no_features_to_score(digits: Dataset) -> None:
+    net = nn.Sequential(*(nn.Conv2d(n, m, 3) for n, m in ((3, 6), (6, 6), (6, 10))), nn.Flatten())
+    coreset = CoresetConfig(score="grand", pruning_rate=0.5)
+    with pytest.raises(ValueError, match=r"^score='grand': expected another, where a network has no linear layer$"):
+        train(emq.convert(net, QuantSpec(bits=BITS)), digits, quick(coreset=coreset))
 
 
 # Does it learn
@@ -505,6 +651,33 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(
     assert os.listdir(path.parent) == ["run.pt"]
 
 
+SCORED = {
+    "tdds": {"score": "tdds", "rescore": True, "how": "sample", "unbiased": True},
+    "forgetting": {"score": "forgetting", "scoring_epochs": 3, "rescore": True, "candidates": 0.7},
+    "moderate": {"score": "moderate", "scoring_epochs": 3, "rescore": True, "scoring": "joint", "how": "ccs"},
+    "grand": {"score": "grand", "scoring_epochs": 3, "rescore": True, "across_bits": "disjoint", "balanced": True},
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_run_stopped_while_scoring_and_between_draws_ends_with_the_same_coresets(
+    name: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick(epochs=6, coreset=CoresetConfig(pruning_rate=0.5, **SCORED[name]))
+    undisturbed, path = tiny(), tmp_path / "run.pt"
+    history = train(undisturbed, digits, config)
+    assert [row["epoch"] for row in history.attrs["coresets"]] == [4, 4, 4, 5, 5, 5, 6, 6, 6]
+    assert {row["drift"] for row in history.attrs["coresets"]} > {None}  # rescored: coresets change
+    for number, where in enumerate(("epoch 2, step 3", "epoch 5, step 3", "epoch 6, step 2")):
+        with stopped_at(monkeypatch, where), pytest.raises(Stop):
+            train(tiny(init=number), digits, config, path)
+    resumed = tiny(init=9)
+    found = train(resumed, digits, config, path)
+    assert_same_history(found, history)
+    assert found.attrs["coresets"] == history.attrs["coresets"]
+    assert_same_state(resumed, undisturbed)
+
+
 def assert_same_history(a: pd.DataFrame, b: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"), check_exact=True)
 
@@ -541,7 +714,8 @@ def test_a_checkpoint_holds_no_objects(digits: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     train(tiny(weight="lsq", activation="lsq", norm="switchable"), digits, quick(autocast="float16"), path)
     with torch.serialization.safe_globals([]):
-        assert set(torch.load(path, weights_only=True)) == {"identity", "history", "model", "optimizer", "scaler"}
+        state = torch.load(path, weights_only=True)
+    assert set(state) == {"identity", "history", "model", "optimizer", "scaler", "sampler"}
 
 
 @pytest.mark.parametrize(
@@ -580,6 +754,18 @@ def assert_refused(
     assert named in str(caught.value) and str(path) in str(caught.value)
     assert path.read_bytes() == content
     assert_same_state(model, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"pruning_rate": 0.6}, {"score": "entropy"}, {"rescore": True}, {"unbiased": True}, {"max_weight": 2.0}]
+)
+def test_a_checkpoint_of_another_coreset_option_is_refused(options: dict, digits: Dataset, tmp_path: Path) -> None:
+    coreset, path = CoresetConfig(score="el2n", pruning_rate=0.5, how="sample"), tmp_path / "run.pt"
+    train(tiny(), digits, quick(coreset=coreset), path)
+    name = next(iter(options))
+    message = rf"^checkpoint=.*expected one of the same run, but coreset: .*'{name}': .* there, .*'{name}': "
+    with pytest.raises(ValueError, match=message):
+        train(tiny(), digits, quick(coreset=replace(coreset, **options)), path)
 
 
 def test_a_device_is_no_difference(digits: Dataset, tmp_path: Path) -> None:
@@ -671,6 +857,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert len(json.loads(torch.load(path, weights_only=True)["history"])) == 1
     train(resumed, digits, config, path)
     assert_same_state(resumed, undisturbed)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_loss_that_is_not_finite_is_named_where_it_is_scored_too(
+    score: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick(epochs=4, coreset=CoresetConfig(score=score, pruning_rate=0.5))
+    message = r"^loss=nan at epoch 1, step 2, 4 bits, lr "
+    with stopped_at(monkeypatch, "epoch 1, step 2", spoil), pytest.raises(FloatingPointError, match=message):
+        train(tiny(), digits, config)
 
 
 def test_a_joint_step_names_the_child(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
