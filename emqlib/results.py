@@ -152,18 +152,12 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
     for widths in runs.trained_bits[runs.method == "Any-Precision"]:
         singles = runs[(runs.method == "Dedicated") & runs.trained_bits.isin(widths.split())]
         shared = runs[(runs.method != "Dedicated") & (runs.trained_bits == widths)]
-        for name, part in [("Dedicated", singles), *shared.groupby(SETTING, sort=False)]:
+        for part in [singles, *(group for _, group in shared.groupby(SETTING, sort=False))]:
             first, count = part.iloc[0], len(widths.split())
             scored = first.candidates * first.scoring_epochs if first.pruning_rate else 0
             kept = (1 - first.pruning_rate) * (first.epochs - first.scoring_epochs)
             formula = round(count * first.n_train * (scored + kept))
-            label = (
-                name
-                if isinstance(name, str)
-                else f"{first.method}, {first.coreset}"
-                if first.method == "Ours"
-                else first.method
-            )
+            label = f"Ours, {first.coreset}" if first.method == "Ours" else first.method
             sums = part[["sample_passes", "steps", "seconds"]].sum().to_dict()
             table.append({"scheme": label, "bit-widths": count, "bits": widths, "by formula": formula} | sums)
     return pd.DataFrame(table)
