@@ -65,7 +65,7 @@ def centrality(scores: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Each sample's place, 0 to N - 1, in ascending order; of equal scores the first comes first.
+    """Each sample's place, 0 to N - 1, in ascending order, (N,) to (N,); of equal scores the first comes first.
 
     >>> ranks(torch.tensor([0.3, 0.1, 0.2])).tolist()
     [2.0, 0.0, 1.0]
@@ -96,7 +96,7 @@ def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
 
 
 def spread(deltas: Tensor, dim: int) -> Tensor:
-    """||d - mean d||_2 along `dim`: TDDS' variation within one window."""
+    """||d - mean d||_2 along `dim`, (..., J - 1, ...) to (...): TDDS' variation within one window."""
     return (deltas - deltas.mean(dim, keepdim=True)).norm(dim=dim)
 
 
@@ -169,7 +169,7 @@ def choose(
     labels: Tensor | None = None,
     cut: float = 0.0,
 ) -> Tensor:
-    """`select`, with the number of samples to keep in place of a rate."""
+    """`select` on scores (N,), with the number of samples to keep in place of a rate: sorted indices (keep,)."""
     if how != "top" and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
         raise checks.invalid("generator", generator, f'a torch.Generator of the CPU when how="{how}"')
     if labels is None:

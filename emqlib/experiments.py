@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +136,18 @@ def quickstart(p: Parameters) -> list[Run]:
 def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Table 1: Dedicated, Any-Precision, and ours at several pruning rates; on the full data with each correction.
 
-    At the middle rate also without gradient through the correction's statistics, which measures that option's default.
+    Coresets are random ones, drawn anew each epoch (RS2), and bit-wise ones by TDDS. At the middle rate also without
+    gradient through the correction's statistics, which measures that option's default.
     The paper's numbers: results/paper/table1.csv.
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
         shared = base(p, seed, dataset)
-        random = [CoresetConfig(pruning_rate=rate) for rate in rates]
+        random = [CoresetConfig(pruning_rate=rate) for rate in rates if rate]
         runs += [ours(shared, correction=c) for c in ("none", "mean", "mean_var")]
-        runs += [ours(shared, coreset) for coreset in random if coreset.pruning_rate > 0]
-        runs += [any_precision(shared), *dedicated(shared)]
-        runs += [ours(shared, random[len(rates) // 2], gradient=False)]
+        runs += [*(ours(shared, coreset) for coreset in random), any_precision(shared), *dedicated(shared)]
+        runs += [ours(shared, coreset, gradient=False) for coreset in random[len(random) // 2 :][:1]]
+        runs += [ours(shared, bitwise_coreset(rate)) for rate in rates if rate]
     return runs
 
 
@@ -197,9 +199,10 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
     """What of a TDDS coreset matters: how it is scored, drawn, drawn again and shared between bit-widths.
 
-    The last seven have all samples as candidates, where nothing else sets bit-widths apart: "joint" against "bitwise"
-    scoring is Table 7, and coresets that are identical, independent or disjoint across bit-widths, by importance and at
-    random, tell what scores of its own are worth to a bit-width from what wider coverage is.
+    The seven after `ways` have all samples as candidates, where nothing else sets bit-widths apart: "joint" against
+    "bitwise" scoring is Table 7, and coresets that are identical, independent or disjoint across bit-widths, by
+    importance and at random, tell what scores of its own are worth to a bit-width from what wider coverage is. The
+    last ones train on the first coreset with another batch size, learning rate or weight decay.
     """
     options = [
         {},
@@ -216,8 +219,23 @@ def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: floa
     options += [{"candidates": 1.0, "across_bits": way} for way in ways]
     random = {"score": "random", "candidates": 1.0, "scoring_epochs": 0, "resample_every": 0}
     options += [random | {"across_bits": way} for way in ways]
-    shared = [_coreset_base(p, seed, dataset) for seed in p.seeds]
-    return [ours(start, bitwise_coreset(pruning_rate, **option)) for start in shared for option in options]
+    first, runs = p.profile.training, []
+    trainings = [{"batch_size": first.batch_size // 2}, {"lr": 2 * first.lr}, {"weight_decay": first.weight_decay / 5}]
+    for start in (_coreset_base(p, seed, dataset) for seed in p.seeds):
+        runs += [ours(start, bitwise_coreset(pruning_rate, **option)) for option in options]
+        changed = (replace(start, config=replace(start.config, **training)) for training in trainings)
+        runs += [ours(start, bitwise_coreset(pruning_rate)) for start in changed]
+    return runs
+
+
+def table2(p: Parameters) -> list[Run]:
+    """The other small data sets, CIFAR-100 and TinyImageNet: Any-Precision, and ours at several pruning rates."""
+    runs = []
+    for dataset, seed in product(("cifar100", "tinyimagenet"), p.seeds):
+        shared = _coreset_base(p, seed, dataset)
+        coresets = [bitwise_coreset(rate) for rate in (0.0, *(p.pruning_rates or (0.6, 0.8)))]
+        runs += [any_precision(shared), *(ours(shared, coreset) for coreset in coresets)]
+    return runs
 
 
 def _coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
@@ -226,12 +244,15 @@ def _coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
 
 
 def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
-    """Every scheme over more and more bit-widths, on a small part of CIFAR-10: what it costs, not what it gives."""
-    runs = []
+    """Every scheme over more and more bit-widths, on a small part of CIFAR-10: what it costs, not what it gives.
+
+    The bit-widths asked for come first, the others of 1 to 8 after them.
+    """
+    order, runs = tuple(dict.fromkeys((*p.bits, 2, 4, 8, 6, 3, 5, 7, 1))), []
     for count in p.profile.bit_counts:
-        widths = (2, 8, 4, 6, 3, 5, 7, 1)[:count]
-        shared = base(replace(p, bits=tuple(sorted(widths))), p.seeds[0], "cifar10", p.profile.coreset_epochs)
-        shared = replace(shared, subset=p.profile.subset if any(p.profile.subset) else (2560, 500))
+        shared = base(replace(p, bits=tuple(sorted(order[:count]))), p.seeds[0], "cifar10", p.profile.coreset_epochs)
+        part = p.profile.subset if any(p.profile.subset) else (1280, 500)
+        shared = replace(shared, subset=part, eval_bits=Run.eval_bits)
         runs += [*dedicated(shared), any_precision(shared), ours(shared), ours(shared, bitwise_coreset(pruning_rate))]
     return runs
 
@@ -293,8 +314,7 @@ def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -
     model = build(run, data.num_classes)
     checkpoint = results_dir / "checkpoints" / f"{run.hash}.pt"
     history = train(model, data, run.config, checkpoint=checkpoint, progress=progress)
-    switchable = run.spec.norm == "switchable"
-    plain = evaluate(model, data, bits=run.spec.bits if switchable else run.eval_bits)
+    plain = evaluate(model, data, bits=run.spec.bits if run.spec.norm == "switchable" else run.eval_bits)
     adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)
     rows = pd.concat([plain.assign(adapted=False), adapted.assign(adapted=True)])
     record = {
@@ -372,7 +392,7 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     pruned = run.config.coreset if run.pruning_rate else CoresetConfig(pruning_rate=0)
     asked |= {"candidates": pruned.candidates, "scoring_epochs": pruned.warmup}
     asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]}
-    asked |= {"epochs": run.config.epochs, "batch_size": run.config.batch_size, "seed": run.config.seed}
+    asked |= {k: getattr(run.config, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
     cost = {k: sum(epoch[k] for epoch in record["history"]) for k in COST}
     rows = pd.DataFrame(record["rows"])
     rows["calibration_passes"] = record["calibration_passes"] * rows.adapted

@@ -126,6 +126,30 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
+def accuracy_by_coreset(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+    """Mean top-1 accuracy (%) over the trained bit-widths for each coreset, the best at the top.
+
+    rows: of `experiments.run_all`, as `results.named` names them, those without adaptation; bars show the standard
+    deviation over seeds, small dots are seeds.
+    ValueError: no rows.
+    """
+    import seaborn as sns
+
+    ax = _axes(ax, _setting(rows, "Accuracy by coreset"))
+    part = rows[rows.trained & ~rows.adapted]
+    seeds = part.groupby(["coreset", "seed"], sort=False).top1.mean().reset_index()
+    order = spread(seeds, ["coreset"]).sort_values("mean", ascending=False).coreset
+    color = sns.color_palette("colorblind")[0]
+    shared = {"data": seeds, "x": "top1", "y": "coreset", "order": list(order), "color": color, "ax": ax}
+    sns.stripplot(**shared, size=3, alpha=0.5, jitter=False)
+    sns.pointplot(**shared, errorbar="sd", linestyle="none", marker="D", markersize=4, capsize=0.2, err_kws={"lw": 1})
+    ax.figure.set_size_inches(6.4, 1.4 + 0.22 * len(order))
+    ax.tick_params(axis="y", labelsize=7)
+    ax.set_xlabel("mean top-1 accuracy (%)")
+    ax.set_ylabel("")
+    return ax
+
+
 def growth(table: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":
     """Training cost against the number of bit-widths, a line for each scheme; table: of `results.growth_table`."""
     import seaborn as sns

@@ -41,7 +41,7 @@ PROFILES = {
         subset=(320, 160),
         model="resnet8",
         model_args=(("width", 4),),
-        training=TrainConfig(epochs=1, batch_size=32, lr=0.05),
+        training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
         repeats=1,
         lengths=(4, 5),
         coreset_epochs=5,

@@ -50,7 +50,7 @@ class TDDSRecorder(Recorder):
         self.register_buffer("deltas", torch.zeros(n, dtype=torch.int16))  # since the last gap
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`."""
+        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
         i, p = indices, p.to(self.score)
         before = self.previous[i].to(self.score)
         delta = (p * ((p + EPS).log() - (before + EPS).log())).abs().sum(1)
@@ -63,7 +63,7 @@ class TDDSRecorder(Recorder):
         self.previous[i] = p.to(self.previous)
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`."""
+        """See `Recorder.scores`: (N,)."""
         if not bool((self.score > 0).any()):
             raise checks.invalid("window", self.window, "at most as many epochs as were observed in a row")
         return self.score.clone()
@@ -91,13 +91,13 @@ class MeanRecorder(Recorder):
         self.register_buffer("count", torch.zeros(n, dtype=torch.int32))
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`."""
+        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
         arguments = {"entropy": (p,), "el2n": (p, labels), "grand": (p, labels, features)}[self.name]
         self.total[indices] += getattr(coreset, self.name)(*arguments)
         self.count[indices] += 1
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`."""
+        """See `Recorder.scores`: (N,)."""
         return self.total / self.count.clamp_min(1)
 
 
@@ -112,7 +112,7 @@ class ForgettingRecorder(Recorder):
         self.register_buffer("observed", torch.zeros(n, dtype=torch.int32))
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`."""
+        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
         right = p.argmax(1) == labels
         self.forgotten[indices] += (self.right[indices] & ~right).int()
         self.right[indices] = right
@@ -120,7 +120,7 @@ class ForgettingRecorder(Recorder):
         self.observed[indices] += 1
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`."""
+        """See `Recorder.scores`: (N,)."""
         return torch.where(self.learned, self.forgotten, self.observed).float()
 
 
@@ -133,12 +133,12 @@ class ModerateRecorder(Recorder):
         self.register_buffer("labels", torch.full((n,), -1, dtype=torch.int64))
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`."""
+        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
         self.features[indices] = features.to(self.features)
         self.labels[indices] = labels
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`."""
+        """See `Recorder.scores`: (N,)."""
         seen = self.labels >= 0
         distance = torch.full((len(seen),), torch.inf, device=seen.device)
         distance[seen] = coreset.moderate(self.features[seen], self.labels[seen])

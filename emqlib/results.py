@@ -1,5 +1,6 @@
 """Rows into tables: mean and spread over seeds, the paper's numbers in a column of their own, CSV and Markdown."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,7 @@ import pandas as pd
 from . import checks
 from .files import home, write_text
 
+COST = ["sample_passes", "scoring_passes", "calibration", "steps", "seconds"]
 SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
 
 
@@ -43,26 +45,38 @@ def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
 
 
 def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """`columns` of each setting and seed, summed over its runs, each counted once: Dedicated has one a bit-width."""
-    return rows.drop_duplicates("run").groupby([*SETTING, "seed"], sort=False)[columns].sum()
+    """`columns` of each setting and seed, summed over its runs, each counted once: Dedicated has one a bit-width.
+
+    "calibration" are the images that went forward in batch-norm adaptation of the bit-widths of `rows` that cannot be
+    served without, as those that a switchable norm was not trained for.
+    """
+    runs = rows.drop_duplicates("run")
+    if "calibration" in columns:
+        runs = runs.assign(calibration=runs.run.map(_calibration(rows)).fillna(0))
+    return runs.groupby([*SETTING, "seed"], sort=False)[columns].sum()
+
+
+def _calibration(rows: pd.DataFrame) -> pd.Series:
+    adapted, served = (pd.MultiIndex.from_frame(rows[rows.adapted == a][["run", "bits"]]) for a in (True, False))
+    return rows[rows.adapted][~adapted.isin(served)].groupby("run").calibration_passes.sum()
 
 
 def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row a method and setting: mean top-1 (%) over the trained bit-widths, and what training cost.
 
     The mean is without and with batch-norm adaptation; the cost is sample passes (millions) and the part of them (%) in
-    the scoring phase, optimizer steps, seconds, and how many times less of either than Any-Precision at as many epochs;
-    all are means over seeds, and the paper's numbers have columns of their own. rows: of `experiments.run_all`; table:
-    whose numbers of the paper, for example "table1".
+    the scoring phase, forward passes of calibration (millions), optimizer steps, seconds, and how many times fewer
+    passes and seconds than Any-Precision at as many epochs; all are means over seeds, and the paper's numbers have
+    columns of their own. rows: of `experiments.run_all`; table: whose numbers of the paper, for example "table1".
     """
     trained = rows[rows.trained]
-    cost = training_cost(rows, ["sample_passes", "scoring_passes", "steps", "seconds"])
-    cost = cost.groupby(SETTING, sort=False).mean()
+    cost = training_cost(rows, COST).groupby(SETTING, sort=False).mean()
     columns = {
-        "top1 (%)": _mean_over_bits(trained[~trained.adapted]),
-        "adapted top1 (%)": _mean_over_bits(trained[trained.adapted]),
+        "top1 (%)": _mean_over_bits(trained[~trained.adapted], SETTING),
+        "adapted top1 (%)": _mean_over_bits(trained[trained.adapted], SETTING),
         "passes (M)": (cost.sample_passes / 1e6).round(6),
         "scoring (%)": (100 * cost.scoring_passes / cost.sample_passes).round(1),
+        "calibration (M)": (cost.calibration / 1e6).round(6),
         "steps": cost.steps.round(),
         "seconds": cost.seconds.round(),
         "fewer passes": _times_less(cost.sample_passes),
@@ -79,9 +93,9 @@ def _times_less(cost: pd.Series) -> pd.Series:
     return (baseline.reindex(epochs).set_axis(cost.index) / cost).round(2)
 
 
-def _mean_over_bits(rows: pd.DataFrame) -> pd.Series:
-    """mean ± standard deviation over seeds of each seed's mean over bit-widths."""
-    seeds = rows.groupby([*SETTING, "seed"], sort=False).top1.mean().groupby(SETTING, sort=False)
+def _mean_over_bits(rows: pd.DataFrame, by: list[str]) -> pd.Series:
+    """mean ± standard deviation over seeds of each seed's mean over bit-widths, for each group of `by`."""
+    seeds = rows.groupby([*by, "seed"], sort=False).top1.mean().groupby(by, sort=False)
     means = seeds.mean()
     return pd.Series(_texts(means, seeds.std()), index=means.index, dtype=object)
 
@@ -115,16 +129,19 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     return table.round(1).reset_index()
 
 
-def comparison_table(rows: pd.DataFrame, columns: str = "pruning_rate") -> pd.DataFrame:
+def comparison_table(
+    rows: pd.DataFrame, columns: str = "pruning_rate", index: Sequence[str] = ("coreset",)
+) -> pd.DataFrame:
     """One row a way to select coresets, one column a pruning rate: mean top-1 (%) over the trained bit-widths.
 
-    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run.
+    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run. columns, index:
+    what else to spread the numbers over.
     """
     part = rows[rows.trained & ~rows.adapted]
-    seeds = part.groupby(["coreset", columns, "seed"], sort=False).top1.mean().reset_index()
-    cells = spread(seeds, ["coreset", columns])
+    seeds = part.groupby([*index, columns, "seed"], sort=False).top1.mean().reset_index()
+    cells = spread(seeds, [*index, columns])
     cells["text"] = _texts(cells["mean"], cells["std"])
-    wide = cells.pivot_table(index="coreset", columns=columns, values="text", aggfunc="first", sort=False)
+    wide = cells.pivot_table(index=list(index), columns=columns, values="text", aggfunc="first", sort=False)
     return wide[sorted(wide.columns)].fillna("").rename_axis(columns=None).reset_index()
 
 
@@ -140,12 +157,64 @@ def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     return means.round(3).reset_index()
 
 
-def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Training cost by scheme and number of bit-widths: sample passes, by formula too, optimizer steps, seconds.
+def curve_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a method and setting, one column a run length in epochs: mean top-1 (%) over the trained bit-widths.
 
-    Dedicated is the sum of one network for each of the bit-widths. rows: of `experiments.growth`. The formulas, for B
-    bit-widths, N images and E epochs: B N E; ours with coresets B N (c S + (1 - r) (E - S)), where S scoring epochs see
-    the fraction c, and r is the pruning rate.
+    Mean ± standard deviation over seeds, without batch-norm adaptation. rows: of `experiments.curves`.
+    """
+    return comparison_table(rows, columns="epochs", index=SETTING[:-1])
+
+
+def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
+    """One row a run of Any-Precision: its mean top-1 (%), and that of ours at each pruning rate for no more cost.
+
+    Ours is the longest of the runs there are that costs no more; empty where all cost more. cost: "seconds" or
+    "sample_passes"; rows: of `experiments.curves`.
+    """
+    part = rows[rows.trained & ~rows.adapted]
+    seeds = part.groupby([*SETTING, "seed"], sort=False).top1.mean()
+    points = pd.DataFrame({"top1": seeds, cost: training_cost(part, [cost])[cost]})
+    points = points.groupby(SETTING, sort=False).mean().reset_index()
+    ours, table = points[points.method == "Ours"], []
+    for baseline in points[points.method == "Any-Precision"].itertuples():
+        spent = getattr(baseline, cost)
+        row = {"epochs": baseline.epochs, cost: round(spent), "Any-Precision": round(baseline.top1, 1)}
+        for rate in ours.pruning_rate.unique():
+            affordable = ours[(ours.pruning_rate == rate) & (ours[cost] <= spent)].sort_values("epochs")
+            row[f"ours, {rate:.0%} pruned"] = "".join(
+                f"{run.top1:.1f} ({run.epochs} epochs)" for run in affordable.tail(1).itertuples()
+            )
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with their coresets' names made to tell apart all that differs: candidates and training included."""
+    some = rows.candidates.lt(1) | rows.scoring_epochs.eq(0)
+    name = rows.coreset.where(some, rows.coreset + ", all candidates")
+    for option in ("batch_size", "lr", "weight_decay"):
+        differs = rows[option] != rows[option].mode()[0]
+        name = name.where(~differs, name + f", {option}=" + rows[option].map("{:g}".format))
+    return rows.assign(coreset=name)
+
+
+def option_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a coreset of `named` rows: mean top-1 (%) without and with adaptation, sample passes (thousands)."""
+    trained = rows[rows.trained]
+    cost = rows.drop_duplicates("run").groupby("coreset", sort=False).sample_passes.mean()
+    means = [trained[trained.adapted == adapted] for adapted in (False, True)]
+    top1, adapted = (_mean_over_bits(part, ["coreset"]) for part in means)
+    columns = {"top1 (%)": top1, "adapted top1 (%)": adapted, "passes (k)": (cost / 1e3).round(1)}
+    return pd.DataFrame(columns, index=cost.index).reset_index()
+
+
+def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Training cost by scheme and number of bit-widths: sample passes, by formula too, calibration, steps, seconds.
+
+    calibration: images that go forward to serve the bit-widths that were evaluated and not trained. Dedicated is the
+    sum of one network for each of the bit-widths. rows: of `experiments.growth`. The formulas, for B bit-widths, N
+    images and E epochs: B N E; ours with coresets B N (c S + (1 - r) (E - S)), where S scoring epochs see the fraction
+    c, and r is the pruning rate.
     """
     runs = rows.drop_duplicates("run")
     table = []
@@ -158,7 +227,7 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
             kept = (1 - first.pruning_rate) * (first.epochs - first.scoring_epochs)
             formula = round(count * first.n_train * (scored + kept))
             label = f"Ours, {first.coreset}" if first.method == "Ours" else first.method
-            sums = part[["sample_passes", "steps", "seconds"]].sum().to_dict()
+            sums = training_cost(rows[rows.run.isin(part.run)], COST).sum().to_dict()
             table.append({"scheme": label, "bit-widths": count, "bits": widths, "by formula": formula} | sums)
     return pd.DataFrame(table)
 

@@ -126,18 +126,14 @@ def _chunks(indices: Tensor, batch_size: int, gen: torch.Generator) -> tuple[Ten
 def plan(selection: Selection, config: TrainConfig, epoch: int) -> list[Step]:
     """The steps of one epoch over what was selected for it."""
     subsets, bits = selection.subsets, tuple(sorted(selection.subsets, reverse=True))
-    weights = {b: selection.weights.get(b) for b in bits}
+    weights = selection.weights
     if selection.scheme == "joint":
         chunks = _chunks(subsets[bits[0]], config.batch_size, generator(config.seed, "shuffle", epoch))
-        return [Step(chunk, bits, _at(weights[bits[0]], chunk)) for chunk in chunks]
+        return [Step(chunk, bits, weights[bits[0]][chunk] if weights else None) for chunk in chunks]
     queues = {b: _chunks(subsets[b], config.batch_size, generator(config.seed, "shuffle", epoch, b)) for b in bits}
     rounds = max(len(queue) for queue in queues.values())
     turns = [(queues[b][i], b) for i in range(rounds) for b in bits if i < len(queues[b])]
-    return [Step(chunk, (b,), _at(weights[b], chunk)) for chunk, b in turns]
-
-
-def _at(weights: Tensor | None, indices: Tensor) -> Tensor | None:
-    return None if weights is None else weights[indices]
+    return [Step(chunk, (b,), weights[b][chunk] if weights else None) for chunk, b in turns]
 
 
 def _count(sampler: Sampler, config: TrainConfig, epoch: int) -> int:
@@ -248,16 +244,21 @@ def train(
     run = _Run(model, forward, data, config, device, memory_format, optimizer(model, config), scaler, sampler)
     if path is not None and path.exists():
         _resume(run, path)
-    total = sum(_count(sampler, config, epoch) for epoch in range(run.epoch, config.epochs))
-    with tqdm(total=total, desc=label, unit="step", leave=False, disable=not label, mininterval=1) as bar:
-        while run.epoch < config.epochs:
-            run.history.append(_epoch(run, bar))
-            if path is not None:
-                _save(run, path)
+    _finish(run, path, label)
     set_bits(model, bits[-1])
     history = pd.DataFrame(run.history)
     history.attrs["coresets"] = sampler.rows
     return history
+
+
+def _finish(run: _Run, path: Path | None, label: str | bool) -> None:
+    left = range(run.epoch, run.config.epochs)
+    total = sum(_count(run.sampler, run.config, epoch) for epoch in left)
+    with tqdm(total=total, desc=label, unit="step", leave=False, disable=not label, mininterval=1) as bar:
+        for _ in left:
+            run.history.append(_epoch(run, bar))
+            if path is not None:
+                _save(run, path)
 
 
 def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, ...]:
@@ -276,11 +277,10 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
 def _checked_path(checkpoint: Any) -> Path | None:
     if checkpoint is None:
         return None
-    expected = "a file, there or to be made, in a folder that can be written to, or None"
     path = Path(checkpoint) if isinstance(checkpoint, (str, Path)) else Path()
     folder = next((folder for folder in path.absolute().parents if folder.exists()), path)
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise checks.invalid("checkpoint", checkpoint, expected)
+        raise checks.invalid("checkpoint", checkpoint, "a file in a folder that can be written to, or None")
     return path
 
 

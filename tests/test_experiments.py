@@ -165,13 +165,15 @@ def test_table1() -> None:
         ("Any-Precision", "joint", "none", "switchable", 0.0, (2, 4), ALL),
         ("Dedicated", "dedicated", "none", "shared", 0.0, (2,), (2,)),
         ("Dedicated", "dedicated", "none", "shared", 0.0, (4,), (4,)),
-        ("Ours", "bitwise", "mean_var", "shared", 0.0, (2, 4), ALL),  # without gradient, at the middle one of the rates
+        ("Ours", "bitwise", "mean_var", "shared", 0.8, (2, 4), ALL),  # without gradient, at the middle one of the rates
+        ("Ours", "bitwise", "mean_var", "shared", 0.8, (2, 4), ALL),  # by importance
     ]
     settings = [(r.method, r.config.scheme, r.spec.correction, r.spec.norm, r.pruning_rate) for r in runs]
     found = [(*setting, r.spec.bits, r.eval_bits) for setting, r in zip(settings, runs, strict=True)]
     assert found == expected * 2
-    assert [r.config.seed for r in runs] == [0] * 8 + [1] * 8
-    assert [r.spec.correction_gradient for r in runs] == [*[True] * 7, False] * 2
+    assert [r.config.seed for r in runs] == [0] * 9 + [1] * 9
+    assert [r.spec.correction_gradient for r in runs] == [*[True] * 7, False, True] * 2
+    assert [r.coreset for r in runs if r.pruning_rate] == ["RS2", "RS2", "tdds"] * 2
     assert {r.config.distillation for r in runs if r.method == "Any-Precision"} == {True}
     assert {r.config.distillation for r in runs if r.method != "Any-Precision"} == {False}
     assert {(r.dataset, r.model, r.model_args) for r in runs} == {("cifar10", "resnet8", (("width", 16),))}
@@ -179,7 +181,78 @@ def test_table1() -> None:
 
 def test_the_rates_of_table1() -> None:
     runs = table1(parameters(profile="small", repeats=1))
-    assert [run.pruning_rate for run in runs] == [0, 0, 0, 0.5, 0.8, 0.9, 0, 0, 0, 0, 0.8]
+    assert [run.pruning_rate for run in runs] == [0, 0, 0, 0.5, 0.8, 0.9, 0, 0, 0, 0, 0.8, 0.5, 0.8, 0.9]
+
+
+def test_a_notebooks_coresets() -> None:
+    """Scoring costs each bit-width three epochs of 4/3 of its coreset; nothing is pruned at a rate of 0."""
+    assert experiments.bitwise_coreset(0.0) is None
+    coreset = experiments.bitwise_coreset(0.8, how="sample")
+    assert (coreset.score, coreset.how, coreset.pruning_rate, coreset.warmup) == ("tdds", "sample", 0.8, 3)
+    assert coreset.candidates == pytest.approx(0.8 / 3) and experiments.bitwise_coreset(0.1).candidates == 1
+    assert experiments.bitwise_coreset(0.8, candidates=1.0).candidates == 1
+
+
+def test_curves_share_their_first_runs_with_table_1() -> None:
+    """All seeds at the first length, the first seed at the others, where only trained bit-widths are evaluated."""
+    p = parameters(profile="small", pruning_rates=[0.8], lengths=[4, 6], repeats=2)
+    runs = experiments.curves(p)
+    asked = [(run.config.epochs, run.config.seed, run.method, run.pruning_rate, run.eval_bits) for run in runs]
+    methods = [("Any-Precision", 0), ("Ours", 0), ("Ours", 0.8)]
+    expected = [(epochs, seed, *method) for epochs, seed in ((4, 0), (4, 1), (6, 0)) for method in methods]
+    assert asked == [(*setting, ALL if setting[0] == 4 else (2, 4, 8)) for setting in expected]
+    assert {run.hash for run in runs if run.config.epochs == 4} <= {run.hash for run in table1(p)}
+
+
+def test_every_score_is_compared_at_the_middle_rate() -> None:
+    p = parameters(profile="small", pruning_rates=[0.5, 0.8, 0.9], seed=3, repeats=1)
+    runs = experiments.comparison(p)
+    always = {"random", "RS2", "tdds", "el2n", "tdds, how=sample"}
+    names = {rate: {run.coreset for run in runs if run.pruning_rate == rate} for rate in p.pruning_rates}
+    assert names == {0.5: always, 0.8: always | {"entropy", "forgetting", "grand", "moderate"}, 0.9: always}
+    assert {(run.subset, run.config.epochs, run.eval_bits) for run in runs} == {((10000, 5000), 8, (2, 4, 8))}
+    assert len({run.hash for run in runs}) == len(runs) and {run.config.seed for run in runs} == {3}
+
+
+def test_the_ablation_changes_one_thing_at_a_time() -> None:
+    """From the first run; those across bit-widths and by joint scoring, from the one with all candidates."""
+    runs = experiments.scoring_ablation(parameters(profile="small", repeats=1))
+    differences = [_differing(runs[0], run) for run in runs]
+    assert len({run.hash for run in runs}) == len(runs) and differences[0] == set()
+    alone = [names for names in differences if len(names) == 1]
+    changed = ("how", "balanced", "full_epochs", "candidates", "batch_size", "lr", "weight_decay")
+    assert sorted(name for names in alone for name in names) == sorted(changed)
+    whole = next(run for run in runs if _differing(runs[0], run) == {"candidates"})
+    ways = [run for run in runs if run.config.coreset.score == "tdds" and run.config.coreset.candidates == 1]
+    assert [_differing(whole, run) for run in ways] == [
+        {"how", "unbiased"},
+        {"scoring"},
+        {"across_bits"},
+        set(),
+        {"across_bits"},
+    ]
+
+
+def _differing(run: Run, other: Run) -> set[str]:
+    parts = [(run.config, other.config), (run.config.coreset, other.config.coreset)]
+    names = {f.name for a, b in parts for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
+    return names - {"coreset"}
+
+
+def test_table2() -> None:
+    runs = experiments.table2(parameters(profile="small", pruning_rates=[0.6], seed=1, repeats=1))
+    methods = [("Any-Precision", 0), ("Ours", 0), ("Ours", 0.6)]
+    expected = [(name, *method) for name in ("cifar100", "tinyimagenet") for method in methods]
+    assert [(run.dataset, run.method, run.pruning_rate) for run in runs] == expected
+
+
+def test_growth_is_over_the_bit_widths_asked_for_first() -> None:
+    runs = experiments.growth(parameters(profile="smoke", bits=(3, 5)))
+    shared = [(run.spec.bits, run.method, run.coreset) for run in runs if run.method != "Dedicated"]
+    kinds = [("Any-Precision", "full data"), ("Ours", "full data"), ("Ours", "tdds")]
+    assert shared == [(bits, *kind) for bits in ((3, 5), (2, 3, 5)) for kind in kinds]
+    assert [run.spec.bits for run in runs if run.method == "Dedicated"] == [(3,), (5,), (2,), (3,), (5,)]
+    assert {run.eval_bits for run in runs if run.method != "Dedicated"} == {ALL}
 
 
 def test_a_trained_bit_width_is_evaluated() -> None:
@@ -193,12 +266,15 @@ def test_quickstart() -> None:
     assert {(run.dataset, run.method, run.config.seed) for run in runs} == {("digits", "Ours", 3)}
 
 
+TABLES = ("curves", "comparison", "scoring_ablation", "table2", "growth")
+
+
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("table", [quickstart, table1])
+@pytest.mark.parametrize("table", [quickstart, table1, *(getattr(experiments, name) for name in TABLES)])
 def test_every_run_can_be_built(profile: str, table: Callable) -> None:
     runs = table(parameters(profile=profile))
     assert {run.profile for run in runs} == {profile}
-    for run in runs[:2] if profile == "paper" else runs[:11]:  # those of one seed
+    for run in runs[:2] if profile == "paper" else runs[:14]:  # those of one seed
         spec = experiments.build(run, num_classes=10).quant_spec
         assert replace(spec, activation_range="auto") == run.spec
 
@@ -234,7 +310,7 @@ def few_digits_on_one_thread() -> Iterator[None]:
 def tiny_runs() -> list[Run]:
     """One of each method, one with coresets by score, and one on all images that there are."""
     plan = table1(parameters(profile="smoke", bits=(2, 4), pruning_rates=[0.5]))
-    runs = [plan[0], *plan[3:]]
+    runs = [plan[0], *plan[3:-1]]  # not the last, whose scoring phase takes longer
     config = {"epochs": EPOCHS, "batch_size": TRAIN, "lr": 0.01}
     runs = [replace(r, subset=(TRAIN, TEST), config=replace(r.config, **config)) for r in runs]
     runs = [r if r.method == "Dedicated" else replace(r, eval_bits=(2, 3)) for r in runs]
@@ -260,6 +336,21 @@ def refuse_to_train(*_: object, **__: object) -> None:
 
 def assert_same(rows: pd.DataFrame, expected: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(rows.drop(columns=TIMED), expected.drop(columns=TIMED), check_exact=True)
+
+
+def test_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    """As the stored record tells it: overlap and correlation as means over the other bit-widths, classes as shares."""
+    folder, runs = undisturbed[0], [run for run in tiny_runs() if run.pruning_rate]
+    rows = experiments.coreset_rows(runs, folder)
+    records = [json.loads((folder / f"runs/{run.hash}.json").read_text()) for run in runs]
+    draws = [(run, draw) for run, record in zip(runs, records, strict=True) for draw in record["coresets"]]
+    assert len(rows) == len(draws) > 0
+    for row, (run, draw) in zip(rows.itertuples(), draws, strict=True):
+        assert (row.run, row.epoch, row.bits, row.size) == (run.hash, draw["epoch"], draw["bits"], TRAIN // 2)
+        assert row.overlap == pytest.approx(sum(draw["overlap"].values()) / len(draw["overlap"]))
+        classes = (min(draw["classes"]) / row.size, max(draw["classes"]) / row.size)
+        assert (row.rarest_class, row.commonest_class) == classes
+    assert set(rows.coreset) == {run.coreset for run in runs}
 
 
 def test_one_file_a_run(undisturbed: tuple[Path, pd.DataFrame]) -> None:

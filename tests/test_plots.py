@@ -143,6 +143,57 @@ def test_accuracy_by_cost_draws_the_rows() -> None:
     assert len({to_rgba(mark.lines[0].get_color()) for mark in marks.values()}) == 3
 
 
+def test_a_line_joins_run_lengths() -> None:
+    """Against seconds, in minutes, with the number of epochs beside each marker."""
+    rows = example().assign(seconds=120.0)
+    longer = rows.assign(epochs=8, seconds=240.0, top1=rows.top1 + 5, run=rows.run + " longer")
+    ax = plots.accuracy_by_cost(pd.concat([longer, rows]), "seconds")
+    assert points(drawn(ax)["Ours, mean_var"]) == [(2.0, 31.0), (4.0, 36.0)]
+    assert ax.get_xlabel() == "training time (minutes), logarithmic"
+    assert [text.get_text() for text in ax.texts] == ["4", "8"] * 3
+
+
+def test_accuracy_by_cost_against_what_is_no_cost() -> None:
+    with pytest.raises(ValueError, match=r"^cost='epochs': expected one of"):
+        plots.accuracy_by_cost(example(), "epochs")
+
+
+def pruned() -> pd.DataFrame:
+    """TDDS and RS2 at 50 and 80 %: two seeds, the second 2 points above the first."""
+    part = example()[lambda t: t.method.eq("Ours") & t.pruning_rate.gt(0)]
+    rates = pd.concat([part, part.assign(pruning_rate=0.5, top1=part.top1 + 10)])
+    return pd.concat([rates, rates.assign(coreset="RS2", top1=rates.top1 - 5)])
+
+
+def test_accuracy_by_pruning_draws_the_rows() -> None:
+    """Lines by selection, a little beside one another: the mean over 2 and 4 bits, 21 % at 80 % pruning."""
+    ax = plots.accuracy_by_pruning(pruned())
+    marks = drawn(ax)
+    assert {name: [y for _, y in points(mark)] for name, mark in marks.items()} == {"tdds": [31, 21], "RS2": [26, 16]}
+    for mark in marks.values():
+        assert [x for x, _ in points(mark)] == pytest.approx([50, 80], abs=1)
+        assert half_bars(mark) == pytest.approx([2**0.5] * 2)
+    assert ax.get_xlabel() == "pruning rate (%)" and ax.get_ylabel() == "mean top-1 accuracy (%)"
+
+
+def test_accuracy_by_coreset_draws_the_rows() -> None:
+    """The best at the top: a diamond at each mean, a dot at each seed."""
+    ax = plots.accuracy_by_coreset(pruned()[lambda t: t.pruning_rate.eq(0.8)])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["tdds", "RS2"]
+    means = [(float(x), float(y)) for line in ax.get_lines() if line.get_marker() == "D" for x, y in line.get_xydata()]
+    assert means == [(21, 0), (16, 1)]
+    dots = sorted((float(x), round(float(y), 3)) for dots in ax.collections for x, y in dots.get_offsets())
+    assert dots == [(15, 1), (17, 1), (20, 0), (22, 0)]
+
+
+def test_growth_draws_the_table() -> None:
+    table = pd.DataFrame({"scheme": ["a", "a", "b"], "bit-widths": [2, 3, 2], "seconds": [60.0, 90.0, 30.0]})
+    ax = plots.growth(table, "seconds")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert lines == {"a": [[2, 1], [3, 1.5]], "b": [[2, 0.5]]}
+    assert ax.get_xlabel() == "number of bit-widths" and ax.get_ylabel() == "training time (minutes)"
+
+
 def test_accuracy_by_cost_names_what_it_shows() -> None:
     ax = plots.accuracy_by_cost(example())
     assert ax.get_title() == "Accuracy against training cost\ncifar10, resnet8, profile small, 2 seed(s)"
@@ -162,14 +213,17 @@ def test_axes_of_the_reader_are_used(plot: Callable[..., Axes]) -> None:
     pd.testing.assert_frame_equal(rows, before)
 
 
-@pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])
+EVERY = [plots.accuracy_by_bits, plots.accuracy_by_cost, plots.accuracy_by_pruning, plots.accuracy_by_coreset]
+
+
+@pytest.mark.parametrize("plot", EVERY)
 def test_no_rows(plot: Callable[..., Axes]) -> None:
     with pytest.raises(ValueError, match=r"^rows='none': expected rows of run_all, at least one$"):
         plot(example()[:0])
     assert not pyplot.get_fignums()
 
 
-@pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])
+@pytest.mark.parametrize("plot", EVERY)
 def test_equal_rows_give_equal_bytes(plot: Callable[..., Axes], tmp_path: Path) -> None:
     """Also after a reading of the CSV beside the figure."""
     example().to_csv(tmp_path / "rows.csv", index=False)

@@ -24,6 +24,8 @@ def run(
     scored: int = 0,
     steps: int = 100,
     seconds: float = 10.0,
+    epochs: int = 4,
+    candidates: float = 1.0,
 ) -> pd.DataFrame:
     """The rows of one run; accuracy: bit-width to top-1 in % without (None: not served) and with adaptation."""
     pairs = [
@@ -32,9 +34,9 @@ def run(
     table = pd.DataFrame([(b, top1, b in trained, adapted) for b, adapted, top1 in pairs if top1 is not None])
     table.columns = ["bits", "top1", "trained", "adapted"]
     asked = {"method": method, "correction": correction, "pruning_rate": rate, "seed": seed}
-    asked |= {"coreset": "tdds" if rate else "full data", "candidates": 1.0, "epochs": 4}
+    asked |= {"coreset": "tdds" if rate else "full data", "candidates": candidates, "epochs": epochs}
     cost = {"sample_passes": passes, "scoring_passes": scored, "steps": steps, "seconds": seconds}
-    return table.assign(**asked, run=f"{next(RUNS):012}", **cost)
+    return table.assign(**asked, run=f"{next(RUNS):012}", calibration_passes=500_000 * table.adapted, **cost)
 
 
 def together(*runs: pd.DataFrame) -> pd.DataFrame:
@@ -123,6 +125,149 @@ def test_cost_table() -> None:
         (8, 0, 100, 30, 1, 1),  # of 30 and 31 seconds: rounded half to even
         (8, 0, 200, 23, 1, 1.33),
     ]
+
+
+def test_calibration_is_what_cannot_be_served_without() -> None:
+    """Any-Precision's untrained 3 bits need it, and ours none, adapted or not."""
+    table = results.cost_table(table_1(), "table1")
+    assert list(table["calibration (M)"]) == [0, 0, 0, 0.5, 0]
+
+
+def curve() -> pd.DataFrame:
+    """Any-Precision for 4 and 8 epochs, ours on the full data and pruned, with all of what it costs."""
+    both = {"correction": "mean_var", "rate": 0.8, "candidates": 0.5}
+    return together(
+        run("Any-Precision", {2: (60, 0), 4: (70, 0)}, passes=800, seconds=100),
+        run("Any-Precision", {2: (62, 0), 4: (70, 0)}, seed=1, passes=800, seconds=110),
+        run("Any-Precision", {2: (70, 0), 4: (80, 0)}, epochs=8, passes=1600, seconds=200),
+        run("Ours", {2: (64, 0), 4: (72, 0)}, correction="mean_var", passes=800, seconds=120),
+        run("Ours", {2: (80, 0), 4: (84, 0)}, correction="mean_var", epochs=8, passes=1600, seconds=240),
+        run("Ours", {2: (50, 0), 4: (50, 0)}, passes=100, seconds=30, **both),
+        run("Ours", {2: (58, 0), 4: (60, 0)}, epochs=8, passes=200, seconds=60, **both),
+    )
+
+
+def test_curve_table() -> None:
+    table = results.curve_table(curve())
+    assert columns(table, "method", "pruning_rate", "coreset", 4, 8) == [
+        ("Any-Precision", 0, "full data", "65.5 ± 0.7", "75.0"),
+        ("Ours", 0, "full data", "68.0", "82.0"),
+        ("Ours", 0.8, "tdds", "50.0", "59.0"),
+    ]
+
+
+def test_equal_cost_table() -> None:
+    """Ours is the longest run that costs no more: no seconds are left for the full data beside 4 epochs."""
+    table = results.equal_cost_table(curve(), "seconds")
+    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", "ours, 0% pruned", "ours, 80% pruned"]
+    assert columns(table, *table.columns) == [
+        (4, 105, 65.5, "", "59.0 (8 epochs)"),
+        (8, 200, 75.0, "68.0 (4 epochs)", "59.0 (8 epochs)"),
+    ]
+    passes = results.equal_cost_table(curve(), "sample_passes")
+    assert columns(passes, "sample_passes", "ours, 0% pruned") == [(800, "68.0 (4 epochs)"), (1600, "82.0 (8 epochs)")]
+
+
+def test_comparison_table() -> None:
+    rows = together(
+        run("Ours", {2: (50, 0), 4: (60, 0), 3: (0, 0)}, rate=0.5),
+        run("Ours", {2: (52, 0), 4: (60, 0), 3: (0, 0)}, rate=0.5, seed=1),
+        run("Ours", {2: (30, 0), 4: (40, 0)}, rate=0.8).assign(coreset="RS2"),
+    )
+    table = results.comparison_table(rows)
+    assert columns(table, *table.columns) == [("tdds", "55.5 ± 0.7", ""), ("RS2", "", "35.0")]
+    assert list(table.columns) == ["coreset", 0.5, 0.8]
+
+
+def options() -> pd.DataFrame:
+    shared = {"batch_size": 128, "lr": 0.1, "weight_decay": 5e-4}
+    rows = [
+        run("Ours", {2: (50, 52), 4: (60, 62)}, rate=0.8, passes=1500, candidates=0.3).assign(**shared),
+        run("Ours", {2: (54, 52), 4: (60, 62)}, rate=0.8, passes=1500, candidates=0.3, seed=1).assign(**shared),
+        run("Ours", {2: (40, 41), 4: (42, 43)}, rate=0.8, passes=3000).assign(**shared),
+        run("Ours", {2: (44, 45), 4: (46, 47)}, rate=0.8, candidates=0.3).assign(
+            **shared | {"batch_size": 64, "lr": 0.2}
+        ),
+        run("Ours", {2: (30, 31), 4: (32, 33)}, rate=0.8).assign(**shared, coreset="random"),
+    ]
+    return together(*rows).assign(scoring_epochs=lambda t: t.coreset.ne("random") * 3)
+
+
+def test_names_tell_apart_all_that_differs() -> None:
+    rows = options()
+    names = list(dict.fromkeys(results.named(rows).coreset))
+    assert names == ["tdds", "tdds, all candidates", "tdds, batch_size=64, lr=0.2", "random"]
+    pd.testing.assert_frame_equal(rows, options().assign(run=rows.run))  # the rows themselves are left as they were
+
+
+def test_option_table() -> None:
+    table = results.option_table(results.named(options()))
+    assert columns(table, *table.columns) == [
+        ("tdds", "56.0 ± 1.4", "57.0 ± 0.0", 1.5),
+        ("tdds, all candidates", "41.0", "42.0", 3.0),
+        ("tdds, batch_size=64, lr=0.2", "45.0", "46.0", 1000.0),
+        ("random", "31.0", "32.0", 1000.0),
+    ]
+
+
+def test_coreset_table() -> None:
+    """Means over draws and bit-widths; what could not be computed is empty."""
+    names = ["pruning_rate", "coreset", "candidates", "size", "union", "overlap", "drift", "rank_correlation"]
+    names += ["clipped", "rarest_class", "commonest_class"]
+    draws = [
+        (0.8, "tdds", 1.0, 20, 0.4, 0.2, None, 0.5, 0.0, 0.05, 0.2),
+        (0.8, "tdds", 1.0, 20, 0.5, 0.4, 0.3, 0.7, 0.1, 0.07, 0.3),
+        (0.8, "random", 1.0, 20, 0.5, 0.2, None, None, 0.0, 0.1, 0.1),
+    ]
+    table = results.coreset_table(
+        pd.DataFrame(draws, columns=names).astype({"drift": float, "rank_correlation": float})
+    )
+    assert columns(table, *names) == [
+        (0.8, "tdds", 1, 20, 0.45, 0.3, 0.3, 0.6, 0.05, 0.06, 0.25),
+        (0.8, "random", 1, 20, 0.5, 0.2, None, None, 0, 0.1, 0.1),
+    ]
+
+
+def grown() -> pd.DataFrame:
+    """2 and 3 bit-widths; 1,000 images, 10 epochs, of which 3 score all of a half."""
+    rows = []
+    for widths, b in (("2 4", 2), ("2 4 8", 3)):
+        bits = dict.fromkeys(map(int, widths.split()), (1.0, 1.0))
+        full = {"passes": 10_000 * b, "epochs": 10, "seconds": 10.0 * b}
+        pruned = {"passes": 2900 * b, "scored": 1500 * b, "epochs": 10, "seconds": 3.0 * b}
+        rows += [run("Any-Precision", bits | {5: (None, 1.0)}, **full).assign(trained_bits=widths)]
+        rows += [run("Ours", bits, **full).assign(trained_bits=widths)]
+        rows += [run("Ours", bits, rate=0.8, candidates=0.5, **pruned).assign(trained_bits=widths)]
+    single = {"passes": 10_000, "epochs": 10, "seconds": 9.0}
+    rows += [run("Dedicated", {w: (1.0, 1.0)}, trained=(w,), **single).assign(trained_bits=f"{w}") for w in (2, 4, 8)]
+    return together(*rows).assign(n_train=1000, scoring_epochs=lambda t: t.pruning_rate.gt(0) * 3)
+
+
+def test_growth_table() -> None:
+    """Formulas: B N E, and B N (c S + (1 - r) (E - S)) = B 1000 (0.5 x 3 + 0.2 x 7); Dedicated is a sum of networks."""
+    table = results.growth_table(grown())
+    names = ("scheme", "bit-widths", "bits", "by formula", "sample_passes", "calibration", "seconds")
+    expected = []
+    for b, bits in ((2, "2 4"), (3, "2 4 8")):
+        full, pruned = 10_000 * b, 2900 * b
+        expected += [
+            ("Dedicated", b, bits, full, full, 0, 9 * b),
+            ("Any-Precision", b, bits, full, full, 500_000, 10 * b),
+            ("Ours, full data", b, bits, full, full, 0, 10 * b),
+            ("Ours, tdds", b, bits, pruned, pruned, 0, 3 * b),
+        ]
+    assert columns(table, *names) == expected
+
+
+def test_ratio_definitions() -> None:
+    """Each row's ratio follows from its own definition; three for each number of the paper, the nearest first."""
+    table = results.ratio_definitions(epochs=200)
+    assert list(table.groupby("data", sort=False).size()) == [3, 3, 3]
+    for row in table.to_dict("records"):
+        seen = row["scoring epochs"] + (1 - row["pruning rate"]) * (200 - row["scoring epochs"])
+        ratio = row["baseline's"] * 200 / (row["our bit-widths"] * seen)
+        assert row["by passes"] == pytest.approx(ratio, abs=0.005) and abs(ratio / row["paper"] - 1) < 0.05
+        assert row["our bit-widths"] <= row["baseline's"] <= 9
 
 
 def test_cost_table_without_a_baseline() -> None:
