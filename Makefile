@@ -1,5 +1,6 @@
 # make demo        install into .venv, run the quickstart, print its table
 # make test        install, lint, tests, and every notebook in the smoke profile
+# make bench       measure what recording importance scores costs, into results/benchmarks/
 # make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
 # Another interpreter: make install PYTHON=python3.12
 
@@ -20,7 +21,7 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: install demo test lint format notebooks clean
+.PHONY: install demo test lint format bench notebooks clean
 
 install: $(STAMP)
 
@@ -50,6 +51,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install
+	for benchmark in $(sort $(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark || exit 1; done
 
 # Twice: the first execution trains, the second finds every run stored, and is kept without progress bars in it.
 notebooks: install

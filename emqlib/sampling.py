@@ -14,6 +14,7 @@ from . import checks, coreset
 from .recorder import Recorder, recorder
 
 SCORES = ("random", "entropy", "forgetting", "el2n", "grand", "moderate", "tdds")
+_DRAWN = ("scores", "ranks", "subsets", "weights")  # by bit-width, kept in checkpoints
 _TINY = 0.1  # of the weight of the highest rank, that of the lowest: no sample is out of reach of a draw
 
 
@@ -138,6 +139,7 @@ class Sampler:
         self.labels, self.n = labels.cpu(), len(labels)
         self.shared = scheme == "joint" or self.config.across_bits == "identical"
         self.recorders: dict[int, Recorder] = {}
+        self.scores: dict[int, Tensor] = {}
         self.ranks: dict[int, Tensor] = {}
         self.subsets: dict[int, Tensor] = {}
         self.weights: dict[int, Tensor] = {}
@@ -205,16 +207,17 @@ class Sampler:
             self.recorders = {}
 
     def _rank(self) -> None:
-        """The ranks of all candidates by bit-width, from what was recorded."""
+        """The scores and ranks of all candidates by bit-width, from what was recorded."""
         for b, record in self.recorders.items():
             scores, own = record.scores().cpu(), self._candidates(b)
+            self.scores[b] = scores
             # of equal scores none is kept for its place in the data set, whose order may be that of the classes
             order = own[torch.randperm(len(own), generator=generator(self.seed, "ties", b))]
             self.ranks[b] = torch.full((self.n,), -1.0)
             self.ranks[b][order] = coreset.ranks(scores[order])
         if self.shared:
             mean = torch.stack(list(self.ranks.values())).mean(0)
-            self.ranks = dict.fromkeys(self.bits, mean)
+            self.scores = self.ranks = dict.fromkeys(self.bits, mean)  # raw scores have no one scale
 
     def _pick(self, b: int, stream: torch.Generator, held: Tensor) -> Tensor:
         """The coreset of `b`; under across_bits="disjoint" of samples that no other one holds, while there are any."""
@@ -231,8 +234,8 @@ class Sampler:
         config, labels = self.config, self.labels[part] if self.config.balanced else None
         if config.score == "random":
             return coreset.choose(torch.ones(len(part)), keep, "sample", stream, labels)
-        scores = self._chances(b)[part] if config.how == "sample" else self.ranks[b][part]
-        return coreset.choose(scores, keep, config.how, stream, labels, config.cut)
+        scores = self._chances(b) if config.how == "sample" else (self.scores if config.how == "ccs" else self.ranks)[b]
+        return coreset.choose(scores[part], keep, config.how, stream, labels, config.cut)
 
     def _chances(self, b: int) -> Tensor:
         """The weight (N,) of each sample in a draw: its rank over N to the `power`, and never nothing."""
@@ -313,12 +316,12 @@ class Sampler:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain containers of tensors and numbers."""
         recorders = {b: r.state_dict() for b, r in self.recorders.items()}
-        drawn = {"ranks": self.ranks, "subsets": self.subsets, "weights": self.weights, "draw": self.draw}
+        drawn = {name: getattr(self, name) for name in _DRAWN} | {"draw": self.draw}
         return drawn | {"recorders": recorders, "shape": self._shape, "rows": json.dumps(self.rows)}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from `state`."""
-        for name in ("ranks", "subsets", "weights"):
+        for name in _DRAWN:
             setattr(self, name, {b: tensor.cpu() for b, tensor in state[name].items()})
         self.draw, self.rows = state["draw"], json.loads(state["rows"])
         for b, buffers in state["recorders"].items():

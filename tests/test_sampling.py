@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
@@ -269,6 +270,15 @@ def test_sizes_are_exact_and_coresets_come_from_the_own_candidates(
             held |= set(subset)
             if across == "identical":
                 assert held == set(subset)
+
+
+def test_strata_are_of_the_scores_and_not_of_their_ranks() -> None:
+    """Strata of equal width in rank would all be of one size, and drawing evenly over them no more than random."""
+    seen, drawn = Observations(), sampler(score="el2n", pruning_rate=0.5, how="ccs", cut=0.1, epochs=2)
+    for b, subset in sets(selections(drawn, seen)[1]).items():
+        scores = seen.scores("el2n", b, 1, LABELS)
+        parts = reference.strata(scores.tolist(), N // 2, 0.1)
+        assert [len(subset & set(part)) for part, _ in parts] == [share for _, share in parts]
 
 
 @pytest.mark.parametrize("score", ["el2n", "random"])
