@@ -28,8 +28,9 @@ def _setting(rows: pd.DataFrame, title: str) -> str:
     """The title, and what the figure was made with."""
     if rows.empty:
         raise checks.invalid("rows", "none", "rows of run_all, at least one")
-    first = rows.iloc[0]
-    return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {rows.seed.nunique()} seed(s)"
+    first, seeds = rows.iloc[0], rows.groupby("epochs").seed.nunique()
+    count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {count} seed(s)"
 
 
 def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
@@ -91,6 +92,9 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes 
             place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6, "color": look["color"]}
             ax.annotate(f"{epochs}", (x[epochs], y[epochs]), **place)
     ax.set_xscale("log")
+    for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        show(lambda value, _: f"{value:g}")
+    ax.tick_params(axis="x", which="both", length=0, labelsize=8, pad=4)
     ax.set_xlabel(f"{label}, logarithmic")
     ax.set_ylabel("mean top-1 accuracy (%)")
     ax.legend(fontsize=7)

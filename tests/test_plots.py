@@ -151,6 +151,8 @@ def test_a_line_joins_run_lengths() -> None:
     assert points(drawn(ax)["Ours, mean_var"]) == [(2.0, 31.0), (4.0, 36.0)]
     assert ax.get_xlabel() == "training time (minutes), logarithmic"
     assert [text.get_text() for text in ax.texts] == ["4", "8"] * 3
+    alone = plots.accuracy_by_cost(pd.concat([longer[longer.seed == 0], rows]))
+    assert alone.get_title().endswith("profile small, 1 to 2 seed(s)")
 
 
 def test_accuracy_by_cost_against_what_is_no_cost() -> None:
