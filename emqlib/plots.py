@@ -7,7 +7,7 @@ import pandas as pd
 
 from . import checks
 from .files import write_atomic
-from .results import SETTING, spread, training_cost
+from .results import SETTING, growth_table, spread, training_cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ def _axes(ax: "Axes | None", title: str) -> "Axes":
 
     if ax is None:
         with sns.axes_style("whitegrid"):
-            ax = plt.subplots(figsize=(6.4, 4.0), dpi=110, layout="constrained")[1]
+            ax = plt.subplots(figsize=(6.4, 4.0), dpi=100, layout="constrained")[1]
     ax.set_title(title, fontsize=10)
     return ax
 
@@ -93,7 +93,7 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes 
             ax.annotate(f"{epochs}", (x[epochs], y[epochs]), **place)
     ax.set_xscale("log")
     for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        show(lambda value, _: f"{value:g}")
+        show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")  # the others would overlap
     ax.tick_params(axis="x", which="both", length=0, labelsize=8, pad=4)
     ax.set_xlabel(f"{label}, logarithmic")
     ax.set_ylabel("mean top-1 accuracy (%)")
@@ -154,12 +154,15 @@ def accuracy_by_coreset(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def growth(table: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":
-    """Training cost against the number of bit-widths, a line for each scheme; table: of `results.growth_table`."""
+def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":
+    """Training cost against the number of bit-widths, a line for each scheme; rows: of `experiments.growth`.
+
+    ValueError: no rows, or another cost than "sample_passes" and "seconds".
+    """
     import seaborn as sns
 
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
-    ax = _axes(ax, "Training cost by number of bit-widths")
+    ax, table = _axes(ax, _setting(rows, "Training cost by number of bit-widths")), growth_table(rows)
     names = list(dict.fromkeys(table.scheme))
     colors, markers = sns.color_palette("colorblind", len(names)), "osD^"
     for i, name in enumerate(names):

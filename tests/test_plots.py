@@ -16,6 +16,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import to_rgba  # noqa: E402
 from matplotlib.container import ErrorbarContainer  # noqa: E402
+from test_results import grown  # noqa: E402
 
 from emqlib import plots  # noqa: E402
 
@@ -188,11 +189,17 @@ def test_accuracy_by_coreset_draws_the_rows() -> None:
     assert dots == [(15, 1), (17, 1), (20, 0), (22, 0)]
 
 
-def test_growth_draws_the_table() -> None:
-    table = pd.DataFrame({"scheme": ["a", "a", "b"], "bit-widths": [2, 3, 2], "seconds": [60.0, 90.0, 30.0]})
-    ax = plots.growth(table, "seconds")
+def test_growth_draws_the_costs() -> None:
+    rows = grown().assign(dataset="cifar10", model="resnet8", profile="small")
+    ax = plots.growth(rows.assign(seconds=rows.seconds * 60), "seconds")
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
-    assert lines == {"a": [[2, 1], [3, 1.5]], "b": [[2, 0.5]]}
+    assert lines == {
+        "Dedicated": [[2, 18], [3, 27]],
+        "Any-Precision": [[2, 20], [3, 30]],
+        "Ours, full data": [[2, 20], [3, 30]],
+        "Ours, tdds": [[2, 6], [3, 9]],
+    }
+    assert ax.get_title() == "Training cost by number of bit-widths\ncifar10, resnet8, profile small, 1 seed(s)"
     assert ax.get_xlabel() == "number of bit-widths" and ax.get_ylabel() == "training time (minutes)"
 
 
