@@ -346,8 +346,8 @@ def _losses(run: _Run, images: Tensor, labels: Tensor, step: Step) -> Iterator[t
         logits = run.forward(images).float()
         if logits.shape[1] < run.data.num_classes:
             raise checks.invalid("model", f"{logits.shape[1]} outputs", f"{run.data.num_classes} or more, one a class")
-        run.sampler.observe(b, run.epoch, step.indices, logits, labels)
         yield b, _loss(logits, labels if teacher is None else teacher, step, run.config, teacher is not None)
+        run.sampler.observe(b, run.epoch, step.indices, logits, labels)  # only now is the loss known to be finite
         if run.config.distillation:
             teacher = logits.detach().softmax(1)
 

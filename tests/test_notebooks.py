@@ -102,23 +102,27 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     assert not papermill(checkout, checkout / "notebooks", "01_cifar10.ipynb", output, *arguments, profile="small")
     assert not git(checkout, "status", "--porcelain")
     place = checkout / "build/smoke/smoke"
-    endings = ("", "_cost", "_gap")
-    expected = {f"01_cifar10{end}" for end in (".csv", ".png", "_cost.png", *(f"{end}.md" for end in endings))}
+    tables = ("", "_cost", "_gap", "_curves", "_curves_cost", "_equal_time")
+    names = [f"{end}.md" for end in tables] + [".csv", ".png", "_curves.csv", "_curves.png", "_curves_time.png"]
+    expected = {f"01_cifar10{name}" for name in names}
     assert {path.name for path in place.iterdir()} == expected
 
     rows = pd.read_csv(place / "01_cifar10.csv", dtype={"run": str})
     assert set(rows.method) == {"Dedicated", "Any-Precision", "Ours"}
     assert set(rows.bits[rows.trained]) == {2, 4, 8}
-    passes = rows.drop_duplicates("run").groupby(["method", "pruning_rate"]).sample_passes.max()
-    images = 320  # of the profile, for one epoch
-    assert dict(passes[["Ours", "Any-Precision"]]) == {
-        ("Ours", 0.0): 3 * images,
-        ("Ours", 0.5): 3 * images / 2,
-        ("Ours", 0.8): 3 * images / 5,
-        ("Ours", 0.9): 3 * images / 10,
-        ("Any-Precision", 0.0): 3 * images,
-    }
-    assert passes["Dedicated", 0.0] == images
+    cost = rows.drop_duplicates("run").groupby(["method", "pruning_rate", "coreset"])[
+        ["sample_passes", "scoring_passes"]
+    ]
+    passes, scored = cost.max().to_numpy().T
+    images, epochs = 320, 4  # of the profile
+    kept = {0.5: (160, 213), 0.8: (64, 85), 0.9: (32, 43)}  # in an epoch, and in each of three that score 4/3 as many
+    full = [("Any-Precision", 0.0), ("Dedicated", 0.0), ("Ours", 0.0)]
+    bits = {"Any-Precision": 3, "Dedicated": 1, "Ours": 3}
+    expected = {(method, rate, "full data"): bits[method] * epochs * images for method, rate in full}
+    expected |= {("Ours", rate, "RS2"): 3 * epochs * count for rate, (count, _) in kept.items()}
+    expected |= {("Ours", rate, "tdds"): 3 * (count + 3 * score) for rate, (count, score) in kept.items()}
+    assert dict(zip(cost.groups, passes, strict=True)) == expected
+    assert [key for key, count in zip(cost.groups, scored, strict=True) if count] == [("Ours", r, "tdds") for r in kept]
     assert "paper: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
 
 
