@@ -199,7 +199,7 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
     """What of a TDDS coreset matters: how it is scored, drawn, drawn again and shared between bit-widths.
 
-    The seven after `ways` have all samples as candidates, where nothing else sets bit-widths apart: "joint" against
+    The seven from joint scoring on have all candidates, so nothing else sets bit-widths apart: "joint" against
     "bitwise" scoring is Table 7, and coresets that are identical, independent or disjoint across bit-widths, by
     importance and at random, tell what scores of its own are worth to a bit-width from what wider coverage is. The
     last ones train on the first coreset with another batch size, learning rate or weight decay.
