@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 import emqlib as emq
-from emqlib import devices, experiments, results
+from emqlib import devices, results, runs
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/recording"
@@ -31,7 +31,7 @@ def measure(data: emq.Dataset, scores: tuple[str, ...] = SCORES, repeats: int = 
             scored = _seconds(data, replace(plain, epochs=epochs + 1, coreset=coreset), epochs)
             row = {"score": score, "repeat": repeat, "classes": data.num_classes, "plain": without, "scored": scored}
             rows.append(row | {"ratio": scored / without})
-    return pd.DataFrame(rows).assign(**experiments.provenance(data, devices.device("auto")))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device("auto")))
 
 
 def _seconds(data: emq.Dataset, config: emq.TrainConfig, epochs: int) -> float:

@@ -16,7 +16,7 @@ from . import quantizers
 from .checks import BIT_WIDTHS, bit_widths, choice, flag, invalid
 from .correction import CORRECTIONS, correct_weight
 
-NORMS = ("shared", "switchable")
+NORMS = ("shared", "shared_affine", "switchable")
 RANGES = ("auto", "unit", "tracked")
 
 
@@ -26,8 +26,9 @@ class QuantSpec:
 
     bits: the trained bit-widths. weight: "dorefa", "minmax" or "lsq". activation: "dorefa", "pact", "lsq" or "none".
     correction: weight bias correction, "none", "mean" or "mean_var". norm: one batch norm for all bit-widths
-    ("shared") or one each ("switchable"). full_precision: what stays unquantized: "first", "last", or name patterns
-    such as "*.shortcut". zero_level: min-max's grid with a zero. correction_gradient: whether the correction's
+    ("shared"), one each ("switchable"), or one affine for all with running statistics for each trained bit-width, those
+    of the others interpolated ("shared_affine"). full_precision: what stays unquantized: "first", "last", or name
+    patterns such as "*.shortcut". zero_level: min-max's grid with a zero. correction_gradient: whether the correction's
     statistics carry gradient. activation_range, for "dorefa": "unit" clips to [0, 1] as published, "tracked" follows
     the running minimum and maximum, "auto" takes "unit" for a network whose batch norms have seen no data yet, and
     "tracked" for any other; an input that can be negative is always tracked.
@@ -238,17 +239,20 @@ class MultiBitBatchNorm(nn.Module):
     """Batch norm over (N, C, ...) with one affine for all bit-widths (shared) or one for each trained one (switchable).
 
     Running statistics lie in a table with a row for each bit-width and a last one that bit-widths without a row of
-    their own share. Switchable norms have a row for each trained bit-width; batch-norm adaptation adds rows.
-    Source: switchable batch norm, Any-Precision (arXiv 1911.07346) and AdaBits (arXiv 1912.09666).
+    their own share. Under "switchable" and "shared_affine" each trained bit-width has a row; batch-norm adaptation
+    adds rows. Under "shared_affine" a bit-width without one mixes those of the trained ones on either side of it,
+    linearly in the power of the quantization noise, 1 / n^2 at n levels, and takes the nearest one's beyond the ends.
+    Source: switchable batch norm, Any-Precision (arXiv 1911.07346) and AdaBits (arXiv 1912.09666); "shared_affine" is
+    beyond the paper.
     """
 
     SHARED = len(BIT_WIDTHS)
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, spec: QuantSpec) -> None:
         super().__init__()
-        self.trained, self.switchable = spec.bits, spec.norm == "switchable"
+        self.trained, self.norm = spec.bits, spec.norm
         self.eps, self.momentum, self.bits = norm.eps, norm.momentum, spec.bits[-1]
-        self.own: set[int] = set(spec.bits) if self.switchable else set()
+        self.own: set[int] = set() if self.norm == "shared" else set(spec.bits)
         sets = len(spec.bits) if self.switchable else 1
         self.weight, self.bias = (
             None if p is None else nn.Parameter(p.detach().repeat(sets, 1), requires_grad=p.requires_grad)
@@ -258,8 +262,14 @@ class MultiBitBatchNorm(nn.Module):
         self.register_buffer("running_var", norm.running_var.repeat(self.SHARED + 1, 1))
         device = norm.running_mean.device
         self.register_buffer("affine_pick", torch.zeros(sets, 1, device=device), persistent=False)
+        self.register_buffer("stats_pick", torch.zeros(self.SHARED + 1, 1, device=device), persistent=False)
         self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
         self.set_bits(self.bits)
+
+    @property
+    def switchable(self) -> bool:
+        """Whether each trained bit-width has an affine of its own."""
+        return self.norm == "switchable"
 
     def serves(self, bits: int) -> bool:
         """Whether `bits` can be set: a switchable norm serves what it was built for or adapted to."""
@@ -268,24 +278,42 @@ class MultiBitBatchNorm(nn.Module):
     def set_bits(self, bits: int) -> None:
         """Use the affine and the statistics of `bits` from now on (`serves` says whether they are there)."""
         self.bits = bits
-        nearest = min(self.trained, key=lambda b: abs(b - bits))
         self.affine_pick.zero_()
-        self.affine_pick[self.trained.index(nearest) if self.switchable else 0] = 1
+        self.affine_pick[self.trained.index(self._nearest(bits)) if self.switchable else 0] = 1
+        self.stats_pick.zero_()
+        for row, share in self._rows(bits).items():
+            self.stats_pick[row] = share
         self.stats_row.fill_(BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED)
 
+    def _nearest(self, bits: int) -> int:
+        return min(self.trained, key=lambda b: abs(b - bits))
+
+    def _rows(self, bits: int) -> dict[int, float]:
+        """The rows of the table that the statistics of `bits` come from, each with its share."""
+        if bits in self.own:
+            return {BIT_WIDTHS.index(bits): 1.0}
+        if self.norm == "shared":
+            return {self.SHARED: 1.0}
+        low = max((b for b in self.trained if b < bits), default=self.trained[0])
+        high = min((b for b in self.trained if b > bits), default=self.trained[-1])
+        if self.switchable or low == high:
+            return {BIT_WIDTHS.index(self._nearest(bits)): 1.0}
+        at_low, at, at_high = (quantizers.levels(b) ** -2 for b in (low, bits, high))
+        share = (at_low - at) / (at_low - at_high)
+        return {BIT_WIDTHS.index(low): 1 - share, BIT_WIDTHS.index(high): share}
+
     def own_statistics(self, bits: int) -> None:
-        """Give `bits` a row of its own, starting from the statistics it uses now or its nearest trained bit-width's."""
+        """Give `bits` a row of its own, starting from the statistics that it has without one."""
         if bits in self.own:
             return
-        nearest = min(self.trained, key=lambda b: abs(b - bits))
-        source = BIT_WIDTHS.index(nearest) if nearest in self.own else self.SHARED
+        rows = self._rows(bits)
         for table in (self.running_mean, self.running_var):
-            table[BIT_WIDTHS.index(bits)] = table[source]
+            table[BIT_WIDTHS.index(bits)] = sum(share * table[row] for row, share in rows.items())
         self.own.add(bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
-        mean, var = (table.index_select(0, self.stats_row)[0] for table in (self.running_mean, self.running_var))
+        mean, var = ((table * self.stats_pick).sum(0) for table in (self.running_mean, self.running_var))
         # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
         weight, bias = (None if p is None else (p * self.affine_pick).sum(0) for p in (self.weight, self.bias))
         y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
@@ -306,5 +334,4 @@ class MultiBitBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Channels, kind, and the bit-widths with statistics of their own."""
-        kind = "switchable" if self.switchable else "shared"
-        return f"{self.running_mean.shape[1]}, {kind}, bits={self.bits}, own={sorted(self.own)}"
+        return f"{self.running_mean.shape[1]}, {self.norm}, bits={self.bits}, own={sorted(self.own)}"

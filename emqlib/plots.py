@@ -62,9 +62,9 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
 
 
 def _label(method: str, correction: str, pruning_rate: float, coreset: str = "", *_: object) -> str:
-    if method != "Ours":
+    if not method.startswith("Ours"):
         return method
-    return f"Ours, {correction}" + (f", {pruning_rate:.0%} pruned, {coreset}" if pruning_rate else "")
+    return f"{method}, {correction}" + (f", {pruning_rate:.0%} pruned, {coreset}" if pruning_rate else "")
 
 
 def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":

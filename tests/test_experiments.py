@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from emqlib import CoresetConfig, QuantSpec, TrainConfig, experiments, files, load_dataset, training
-from emqlib.experiments import Run, quickstart, run_all, table1
+from emqlib.experiments import quickstart, table1
 from emqlib.profiles import PROFILES, parameters
+from emqlib.runs import Run, build, provenance, run_all
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +276,7 @@ def test_every_run_can_be_built(profile: str, table: Callable) -> None:
     runs = table(parameters(profile=profile))
     assert {run.profile for run in runs} == {profile}
     for run in runs[:2] if profile == "paper" else runs[:14]:  # those of one seed
-        spec = experiments.build(run, num_classes=10).quant_spec
+        spec = build(run, num_classes=10).quant_spec
         assert replace(spec, activation_range="auto") == run.spec
 
 
@@ -283,7 +284,7 @@ def test_a_build_depends_on_its_seed_alone() -> None:
     run = quickstart(parameters(profile="smoke"))[0]
     before = torch.get_rng_state()
     first, again, other = (
-        experiments.build(replace(run, config=replace(run.config, seed=seed)), 10).state_dict() for seed in (0, 0, 1)
+        build(replace(run, config=replace(run.config, seed=seed)), 10).state_dict() for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -445,7 +446,7 @@ def git(folder: Path, *arguments: str) -> str:
 def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def commit_and_dirty(root: Path) -> tuple[str, bool]:
         monkeypatch.setattr(files, "CHECKOUT", root)
-        found = experiments.provenance(load_dataset("digits"), torch.device("cpu"))
+        found = provenance(load_dataset("digits"), torch.device("cpu"))
         return found["commit"], found["dirty"]
 
     (tmp_path / "emqlib").mkdir()
@@ -471,7 +472,7 @@ def test_a_second_call_trains_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    monkeypatch.setattr("emqlib.runs.train", refuse_to_train)
     rows = run_all(tiny_runs(), str(finished), progress=False)
     pd.testing.assert_frame_equal(rows, undisturbed[1], check_exact=True)
     assert capsys.readouterr() == ("", "")
@@ -541,7 +542,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_rows_of_another_config_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a default changes, which the hash does not show."""
-    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    monkeypatch.setattr("emqlib.runs.train", refuse_to_train)
     path = finished / f"runs/{tiny_runs()[1].hash}.json"
     edit(path, lambda record: record["config"]["config"].update(momentum=0.5))
     with pytest.raises(ValueError, match=rf"^results_dir='{path}': .*config\.momentum was 0\.5"):
@@ -549,7 +550,7 @@ def test_rows_of_another_config_are_refused(finished: Path, monkeypatch: pytest.
 
 
 def test_rows_of_another_device_or_an_older_version_are_taken(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    monkeypatch.setattr("emqlib.runs.train", refuse_to_train)
     path = finished / f"runs/{tiny_runs()[0].hash}.json"
     edit(path, lambda record: record["config"]["config"].update(device="cuda:1"))
     edit(path, lambda record: record["config"]["config"].pop("compile"))  # there was no such option
@@ -558,7 +559,7 @@ def test_rows_of_another_device_or_an_older_version_are_taken(finished: Path, mo
 
 @pytest.mark.parametrize("key", ["config", "provenance", "history", "rows", "calibration_passes"])
 def test_a_record_without_a_part_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    monkeypatch.setattr("emqlib.runs.train", refuse_to_train)
     path = finished / f"runs/{tiny_runs()[-1].hash}.json"
     edit(path, lambda record: record.pop(key))
     with pytest.raises(ValueError, match=rf"^results_dir='{path}': expected a whole record.*{key}"):
@@ -568,7 +569,7 @@ def test_a_record_without_a_part_is_refused(finished: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"config": 3}', b"{} {}"])
 def test_a_damaged_record_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     """Also when an earlier run is still to be trained: nothing starts before all that is stored has been read."""
-    monkeypatch.setattr(experiments, "train", refuse_to_train)
+    monkeypatch.setattr("emqlib.runs.train", refuse_to_train)
     (finished / f"runs/{tiny_runs()[0].hash}.json").unlink()
     path = finished / f"runs/{tiny_runs()[-1].hash}.json"
     path.write_bytes(content)

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emqlib.correction import CORRECTIONS
-from emqlib.layers import InputQuantizer, LearnedScale, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.layers import NORMS, InputQuantizer, LearnedScale, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
 from emqlib.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS
 
 ALL_BITS = (*range(1, 9), 32)
 TRAINED = (2, 4, 8)
+STATISTICS = ("running_mean", "running_var")
 CONVOLUTIONS = {
     "plain": ({"in_channels": 3, "out_channels": 4, "kernel_size": 3}, {"stride": 1, "padding": 1}),
     "grouped": ({"in_channels": 4, "out_channels": 6, "kernel_size": (3, 2)}, {"stride": 2, "padding": 2, "groups": 2}),
@@ -273,7 +275,7 @@ def test_first_batch_of_zeros(activation: str, signed: bool) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_METHODS)
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_state_dict_round_trip(activation: str, norm: str, rng: torch.Generator) -> None:
     """Through a file without pickled objects; what started or was adapted is so afterwards too."""
     settings = spec(activation=activation, weight="lsq", norm=norm, activation_range="tracked")
@@ -410,8 +412,35 @@ def test_own_statistics(rng: torch.Generator) -> None:
     assert torch.equal(before, switchable(x))
 
 
+def test_shared_affine_norm_has_statistics_a_bit_width_and_mixes_them_between(rng: torch.Generator) -> None:
+    """Each trained bit-width as a plain batch norm with the common affine; others by linear interpolation in 1/n^2."""
+    start = uneven(nn.BatchNorm2d(5), rng)
+    ours = MultiBitBatchNorm(start, spec(norm="shared_affine"))
+    plain = {bits: copy.deepcopy(start) for bits in TRAINED}
+    for bits in (2, 8, 4, 4, 2):
+        x = norm_inputs(nn.BatchNorm2d, rng) * bits
+        ours.set_bits(bits)
+        assert torch.equal(ours(x), plain[bits](x))
+    assert ours.weight.shape == (1, 5) and torch.equal(ours.weight[0], start.weight)
+    x, ours = norm_inputs(nn.BatchNorm2d, rng), ours.eval()
+    for bits in ALL_BITS:
+        noise = [(2.0**b - 1) ** -2 for b in TRAINED][::-1]  # increasing, as numpy wants it; constant beyond its ends
+        tables = [np.stack([getattr(plain[b], name).numpy() for b in TRAINED[::-1]]) for name in STATISTICS]
+        at = (2.0**bits - 1) ** -2
+        mean, var = (np.array([np.interp(at, noise, column) for column in table.T]) for table in tables)
+        ours.set_bits(bits)
+        expected = F.batch_norm(x, *(torch.from_numpy(v).to(x.dtype) for v in (mean, var)), start.weight, start.bias)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-6, atol=1e-6)
+        assert ours.serves(bits)
+    ours.set_bits(3)
+    mixed = ours(x)
+    ours.own_statistics(3)
+    ours.set_bits(3)
+    torch.testing.assert_close(ours(x), mixed)  # a row of its own starts from the mixture
+
+
 def test_norm_without_affine_and_frozen_norm(rng: torch.Generator) -> None:
-    for norm in ("shared", "switchable"):
+    for norm in NORMS:
         ours = MultiBitBatchNorm(nn.BatchNorm1d(5, affine=False), spec(norm=norm))
         x = norm_inputs(nn.BatchNorm1d, rng)
         assert ours.weight is None and torch.equal(ours(x), nn.BatchNorm1d(5, affine=False)(x))
@@ -444,7 +473,7 @@ def test_spec_defaults_and_order() -> None:
         ("weight", ["DoReFa", None, 1, "pact"], "one of dorefa, lsq, minmax"),
         ("activation", ["relu", None, 0, "minmax"], "one of dorefa, lsq, none, pact"),
         ("correction", ["var", None, True], "one of mean, mean_var, none"),
-        ("norm", ["batch", None], "one of shared, switchable"),
+        ("norm", ["batch", None], "one of shared, shared_affine, switchable"),
         ("activation_range", ["0..1", None], "one of auto, tracked, unit"),
         ("full_precision", ["first", ("first", 1), ("",), None, 3, {"first": 1, 2: 3}], "a tuple of"),
         ("zero_level", [1, "yes", None], "True or False"),

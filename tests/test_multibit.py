@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import emqlib as emq
 from emqlib import models, multibit, signs
 from emqlib.data import Dataset, Split, normalize
-from emqlib.layers import InputQuantizer, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.layers import NORMS, InputQuantizer, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
 
 SWITCHED = (QuantConv2d, QuantLinear, MultiBitBatchNorm)
 ACTIVATIONS = ("dorefa", "lsq", "pact", "none")
@@ -650,7 +650,7 @@ def everything(model: nn.Module) -> list[object]:
 
 
 @pytest.mark.parametrize("activation", ["dorefa", "lsq"])
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_evaluate(norm: str, activation: str, data: Dataset) -> None:
     model = emq.convert(build("resnet8"), spec(norm=norm, activation=activation, activation_range="tracked"))
     emq.set_bits(model, {"layer3.0.conv1": 2, "*": 4})
@@ -691,7 +691,7 @@ def test_ranges_start_alike_whatever_bits_are_asked_for(data: Dataset) -> None:
     assert among.loss.iloc[-1] == alone.loss.iloc[0]
 
 
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_evaluating_with_adaptation_is_adapting_then_evaluating(norm: str, data: Dataset) -> None:
     model = emq.convert(build("resnet8"), spec(norm=norm))
     at_once = emq.evaluate(model, data, bits=(2, 3, 32), adapt_norm=True, batch_size=30)
@@ -701,7 +701,7 @@ def test_evaluating_with_adaptation_is_adapting_then_evaluating(norm: str, data:
     assert plain.loss.iloc[0] != at_once.loss.iloc[0]
 
 
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_adapt_norm_averages_batch_statistics(norm: str, data: Dataset) -> None:
     model = emq.convert(build("resnet8"), spec(norm=norm)).train()
     model(normalize(data.train.images, data))
@@ -776,7 +776,7 @@ def failing(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     return [pairs[0], (pairs[1][0][:, :2], pairs[1][1])]
 
 
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_nothing_changes_on_an_exception(norm: str, data: Dataset) -> None:
     model = emq.convert(build("resnet8"), spec(norm=norm, activation="lsq"))
     pairs = failing(batches_of(data, data.test, 20))
@@ -862,7 +862,7 @@ def test_evaluate_and_adapt_a_compiled_network(compiler: CompileCounter, data: D
     pd.testing.assert_frame_equal(emq.evaluate(compiled, data, (2, 3)), emq.evaluate(twin, data, (2, 3)))
 
 
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_training_step_on_the_meta_device(activation: str, norm: str) -> None:
     """A tensor made on the CPU on the way would raise."""
@@ -880,7 +880,7 @@ def test_a_training_step_on_the_meta_device(activation: str, norm: str) -> None:
         assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_forward_pass_on_cuda_that_is_not_there(activation: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multibit.copy, "deepcopy", lambda net: net)  # fake tensors cannot be copied
@@ -892,7 +892,7 @@ def test_a_forward_pass_on_cuda_that_is_not_there(activation: str, norm: str, mo
             for bits in (2, 8):
                 emq.set_bits(model, bits)
                 assert model.train()(images).device.type == "cuda"
-            if norm == "shared":
+            if norm != "switchable":
                 emq.set_bits(model, 32)
             assert model.eval()(images).device.type == "cuda"
         assert all(t.device.type == "cuda" for t in (*model.parameters(), *model.buffers()))

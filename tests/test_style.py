@@ -35,6 +35,7 @@ LAYERS = [
     ["training"],
     ["profiles"],
     ["analysis"],
+    ["runs"],
     ["experiments"],
     ["results"],
     ["plots"],
@@ -326,8 +327,8 @@ def test_imports_are_declared_and_extras_are_late(path: Path) -> None:
 
 
 def test_the_library_is_small() -> None:
-    """Raised from 16 and 3,500: coresets brought sampling and recorder, and 400 lines a file parted profiles off."""
-    assert len(MODULES) <= 19
+    """Raised from 16 and 3,500: coresets brought sampling and recorder, 400 lines a file profiles and runs."""
+    assert len(MODULES) <= 20
     assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 4600
 
 

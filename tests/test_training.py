@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, training
-from emqlib.layers import InputQuantizer
+from emqlib.layers import NORMS, InputQuantizer
 from emqlib.sampling import SCORES, Sampler, Selection
 
 BITS = (2, 4, 8)
@@ -354,7 +354,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("norm", ["shared", "switchable"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_are_those_of_the_literal_loop(
     name: str, norm: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
