@@ -303,7 +303,7 @@ def few_digits_on_one_thread() -> Iterator[None]:
     digits, threads = load_dataset("digits").subset(60, 30), torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "load_dataset", lambda name: digits)
+        patch.setattr("emqlib.runs.load_dataset", lambda name: digits)
         yield
     torch.set_num_threads(threads)
 
