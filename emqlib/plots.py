@@ -7,7 +7,7 @@ import pandas as pd
 
 from . import checks
 from .files import write_atomic
-from .results import SETTING, growth_table, spread, training_cost
+from .results import SETTING, growth_table, seed_means, spread, with_cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,17 +78,15 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes 
 
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
     ax = _axes(ax, _setting(rows, "Accuracy against training cost"))
-    part = rows[rows.trained & ~rows.adapted]
-    seeds = part.groupby([*SETTING, "seed"], sort=False).top1.mean()
-    points = pd.DataFrame({"top1": seeds, "cost": training_cost(part, [cost])[cost] / unit})
+    points = with_cost(rows, cost)
     groups = points.groupby(SETTING[:-1], sort=False, dropna=False)
     colors, markers = sns.color_palette("colorblind", groups.ngroups), "osD^vP*Xhd<>"
     for i, (setting, group) in enumerate(groups):
-        lengths = group.groupby("epochs").agg({"top1": ["mean", "std"], "cost": "mean"})
-        x, y, spreads = lengths["cost", "mean"], lengths["top1", "mean"], lengths["top1", "std"].fillna(0)
+        lengths = group.groupby("epochs").agg({"top1": ["mean", "std"], cost: "mean"})
+        x, y, spreads = lengths[cost, "mean"] / unit, lengths["top1", "mean"], lengths["top1", "std"].fillna(0)
         look = {"color": colors[i % len(colors)], "marker": markers[i % len(markers)], "capsize": 2, "ms": 5, "lw": 1}
         ax.errorbar(x, y, spreads, label=_label(*setting), **look)
-        for epochs in lengths.index if points.index.get_level_values("epochs").nunique() > 1 else ():
+        for epochs in lengths.index if points.epochs.nunique() > 1 else ():
             place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6, "color": look["color"]}
             ax.annotate(f"{epochs}", (x[epochs], y[epochs]), **place)
     ax.set_xscale("log")
@@ -113,9 +111,8 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     import seaborn as sns
 
     ax = _axes(ax, _setting(rows, "Accuracy by pruning rate"))
-    part = rows[rows.trained & ~rows.adapted]
-    seeds = part.groupby(["coreset", "pruning_rate", "seed"], sort=False).top1.mean().reset_index()
-    lines = spread(seeds, ["coreset", "pruning_rate"])
+    by = ["coreset", "pruning_rate"]
+    lines = spread(seed_means(rows, by), by)
     names = list(dict.fromkeys(lines.coreset))
     colors, markers = sns.color_palette("colorblind", len(names)), "osD^vP*Xhd<>"
     for i, name in enumerate(names):
@@ -140,8 +137,7 @@ def accuracy_by_coreset(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     import seaborn as sns
 
     ax = _axes(ax, _setting(rows, "Accuracy by coreset"))
-    part = rows[rows.trained & ~rows.adapted]
-    seeds = part.groupby(["coreset", "seed"], sort=False).top1.mean().reset_index()
+    seeds = seed_means(rows, ["coreset"])
     order = spread(seeds, ["coreset"]).sort_values("mean", ascending=False).coreset
     color = sns.color_palette("colorblind")[0]
     shared = {"data": seeds, "x": "top1", "y": "coreset", "order": list(order), "color": color, "ax": ax}

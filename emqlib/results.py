@@ -24,6 +24,18 @@ def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFra
     return groups.agg(mean="mean", std="std", seeds="count").reset_index()
 
 
+def seed_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """One row a group of `by` and seed: top1, the mean (%) over the trained bit-widths, without adaptation."""
+    part = rows[rows.trained & ~rows.adapted]
+    return part.groupby([*by, "seed"], sort=False, dropna=False).top1.mean().reset_index()
+
+
+def with_cost(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """`seed_means` of each setting, and a column of what its training cost; cost: a column of `rows`, or COST."""
+    means = seed_means(rows, SETTING).set_index([*SETTING, "seed"])
+    return means.join(training_cost(rows[rows.trained & ~rows.adapted], [cost])).reset_index()
+
+
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a method, setting and adaptation, one column a bit-width: top-1 (%), mean ± std over seeds.
 
@@ -137,9 +149,7 @@ def comparison_table(
     Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run. columns, index:
     what else to spread the numbers over.
     """
-    part = rows[rows.trained & ~rows.adapted]
-    seeds = part.groupby([*index, columns, "seed"], sort=False).top1.mean().reset_index()
-    cells = spread(seeds, [*index, columns])
+    cells = spread(seed_means(rows, [*index, columns]), [*index, columns])
     cells["text"] = _texts(cells["mean"], cells["std"])
     wide = cells.pivot_table(index=list(index), columns=columns, values="text", aggfunc="first", sort=False)
     return wide[sorted(wide.columns)].fillna("").rename_axis(columns=None).reset_index()
@@ -171,10 +181,7 @@ def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
     Ours is the longest of the runs there are that costs no more; empty where all cost more. cost: "seconds" or
     "sample_passes"; rows: of `experiments.curves`.
     """
-    part = rows[rows.trained & ~rows.adapted]
-    seeds = part.groupby([*SETTING, "seed"], sort=False).top1.mean()
-    points = pd.DataFrame({"top1": seeds, cost: training_cost(part, [cost])[cost]})
-    points = points.groupby(SETTING, sort=False).mean().reset_index()
+    points = with_cost(rows, cost).groupby(SETTING, sort=False)[["top1", cost]].mean().reset_index()
     ours, table = points[points.method == "Ours"], []
     for baseline in points[points.method == "Any-Precision"].itertuples():
         spent = getattr(baseline, cost)
