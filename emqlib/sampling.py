@@ -30,6 +30,7 @@ class CoresetConfig:
     that a bit-width scores and selects from, a part of its own where less than 1: the price of the scoring epochs.
     window, decay: of TDDS. rescore: go on scoring what the coresets show, for the draws to come.
     how: "top"; "sample", by weights (rank / N)^power; "ccs", over strata of score below the `cut` highest fraction.
+    unscored: whether how="sample" draws from what is no candidate too, at the mean weight of the candidates.
     balanced: the same fraction of each class. across_bits: "independent" coresets by each bit-width's own scores, one
     "identical" to all by their mean rank, or "disjoint" ones as far as the data goes; a joint scheme shares one.
     unbiased: weight losses by 1 / inclusion probability, of mean one and at most max_weight, how="sample" alone.
@@ -47,6 +48,7 @@ class CoresetConfig:
     rescore: bool = False
     how: str = "top"
     power: float = 1.0
+    unscored: bool = False
     cut: float = 0.0
     balanced: bool = False
     across_bits: str = "independent"
@@ -59,7 +61,7 @@ class CoresetConfig:
         checks.choice("scoring", self.scoring, ("bitwise", "joint"))
         checks.choice("how", self.how, coreset.HOW)
         checks.choice("across_bits", self.across_bits, ("independent", "identical", "disjoint"))
-        for name in ("rescore", "balanced", "unbiased"):
+        for name in ("rescore", "balanced", "unbiased", "unscored"):
             checks.flag(name, getattr(self, name))
         self._take("pruning_rate", checks.pruning_rate(self.pruning_rate))
         for name in ("resample_every", "scoring_epochs", "full_epochs"):
@@ -68,9 +70,12 @@ class CoresetConfig:
         if self.scoring_epochs and self.scoring_epochs < self._least_epochs:
             expected = f'at least {self._least_epochs} for score="{self.score}", or 0'
             raise checks.invalid("scoring_epochs", self.scoring_epochs, expected)
-        drawn = self.how == "sample" and self.candidates == 1 and self.across_bits != "disjoint"
-        if self.unbiased and not drawn:
-            raise checks.invalid("unbiased", True, 'how="sample", candidates=1 and coresets not "disjoint"')
+        if self.unscored and (self.how != "sample" or self.rescore):
+            raise checks.invalid("unscored", True, 'how="sample" without rescore')
+        reached = self.how == "sample" and (self.candidates == 1 or self.unscored) and self.across_bits != "disjoint"
+        if self.unbiased and not reached:
+            expected = 'how="sample", all as candidates or unscored=True, and coresets not "disjoint"'
+            raise checks.invalid("unbiased", True, expected)
         if self.score == "random" and (self.scoring_epochs or self.rescore or self.candidates < 1):
             raise checks.invalid("score", "random", "a score, where scoring_epochs, rescore or candidates are given")
 
@@ -221,7 +226,7 @@ class Sampler:
 
     def _pick(self, b: int, stream: torch.Generator, held: Tensor) -> Tensor:
         """The coreset of `b`; under across_bits="disjoint" of samples that no other one holds, while there are any."""
-        own = self._candidates(b)
+        own = torch.arange(self.n) if self.config.unscored else self._candidates(b)
         keep = coreset.kept(self.n, self.config.pruning_rate)
         if self.config.across_bits != "disjoint":
             return own[self._choose(b, own, keep, stream)]
@@ -238,9 +243,14 @@ class Sampler:
         return coreset.choose(scores[part], keep, config.how, stream, labels, config.cut)
 
     def _chances(self, b: int) -> Tensor:
-        """The weight (N,) of each sample in a draw: its rank over N to the `power`, and never nothing."""
+        """The weight (N,) of each sample in a draw: its rank over N to the `power`, and never nothing.
+
+        What has no rank has the mean weight of what has one.
+        """
+        scored = self.ranks[b] >= 0
         u = (self.ranks[b].clamp_min(0) + 1) / (self.ranks[b].max() + 1)
-        return _TINY + (1 - _TINY) * u**self.config.power
+        weights = _TINY + (1 - _TINY) * u**self.config.power
+        return torch.where(scored, weights, weights[scored].mean())
 
     def _loss_weights(self, b: int) -> tuple[Tensor, float]:
         """K / (N pi) for each sample (N,), clipped, and which fraction of the coreset was: their mean is one.

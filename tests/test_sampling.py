@@ -227,6 +227,25 @@ def test_draws_by_importance_prefer_high_scores() -> None:
     assert p.min() > 0 and p.max() / p.min() == pytest.approx(1 / (0.1 + 0.9 / N**2), rel=1e-4)
 
 
+def test_a_draw_may_reach_what_was_not_scored() -> None:
+    """Samples that are no candidates come in as often as a candidate of mean weight."""
+    seen = Observations()
+    options = {"candidates": 0.4, "how": "sample", "unscored": True, "power": 2.0}
+    drawn = sampler(score="el2n", pruning_rate=0.8, epochs=401, **options)
+    own = drawn.selection(0).subsets[4]
+    counts = torch.zeros(N)
+    for selection in selections_without_showing(drawn, seen):
+        counts[selection.subsets[4]] += 1
+    scored = torch.zeros(N, dtype=torch.bool).index_fill_(0, own, True)
+    w = torch.zeros(N, dtype=torch.double)
+    ranks = seen.scores("el2n", 4, 1, LABELS)[own].argsort().argsort() + 1
+    w[own] = 0.1 + 0.9 * (ranks.double() / len(own)) ** 2
+    w[~scored] = w[own].mean()
+    p = 24 * w / w.sum()
+    assert p.max() < 1 and len(own) == 48  # none is certain, so that p is that simple
+    assert bool(((counts - 400 * p).abs() <= 4.5 * (400 * p * (1 - p)).sqrt()).all())
+
+
 def selections_without_showing(drawn: Sampler, seen: Observations) -> Iterator[Selection]:
     """The epochs after a scoring phase of one epoch, in which nothing is recorded."""
     seen.show(drawn, drawn.selection(0), 0)
@@ -657,6 +676,7 @@ WRONG: dict[str, list[object]] = {
     "rescore": NOT_A_FLAG,
     "how": ["best", "Top", *NOT_A_NAME],
     "power": [-1, *NOT_A_NUMBER],
+    "unscored": NOT_A_FLAG,
     "cut": [-0.1, 0.81, 1, *NOT_A_NUMBER],
     "balanced": NOT_A_FLAG,
     "across_bits": ["joint", "same", *NOT_A_NAME],
@@ -687,9 +707,11 @@ def test_wrong_config(name: str, value: object) -> None:
         ({"score": "forgetting", "scoring_epochs": 1}, r"^scoring_epochs=1: expected at least 2 "),
         ({"score": "el2n", "pruning_rate": 0.5, "candidates": 0.49}, r"^candidates=0\.49: .*fraction in \[0\.5, 1\]$"),
         ({"score": "el2n", "pruning_rate": 0.5, "cut": 0.51}, r"^cut=0\.51: expected a fraction in \[0, 0\.5\]$"),
-        ({"unbiased": True}, r'^unbiased=True: expected how="sample", candidates=1 and '),
+        ({"unbiased": True}, r'^unbiased=True: expected how="sample", all as candidates or '),
+        ({"unscored": True}, r'^unscored=True: expected how="sample" without rescore$'),
+        ({"unscored": True, "how": "sample", "score": "el2n", "rescore": True}, r"^unscored=True: .* without rescore$"),
         ({"unbiased": True, "how": "ccs"}, r'^unbiased=True: expected how="sample"'),
-        ({"unbiased": True, "how": "sample", "score": "el2n", "candidates": 0.5}, r"^unbiased=True: .* candidates=1 "),
+        ({"unbiased": True, "how": "sample", "score": "el2n", "candidates": 0.5}, r"^unbiased=True: .*unscored=True"),
         ({"unbiased": True, "how": "sample", "across_bits": "disjoint"}, r'^unbiased=True: .* not "disjoint"$'),
         ({"rescore": True}, r"^score='random': expected a score, where scoring_epochs, rescore or candidates "),
         ({"scoring_epochs": 1}, r"^score='random': expected a score"),
