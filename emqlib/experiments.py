@@ -18,9 +18,11 @@ __all__ = [
     "coreset_rows",
     "curves",
     "dedicated",
+    "equal_epochs",
     "growth",
     "ours",
     "quickstart",
+    "redrawn",
     "run_all",
     "scoring_ablation",
     "table1",
@@ -107,7 +109,7 @@ def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None
 def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Accuracy against the cost of training: Any-Precision and ours at each pruning rate, at each run length.
 
-    The first length has all seeds, a longer one the first alone.
+    The middle rate also by `redrawn`. The first length has all seeds, a longer one the first alone.
     """
     rates = [0.0, *(rate for rate in p.pruning_rates or (0.5, 0.8, 0.9) if rate)]
     pairs = [(epochs, seed) for epochs in p.lengths for seed in (p.seeds if epochs == p.lengths[0] else p.seeds[:1])]
@@ -115,7 +117,32 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     for epochs, seed in pairs:
         shared = base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
         runs += [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in rates)]
+        runs += [redrawn(shared, rate) for rate in rates[len(rates) // 2 :][:1]]
     return runs
+
+
+def redrawn(base: Run, pruning_rate: float, batches: int = 4, **options: Any) -> Run:
+    """Ours where steps and images are few (beyond the paper): `batches` smaller ones for each of the base's, coresets
+    drawn anew each epoch from all data by importance, and running statistics for each trained bit-width.
+    """
+    config = replace(base.config, batch_size=base.config.batch_size // batches)
+    drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
+    return ours(replace(base, config=config), drawn, norm="shared_affine")
+
+
+def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
+    """What coresets lose to Any-Precision at as many epochs, in the longest run, and what takes the loss away.
+
+    Any-Precision; the coreset of Table 1 with ever smaller batches; then `redrawn` by weights of TDDS, of EL2N from one
+    epoch of all data, and at random (RS2), and by TDDS with batches of twice the size.
+    """
+    start = base(p, p.seeds[0], dataset, p.lengths[-1])
+    sizes = [start.config.batch_size // parts for parts in (1, 2, 4)]
+    smaller = [replace(start, config=replace(start.config, batch_size=size)) for size in sizes]
+    rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
+    runs = [any_precision(start), *(ours(s, bitwise_coreset(rate)) for s in smaller)]
+    runs += [redrawn(start, rate), redrawn(start, rate, batches=2), redrawn(start, rate, **el2n)]
+    return [*runs, ours(smaller[-1], CoresetConfig(pruning_rate=rate), norm="shared_affine")]
 
 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
@@ -192,7 +219,6 @@ def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
     order, runs = tuple(dict.fromkeys((*p.bits, 2, 4, 8, 6, 3, 5, 7, 1))), []
     for count in p.profile.bit_counts:
         shared = base(replace(p, bits=tuple(sorted(order[:count]))), p.seeds[0], "cifar10", p.profile.coreset_epochs)
-        part = p.profile.subset if any(p.profile.subset) else (1280, 500)
-        shared = replace(shared, subset=part, eval_bits=Run.eval_bits)
+        shared = replace(shared, subset=p.profile.cost_subset, eval_bits=Run.eval_bits)
         runs += [*dedicated(shared), any_precision(shared), ours(shared), ours(shared, bitwise_coreset(pruning_rate))]
     return runs

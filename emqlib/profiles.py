@@ -27,6 +27,7 @@ class Profile:
     lengths: tuple[int, ...]  # epochs of the runs of an accuracy-against-cost curve
     coreset_epochs: int  # of runs that compare coresets: longer than a scoring phase
     coreset_subset: tuple[int, int]  # (train, test) images of those runs, (0, 0) for all
+    cost_subset: tuple[int, int] = (1280, 500)  # of runs that measure cost alone
     bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
     model_args: tuple[tuple[str, int], ...] = ()
     dataset: str | None = None  # in place of the experiment's own
@@ -46,6 +47,7 @@ PROFILES = {
         lengths=(4, 5),
         coreset_epochs=5,
         coreset_subset=(320, 160),
+        cost_subset=(320, 160),
         bit_counts=(2, 3),
     ),
     # real data and a small network, for a laptop's CPU

@@ -182,13 +182,13 @@ def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
     "sample_passes"; rows: of `experiments.curves`.
     """
     points = with_cost(rows, cost).groupby(SETTING, sort=False)[["top1", cost]].mean().reset_index()
-    ours, table = points[points.method == "Ours"], []
+    ours, table = points[points.method.str.startswith("Ours")], []
     for baseline in points[points.method == "Any-Precision"].itertuples():
         spent = getattr(baseline, cost)
         row = {"epochs": baseline.epochs, cost: round(spent), "Any-Precision": round(baseline.top1, 1)}
-        for rate in ours.pruning_rate.unique():
-            affordable = ours[(ours.pruning_rate == rate) & (ours[cost] <= spent)].sort_values("epochs")
-            row[f"ours, {rate:.0%} pruned"] = "".join(
+        for (method, rate), runs in ours.groupby(["method", "pruning_rate"], sort=False):
+            affordable = runs[runs[cost] <= spent].sort_values("epochs")
+            row[f"{method}, {rate:.0%} pruned"] = "".join(
                 f"{run.top1:.1f} ({run.epochs} epochs)" for run in affordable.tail(1).itertuples()
             )
         table.append(row)

@@ -68,6 +68,8 @@ class Run:
         name = options.pop("score", "random")
         if name == "random" and options.pop("resample_every", 1) == 1:
             name = "RS2"  # a random coreset that is drawn anew each epoch
+        if options.pop("unscored", False):
+            name += f", {options.pop('how')} of all"
         named = [f"{k}={v}" for k, v in options.items() if k not in ("pruning_rate", "candidates", "scoring_epochs")]
         return ", ".join([name, *named])
 

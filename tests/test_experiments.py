@@ -95,6 +95,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "rescore": True,
         "how": "ccs",
         "power": 2.0,
+        "unscored": True,
         "cut": 0.1,
         "balanced": True,
         "across_bits": "identical",
@@ -199,10 +200,28 @@ def test_curves_share_their_first_runs_with_table_1() -> None:
     p = parameters(profile="small", pruning_rates=[0.8], lengths=[4, 6], repeats=2)
     runs = experiments.curves(p)
     asked = [(run.config.epochs, run.config.seed, run.method, run.pruning_rate, run.eval_bits) for run in runs]
-    methods = [("Any-Precision", 0), ("Ours", 0), ("Ours", 0.8)]
+    methods = [("Any-Precision", 0), ("Ours", 0), ("Ours", 0.8), ("Ours, own statistics", 0.8)]
     expected = [(epochs, seed, *method) for epochs, seed in ((4, 0), (4, 1), (6, 0)) for method in methods]
     assert asked == [(*setting, ALL if setting[0] == 4 else (2, 4, 8)) for setting in expected]
-    assert {run.hash for run in runs if run.config.epochs == 4} <= {run.hash for run in table1(p)}
+    paper = {run.hash for run in runs if run.config.epochs == 4 and run.spec.norm != "shared_affine"}
+    assert paper <= {run.hash for run in table1(p)}
+
+
+def test_what_is_tried_against_the_loss_at_equal_epochs() -> None:
+    p = parameters(profile="small", lengths=[4, 6], repeats=2)
+    runs = experiments.equal_epochs(p)
+    assert len({run.hash for run in runs}) == len(runs)
+    assert {(run.config.epochs, run.config.seed, run.dataset) for run in runs} == {(6, 0, "cifar10")}
+    asked = [(run.method, run.coreset, run.pruning_rate, run.config.batch_size) for run in runs]
+    own, drawn = "Ours, own statistics", "tdds, sample of all"
+    assert asked == [
+        ("Any-Precision", "full data", 0, 128),
+        *(("Ours", "tdds", 0.8, size) for size in (128, 64, 32)),
+        *((own, drawn, 0.8, size) for size in (32, 64)),
+        (own, "el2n, how=sample", 0.8, 32),
+        (own, "RS2", 0.8, 32),
+    ]
+    assert {runs[0].hash, runs[1].hash, runs[4].hash} <= {run.hash for run in experiments.curves(p)}
 
 
 def test_every_score_is_compared_at_the_middle_rate() -> None:
@@ -267,7 +286,7 @@ def test_quickstart() -> None:
     assert {(run.dataset, run.method, run.config.seed) for run in runs} == {("digits", "Ours", 3)}
 
 
-TABLES = ("curves", "comparison", "scoring_ablation", "table2", "growth")
+TABLES = ("curves", "equal_epochs", "comparison", "scoring_ablation", "table2", "growth")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -385,6 +404,7 @@ def test_a_file_holds_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.Dat
         (CoresetConfig(resample_every=0), "random"),
         (CoresetConfig(score="tdds", pruning_rate=0.5, candidates=0.75), "tdds"),
         (CoresetConfig(score="el2n", how="sample", power=2), "el2n, how=sample, power=2.0"),
+        (CoresetConfig(score="tdds", how="sample", unscored=True, power=2), "tdds, sample of all, power=2.0"),
     ],
 )
 def test_the_name_of_a_coreset(coreset: CoresetConfig | None, name: str) -> None:

@@ -159,13 +159,13 @@ def test_curve_table() -> None:
 def test_equal_cost_table() -> None:
     """Ours is the longest run that costs no more: no seconds are left for the full data beside 4 epochs."""
     table = results.equal_cost_table(curve(), "seconds")
-    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", "ours, 0% pruned", "ours, 80% pruned"]
+    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", "Ours, 0% pruned", "Ours, 80% pruned"]
     assert columns(table, *table.columns) == [
         (4, 105, 65.5, "", "59.0 (8 epochs)"),
         (8, 200, 75.0, "68.0 (4 epochs)", "59.0 (8 epochs)"),
     ]
     passes = results.equal_cost_table(curve(), "sample_passes")
-    assert columns(passes, "sample_passes", "ours, 0% pruned") == [(800, "68.0 (4 epochs)"), (1600, "82.0 (8 epochs)")]
+    assert columns(passes, "sample_passes", "Ours, 0% pruned") == [(800, "68.0 (4 epochs)"), (1600, "82.0 (8 epochs)")]
 
 
 def test_comparison_table() -> None:
