@@ -121,11 +121,11 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-def redrawn(base: Run, pruning_rate: float, batches: int = 4, **options: Any) -> Run:
-    """Ours where steps and images are few (beyond the paper): `batches` smaller ones for each of the base's, coresets
+def redrawn(base: Run, pruning_rate: float, parts: int = 4, **options: Any) -> Run:
+    """Ours where steps and images are few (beyond the paper): each batch of the base in `parts` ones, coresets
     drawn anew each epoch from all data by importance, and running statistics for each trained bit-width.
     """
-    config = replace(base.config, batch_size=base.config.batch_size // batches)
+    config = replace(base.config, batch_size=base.config.batch_size // parts)
     drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
     return ours(replace(base, config=config), drawn, norm="shared_affine")
 
@@ -133,16 +133,15 @@ def redrawn(base: Run, pruning_rate: float, batches: int = 4, **options: Any) ->
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
     """What coresets lose to Any-Precision at as many epochs, in the longest run, and what takes the loss away.
 
-    Any-Precision; the coreset of Table 1 with ever smaller batches; then `redrawn` by weights of TDDS, of EL2N from one
-    epoch of all data, and at random (RS2), and by TDDS with batches of twice the size.
+    Any-Precision; the coreset of Table 1, also with small batches; then `redrawn`, with small and with half-size
+    batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2).
     """
     start = base(p, p.seeds[0], dataset, p.lengths[-1])
-    sizes = [start.config.batch_size // parts for parts in (1, 2, 4)]
-    smaller = [replace(start, config=replace(start.config, batch_size=size)) for size in sizes]
+    small = replace(start, config=replace(start.config, batch_size=start.config.batch_size // 4))
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
-    runs = [any_precision(start), *(ours(s, bitwise_coreset(rate)) for s in smaller)]
-    runs += [redrawn(start, rate), redrawn(start, rate, batches=2), redrawn(start, rate, **el2n)]
-    return [*runs, ours(smaller[-1], CoresetConfig(pruning_rate=rate), norm="shared_affine")]
+    runs = [any_precision(start), *(ours(s, bitwise_coreset(rate)) for s in (start, small))]
+    runs += [redrawn(start, rate, parts, **how) for how in ({}, el2n) for parts in (4, 2)]
+    return [*runs, ours(small, CoresetConfig(pruning_rate=rate), norm="shared_affine")]
 
 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
