@@ -137,7 +137,10 @@ def accuracy_by_coreset(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     import seaborn as sns
 
     ax = _axes(ax, _setting(rows, "Accuracy by coreset"))
-    seeds = seed_means(rows, ["coreset"])
+    seeds = seed_means(rows, ["method", "coreset"])
+    pairs = zip(seeds.method, seeds.coreset, strict=True)
+    names = [name + method.removeprefix("Ours") if method.startswith("Ours") else method for method, name in pairs]
+    seeds = seeds.assign(coreset=names)
     order = spread(seeds, ["coreset"]).sort_values("mean", ascending=False).coreset
     color = sns.color_palette("colorblind")[0]
     shared = {"data": seeds, "x": "top1", "y": "coreset", "order": list(order), "color": color, "ax": ax}

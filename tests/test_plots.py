@@ -189,6 +189,19 @@ def test_accuracy_by_coreset_draws_the_rows() -> None:
     assert dots == [(15, 1), (17, 1), (20, 0), (22, 0)]
 
 
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("Any-Precision", ["Any-Precision"]),
+        ("Ours, own statistics", ["tdds, own statistics", "RS2, own statistics"]),
+    ],
+)
+def test_accuracy_by_coreset_tells_methods_apart(method: str, names: list[str]) -> None:
+    rows = pruned()[lambda t: t.pruning_rate.eq(0.8)].assign(method=method)
+    ax = plots.accuracy_by_coreset(rows[rows.coreset.eq("tdds")] if len(names) == 1 else rows)
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+
+
 def test_growth_draws_the_costs() -> None:
     rows = grown().assign(dataset="cifar10", model="resnet8", profile="small")
     ax = plots.growth(rows.assign(seconds=rows.seconds * 60), "seconds")
