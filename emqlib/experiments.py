@@ -115,10 +115,15 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     pairs = [(epochs, seed) for epochs in p.lengths for seed in (p.seeds if epochs == p.lengths[0] else p.seeds[:1])]
     runs = []
     for epochs, seed in pairs:
-        shared = base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
+        shared = _of_length(p, seed, dataset, epochs)
         runs += [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in rates)]
         runs += [redrawn(shared, rate) for rate in rates[len(rates) // 2 :][:1]]
     return runs
+
+
+def _of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
+    """`base` for as many epochs, and the very one of Table 1 where they are the profile's own."""
+    return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
 
 
 def redrawn(base: Run, pruning_rate: float, parts: int = 4, **options: Any) -> Run:
@@ -134,14 +139,18 @@ def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 
     """What coresets lose to Any-Precision at as many epochs, in the longest run, and what takes the loss away.
 
     Any-Precision; the coreset of Table 1, also with small batches; then `redrawn`, with small and with half-size
-    batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2).
+    batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2). Any-Precision with small
+    batches takes long: it and what compares with it stand at the end, for the shortest run.
     """
-    start = base(p, p.seeds[0], dataset, p.lengths[-1])
-    small = replace(start, config=replace(start.config, batch_size=start.config.batch_size // 4))
+    short, start = (_of_length(p, p.seeds[0], dataset, p.lengths[i]) for i in (0, -1))
+    short_small, small = (
+        replace(run, config=replace(run.config, batch_size=run.config.batch_size // 4)) for run in (short, start)
+    )
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
     runs = [any_precision(start), *(ours(s, bitwise_coreset(rate)) for s in (start, small))]
     runs += [redrawn(start, rate, parts, **how) for how in ({}, el2n) for parts in (4, 2)]
-    return [*runs, ours(small, CoresetConfig(pruning_rate=rate), norm="shared_affine")]
+    runs += [ours(small, CoresetConfig(pruning_rate=rate), norm="shared_affine")]
+    return [*runs, any_precision(short), any_precision(short_small), redrawn(short, rate)]
 
 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
