@@ -126,31 +126,32 @@ def _of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
     return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
 
 
-def redrawn(base: Run, pruning_rate: float, parts: int = 4, **options: Any) -> Run:
+def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
     """Ours where steps and images are few (beyond the paper): each batch of the base in `parts` ones, coresets
     drawn anew each epoch from all data by importance, and running statistics for each trained bit-width.
     """
-    config = replace(base.config, batch_size=base.config.batch_size // parts)
     drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
-    return ours(replace(base, config=config), drawn, norm="shared_affine")
+    return ours(_in_parts(base, parts), drawn, norm="shared_affine")
+
+
+def _in_parts(run: Run, parts: int) -> Run:
+    """`run` with each batch in as many smaller ones."""
+    return replace(run, config=replace(run.config, batch_size=run.config.batch_size // parts))
 
 
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
     """What coresets lose to Any-Precision at as many epochs, in the longest run, and what takes the loss away.
 
     Any-Precision; the coreset of Table 1, also with small batches; then `redrawn`, with small and with half-size
-    batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2). Any-Precision with small
-    batches takes long: it and what compares with it stand at the end, for the shortest run.
+    batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2). Any-Precision with
+    half-size batches takes long: it and what compares with it stand at the end, for the shortest run.
     """
     short, start = (_of_length(p, p.seeds[0], dataset, p.lengths[i]) for i in (0, -1))
-    short_small, small = (
-        replace(run, config=replace(run.config, batch_size=run.config.batch_size // 4)) for run in (short, start)
-    )
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
-    runs = [any_precision(start), *(ours(s, bitwise_coreset(rate)) for s in (start, small))]
+    runs = [any_precision(start), *(ours(_in_parts(start, parts), bitwise_coreset(rate)) for parts in (1, 4))]
     runs += [redrawn(start, rate, parts, **how) for how in ({}, el2n) for parts in (4, 2)]
-    runs += [ours(small, CoresetConfig(pruning_rate=rate), norm="shared_affine")]
-    return [*runs, any_precision(short), any_precision(short_small), redrawn(short, rate)]
+    runs += [ours(_in_parts(start, 4), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
+    return [*runs, any_precision(short), any_precision(_in_parts(short, 2)), redrawn(short, rate)]
 
 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
