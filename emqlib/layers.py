@@ -183,10 +183,11 @@ class _QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer multiplies with, quantized and corrected: (O, ...)."""
-        w_q, w = self._weight_and_domain()
+        w_q, w = self.weight_and_domain()
         return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient)
 
-    def _weight_and_domain(self) -> tuple[Tensor, Tensor]:
+    def weight_and_domain(self) -> tuple[Tensor, Tensor]:
+        """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...)."""
         if self.spec.weight == "dorefa":
             return quantizers.dorefa_weight(self.weight, self.levels)
         if self.spec.weight == "minmax":
@@ -311,9 +312,13 @@ class MultiBitBatchNorm(nn.Module):
             table[BIT_WIDTHS.index(bits)] = sum(share * table[row] for row, share in rows.items())
         self.own.add(bits)
 
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The running mean and variance in force, (C,) each."""
+        return (self.running_mean * self.stats_pick).sum(0), (self.running_var * self.stats_pick).sum(0)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
-        mean, var = ((table * self.stats_pick).sum(0) for table in (self.running_mean, self.running_var))
+        mean, var = self.statistics()
         # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
         weight, bias = (None if p is None else (p * self.affine_pick).sum(0) for p in (self.weight, self.bias))
         y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)

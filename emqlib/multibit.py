@@ -245,8 +245,7 @@ def evaluate(
         raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
     if not adapt_norm:
         _refuse_unserved(network, wanted)
-    with _restored(network, always=True), _evaluating(network) as device:
-        _start_ranges(network, data, batch_size)
+    with undisturbed(network, data, batch_size) as device:
         rows = []
         for b in wanted:
             if adapt_norm:
@@ -288,6 +287,15 @@ def _restored(model: nn.Module, always: bool) -> Iterator[None]:
     finally:
         for m, state in zip(kept, before, strict=True) if restore else ():
             m.load_state_dict(state)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, data: Dataset | Batches, batch_size: int) -> Iterator[torch.device]:
+    """Evaluation mode without gradients, input ranges started; afterwards norms, ranges and modes are as before."""
+    network = _converted(model)
+    with _restored(network, always=True), _evaluating(network) as device:
+        _start_ranges(network, data, batch_size)
+        yield device
 
 
 def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:

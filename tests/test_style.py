@@ -327,9 +327,9 @@ def test_imports_are_declared_and_extras_are_late(path: Path) -> None:
 
 
 def test_the_library_is_small() -> None:
-    """Raised from 16 and 3,500: coresets brought sampling and recorder, 400 lines a file profiles and runs."""
-    assert len(MODULES) <= 20
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 4600
+    """Raised from 16 and 3,500: coresets brought sampling, recorder; 400 lines a file profiles, runs; and analysis."""
+    assert len(MODULES) <= 21
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 4700
 
 
 def test_the_library_prints_in_one_place_at_most() -> None:

@@ -1,0 +1,163 @@
+"""Why bit-widths can or cannot share a batch norm: what quantization does to weights and to pre-activations."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .checks import bit_widths, integer, invalid
+from .correction import CORRECTIONS, correct_weight
+from .data import Dataset
+from .layers import MultiBitBatchNorm, QuantConv2d, QuantLinear
+from .multibit import Batches, at_bits, batches, undisturbed
+
+SPAN, BINS = 6.0, 240  # a histogram's reach, in standard deviations on either side, and its number of bins
+
+
+class Moments:
+    """Mean and variance of each of C channels over any number of batches; nothing else of them is kept.
+
+    Memory: 16 C bytes. Source: Chan, Golub and LeVeque 1979, the pairwise update.
+    """
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def update(self, x: Tensor) -> None:
+        """Take in a batch (N, C, ...)."""
+        flat = x.detach().float().transpose(0, 1).flatten(1)
+        n, mean = flat.shape[1], flat.mean(1).double()
+        squares = flat.var(1, correction=0).double() * n
+        delta, total = mean - self.mean.to(mean), self.n + n
+        self.squares = self.squares.to(squares) + squares + delta**2 * (self.n * n / total)
+        self.mean = self.mean.to(mean) + delta * (n / total)
+        self.n = total
+
+    def var(self) -> Tensor:
+        """The biased variance (C,)."""
+        return self.squares / self.n
+
+
+class Histogram:
+    """Counts of numbers in `BINS` equal bins over [-SPAN, SPAN]; what lies beyond is counted in the outermost bins."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+
+    def update(self, z: Tensor) -> None:
+        """Take in numbers of any shape."""
+        inside = z.detach().float().clamp(-SPAN, SPAN)
+        self.counts += torch.histc(inside, BINS, -SPAN, SPAN).double().cpu()
+
+    def density(self) -> Tensor:
+        """The fraction of all numbers in each of K bins, over its width: (K,)."""
+        return self.counts / self.counts.sum() / (2 * SPAN / BINS)
+
+    def wasserstein(self, other: "Histogram") -> float:
+        """W1 = integral of |F - G| over the two distribution functions, to the width of a bin."""
+        F, G = (h.counts.cumsum(0) / h.counts.sum() for h in (self, other))
+        return float((F - G).abs().sum() * (2 * SPAN / BINS))
+
+
+def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.DataFrame:
+    """What quantization does to each layer's weight moments, by bit-width and correction: one row each.
+
+    Columns: layer, bits, correction, mean_shift (root mean square over output channels o of (mean_o(w_q) - mean_o(w)) /
+    std_o(w)), scale (mean over o of std_o(w_q) / std_o(w)); w is the full-precision weight in the quantizer's own
+    domain. Weight bias correction is what makes mean_shift 0 ("mean") and scale 1 ("mean_var"). The model is left as it
+    was. ValueError: not a converted network, bad bits.
+    """
+    rows = []
+    for b in bit_widths("bits", bits):
+        with at_bits(model, b), torch.no_grad():
+            for name, layer in model.named_modules():
+                if isinstance(layer, (QuantConv2d, QuantLinear)):
+                    w_q, w = layer.weight_and_domain()
+                    changes = {mode: _change(correct_weight(w_q, w, mode), w) for mode in CORRECTIONS}
+                    rows += [{"layer": name, "bits": b, "correction": m} | change for m, change in changes.items()]
+    return pd.DataFrame(rows)
+
+
+def _change(w_q: Tensor, w: Tensor) -> dict[str, float]:
+    w_q, w = (x.double().flatten(1) for x in (w_q, w))
+    std = w.std(1).clamp_min(torch.finfo(torch.float32).tiny)
+    shift = ((w_q.mean(1) - w.mean(1)) / std).square().mean().sqrt()
+    return {"mean_shift": float(shift), "scale": float((w_q.std(1) / std).mean())}
+
+
+@contextmanager
+def watched(modules: dict[str, nn.Module], watchers: dict[str, "Watcher"]) -> Iterator[None]:
+    """Within the block, each watcher sees the input of the module of its name; the hooks go whatever happens."""
+    hooks = [modules[name].register_forward_pre_hook(watcher) for name, watcher in watchers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Watcher:
+    """A batch norm's input at one bit-width, in units of the statistics that the norm assumes at it."""
+
+    def __init__(self) -> None:
+        self.moments, self.histogram = Moments(), Histogram()
+
+    def __call__(self, norm: MultiBitBatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        """z = (x - mean) / std of the running statistics in force, (N, C, ...)."""
+        x = inputs[0].detach().float()
+        mean, var = (v.view(1, -1, *[1] * (x.dim() - 2)) for v in norm.statistics())
+        z = (x - mean) / (var + norm.eps).sqrt()
+        self.moments.update(z)
+        self.histogram.update(z)
+
+
+def preactivations(
+    model: nn.Module,
+    data: Dataset | Batches,
+    bits: Iterable[int],
+    samples: int = 2000,
+    batch_size: int = 250,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How far each bit-width's pre-activations are from what its batch norm assumes: (mismatch, histograms).
+
+    A pre-activation is the input of a batch norm, standardized by the running statistics in force: if they fit, it has
+    mean 0 and variance 1 in each channel. mismatch has one row a layer and bit-width: layer, bits, mean_shift (root
+    mean square over channels of the mean), variance (mean over channels), wasserstein (W1 to the distribution at the
+    highest of `bits`, all channels together). histograms has one row a layer, bit-width and bin: layer, bits, z,
+    density.
+    `samples` training images, augmented as in training, or all of an iterable of (images, labels), go through once
+    for each bit-width, in evaluation mode; moments and counts are kept, activations are not. The model is left as it
+    was. ValueError: not a converted network, bad bits, no batch norm, no images.
+    """
+    wanted = bit_widths("bits", bits)
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 1)
+    seen: dict[int, dict[str, Watcher]] = {}
+    with undisturbed(model, data, batch_size) as device:
+        norms = {name: m for name, m in model.named_modules() if isinstance(m, MultiBitBatchNorm)}
+        if not norms:
+            raise invalid("model", type(model).__name__, "a network with batch norm")
+        for b in wanted:
+            seen[b] = {name: Watcher() for name in norms}
+            with at_bits(model, b), watched(norms, seen[b]):
+                for images, _ in batches(data, "train", device, batch_size, samples):
+                    model(images)
+    return _tables(seen)
+
+
+def _tables(seen: dict[int, dict[str, Watcher]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    mismatch, histograms = [], []
+    centers = (torch.arange(BINS) + 0.5) * (2 * SPAN / BINS) - SPAN
+    for b, watchers in seen.items():
+        for name, watcher in watchers.items():
+            if watcher.moments.n == 0:
+                raise invalid("data", "no images", "at least one batch of images")
+            row = {"layer": name, "bits": b, "mean_shift": float(watcher.moments.mean.square().mean().sqrt())}
+            row |= {"variance": float(watcher.moments.var().mean())}
+            reference = seen[max(seen)][name].histogram
+            mismatch.append(row | {"wasserstein": watcher.histogram.wasserstein(reference)})
+            density = {"z": centers.tolist(), "density": watcher.histogram.density().tolist()}
+            histograms.append(pd.DataFrame({"layer": name, "bits": b} | density))
+    return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)
