@@ -4,9 +4,12 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import pandas as pd
+
+from . import analysis, devices
 from .layers import QuantSpec
 from .profiles import Parameters
-from .runs import Run, coreset_rows, run_all
+from .runs import Run, coreset_rows, provenance, run_all, trained
 from .sampling import SCORES, CoresetConfig
 from .training import TrainConfig
 
@@ -18,6 +21,7 @@ __all__ = [
     "coreset_rows",
     "curves",
     "dedicated",
+    "distributions",
     "equal_epochs",
     "growth",
     "ours",
@@ -231,3 +235,22 @@ def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
         shared = replace(shared, subset=p.profile.cost_subset, eval_bits=Run.eval_bits)
         runs += [*dedicated(shared), any_precision(shared), ours(shared), ours(shared, bitwise_coreset(pruning_rate))]
     return runs
+
+
+def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Figure 3: what quantization does to weights and pre-activations, of ours trained without and with correction.
+
+    Three tables: `analysis.weight_shift` of the network trained without correction; the mismatch and the histograms of
+    `analysis.preactivations` of both networks, at the trained bit-widths.
+    """
+    tables: tuple[list[pd.DataFrame], ...] = ([], [], [])
+    start = _coreset_base(p, p.seeds[0], dataset)
+    for run in (ours(start, correction="none"), ours(start)):
+        model, data = trained(run, p.results_dir)
+        asked = {"trained_with": run.spec.correction, "dataset": run.dataset, "model": run.model, "seed": p.seeds[0]}
+        asked |= {"profile": run.profile, "run": run.hash} | provenance(data, devices.device(run.config.device))
+        found = (analysis.weight_shift(model), *analysis.preactivations(model, data, p.bits))
+        for rows, table in zip(tables, found, strict=True):
+            rows.append(table.assign(**asked))
+    weights, mismatch, histograms = (pd.concat(rows, ignore_index=True) for rows in tables)
+    return weights[weights.trained_with == "none"], mismatch, histograms

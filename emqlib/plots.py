@@ -1,5 +1,6 @@
 """Figures as functions of tidy rows: no file is read, nothing is trained, and the style is set in one place."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,6 +173,65 @@ def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = 
     ax.set_xlabel("number of bit-widths")
     ax.set_ylabel(label)
     ax.legend(fontsize=7)
+    return ax
+
+
+def bit_color(bits: int) -> tuple[float, float, float]:
+    """The color of a bit-width, the same in every figure that tells bit-widths apart by color."""
+    import seaborn as sns
+
+    return sns.color_palette("colorblind", 9)[min(bits, 9) - 1]
+
+
+def distributions(histograms: pd.DataFrame, layer: str) -> "Axes":
+    """Distributions of a layer's pre-activations by bit-width, networks without and with correction side by side.
+
+    Pre-activations are standardized by the batch norm's running statistics, which fit where the curves are one; the
+    dotted line is the standard normal distribution. histograms: of `experiments.distributions`. Returns the left panel.
+    ValueError: no rows of `layer`.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    part = histograms[histograms.layer == layer]
+    if part.empty:
+        raise checks.invalid("layer", layer, f"one of {sorted(set(histograms.layer))}")
+    with sns.axes_style("whitegrid"):
+        figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.6), dpi=100, layout="constrained", sharex=True, sharey=True)
+    figure.suptitle(_setting(part.assign(epochs=0), f"Pre-activations of {layer} by bit-width"), fontsize=10)
+    for ax, (correction, title) in zip(panels, _TRAINED_WITH.items(), strict=True):
+        for b, line in part[part.trained_with == correction].groupby("bits"):
+            ax.plot(line.z, line.density, color=bit_color(b), label=f"{b} bits", lw=1.5)
+        z = part.z.drop_duplicates()
+        normal = (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi)
+        ax.plot(z, normal, color="black", ls=":", lw=1, label="standard normal")
+        ax.set_title(title, fontsize=9)
+        ax.set_xlim(-4, 4)
+        ax.set_xlabel("standard deviations from the running mean")
+    panels[0].set_ylabel("density")
+    panels[0].legend(fontsize=7)
+    return panels[0]
+
+
+_TRAINED_WITH = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
+
+
+def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+    """How far each layer's pre-activations lie from their batch norm's running mean, in standard deviations.
+
+    A line for each bit-width, dashed without correction; rows: the mismatch of `experiments.distributions`.
+    ValueError: no rows.
+    """
+    ax = _axes(ax, _setting(rows.assign(epochs=0), "Mismatch with the shared batch norm, by layer"))
+    layers = list(dict.fromkeys(rows.layer))
+    for (correction, b), line in rows.groupby(["trained_with", "bits"], sort=False):
+        look = {"color": bit_color(b), "ls": "--" if correction == "none" else "-", "marker": "o", "ms": 4, "lw": 1}
+        label = f"{b} bits, {_TRAINED_WITH[correction].split()[0]} correction"
+        ax.plot([layers.index(name) for name in line.layer], line.mean_shift, label=label, **look)
+    ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("shift of the mean (standard deviations)")
+    ax.legend(fontsize=7, handlelength=4)
     return ax
 
 

@@ -142,10 +142,20 @@ def build(run: Run, num_classes: int) -> nn.Module:
         return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
 
 
-def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> dict[str, Any]:
+def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:
+    """The network of `run` and its data: trained, or read where a checkpoint is there, as `run_all` leaves one."""
+    data = _data(run, {})
+    return _train(run, data, Path(results_dir), progress)[0], data
+
+
+def _train(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> tuple[nn.Module, pd.DataFrame]:
     model = build(run, data.num_classes)
     checkpoint = results_dir / "checkpoints" / f"{run.hash}.pt"
-    history = train(model, data, run.config, checkpoint=checkpoint, progress=progress)
+    return model, train(model, data, run.config, checkpoint=checkpoint, progress=progress)
+
+
+def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> dict[str, Any]:
+    model, history = _train(run, data, results_dir, progress)
     plain = evaluate(model, data, bits=run.spec.bits if run.spec.norm == "switchable" else run.eval_bits)
     adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)
     rows = pd.concat([plain.assign(adapted=False), adapted.assign(adapted=True)])

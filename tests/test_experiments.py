@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from emqlib import CoresetConfig, QuantSpec, TrainConfig, experiments, files, load_dataset, training
+from emqlib import CoresetConfig, QuantSpec, TrainConfig, evaluate, experiments, files, load_dataset, training
 from emqlib.experiments import quickstart, table1
 from emqlib.profiles import PROFILES, parameters
-from emqlib.runs import Run, build, provenance, run_all
+from emqlib.runs import Run, build, provenance, run_all, trained
 
 
 @pytest.fixture(autouse=True)
@@ -486,6 +486,31 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commit_and_dirty(tmp_path) == (commit, True)
     # installed into an environment that lies inside somebody else's checkout
     assert commit_and_dirty(tmp_path / "emqlib") == ("", False)
+
+
+def test_a_trained_network_comes_from_its_checkpoint(
+    finished: Path, undisturbed: tuple[Path, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very network that gave the rows, without another step."""
+    run, rows = tiny_runs()[1], undisturbed[1]
+    monkeypatch.setattr(training, "_epoch", refuse_to_train)
+    model, data = trained(run, finished, progress=False)
+    expected = rows[(rows.run == run.hash) & ~rows.adapted]
+    found = evaluate(model, data, bits=run.eval_bits)
+    assert found.loss.tolist() == expected.loss.tolist() and len(data.train) == TRAIN
+
+
+def test_distributions_are_of_networks_without_and_with_correction(tmp_path: Path) -> None:
+    p = parameters(profile="smoke", bits=(2, 4), results_dir=tmp_path)
+    p = replace(p, profile=replace(p.profile, coreset_epochs=1, coreset_subset=(TRAIN, TEST)))
+    weights, mismatch, histograms = experiments.distributions(p)
+    assert set(weights.trained_with) == {"none"} and set(weights.bits) == set(range(1, 9))
+    for table in (mismatch, histograms):
+        assert set(table.trained_with) == {"none", "mean_var"} and set(table.bits) == {2, 4}
+        assert table.run.nunique() == 2 and {"commit", "data_sha256", "dataset", "seed"} <= set(table.columns)
+    sums = histograms.groupby(["run", "layer", "bits"]).density.sum()
+    assert ((sums * 12 / 240 - 1).abs() < 1e-9).all() and len(sums) == len(mismatch)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_a_second_call_trains_nothing(

@@ -235,6 +235,49 @@ def test_axes_of_the_reader_are_used(plot: Callable[..., Axes]) -> None:
     pd.testing.assert_frame_equal(rows, before)
 
 
+def mismatched() -> pd.DataFrame:
+    """Two layers at 2 and 8 bits, networks without and with correction: shift = bits / 10, a fifth of it corrected."""
+    rows = [
+        {"trained_with": c, "layer": layer, "bits": b, "mean_shift": b / (10 if c == "none" else 50) + i}
+        for c in ("none", "mean_var")
+        for b in (2, 8)
+        for i, layer in enumerate(("bn1", "bn2"))
+    ]
+    return pd.DataFrame(rows).assign(dataset="cifar10", model="resnet8", profile="small", seed=0)
+
+
+def test_mismatch_draws_the_rows() -> None:
+    ax = plots.mismatch(mismatched())
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert list(lines) == [f"{b} bits, {c} correction" for c in ("without", "with") for b in (2, 8)]
+    assert lines["2 bits, without correction"].get_xydata().tolist() == [[0, 0.2], [1, 1.2]]
+    assert lines["8 bits, with correction"].get_xydata().tolist() == [[0, 0.16], [1, 1.16]]
+    assert {line.get_linestyle() for name, line in lines.items() if "without" in name} == {"--"}
+    for b in (2, 8):  # one color a bit-width
+        assert {line.get_color() for name, line in lines.items() if name.startswith(str(b))} == {plots.bit_color(b)}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["bn1", "bn2"]
+
+
+def test_distributions_draw_the_histograms() -> None:
+    """Without correction on the left, with it on the right, and the standard normal distribution in both."""
+    rows = mismatched()[lambda t: t.layer.eq("bn2")]
+    histograms = pd.concat([rows.assign(z=z, density=rows.mean_shift + z) for z in (-1.0, 0.0, 1.0)])
+    left, right = plots.distributions(histograms, "bn2").figure.axes
+    assert ["without" in left.get_title(), "without" in right.get_title()] == [True, False]
+    for ax, scale in ((left, 10), (right, 50)):
+        lines = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
+        assert list(lines) == ["2 bits", "8 bits", "standard normal"]
+        for b in (2, 8):
+            assert lines[f"{b} bits"].tolist() == [[z, b / scale + 1 + z] for z in (-1, 0, 1)]
+        assert lines["standard normal"][1, 1] == pytest.approx(0.39894, abs=1e-5)
+    with pytest.raises(ValueError, match=r"^layer='bn3': expected one of \['bn2'\]$"):
+        plots.distributions(histograms, "bn3")
+
+
+def test_each_bit_width_has_a_color_of_its_own() -> None:
+    assert len({plots.bit_color(b) for b in (*range(1, 9), 32)}) == 9
+
+
 EVERY = [plots.accuracy_by_bits, plots.accuracy_by_cost, plots.accuracy_by_pruning, plots.accuracy_by_coreset]
 
 
