@@ -162,7 +162,7 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Coresets by score: Random and RS2, TDDS and EL2N at every pruning rate, all the others at the middle one.
 
     All scores are recorded in the same scoring phase, and so at the same price; Random and RS2 have none, and train on
-    their coresets from the first epoch.
+    their coresets from the first epoch. RS2 also for one epoch more, which is that price (see `bitwise_coreset`).
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
@@ -174,6 +174,8 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
             coresets += [bitwise_coreset(rate, score=score) for score in scores]
             coresets += [bitwise_coreset(rate, how="sample")]
             runs += [ours(shared, coreset) for coreset in coresets]
+            longer = replace(shared, config=replace(shared.config, epochs=shared.config.epochs + 1))
+            runs += [ours(longer, CoresetConfig(pruning_rate=rate))]
     return runs
 
 
@@ -214,7 +216,7 @@ def table2(p: Parameters) -> list[Run]:
     runs = []
     for dataset, seed in product(("cifar100", "tinyimagenet"), p.seeds):
         shared = _coreset_base(p, seed, dataset)
-        coresets = [bitwise_coreset(rate) for rate in (0.0, *(p.pruning_rates or (0.6, 0.8)))]
+        coresets = [bitwise_coreset(rate) for rate in p.pruning_rates or (0.6, 0.8)]
         runs += [any_precision(shared), *(ours(shared, coreset) for coreset in coresets)]
     return runs
 

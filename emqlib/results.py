@@ -195,11 +195,14 @@ def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` with their coresets' names made to tell apart all that differs: candidates and training included."""
+def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:
+    """`rows` with their coresets' names made to tell apart all that differs: candidates and training included.
+
+    more: other columns whose values belong to the name where they are not the most frequent one.
+    """
     some = rows.candidates.lt(1) | rows.scoring_epochs.eq(0)
     name = rows.coreset.where(some, rows.coreset + ", all candidates")
-    for option in ("batch_size", "lr", "weight_decay"):
+    for option in ("batch_size", "lr", "weight_decay", *more):
         differs = rows[option] != rows[option].mode()[0]
         name = name.where(~differs, name + f", {option}=" + rows[option].map("{:g}".format))
     return rows.assign(coreset=name)

@@ -197,6 +197,8 @@ def test_names_tell_apart_all_that_differs() -> None:
     rows = options()
     names = list(dict.fromkeys(results.named(rows).coreset))
     assert names == ["tdds", "tdds, all candidates", "tdds, batch_size=64, lr=0.2", "random"]
+    longer = rows.assign(epochs=rows.epochs + rows.coreset.eq("random"))
+    assert set(results.named(longer, "epochs").coreset) - set(names) == {f"random, epochs={longer.epochs.max()}"}
     pd.testing.assert_frame_equal(rows, options().assign(run=rows.run))  # the rows themselves are left as they were
 
 
