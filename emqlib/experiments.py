@@ -144,18 +144,20 @@ def _in_parts(run: Run, parts: int) -> Run:
 
 
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
-    """What coresets lose to Any-Precision at as many epochs, in the longest run, and what takes the loss away.
+    """What coresets lose to Any-Precision at as many epochs, and what takes the loss away; one seed.
 
-    Any-Precision; the coreset of Table 1, also with small batches; then `redrawn`, with small and with half-size
-    batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2). Any-Precision with
-    half-size batches takes long: it and what compares with it stand at the end, for the shortest run.
+    In the longest run: Any-Precision; the coreset of Table 1, also with small batches; `redrawn`, with small and with
+    half-size batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2). In the others:
+    Any-Precision and both `redrawn`. Any-Precision with half-size batches too takes long: in the shortest run alone.
     """
-    short, start = (_of_length(p, p.seeds[0], dataset, p.lengths[i]) for i in (0, -1))
+    *shorter, start = (_of_length(p, p.seeds[0], dataset, epochs) for epochs in p.lengths)
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
     runs = [any_precision(start), *(ours(_in_parts(start, parts), bitwise_coreset(rate)) for parts in (1, 4))]
     runs += [redrawn(start, rate, parts, **how) for how in ({}, el2n) for parts in (4, 2)]
     runs += [ours(_in_parts(start, 4), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
-    return [*runs, any_precision(short), any_precision(_in_parts(short, 2)), redrawn(short, rate)]
+    for other in shorter:
+        runs += [any_precision(other), redrawn(other, rate), redrawn(other, rate, **el2n)]
+    return [*runs, *(any_precision(_in_parts(other, 2)) for other in shorter[:1])]
 
 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:

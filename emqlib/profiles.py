@@ -46,7 +46,7 @@ PROFILES = {
         repeats=1,
         lengths=(4, 5),
         coreset_epochs=5,
-        coreset_subset=(320, 160),
+        coreset_subset=(160, 80),
         cost_subset=(320, 160),
         bit_counts=(2, 3),
     ),
