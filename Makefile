@@ -1,6 +1,6 @@
 # make demo        install into .venv, run the quickstart, print its table
 # make test        install, lint, tests, and every notebook in the smoke profile
-# make bench       measure what recording importance scores costs, into results/benchmarks/
+# make bench       measure what recording scores and training by each scheme costs, into results/benchmarks/
 # make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
 # Another interpreter: make install PYTHON=python3.12
 

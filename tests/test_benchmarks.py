@@ -27,3 +27,18 @@ def test_recording() -> None:
     summary = recording.summary(rows)
     assert list(summary.score) == ["tdds", "el2n"] and list(summary.classes) == [10, 10]
     assert (summary["min"] <= summary["median"]).all() and (summary["median"] <= summary["max"]).all()
+
+
+def test_schemes() -> None:
+    pytest.importorskip("sklearn")
+    schemes = benchmark("schemes")
+    rows = schemes.measure(emq.load_dataset("digits").subset(30, 10), repeats=2, epochs=4)
+    names = ["Any-Precision", "ours, 80% pruned", "ours, 80% pruned, redrawn"]
+    assert list(zip(rows.repeat, rows.scheme, strict=True)) == [(r, name) for r in (0, 1) for name in names]
+    summary = schemes.summary(rows).set_index("scheme")
+    passes = dict(zip(names, (3 * 4 * 30, 3 * (3 * 8 + 6), 3 * (3 * 8 + 6)), strict=True))  # a phase of 3 epochs on 8
+    assert (rows.sample_passes == rows.scheme.map(passes)).all()
+    assert summary["fewer passes"].to_dict() == {name: 360 / count for name, count in passes.items()}
+    assert summary["times faster, median"]["Any-Precision"] == 1 and (rows.seconds > 0).all()
+    first = [rows[(rows.repeat == 0) & (rows.scheme == name)].seconds.item() for name in names]
+    assert rows.repeat.nunique() == 2 and summary["times faster, min"][names[1]] <= round(first[0] / first[1], 2)
