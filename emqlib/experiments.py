@@ -148,7 +148,8 @@ def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 
 
     In the longest run: Any-Precision; the coreset of Table 1, also with small batches; `redrawn`, with small and with
     half-size batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2). In the others:
-    Any-Precision and both `redrawn`. Any-Precision with half-size batches too takes long: in the shortest run alone.
+    Any-Precision and both `redrawn`. In the shortest alone, the controls: Any-Precision with half-size batches, and one
+    epoch on all data before coresets drawn at random (EL2N's weights to the power 0).
     """
     *shorter, start = (_of_length(p, p.seeds[0], dataset, epochs) for epochs in p.lengths)
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
@@ -157,7 +158,9 @@ def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 
     runs += [ours(_in_parts(start, 4), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
     for other in shorter:
         runs += [any_precision(other), redrawn(other, rate), redrawn(other, rate, **el2n)]
-    return [*runs, *(any_precision(_in_parts(other, 2)) for other in shorter[:1])]
+    for other in shorter[:1]:
+        runs += [any_precision(_in_parts(other, 2)), redrawn(other, rate, **el2n, power=0.0)]
+    return runs
 
 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:

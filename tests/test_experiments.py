@@ -212,7 +212,7 @@ def test_what_is_tried_against_the_loss_at_equal_epochs() -> None:
     runs = experiments.equal_epochs(p)
     assert len({run.hash for run in runs}) == len(runs)
     assert {(run.config.seed, run.dataset) for run in runs} == {(0, "cifar10")}
-    assert [run.config.epochs for run in runs] == [*[6] * 8, *[4] * 4]
+    assert [run.config.epochs for run in runs] == [*[6] * 8, *[4] * 5]
     asked = [(run.method, run.coreset, run.pruning_rate, run.config.batch_size) for run in runs]
     own, drawn = "Ours, own statistics", "tdds, sample of all"
     assert asked == [
@@ -223,6 +223,7 @@ def test_what_is_tried_against_the_loss_at_equal_epochs() -> None:
         ("Any-Precision", "full data", 0, 128),
         *((own, name, 0.8, 64) for name in (drawn, "el2n, how=sample")),
         ("Any-Precision", "full data", 0, 64),
+        (own, "el2n, how=sample, power=0.0", 0.8, 64),
     ]
     assert {runs[i].hash for i in (0, 1, 4, 8, 9)} <= {run.hash for run in experiments.curves(p)}
 
