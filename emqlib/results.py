@@ -99,9 +99,11 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
 
 
 def _times_less(cost: pd.Series) -> pd.Series:
-    """How many times less than Any-Precision's at the same number of epochs; empty where that was not run."""
+    """How many times less than the first Any-Precision's of as many epochs; empty where there is none."""
     epochs = cost.index.get_level_values("epochs")
-    baseline = cost[cost.index.get_level_values("method") == "Any-Precision"].droplevel([*SETTING[:-1]])
+    baseline = (
+        cost[cost.index.get_level_values("method") == "Any-Precision"].groupby(level="epochs", sort=False).first()
+    )
     return (baseline.reindex(epochs).set_axis(cost.index) / cost).round(2)
 
 

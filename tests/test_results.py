@@ -127,6 +127,15 @@ def test_cost_table() -> None:
     ]
 
 
+def test_what_is_saved_is_against_the_first_any_precision() -> None:
+    """A second one of as many epochs, as with other batches, is compared too."""
+    first = run("Any-Precision", {2: (60, 0)}, passes=800, seconds=100)
+    other = run("Any-Precision", {2: (62, 0)}, passes=800, seconds=125).assign(coreset="full data, batch_size=64")
+    ours = run("Ours", {2: (50, 0)}, rate=0.8, passes=200, seconds=40)
+    table = results.cost_table(together(first, other, ours), "table1")
+    assert columns(table, "fewer passes", "faster") == [(1, 1), (1, 0.8), (4, 2.5)]
+
+
 def test_calibration_is_what_cannot_be_served_without() -> None:
     """Any-Precision's untrained 3 bits need it, and ours none, adapted or not."""
     table = results.cost_table(table_1(), "table1")
