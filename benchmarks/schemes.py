@@ -48,6 +48,6 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
+    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
     results.save(summary(measured), OUTPUT, measured)
     print(summary(measured).to_string(index=False))
