@@ -250,14 +250,15 @@ def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame
     Three tables: `analysis.weight_shift` of the network trained without correction; the mismatch and the histograms of
     `analysis.preactivations` of both networks, at the trained bit-widths.
     """
-    tables: tuple[list[pd.DataFrame], ...] = ([], [], [])
-    start = _coreset_base(p, p.seeds[0], dataset)
+    start, found = _coreset_base(p, p.seeds[0], dataset), []
     for run in (ours(start, correction="none"), ours(start)):
         model, data = trained(run, p.results_dir)
         asked = {"trained_with": run.spec.correction, "dataset": run.dataset, "model": run.model, "seed": p.seeds[0]}
-        asked |= {"profile": run.profile, "run": run.hash} | provenance(data, devices.device(run.config.device))
-        found = (analysis.weight_shift(model), *analysis.preactivations(model, data, p.bits))
-        for rows, table in zip(tables, found, strict=True):
-            rows.append(table.assign(**asked))
-    weights, mismatch, histograms = (pd.concat(rows, ignore_index=True) for rows in tables)
-    return weights[weights.trained_with == "none"], mismatch, histograms
+        asked |= {"epochs": run.config.epochs, "profile": run.profile, "run": run.hash}
+        asked |= provenance(data, devices.device(run.config.device))
+        tables = analysis.preactivations(model, data, p.bits)
+        if run.spec.correction == "none":
+            weights = analysis.weight_shift(model).assign(**asked)
+        found.append([table.assign(**asked) for table in tables])
+    mismatch, histograms = (pd.concat(tables, ignore_index=True) for tables in zip(*found, strict=True))
+    return weights, mismatch, histograms

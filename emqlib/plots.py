@@ -198,7 +198,7 @@ def distributions(histograms: pd.DataFrame, layer: str) -> "Axes":
         raise checks.invalid("layer", layer, f"one of {sorted(set(histograms.layer))}")
     with sns.axes_style("whitegrid"):
         figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.6), dpi=100, layout="constrained", sharex=True, sharey=True)
-    figure.suptitle(_setting(part.assign(epochs=0), f"Pre-activations of {layer} by bit-width"), fontsize=10)
+    figure.suptitle(_setting(part, f"Pre-activations of {layer} by bit-width"), fontsize=10)
     for ax, (correction, title) in zip(panels, _TRAINED_WITH.items(), strict=True):
         for b, line in part[part.trained_with == correction].groupby("bits"):
             ax.plot(line.z, line.density, color=bit_color(b), label=f"{b} bits", lw=1.5)
@@ -222,7 +222,7 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     A line for each bit-width, dashed without correction; rows: the mismatch of `experiments.distributions`.
     ValueError: no rows.
     """
-    ax = _axes(ax, _setting(rows.assign(epochs=0), "Mismatch with the shared batch norm, by layer"))
+    ax = _axes(ax, _setting(rows, "Mismatch with the shared batch norm, by layer"))
     layers = list(dict.fromkeys(rows.layer))
     for (correction, b), line in rows.groupby(["trained_with", "bits"], sort=False):
         look = {"color": bit_color(b), "ls": "--" if correction == "none" else "-", "marker": "o", "ms": 4, "lw": 1}

@@ -243,7 +243,7 @@ def mismatched() -> pd.DataFrame:
         for b in (2, 8)
         for i, layer in enumerate(("bn1", "bn2"))
     ]
-    return pd.DataFrame(rows).assign(dataset="cifar10", model="resnet8", profile="small", seed=0)
+    return pd.DataFrame(rows).assign(dataset="cifar10", model="resnet8", profile="small", seed=0, epochs=8)
 
 
 def test_mismatch_draws_the_rows() -> None:
