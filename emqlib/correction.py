@@ -1,4 +1,7 @@
-"""Weight bias correction: each output channel of a quantized weight keeps the moments of its full-precision weight."""
+"""Weight bias correction: each output channel of a quantized weight keeps the moments of its full-precision weight.
+
+`output_shift`, beyond the paper, is what these moments leave: the mean output where input channels differ in mean.
+"""
 
 import torch
 from torch import Tensor
@@ -50,3 +53,18 @@ def _std_ratio(deviation_w: Tensor, deviation_q: Tensor, w_q: Tensor, dims: tupl
     # sqrt has no finite gradient at 0, so the excluded channels never reach it
     ratio = torch.where(constant_w | constant_q, 1.0, var_w) / torch.where(constant_w | constant_q, 1.0, var_q)
     return torch.where(constant_w & ~constant_q, 0.0, ratio.sqrt())
+
+
+def output_shift(w_q: Tensor, w: Tensor, mean_input: Tensor) -> Tensor:
+    """E[y_q] - E[y] of each output channel o, from rounding the weight alone: sum_i sum_k (w_q - w)_oik E[x_i].
+
+    w_q, w: (O, I / groups, ...) of equal shape; mean_input E[x]: (I,), the mean of each input channel; returns (O,).
+    Weight bias correction makes this 0 where all input channels have one mean, and only there. Zero padding counts as
+    if it were input. Source: bias correction, Nagel et al. 2019 (arXiv 1906.04721), section 4.2.
+
+    >>> output_shift(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([2.0, 1.0]))
+    tensor([0.5000])
+    """
+    error = (w_q - w).reshape(*w.shape[:2], -1).sum(2)
+    groups = len(mean_input) // w.shape[1]
+    return (error * mean_input.view(groups, -1).repeat_interleave(len(w) // groups, 0)).sum(1)

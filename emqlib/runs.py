@@ -50,9 +50,10 @@ class Run:
         """The name of the method in the paper's tables."""
         if self.config.scheme == "dedicated":
             return "Dedicated"
-        if self.spec.norm == "switchable":
+        if self.config.scheme == "joint" and self.spec.norm == "switchable":
             return "Any-Precision"
-        return "Ours" if self.spec.norm == "shared" else "Ours, own statistics"
+        norms = {"shared": "", "shared_affine": ", own statistics", "switchable": ", switchable norm"}
+        return f"Ours{norms[self.spec.norm]}"
 
     @property
     def pruning_rate(self) -> float:
@@ -230,6 +231,7 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     """A run's rows, with what was asked for before them and its cost and provenance after them."""
     asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme}
     correction = run.spec.correction + ("" if run.spec.correction_gradient else ", no gradient")
+    correction += ", output" if run.spec.output_correction else ""
     asked |= {"norm": run.spec.norm, "correction": correction, "pruning_rate": run.pruning_rate, "coreset": run.coreset}
     pruned = run.config.coreset if run.pruning_rate else CoresetConfig(pruning_rate=0)
     asked |= {"candidates": pruned.candidates, "scoring_epochs": pruned.warmup}

@@ -60,6 +60,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "zero_level": True,
         "correction_gradient": False,
         "activation_range": "unit",
+        "output_correction": True,
     },
     TrainConfig: {
         "scheme": "bitwise",

@@ -121,6 +121,59 @@ def test_linear_against_reference(weight: str, correction: str, rng: torch.Gener
         check(layer, torch.rand(4, 7, generator=rng, dtype=torch.float64) * 1.5, rng, ALL_BITS, {})
 
 
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_output_correction_keeps_the_mean_output_of_the_full_precision_weight(kind: str, rng: torch.Generator) -> None:
+    shape, arguments = CONVOLUTIONS[kind]
+    settings = spec(weight="minmax", activation="none", output_correction=True)
+    layer = QuantConv2d.from_float(nn.Conv2d(**shape, **arguments | {"padding": 0}), settings, signed=False).double()
+    means = torch.rand(shape["in_channels"], generator=rng, dtype=torch.float64) * 3
+    x = means[:, None, None].expand(8, -1, 6, 6)
+    for _ in range(300):  # until the running mean has arrived
+        layer.train()(x)
+    torch.testing.assert_close(layer.mean_input, means)
+    bias = None if layer.bias is None else layer.bias.detach().numpy()
+    wanted = reference.conv2d(x.numpy(), layer.weight.detach().numpy(), bias, **arguments | {"padding": 0})
+    for b in (1, 2, 3):
+        layer.set_bits(b)
+        torch.testing.assert_close(layer.eval()(x), torch.from_numpy(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_output_correction_follows_the_mean_input(dtype: torch.dtype, rng: torch.Generator) -> None:
+    settings = spec(activation="none", output_correction=True)
+    conv = QuantConv2d.from_float(nn.Conv2d(3, 2, 1), settings, signed=True).to(dtype)
+    linear = QuantLinear.from_float(nn.Linear(3, 2), settings, signed=True).to(dtype)
+    x = torch.randn(20, 3, 4, 5, generator=rng).to(dtype)
+    for layer, part, means in (
+        (conv, x, x[:16].mean((0, 2, 3))),  # of the first 16 images
+        (conv, x[0], x[0].mean((1, 2))),
+        (linear, x.movedim(1, -1), x[:16].mean((0, 2, 3))),
+        (linear, x[:, :, 0, 0], x[:16, :, 0, 0].mean(0)),
+        (linear, x[0, :, 0, 0], x[0, :, 0, 0]),
+    ):
+        before = layer.mean_input.clone()
+        layer.eval()(part)
+        torch.testing.assert_close(layer.mean_input, before)
+        layer.train()(part)
+        torch.testing.assert_close(layer.mean_input, 0.9 * before + 0.1 * means, rtol=2e-3, atol=1e-3)
+
+
+def test_under_batch_norm_output_correction_trains_the_same_weights(rng: torch.Generator) -> None:
+    x, target, nets = torch.rand(16, 3, 6, 6, generator=rng), torch.randn(16, 4, 4, 4, generator=rng), []
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    for corrected in (False, True):
+        settings = spec(output_correction=corrected)
+        layer = QuantConv2d.from_float(copy.deepcopy(conv), settings, signed=False)
+        nets.append(nn.Sequential(layer, MultiBitBatchNorm(nn.BatchNorm2d(4), settings)))
+    for net in nets:
+        for b in (2, 8, 2):
+            for module in net:
+                module.set_bits(b)
+            (net(x) * target).sum().backward()
+    assert nets[1][0].mean_input.abs().min() > 0.05
+    torch.testing.assert_close(nets[1][0].weight.grad, nets[0][0].weight.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("activation_range", ["unit", "tracked"])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATION_METHODS)
