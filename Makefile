@@ -1,6 +1,7 @@
 # make demo        install into .venv, run the quickstart, print its table
 # make test        install, lint, tests, and every notebook in the smoke profile
 # make bench       measure what recording scores and training by each scheme costs, into results/benchmarks/
+# make figures     redraw every figure in results/ from the CSV beside it
 # make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
 # Another interpreter: make install PYTHON=python3.12
 
@@ -21,7 +22,7 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: install demo test lint format bench notebooks clean
+.PHONY: install demo test lint format bench figures notebooks clean
 
 install: $(STAMP)
 
@@ -54,6 +55,9 @@ format: install
 
 bench: install
 	for benchmark in $(sort $(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark || exit 1; done
+
+figures: install
+	$(BIN)/python -m emqlib.figures
 
 # Twice: the first execution trains, the second finds every run stored, and is kept without progress bars in it.
 notebooks: install

@@ -7,11 +7,12 @@ Letters in shapes: B batch, N samples, C classes or channels, T observed epochs,
 """
 
 from . import coreset, correction, models, quantizers
+from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .layers import QuantSpec
 from .multibit import adapt_norm, at_bits, convert, evaluate, set_bits, summary
 from .sampling import CoresetConfig
-from .training import TrainConfig, train
+from .training import train
 
 __version__ = "0.1.0"
 

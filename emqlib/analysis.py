@@ -13,7 +13,7 @@ from .data import Dataset
 from .layers import MultiBitBatchNorm, QuantConv2d, QuantLinear
 from .multibit import Batches, at_bits, batches, undisturbed
 
-SPAN, BINS = 6.0, 240  # a histogram's reach, in standard deviations on either side, and its number of bins
+SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins
 
 
 class Moments:
@@ -149,7 +149,7 @@ def preactivations(
 
 def _tables(seen: dict[int, dict[str, Watcher]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     mismatch, histograms = [], []
-    centers = (torch.arange(BINS) + 0.5) * (2 * SPAN / BINS) - SPAN
+    centers = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * SPAN / BINS) - SPAN).numpy().round(6)
     for b, watchers in seen.items():
         for name, watcher in watchers.items():
             if watcher.moments.n == 0:
@@ -158,6 +158,6 @@ def _tables(seen: dict[int, dict[str, Watcher]]) -> tuple[pd.DataFrame, pd.DataF
             row |= {"variance": float(watcher.moments.var().mean())}
             reference = seen[max(seen)][name].histogram
             mismatch.append(row | {"wasserstein": watcher.histogram.wasserstein(reference)})
-            density = {"z": centers.tolist(), "density": watcher.histogram.density().tolist()}
+            density = {"z": centers, "density": watcher.histogram.density().numpy().round(6)}
             histograms.append(pd.DataFrame({"layer": name, "bits": b} | density))
     return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)

@@ -6,16 +6,21 @@ from typing import Any
 
 import pandas as pd
 
-from . import analysis, devices
+from . import analysis, checks
+from .config import TrainConfig
 from .layers import QuantSpec
 from .profiles import Parameters
-from .runs import Run, coreset_rows, provenance, run_all, trained
+from .remedies import compare
+from .runs import Run, coreset_rows, derived, followed, run_all
 from .sampling import SCORES, CoresetConfig
-from .training import TrainConfig
+from .transfer import gradient_angles, linear_probes
 
 __all__ = [
+    "UNCALIBRATED",
+    "alignment",
     "any_precision",
     "base",
+    "bias_correction",
     "bitwise_coreset",
     "comparison",
     "coreset_rows",
@@ -27,10 +32,13 @@ __all__ = [
     "ours",
     "quickstart",
     "redrawn",
+    "remedies",
     "run_all",
     "scoring_ablation",
     "table1",
     "table2",
+    "transfer",
+    "untrained",
 ]
 
 
@@ -248,17 +256,90 @@ def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame
     """Figure 3: what quantization does to weights and pre-activations, of ours trained without and with correction.
 
     Three tables: `analysis.weight_shift` of the network trained without correction; the mismatch and the histograms of
-    `analysis.preactivations` of both networks, at the trained bit-widths.
+    `analysis.preactivations` of both networks, at the trained bit-widths. The networks are Table 1's.
     """
-    start, found = _coreset_base(p, p.seeds[0], dataset), []
-    for run in (ours(start, correction="none"), ours(start)):
-        model, data = trained(run, p.results_dir)
-        asked = {"trained_with": run.spec.correction, "dataset": run.dataset, "model": run.model, "seed": p.seeds[0]}
-        asked |= {"epochs": run.config.epochs, "profile": run.profile, "run": run.hash}
-        asked |= provenance(data, devices.device(run.config.device))
-        tables = analysis.preactivations(model, data, p.bits)
-        if run.spec.correction == "none":
-            weights = analysis.weight_shift(model).assign(**asked)
-        found.append([table.assign(**asked) for table in tables])
-    mismatch, histograms = (pd.concat(tables, ignore_index=True) for tables in zip(*found, strict=True))
-    return weights, mismatch, histograms
+    shared, kept = base(p, p.seeds[0], dataset), p.results_dir
+    both = [ours(shared, correction="none"), ours(shared)]
+    weights = derived(both[0], "weights", kept, lambda model, _: analysis.weight_shift(model))
+    mismatch, histograms = (
+        [derived(run, name, kept, lambda *net, i=i: analysis.preactivations(*net, p.bits)[i]) for run in both]
+        for i, name in enumerate(("mismatch", "histograms"))
+    )
+    return weights, pd.concat(mismatch, ignore_index=True), pd.concat(histograms, ignore_index=True)
+
+
+def bias_correction(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Table 6: weight bias correction under a shared and a switchable batch norm, on the full data."""
+    runs = []
+    for shared in (base(p, seed, dataset) for seed in p.seeds):
+        runs += [ours(shared, correction=correction) for correction in ("none", "mean", "mean_var")]
+        runs += [ours(shared, correction=correction, norm="switchable") for correction in ("none", "mean_var")]
+    return runs
+
+
+# Beyond the paper: what serves every bit-width, trained or not, without a calibration pass (see `remedies`).
+UNCALIBRATED = {"norm": "shared_affine", "output_correction": True}
+
+
+def remedies(p: Parameters, dataset: str = "cifar10") -> pd.DataFrame:
+    """Accuracy without a calibration pass under each remedy, beside the same network's after batch-norm adaptation.
+
+    One row a remedy, seed and bit-width, with top1 and adapted_top1 (%), the run's hash and its provenance. Four are
+    trained with what they need, as `QuantSpec` says; those of `remedies.compare` start from one of them.
+    """
+    kept = {"shared, as in the paper": {}, "shared, output correction": {"output_correction": True}}
+    kept |= {"own, interpolated": {"norm": "shared_affine"}, "own, output correction": UNCALIBRATED}
+    runs = [(name, ours(base(p, seed, dataset), **fields)) for seed in p.seeds for name, fields in kept.items()]
+    rows, tables = run_all([run for _, run in runs], p.results_dir), []
+    for remedy, run in runs:
+        own = rows[rows.run == run.hash]
+        found = [own[~own.adapted].assign(remedy=remedy)]
+        if remedy == "own, interpolated":
+            found.append(derived(run, "remedies", p.results_dir, compare))
+        adapted = own[own.adapted].set_index("bits").top1
+        tables += [table.assign(adapted_top1=table.bits.map(adapted)) for table in found]
+    return pd.concat(tables, ignore_index=True)[_REMEDY_COLUMNS]
+
+
+_REMEDY_COLUMNS = ["remedy", "bits", "trained", "top1", "adapted_top1", "dataset", "model", "trained_bits", "epochs"]
+_REMEDY_COLUMNS += ["seed", "profile", "run", "commit", "dirty", "python", "torch", "torchvision", "device"]
+_REMEDY_COLUMNS += ["data_sha256"]
+
+
+def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Every bit-width from few trained ones: all of `bits`, then the lowest and the highest alone.
+
+    Any-Precision, which calibrates what it has not trained; ours; and ours with `UNCALIBRATED`; on the full data.
+    """
+    runs = []
+    for bits, seed in product((p.bits, (p.bits[0], p.bits[-1])), p.seeds):
+        shared = base(replace(p, bits=tuple(dict.fromkeys(bits))), seed, dataset)
+        runs += [any_precision(shared), ours(shared), ours(shared, **UNCALIBRATED)]
+    return list(dict.fromkeys(runs))  # of two bit-widths the lowest and the highest are all
+
+
+def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """What a child gains from others' steps: all children; all but one, each left out once; each one alone.
+
+    ValueError: a single bit-width, which has no others.
+    """
+    if len(p.bits) < 2:
+        raise checks.invalid("bits", p.bits, "two bit-widths at least")
+    runs = []
+    for start in (_coreset_base(p, seed, dataset) for seed in p.seeds):
+        children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
+        runs += [ours(start, bits=bits, **UNCALIBRATED) for bits in children]
+        runs += dedicated(start)
+    return runs
+
+
+def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Figure 4: angles between the children's gradients before and after each epoch, and linear probes at the end.
+
+    Tables of `transfer.gradient_angles` and `transfer.linear_probes`, of the first run of `experiments.transfer`.
+    """
+    run = transfer(p, dataset)[0]
+    count = min(1000, run.subset[0] // 4) if run.subset[0] else 1000
+    angles = followed(run, "angles", p.results_dir, lambda *net: gradient_angles(*net, p.bits, count))
+    probes = derived(run, "probes", p.results_dir, lambda *net: linear_probes(*net, p.bits))
+    return angles, probes

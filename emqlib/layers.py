@@ -255,6 +255,23 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
         return F.linear(*self._operands(x, channel=-1))
 
 
+def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
+    """The shares that the trained bit-widths on either side of `bits` have in it, linear in 1 / n^2 at n levels.
+
+    1 / n^2 is the power of the quantization noise. A trained bit-width, and the nearest one beyond the ends, has all.
+
+    >>> interpolation((2, 4, 8), 3)
+    {2: 0.1496598639455782, 4: 0.8503401360544218}
+    """
+    low = max((b for b in trained if b <= bits), default=trained[0])
+    high = min((b for b in trained if b >= bits), default=trained[-1])
+    if low == high:
+        return {low: 1.0}
+    at_low, at, at_high = (quantizers.levels(b) ** -2 for b in (low, bits, high))
+    share = (at_low - at) / (at_low - at_high)
+    return {low: 1 - share, high: share}
+
+
 class MultiBitBatchNorm(nn.Module):
     """Batch norm over (N, C, ...) with one affine for all bit-widths (shared) or one for each trained one (switchable).
 
@@ -314,13 +331,8 @@ class MultiBitBatchNorm(nn.Module):
             return {BIT_WIDTHS.index(bits): 1.0}
         if self.norm == "shared":
             return {self.SHARED: 1.0}
-        low = max((b for b in self.trained if b < bits), default=self.trained[0])
-        high = min((b for b in self.trained if b > bits), default=self.trained[-1])
-        if self.switchable or low == high:
-            return {BIT_WIDTHS.index(self._nearest(bits)): 1.0}
-        at_low, at, at_high = (quantizers.levels(b) ** -2 for b in (low, bits, high))
-        share = (at_low - at) / (at_low - at_high)
-        return {BIT_WIDTHS.index(low): 1 - share, BIT_WIDTHS.index(high): share}
+        shares = {self._nearest(bits): 1.0} if self.switchable else interpolation(self.trained, bits)
+        return {BIT_WIDTHS.index(b): share for b, share in shares.items()}
 
     def own_statistics(self, bits: int) -> None:
         """Give `bits` a row of its own, starting from the statistics that it has without one."""

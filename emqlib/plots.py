@@ -8,7 +8,7 @@ import pandas as pd
 
 from . import checks
 from .files import write_atomic
-from .results import SETTING, growth_table, seed_means, spread, with_cost
+from .results import SETTING, growth_table, remedy_gaps, seed_means, spread, with_cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,19 +183,19 @@ def bit_color(bits: int) -> tuple[float, float, float]:
     return sns.color_palette("colorblind", 9)[min(bits, 9) - 1]
 
 
-def distributions(histograms: pd.DataFrame, layer: str) -> "Axes":
-    """Distributions of a layer's pre-activations by bit-width, networks without and with correction side by side.
+def distributions(histograms: pd.DataFrame) -> "Axes":
+    """Distributions of one layer's pre-activations by bit-width, networks without and with correction side by side.
 
     Pre-activations are standardized by the batch norm's running statistics, which fit where the curves are one; the
-    dotted line is the standard normal distribution. histograms: of `experiments.distributions`. Returns the left panel.
-    ValueError: no rows of `layer`.
+    dotted line is the standard normal distribution. histograms: of `experiments.distributions`, one layer of them.
+    Returns the left panel. ValueError: no rows, or rows of several layers.
     """
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    part = histograms[histograms.layer == layer]
-    if part.empty:
-        raise checks.invalid("layer", layer, f"one of {sorted(set(histograms.layer))}")
+    if histograms.layer.nunique() != 1:
+        raise checks.invalid("histograms", sorted(set(histograms.layer)), "the rows of one layer")
+    part, layer = histograms, histograms.layer.iloc[0]
     with sns.axes_style("whitegrid"):
         figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.6), dpi=100, layout="constrained", sharex=True, sharey=True)
     figure.suptitle(_setting(part, f"Pre-activations of {layer} by bit-width"), fontsize=10)
@@ -233,6 +233,70 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     ax.set_ylabel("shift of the mean (standard deviations)")
     ax.legend(fontsize=7, handlelength=4)
     return ax
+
+
+def gap_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+    """Top-1 accuracy of each remedy against bit-width, in points above the same network after batch-norm adaptation.
+
+    rows: of `experiments.remedies`, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded band
+    is 1.5 points wide. ValueError: no rows.
+    """
+    import seaborn as sns
+
+    ax = _axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
+    gaps = remedy_gaps(rows[rows.bits >= 2])
+    names = list(dict.fromkeys(gaps.remedy))
+    colors, markers = sns.color_palette("colorblind", len(names)), "osD^vP*Xhd<>"
+    ax.axhspan(-1.5, 0, color="0.9", zorder=0)
+    for i, name in enumerate(names):
+        line = gaps[gaps.remedy == name].sort_values("bits")
+        shift = 0.06 * (i - len(names) / 2)  # beside one another, or bars hide each other
+        look = {"color": colors[i], "marker": markers[i], "capsize": 2, "ms": 5, "lw": 1}
+        ax.errorbar(line.bits + shift, line["mean"], line["std"].fillna(0), label=name, **look)
+    trained = sorted(set(gaps.bits[gaps.trained.astype(bool)]))
+    ax.set_xlabel(f"bit-width of weights and activations (trained: {', '.join(map(str, trained))})")
+    ax.set_ylabel("top-1 above adapted (points)")
+    ax.legend(fontsize=7)
+    return ax
+
+
+def angles_by_layer(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+    """Angles between the children's gradients after the last epoch, by layer from the input to the output.
+
+    A line for each pair of bit-widths on the same images; dashed: one bit-width on other images. rows: the angles of
+    `experiments.alignment`. ValueError: no rows.
+    """
+    ax = _axes(ax, _setting(rows, "Angles between gradients, by layer"))
+    last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
+    layers = list(dict.fromkeys(last.sort_values("depth").layer))
+    _angle_lines(ax, last, "depth")
+    ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
+    return ax
+
+
+def angles_by_epoch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+    """Angles between the children's gradients, all layers as one vector, before training and after each epoch.
+
+    Lines as in `angles_by_layer`. rows: the angles of `experiments.alignment`. ValueError: no rows.
+    """
+    ax = _axes(ax, _setting(rows, "Angles between gradients of all layers, over training"))
+    _angle_lines(ax, rows[rows.depth < 0], "epoch")
+    ax.set_xlabel("epochs trained")
+    return ax
+
+
+def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
+    import seaborn as sns
+
+    pairs = [pair for pair, _ in rows[~rows.other_images.astype(bool)].groupby(["bits", "other_bits"])]
+    colors = dict(zip(pairs, sns.color_palette("dark", len(pairs)), strict=True))
+    for (a, b), line in rows.sort_values(x).groupby(["bits", "other_bits"]):
+        look = {"color": bit_color(a), "ls": "--"} if a == b else {"color": colors[a, b], "marker": "o", "ms": 4}
+        label = f"{a} bits, other images" if a == b else f"{a} and {b} bits, same images"
+        ax.plot(line[x], line.angle, lw=1, label=label, **look)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("angle (degrees)")
+    ax.legend(fontsize=7, handlelength=4)
 
 
 def save(ax: "Axes", path: Path) -> None:

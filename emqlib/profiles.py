@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from . import checks
+from .config import TrainConfig
 from .files import home
-from .training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,6 +220,74 @@ def option_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=cost.index).reset_index()
 
 
+def remedy_gaps(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each remedy and bit-width, how far its top-1 is above that of the same network adapted: points over seeds.
+
+    Columns: remedy, bits, trained, mean, std, seeds. rows: of `experiments.remedies`.
+    """
+    return spread(rows.assign(gap=rows.top1 - rows.adapted_top1), ["remedy", "bits", "trained"], "gap")
+
+
+def remedy_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a remedy, one column a bit-width: points above the adapted network, mean ± std over seeds.
+
+    "worst": the lowest mean of bit-widths from 2 up, by which the rows are sorted, the best first; the last row is the
+    adapted network's own top-1 (%), of the run that the most remedies start from. Trained bit-widths are marked with *.
+    rows: of `experiments.remedies`.
+    """
+    gaps = remedy_gaps(rows)
+    worst = gaps[gaps.bits >= 2].groupby("remedy")["mean"].min().sort_values(ascending=False)
+    gaps["text"] = _texts(gaps["mean"], gaps["std"])
+    wide = gaps.pivot_table(index="remedy", columns="bits", values="text", aggfunc="first").loc[worst.index]
+    adapted = spread(rows[rows.run.isin(rows.groupby("seed").run.agg(lambda r: r.mode()[0]))], ["bits"], "adapted_top1")
+    wide.loc["adapted (top-1, %)"] = pd.Series(_texts(adapted["mean"], adapted["std"]), index=adapted.bits)
+    trained = set(rows.bits[rows.trained])
+    table = wide.rename(columns=lambda b: f"{b}*" if b in trained else f"{b}").rename_axis(columns=None)
+    return table.assign(worst=worst.round(1)).reset_index()
+
+
+def served(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each run and bit-width the row that a user gets: without adaptation, or with it where there is no other."""
+    return rows.sort_values("adapted", kind="stable").drop_duplicates(["run", "bits"]).sort_index()
+
+
+def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a method and set of trained bit-widths: top-1 (%) at every bit-width as served, and what that costs.
+
+    Any-Precision is calibrated where it was not trained, ours nowhere. passes: of training, in millions; calibration:
+    forward passes, in thousands; means ± std over seeds. rows: of `experiments.untrained`.
+    """
+    index = ["trained_bits", "method", "correction"]
+    cells = spread(served(rows), [*index, "bits"])
+    cells["text"] = _texts(cells["mean"], cells["std"])
+    wide = cells.pivot_table(index=index, columns="bits", values="text", aggfunc="first", sort=False).sort_index(axis=1)
+    runs = served(rows).groupby([*index, "run"], sort=False)
+    cost = runs.agg(
+        passes=("sample_passes", "first"), calibration=("calibration_passes", "sum"), s=("seconds", "first")
+    )
+    cost = cost.groupby(index, sort=False).mean()
+    columns = {"passes (M)": cost.passes / 1e6, "calibration (k)": cost.calibration / 1e3, "seconds": cost.s.round()}
+    return wide.assign(**columns).rename_axis(columns=None).rename(columns=str).reset_index()
+
+
+def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a child: top-1 (%) after all steps, after its own alone, after the others' alone, mean ± std over seeds.
+
+    All are after batch-norm adaptation, so that what is compared are weights; "gained" is what the others' steps add to
+    its own. rows: of `experiments.transfer`.
+    """
+    adapted = rows[rows.adapted]
+    every = max(adapted.trained_bits, key=len)
+    kinds = adapted.trained_bits.map({every: "all steps"}).where(adapted.scheme != "dedicated", "own steps alone")
+    kinds = kinds.where(kinds.notna() | adapted.trained, "others' steps alone")
+    seeds = adapted.assign(kind=kinds).pivot_table(index=["bits", "seed"], columns="kind", values="top1", sort=False)
+    seeds["gained"] = seeds["all steps"] - seeds["own steps alone"]
+    parts = {kind: seeds[kind].groupby("bits", sort=True).agg(["mean", "std"]) for kind in seeds}
+    table = pd.DataFrame({kind: _texts(part["mean"], part["std"]) for kind, part in parts.items()})
+    order = ["own steps alone", "others' steps alone", "all steps", "gained"]
+    return table.assign(bits=next(iter(parts.values())).index)[["bits", *order]]
+
+
 def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Training cost by scheme and number of bit-widths: sample passes, by formula too, calibration, steps, seconds.
 

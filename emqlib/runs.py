@@ -3,7 +3,7 @@
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ import torchvision
 from torch import nn
 
 from . import checks, devices, files, models
+from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
 from .multibit import ADAPTATION_SAMPLES, convert, evaluate
 from .sampling import CoresetConfig, generator
-from .training import TrainConfig, train
+from .training import train
 
 COST = ("sample_passes", "scoring_passes", "steps", "seconds")
 
@@ -153,6 +154,54 @@ def _train(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> 
     model = build(run, data.num_classes)
     checkpoint = results_dir / "checkpoints" / f"{run.hash}.pt"
     return model, train(model, data, run.config, checkpoint=checkpoint, progress=progress)
+
+
+def derived(
+    run: Run, name: str, results_dir: str | Path, measure: Callable[[nn.Module, Dataset], pd.DataFrame]
+) -> pd.DataFrame:
+    """What `measure` finds in the trained network of `run`: read where it is there, else trained and measured.
+
+    A tidy table, each row with what the run was asked for and its provenance; kept as runs/<hash>-<name>.json.
+    ValueError: a damaged file there.
+    """
+    path = Path(results_dir) / "runs" / f"{run.hash}-{name}.json"
+    if not path.exists():
+        model, data = trained(run, results_dir)
+        _keep(path, run, data, measure(model, data))
+    return _kept(path)
+
+
+def followed(
+    run: Run, name: str, results_dir: str | Path, measure: Callable[[nn.Module, Dataset], pd.DataFrame]
+) -> pd.DataFrame:
+    """What `measure` finds in the network of `run` before training, column epoch 0, and after each epoch of it.
+
+    Read, kept and failing as `derived`. A killed call loses at most the epoch it was in.
+    """
+    path = Path(results_dir) / "runs" / f"{run.hash}-{name}.json"
+    if not path.exists():
+        data = _data(run, {})
+        model, checkpoint = build(run, data.num_classes), Path(results_dir) / "checkpoints" / f"{run.hash}-{name}.pt"
+        tables = [measure(model, data)]
+        history = train(model, data, run.config, checkpoint, observe=lambda m: measure(m, data).to_dict("list"))
+        tables += map(pd.DataFrame, history.observed)
+        _keep(path, run, data, pd.concat([t.assign(epoch=e) for e, t in enumerate(tables)], ignore_index=True))
+    return _kept(path)
+
+
+def _keep(path: Path, run: Run, data: Dataset, table: pd.DataFrame) -> None:
+    asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
+    asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
+    asked |= {"profile": run.profile, "run": run.hash} | provenance(data, devices.device(run.config.device))
+    write_text(path, json.dumps({"asked": asked, "table": table.to_dict("list")}) + "\n")
+
+
+def _kept(path: Path) -> pd.DataFrame:
+    try:
+        record = json.loads(path.read_text())
+        return pd.DataFrame(record["table"]).assign(**record["asked"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
 
 
 def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,91 +21,14 @@ from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
 from . import checks, devices
+from .config import TrainConfig
 from .data import Dataset, augment, normalize
 from .files import write_atomic
+from .layers import QuantSpec
 from .multibit import set_bits
-from .sampling import CoresetConfig, Sampler, Selection, generator
+from .sampling import Sampler, Selection, generator
 
-SCHEMES = ("dedicated", "joint", "bitwise")
 _STOPPED = "training stopped; a checkpoint keeps the epoch before"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a converted network is trained. ValueError names the field, its value and what is allowed.
-
-    scheme: "dedicated" (a network with one bit-width), "joint" (every batch at every bit-width, one optimizer step) or
-    "bitwise" (each step trains one child on a batch of its own coreset). epochs: passes over the training set, or over
-    the coresets. lr: peak learning rate, after warmup_epochs of linear increase; schedule: "cosine" to zero, or "step"
-    (times gamma at each of milestones, epochs). weight_decay: on convolution and linear weights alone.
-    distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
-    clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". compile: run the
-    network through torch.compile. device: "auto" takes CUDA if there is one. coreset: None for the full data.
-    """
-
-    scheme: str = "bitwise"
-    epochs: int = 10
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0
-    label_smoothing: float = 0.0
-    clip_grad_norm: float = 0.0
-    distillation: bool = False
-    autocast: str = "none"
-    channels_last: bool = True
-    compile: bool = False
-    device: str = "auto"
-    seed: int = 0
-    coreset: CoresetConfig | None = None
-
-    def __post_init__(self) -> None:
-        checks.choice("scheme", self.scheme, SCHEMES)
-        checks.choice("optimizer", self.optimizer, ("sgd", "adamw"))
-        checks.choice("schedule", self.schedule, ("cosine", "step"))
-        checks.choice("autocast", self.autocast, devices.AUTOCAST)
-        for name, low in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
-            self._take(name, checks.integer(name, getattr(self, name), low))
-        for name in ("nesterov", "distillation", "channels_last", "compile"):
-            checks.flag(name, getattr(self, name))
-        self._check_numbers()
-        if self.distillation and self.scheme != "joint":
-            raise checks.invalid("distillation", True, 'scheme="joint", where the children share a batch')
-        if self.coreset is not None and not isinstance(self.coreset, CoresetConfig):
-            raise checks.invalid("coreset", self.coreset, "a CoresetConfig, or None for the full data")
-        if self.coreset is not None and self.coreset.pruning_rate:
-            spent = self.coreset.warmup + self.coreset.full_epochs
-            if spent >= self.epochs:
-                expected = f"more than the {spent} that the coreset's scoring phase and full_epochs take"
-                raise checks.invalid("epochs", self.epochs, expected)
-        devices.device(self.device)
-
-    def _take(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # plain int and float: NumPy's do not go into JSON, 1 and 1.0 are equal
-
-    def _check_numbers(self) -> None:
-        self._take("lr", checks.real("lr", self.lr, "a number > 0", low=0))
-        if self.lr == 0:
-            raise checks.invalid("lr", self.lr, "a number > 0")
-        for name in ("weight_decay", "gamma", "warmup_epochs", "clip_grad_norm"):
-            self._take(name, checks.real(name, getattr(self, name), "a number >= 0", low=0))
-        for name in ("momentum", "label_smoothing"):
-            self._take(name, checks.real(name, getattr(self, name), "a number in [0, 1)", low=0, high=1))
-            if getattr(self, name) == 1:
-                raise checks.invalid(name, 1.0, "a number in [0, 1)")
-        if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
-            raise checks.invalid("nesterov", True, "False when momentum is 0")
-        if self.warmup_epochs >= self.epochs:
-            raise checks.invalid("warmup_epochs", self.warmup_epochs, f"less than epochs={self.epochs}")
-        if not isinstance(self.milestones, (tuple, list)):
-            raise checks.invalid("milestones", self.milestones, "a tuple of epochs, for example (100, 150)")
-        self._take("milestones", tuple(checks.integer("milestones", m, 1) for m in self.milestones))
 
 
 @dataclass(frozen=True)
@@ -218,6 +141,7 @@ def train(
     config: TrainConfig,
     checkpoint: str | Path | None = None,
     progress: bool | str = True,
+    observe: Callable[[nn.Module], Any] | None = None,
 ) -> pd.DataFrame:
     """Train a converted `model` in place; returns the history, one row an epoch.
 
@@ -227,6 +151,8 @@ def train(
     overlap (fractions), drift since the last draw, rank correlation with other bit-widths' scores, images a class.
     checkpoint: a file, written after each epoch, atomically; if it is there, training goes on from it, and on a CPU
     ends with the very weights of an undisturbed run. progress: a bar on stderr; a text is its label.
+    observe: called with the model after each epoch; what it returns, of JSON's types, goes into the history's column
+    "observed", and so into the checkpoint.
     The bit-width is the highest trained one afterwards.
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
     where no checkpoint can be, or a checkpoint of another configuration, network or data. FloatingPointError: a loss or
@@ -244,19 +170,20 @@ def train(
     run = _Run(model, forward, data, config, device, memory_format, optimizer(model, config), scaler, sampler)
     if path is not None and path.exists():
         _resume(run, path)
-    _finish(run, path, label)
+    _finish(run, path, label, observe)
     set_bits(model, bits[-1])
     history = pd.DataFrame(run.history)
     history.attrs["coresets"] = sampler.rows
     return history
 
 
-def _finish(run: _Run, path: Path | None, label: str | bool) -> None:
+def _finish(run: _Run, path: Path | None, label: str | bool, observe: Callable[[nn.Module], Any] | None) -> None:
     left = range(run.epoch, run.config.epochs)
     total = sum(_count(run.sampler, run.config, epoch) for epoch in left)
     with tqdm(total=total, desc=label, unit="step", leave=False, disable=not label, mininterval=1) as bar:
         for _ in left:
-            run.history.append(_epoch(run, bar))
+            row = _epoch(run, bar)
+            run.history.append(row | ({"observed": observe(run.model)} if observe else {}))
             if path is not None:
                 _save(run, path)
 
@@ -369,6 +296,11 @@ def _identity(run: _Run) -> dict[str, Any]:
     return config | spec | {"net": net, "data": run.data.sha256}
 
 
+def _defaults() -> dict[str, Any]:
+    spec = {f"spec.{f.name}": f.default for f in fields(QuantSpec)}
+    return spec | {f.name: f.default for f in fields(TrainConfig)}
+
+
 def _save(run: _Run, path: Path) -> None:
     state = {
         "identity": json.dumps(_identity(run)),
@@ -390,6 +322,7 @@ def _resume(run: _Run, path: Path) -> None:
     except Exception as error:  # torch.load raises whatever the broken part of the file leads to
         raise checks.invalid("checkpoint", str(path), f"a whole checkpoint of this library ({error})") from error
     ours = json.loads(json.dumps(_identity(run)))
+    theirs = _defaults() | theirs  # an option of a later version is at its default where it is not named
     differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
     if differing:
         raise checks.invalid("checkpoint", str(path), "one of the same run, but " + "; ".join(differing))

@@ -12,11 +12,25 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
-from emqlib import CoresetConfig, QuantSpec, TrainConfig, evaluate, experiments, files, load_dataset, training
-from emqlib.experiments import quickstart, table1
-from emqlib.profiles import PROFILES, parameters
-from emqlib.runs import Run, build, provenance, run_all, trained
+from emqlib import (
+    CoresetConfig,
+    Dataset,
+    QuantSpec,
+    TrainConfig,
+    evaluate,
+    experiments,
+    files,
+    load_dataset,
+    training,
+)
+from emqlib.analysis import BINS, SPAN
+from emqlib.experiments import UNCALIBRATED, bias_correction, quickstart, table1
+from emqlib.profiles import PROFILES, Parameters, parameters
+from emqlib.remedies import ACTIVATIONS, RULES
+from emqlib.runs import Run, build, derived, followed, provenance, run_all, trained
+from emqlib.transfer import gradient_angles
 
 
 @pytest.fixture(autouse=True)
@@ -294,6 +308,7 @@ def test_quickstart() -> None:
 
 
 TABLES = ("curves", "equal_epochs", "comparison", "scoring_ablation", "table2", "growth")
+TABLES += ("bias_correction", "untrained", "transfer")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -507,15 +522,131 @@ def test_a_trained_network_comes_from_its_checkpoint(
 
 def test_distributions_are_of_networks_without_and_with_correction(tmp_path: Path) -> None:
     p = parameters(profile="smoke", bits=(2, 4), results_dir=tmp_path)
-    p = replace(p, profile=replace(p.profile, coreset_epochs=1, coreset_subset=(TRAIN, TEST)))
+    first = replace(p.profile.training, epochs=1)
+    p = replace(p, profile=replace(p.profile, training=first, subset=(TRAIN, TEST)))
     weights, mismatch, histograms = experiments.distributions(p)
     assert set(weights.trained_with) == {"none"} and set(weights.bits) == set(range(1, 9))
     for table in (mismatch, histograms):
         assert set(table.trained_with) == {"none", "mean_var"} and set(table.bits) == {2, 4}
         assert table.run.nunique() == 2 and {"commit", "data_sha256", "dataset", "seed"} <= set(table.columns)
     sums = histograms.groupby(["run", "layer", "bits"]).density.sum()
-    assert ((sums * 12 / 240 - 1).abs() < 1e-9).all() and len(sums) == len(mismatch)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert ((sums * 2 * SPAN / BINS - 1).abs() < 1e-4).all() and len(sums) == len(mismatch)
+    assert [run.hash for run in bias_correction(p)[::2][:2]] == list(mismatch.run.unique())  # Table 6's own networks
+    shutil.rmtree(tmp_path / "checkpoints")
+    for table, again in zip((weights, mismatch, histograms), experiments.distributions(p), strict=True):
+        pd.testing.assert_frame_equal(table, again, check_exact=True)  # read, since nothing is left to measure
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def small_parameters(folder: Path, **options: Any) -> Parameters:
+    """The smoke profile on a few images for one epoch."""
+    p = parameters(profile="smoke", results_dir=folder, **options)
+    sizes = {"subset": (TRAIN, TEST), "coreset_subset": (TRAIN, TEST), "coreset_epochs": 2}
+    return replace(p, profile=replace(p.profile, training=replace(p.profile.training, epochs=1), **sizes))
+
+
+def test_bias_correction_crosses_corrections_and_norms() -> None:
+    runs = bias_correction(parameters(profile="small", repeats=2))
+    pairs = [("none", "shared"), ("mean", "shared"), ("mean_var", "shared"), ("none", "switchable")]
+    pairs.append(("mean_var", "switchable"))
+    assert [(r.config.seed, r.spec.correction, r.spec.norm) for r in runs] == [(s, *p) for s in (0, 1) for p in pairs]
+    assert {(r.config.scheme, r.pruning_rate, r.eval_bits) for r in runs} == {("bitwise", 0.0, ALL)}
+    assert runs[:3] == table1(parameters(profile="small", repeats=2))[:3]
+    assert [r.method for r in runs[2:4]] == ["Ours", "Ours, switchable norm"]
+
+
+def test_untrained_trains_all_and_then_the_ends() -> None:
+    runs = experiments.untrained(parameters(profile="small", bits=(2, 4, 8), repeats=1))
+    kinds = ["Any-Precision", "Ours", "Ours, own statistics"]
+    assert [(r.spec.bits, r.method) for r in runs] == [(b, k) for b in ((2, 4, 8), (2, 8)) for k in kinds]
+    assert [r.spec.output_correction for r in runs] == [False, False, True] * 2
+    assert {r.eval_bits for r in runs} == {ALL}
+    for bits, sets in ([2, 8], [(2, 8)]), ([4], [(4,)]):
+        runs = experiments.untrained(parameters(profile="small", bits=bits, repeats=1))
+        assert [r.spec.bits for r in runs] == sets * 3
+
+
+def test_transfer_leaves_each_child_out_once() -> None:
+    runs = experiments.transfer(parameters(profile="small", bits=(2, 4, 8), repeats=1))
+    assert [r.spec.bits for r in runs] == [(2, 4, 8), (4, 8), (2, 8), (2, 4), (2,), (4,), (8,)]
+    assert [r.method for r in runs] == ["Ours, own statistics"] * 4 + ["Dedicated"] * 3
+    assert {r.eval_bits for r in runs[:4]} == {(2, 4, 8)}
+    with pytest.raises(ValueError, match=r"^bits=\(4,\): expected two bit-widths at least$"):
+        experiments.transfer(parameters(profile="small", bits=[4]))
+
+
+def test_remedies_stand_beside_the_adapted_network_they_belong_to(tmp_path: Path) -> None:
+    p = small_parameters(tmp_path, bits=(2, 4))
+    rows = experiments.remedies(p)
+    trained_in = ["shared, as in the paper", "shared, output correction", "own, interpolated", "own, output correction"]
+    assert set(rows.remedy) == {*trained_in, *RULES, ACTIVATIONS}
+    assert (rows.groupby("remedy").bits.apply(list) == [list(ALL)] * rows.remedy.nunique()).all()
+    start = experiments.base(p, 0, "cifar10")
+    for remedy, options in zip(trained_in, ({}, {"output_correction": True}, OWN, UNCALIBRATED), strict=True):
+        run = experiments.ours(start, **options)
+        stored = run_all([run], tmp_path)
+        part = rows[rows.remedy == remedy]
+        assert part.top1.tolist() == stored[~stored.adapted].top1.tolist() and set(part.run) == {run.hash}
+        assert part.adapted_top1.tolist() == stored[stored.adapted].top1.tolist()
+        if options == OWN:
+            others = rows[~rows.remedy.isin(trained_in)]
+            assert set(others.run) == {run.hash} and set(others.trained_bits) == {"2 4"}
+            assert others.adapted_top1.tolist() == part.adapted_top1.tolist() * others.remedy.nunique()
+    assert not rows.drop(columns="commit").isna().any(axis=None)
+
+
+OWN = {"norm": "shared_affine"}
+
+
+def test_alignment_follows_the_first_run_of_transfer(tmp_path: Path) -> None:
+    p = small_parameters(tmp_path, bits=(2, 8))
+    angles, probes = experiments.alignment(p)
+    assert set(angles.epoch) == {0, 1, 2} and set(angles.run) == set(probes.run) == {experiments.transfer(p)[0].hash}
+    assert (angles.groupby("epoch").size() == angles.groupby("epoch").size()[0]).all()
+    model, data = trained(experiments.transfer(p)[0], tmp_path, progress=False)
+    expected = gradient_angles(model, data, (2, 8), TRAIN // 4)
+    last = angles[angles.epoch == 2]
+    assert last.angle.tolist() == expected.angle.tolist() and last.layer.tolist() == expected.layer.tolist()
+    untrained = gradient_angles(build(experiments.transfer(p)[0], 10), data, (2, 8), TRAIN // 4)
+    assert angles[angles.epoch == 0].angle.tolist() == untrained.angle.tolist()
+    shutil.rmtree(tmp_path / "checkpoints")
+    for table, again in zip((angles, probes), experiments.alignment(p), strict=True):
+        pd.testing.assert_frame_equal(table, again, check_exact=True)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"table": {}}', '{"table": {"a": [1], "b": []}, "asked": {}}'])
+def test_a_damaged_table_of_a_run_is_named(content: str, tmp_path: Path) -> None:
+    run = tiny_runs()[0]
+    path = tmp_path / "runs" / f"{run.hash}-name.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    for function in (derived, followed):
+        with pytest.raises(ValueError, match=r"^results_dir='.*-name\.json': expected a whole table of a run, or none"):
+            function(run, "name", tmp_path, refuse_to_train)
+    assert path.read_text() == content
+
+
+def test_a_run_followed_and_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_runs()[0]
+
+    def measure(model: nn.Module, _: Dataset) -> pd.DataFrame:
+        return pd.DataFrame({"norm": [float(model.fc.weight.detach().norm())]})
+
+    undisturbed = followed(run, "norm", tmp_path / "undisturbed", measure)
+    epoch, done = training._epoch, []
+
+    def killed(*args: Any) -> Any:
+        done.append(1)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return epoch(*args)
+
+    monkeypatch.setattr(training, "_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        followed(run, "norm", tmp_path, measure)
+    pd.testing.assert_frame_equal(followed(run, "norm", tmp_path, measure), undisturbed, check_exact=True)
+    assert len(done) == EPOCHS + 1 and undisturbed.epoch.tolist() == [0, 1, 2] and undisturbed.norm.nunique() == 3
 
 
 def test_a_second_call_trains_nothing(

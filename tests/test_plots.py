@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -262,7 +263,7 @@ def test_distributions_draw_the_histograms() -> None:
     """Without correction on the left, with it on the right, and the standard normal distribution in both."""
     rows = mismatched()[lambda t: t.layer.eq("bn2")]
     histograms = pd.concat([rows.assign(z=z, density=rows.mean_shift + z) for z in (-1.0, 0.0, 1.0)])
-    left, right = plots.distributions(histograms, "bn2").figure.axes
+    left, right = plots.distributions(histograms).figure.axes
     assert ["without" in left.get_title(), "without" in right.get_title()] == [True, False]
     for ax, scale in ((left, 10), (right, 50)):
         lines = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
@@ -270,8 +271,56 @@ def test_distributions_draw_the_histograms() -> None:
         for b in (2, 8):
             assert lines[f"{b} bits"].tolist() == [[z, b / scale + 1 + z] for z in (-1, 0, 1)]
         assert lines["standard normal"][1, 1] == pytest.approx(0.39894, abs=1e-5)
-    with pytest.raises(ValueError, match=r"^layer='bn3': expected one of \['bn2'\]$"):
-        plots.distributions(histograms, "bn3")
+    with pytest.raises(ValueError, match=r"^histograms=\['bn1', 'bn2'\]: expected the rows of one layer$"):
+        plots.distributions(mismatched().assign(z=0.0, density=1.0))
+
+
+def test_gaps_draw_each_remedy_from_two_bits_up() -> None:
+    rows = [
+        {"remedy": remedy, "bits": b, "seed": seed, "top1": top1 + seed * b, "adapted_top1": 70.0, "trained": b != 3}
+        for remedy, top1 in (("shared", 60.0), ("own", 69.0))
+        for b in (1, 2, 3)
+        for seed in (0, 1)
+    ]
+    asked = {"dataset": "cifar10", "model": "resnet8", "profile": "small", "epochs": 4}
+    ax = plots.gap_by_bits(pd.DataFrame(rows).assign(**asked))
+    assert [container.get_label() for container in ax.containers] == ["shared", "own"]
+    for container, gap in zip(ax.containers, (-10, -1), strict=True):
+        x, y = container.lines[0].get_data()
+        assert [round(value) for value in x] == [2, 3] and list(y) == [gap + 1, gap + 1.5]
+        (bars,) = container.lines[2]
+        assert [np.ptp(bar[:, 1]) for bar in bars.get_segments()] == pytest.approx([2 * 2**0.5, 3 * 2**0.5])
+    assert "(trained: 2)" in ax.get_xlabel() and "2 seed(s)" in ax.get_title()
+
+
+def angles() -> pd.DataFrame:
+    """Two layers and all of them, before and after an epoch: bits + 10 other_bits + 100 epoch + depth."""
+    pairs = [(2, 4, False), (2, 2, True), (4, 4, True)]
+    rows = [
+        {"layer": layer, "depth": depth, "bits": a, "other_bits": b, "other_images": other, "epoch": epoch}
+        for layer, depth in (("conv1", 0), ("fc", 1), ("all layers", -1))
+        for a, b, other in pairs
+        for epoch in (0, 1)
+    ]
+    table = pd.DataFrame(rows).assign(dataset="cifar10", model="resnet8", profile="small", epochs=1, seed=0)
+    return table.assign(angle=lambda t: t.bits + 10 * t.other_bits + 100 * t.epoch + t.depth)
+
+
+def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
+    ax = plots.angles_by_layer(angles())
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert list(lines) == ["2 bits, other images", "2 and 4 bits, same images", "4 bits, other images"]
+    assert lines["2 and 4 bits, same images"].get_xydata().tolist() == [[0, 142], [1, 143]]
+    assert lines["4 bits, other images"].get_xydata().tolist() == [[0, 144], [1, 145]]
+    assert [lines[name].get_linestyle() for name in lines] == ["--", "-", "--"]
+    assert lines["4 bits, other images"].get_color() == plots.bit_color(4)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["conv1", "fc"]
+
+
+def test_angles_by_epoch_are_those_of_all_layers() -> None:
+    lines = {line.get_label(): line.get_xydata().tolist() for line in plots.angles_by_epoch(angles()).get_lines()}
+    assert lines["2 and 4 bits, same images"] == [[0, 41], [1, 141]]
+    assert lines["2 bits, other images"] == [[0, 21], [1, 121]]
 
 
 def test_each_bit_width_has_a_color_of_its_own() -> None:

@@ -270,6 +270,73 @@ def test_growth_table() -> None:
     assert columns(table, *names) == expected
 
 
+def remedied() -> pd.DataFrame:
+    """Two seeds of two remedies, "own" with two tables from its run; bit-widths 1, 2, and 3, of which 2 is trained."""
+    rows = []
+    for seed, run_name, remedies in ((0, "a", ("own", "nearest")), (1, "b", ("own", "nearest")), (0, "c", ("shared",))):
+        for remedy in remedies:
+            gaps = {"own": (-30, -1, -2), "nearest": (-9, -1, -6), "shared": (-5, -12, 1)}[remedy]
+            rows += [
+                {"remedy": remedy, "seed": seed, "run": run_name, "bits": b, "trained": b == 2}
+                | {"adapted_top1": 60.0 + b + seed, "top1": 60.0 + b + seed + gap + seed * (b == 3)}
+                for b, gap in zip((1, 2, 3), gaps, strict=True)
+            ]
+    return pd.DataFrame(rows)
+
+
+def test_remedy_table() -> None:
+    table = results.remedy_table(remedied())
+    assert list(table.columns) == ["remedy", "1", "2*", "3", "worst"]
+    assert columns(table, "remedy", "1", "2*", "3", "worst") == [
+        ("own", "-30.0 ± 0.0", "-1.0 ± 0.0", "-1.5 ± 0.7", -1.5),
+        ("nearest", "-9.0 ± 0.0", "-1.0 ± 0.0", "-5.5 ± 0.7", -5.5),
+        ("shared", "-5.0", "-12.0", "1.0", -12.0),
+        ("adapted (top-1, %)", "61.5 ± 0.6", "62.5 ± 0.6", "63.5 ± 0.6", None),
+    ]
+
+
+def test_untrained_table() -> None:
+    rows = together(
+        run("Any-Precision", {2: (70, 71), 3: (None, 40), 4: (90, 89)}, passes=8_000_000, seconds=20.4),
+        run("Any-Precision", {2: (72, 71), 3: (None, 50), 4: (92, 89)}, seed=1, passes=8_000_000, seconds=21.4),
+        run("Ours", {2: (66, 70), 3: (58, 60), 4: (81, 82)}, trained=(2,), correction="mean_var"),
+    )
+    rows["trained_bits"] = rows.method.map({"Any-Precision": "2 4", "Ours": "2"})
+    table = results.untrained_table(rows)
+    assert list(table.columns) == (
+        ["trained_bits", "method", "correction", "2", "3", "4", "passes (M)", "calibration (k)", "seconds"]
+    )
+    assert [tuple(row) for row in table.to_numpy()] == [
+        ("2 4", "Any-Precision", "none", "71.0 ± 1.4", "45.0 ± 7.1", "91.0 ± 1.4", 8.0, 500.0, 21.0),
+        ("2", "Ours", "mean_var", "66.0", "58.0", "81.0", 1.0, 0.0, 10.0),
+    ]
+
+
+def test_served_is_without_adaptation_where_that_can_be() -> None:
+    rows = results.served(run("Any-Precision", {2: (70, 71), 3: (None, 40)}))
+    assert columns(rows, "bits", "adapted", "top1") == [(2, False, 70), (3, True, 40)]
+
+
+def test_transfer_table() -> None:
+    def child(trained: tuple[int, ...], top1: dict[int, float], scheme: str, seed: int = 0) -> pd.DataFrame:
+        rows = run("Ours", {b: (1.0, value) for b, value in top1.items()}, trained=trained, seed=seed)
+        return rows.assign(trained_bits=" ".join(map(str, trained)), scheme=scheme)
+
+    rows = together(
+        child((2, 8), {2: 60, 8: 80}, "bitwise"),
+        child((2, 8), {2: 62, 8: 80}, "bitwise", seed=1),
+        child((8,), {2: 50, 8: 70}, "bitwise"),
+        child((2,), {2: 55, 8: 66}, "bitwise"),
+        child((2,), {2: 54}, "dedicated"),
+        child((2,), {2: 52}, "dedicated", seed=1),
+        child((8,), {8: 71}, "dedicated"),
+    )
+    assert [tuple(row) for row in results.transfer_table(rows).to_numpy()] == [
+        (2, "53.0 ± 1.4", "50.0", "61.0 ± 1.4", "8.0 ± 2.8"),
+        (8, "71.0", "66.0", "80.0 ± 0.0", "9.0"),
+    ]
+
+
 def test_ratio_definitions() -> None:
     """Each row's ratio follows from its own definition; three for each number of the paper, the nearest first."""
     table = results.ratio_definitions(epochs=200)

@@ -28,17 +28,20 @@ LAYERS = [
     ["data", "devices", "models", "coreset", "signs"],
     ["recorder"],
     ["sampling"],
+    ["config"],
     ["quantizers"],
     ["correction"],
     ["layers"],
     ["multibit"],
     ["training"],
     ["profiles"],
-    ["analysis"],
+    ["analysis", "transfer"],
+    ["remedies"],
     ["runs"],
     ["experiments"],
     ["results"],
     ["plots"],
+    ["figures"],
 ]
 # Names under which the packages of pyproject.toml are imported, where the two differ.
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
@@ -327,9 +330,12 @@ def test_imports_are_declared_and_extras_are_late(path: Path) -> None:
 
 
 def test_the_library_is_small() -> None:
-    """Raised from 16 and 3,500: coresets brought sampling, recorder; 400 lines a file profiles, runs; and analysis."""
-    assert len(MODULES) <= 21
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 4700
+    """Raised from 16 and 3,500: coresets brought sampling, recorder; 400 lines a file config, profiles, runs; notebooks
+
+    06 and 08 to 10 analysis, remedies and transfer, which measure; and `make figures` figures.
+    """
+    assert len(MODULES) <= 25
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 5300
 
 
 def test_the_library_prints_in_one_place_at_most() -> None:

@@ -682,6 +682,27 @@ def assert_same_history(a: pd.DataFrame, b: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"), check_exact=True)
 
 
+def test_what_is_observed_after_each_epoch_is_kept_in_the_checkpoint(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path, seen = quick(epochs=3), tmp_path / "run.pt", []
+
+    def observe(model: nn.Module) -> dict[str, list[float]]:
+        seen.append(float(model[0].weight.detach().norm()))
+        return {"norm": seen[-1:]}
+
+    with stopped_at(monkeypatch, "epoch 3, step 1"), pytest.raises(Stop):
+        emq.train(tiny(), digits, config, path, progress=False, observe=observe)
+    assert len(seen) == 2
+    model = tiny(init=1)
+    history = emq.train(model, digits, config, path, progress=False, observe=observe)
+    assert len(seen) == len(set(seen)) == 3 and seen[-1] == float(model[0].weight.detach().norm())
+    assert history.observed.tolist() == [{"norm": [value]} for value in seen]
+    unobserved = tiny()
+    assert "observed" not in train(unobserved, digits, config)
+    assert_same_state(unobserved, model)
+
+
 def test_what_started_from_the_first_batch_does_not_start_again(digits: Dataset, tmp_path: Path) -> None:
     config, path = quick(), tmp_path / "run.pt"
     for init in (0, 1):
@@ -766,6 +787,20 @@ def test_a_checkpoint_of_another_coreset_option_is_refused(options: dict, digits
     message = rf"^checkpoint=.*expected one of the same run, but coreset: .*'{name}': .* there, .*'{name}': "
     with pytest.raises(ValueError, match=message):
         train(tiny(), digits, quick(coreset=replace(coreset, **options)), path)
+
+
+def test_a_checkpoint_from_before_an_option_counts_as_at_its_default(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    history = train(tiny(), digits, quick(), path)
+    state = torch.load(path, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["spec.output_correction"], identity["clip_grad_norm"]
+    torch.save(state | {"identity": json.dumps(identity)}, path)
+    pd.testing.assert_frame_equal(train(tiny(init=1), digits, quick(), path), history)
+    with pytest.raises(ValueError, match=r"but spec.output_correction: False there, True here$"):
+        train(tiny(output_correction=True), digits, quick(), path)
+    with pytest.raises(ValueError, match=r"but clip_grad_norm: 0.0 there, 1.0 here$"):
+        train(tiny(), digits, quick(clip_grad_norm=1.0), path)
 
 
 def test_a_device_is_no_difference(digits: Dataset, tmp_path: Path) -> None:
