@@ -166,9 +166,8 @@ def compare(model: nn.Module, data: Dataset, bits: Iterable[int] = range(1, 9), 
     integer("samples", samples, 2)
     spec = getattr(model, "quant_spec", None)
     if spec is None or spec.norm != "shared_affine" or spec.output_correction:
-        raise invalid(
-            "model", spec or type(model).__name__, 'a converted one, norm="shared_affine", no output_correction'
-        )
+        expected = 'a converted network with norm="shared_affine" and without output_correction'
+        raise invalid("model", spec or type(model).__name__, expected)
     tables = []
     with undisturbed(model, data, 500):
         net = _Network(model)
@@ -176,8 +175,8 @@ def compare(model: nn.Module, data: Dataset, bits: Iterable[int] = range(1, 9), 
             for b in wanted:
                 _set(net, b, {name: rule(net, name, b) for name in net.norms})
             tables.append(evaluate(model, data, wanted).assign(remedy=remedy))
-            for b in wanted:
-                _set(net, b, {name: net.kept[name][b] for name in net.norms})
+        for b in wanted:
+            _set(net, b, {name: net.kept[name][b] for name in net.norms})
         moments = {b: _input_moments(model, data, b, samples) for b in net.trained}
         for b in wanted:
             _set(net, b, {name: net.kept[name][net.trained[-1]] for name in net.norms})

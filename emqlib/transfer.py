@@ -46,12 +46,12 @@ def gradient_angles(
     device = next(model.parameters()).device
     pairs = list(batches(data, "train", device, min(batch_size, samples), 2 * samples))
     here, there = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
-    first, second = ({b: _gradients(model, part, b) for b in wanted} for part in (here, there))
+    first = {b: _gradients(model, here, b) for b in wanted}
     rows = []
     for a, b in combinations(wanted, 2):
         rows += _compared(first[a], first[b], {"bits": a, "other_bits": b, "other_images": False})
-    for b in wanted:
-        rows += _compared(first[b], second[b], {"bits": b, "other_bits": b, "other_images": True})
+    for b in wanted:  # one at a time: each is as large as the network
+        rows += _compared(first[b], _gradients(model, there, b), {"bits": b, "other_bits": b, "other_images": True})
     return pd.DataFrame(rows)
 
 
