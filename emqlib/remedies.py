@@ -59,8 +59,9 @@ def gaussian_inputs(model: nn.Module) -> tuple[dict[str, Statistics], dict[str, 
         module = modules.get(node.target) if node.op == "call_module" else None
         sources = node.all_input_nodes
         if isinstance(module, MultiBitBatchNorm):
-            weight, bias = (p.detach()[0] for p in (module.weight, module.bias))
-            known[node] = bias, weight.square()
+            weight, bias = module.weight, module.bias
+            mean = torch.zeros_like(module.running_mean[0]) if bias is None else bias.detach()[0]
+            known[node] = mean, torch.ones_like(mean) if weight is None else weight.detach()[0].square()
             reads[node.target] = sources[0].target
         elif isinstance(module, (QuantConv2d, QuantLinear)) and sources[0] in known:
             relu = isinstance(modules.get(sources[0].target), nn.ReLU)
@@ -76,7 +77,7 @@ def _passed_on(node: fx.Node, module: nn.Module | None, sources: list[Statistics
         return {node: gaussian_moments(*sources[0], F.relu)}
     if isinstance(module, nn.Identity):
         return {node: sources[0]}
-    if node.op == "call_function" and node.target.__name__ in ("add", "iadd"):
+    if node.op == "call_function" and node.target.__name__ in ("add", "iadd") and len(sources) == len(node.args):
         return {node: (sum(mean for mean, _ in sources), sum(var for _, var in sources))}
     return {}
 
@@ -110,7 +111,9 @@ class _Network:
             return None
         with at_bits(self.model, bits), torch.no_grad():
             n = torch.tensor(levels(bits), device=layer.weight.device)
-            mean, var = gaussian_moments(*self.inputs[self.reads[name]], lambda x: layer.input_quantizer(x, n))
+            quantizer = layer.input_quantizer
+            part = F.relu if not quantizer.signed else nn.Identity()  # without a sign, a ReLU stands before it
+            mean, var = gaussian_moments(*self.inputs[self.reads[name]], lambda x: quantizer(part(x), n))
             w = layer.quantized_weight()
         nothing = torch.zeros_like(w)
         return output_shift(w, nothing, mean), output_shift(w.square(), nothing, var)
@@ -201,7 +204,10 @@ def _input_moments(model: nn.Module, data: Dataset, bits: int, samples: int) -> 
     seen, hooks = {}, ExitStack()
     for name, layer in _quantized(model):
         seen[name] = Moments()
-        hook = layer.input_quantizer.register_forward_hook(lambda _, __, x, to=seen[name]: to.update(x))
+        channel = 1 if isinstance(layer, nn.Conv2d) else -1
+        hook = layer.input_quantizer.register_forward_hook(
+            lambda _, __, x, to=seen[name], channel=channel: to.update(x.movedim(channel, 1))
+        )
         hooks.callback(hook.remove)
     with hooks, at_bits(model, bits):
         for images, _ in batches(data, "train", next(model.parameters()).device, 250, samples):

@@ -42,10 +42,16 @@ def gradient_angles(
     integer("batch_size", batch_size, 2)
     if len(data.train.labels) < 2 * samples:
         raise invalid("samples", samples, f"at most half of the {len(data.train.labels)} training images")
-    model = copy.deepcopy(model)  # in training mode batch norms, ranges and mean inputs follow what they see
     device = next(model.parameters()).device
-    pairs = list(batches(data, "train", device, min(batch_size, samples), 2 * samples))
-    here, there = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    pairs = batches(data, "train", device, batch_size, 2 * samples)
+    images, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    if len(labels) == len(data.train.labels):  # all there are come in their own order, which may be class by class
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
+        images, labels = images[order], labels[order]
+    halves = zip(images.split(samples), labels.split(samples), strict=True)
+    here, there = (
+        list(zip(*(part.tensor_split(-(-samples // batch_size)) for part in half), strict=True)) for half in halves
+    )
     first = {b: _gradients(model, here, b) for b in wanted}
     rows = []
     for a, b in combinations(wanted, 2):
@@ -57,13 +63,14 @@ def gradient_angles(
 
 def _gradients(model: nn.Module, pairs: list[tuple[Tensor, Tensor]], bits: int) -> dict[str, Tensor]:
     """The gradient of the mean loss to each layer's weight, by the layer's name in the order of the network."""
-    model.train().zero_grad(set_to_none=True)
+    model = copy.deepcopy(model).train()  # ranges, batch norms and mean inputs follow what they see in training
+    model.zero_grad(set_to_none=True)
     set_bits(model, bits)
     total = sum(len(labels) for _, labels in pairs)
     for images, labels in pairs:
         (F.cross_entropy(model(images).float(), labels, reduction="sum") / total).backward()
     layers = ((name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
-    return {name: m.weight.grad.clone() for name, m in layers if m.weight.grad is not None}
+    return {name: m.weight.grad for name, m in layers if m.weight.grad is not None}
 
 
 def _compared(a: dict[str, Tensor], b: dict[str, Tensor], pair: dict[str, int | bool]) -> list[dict]:

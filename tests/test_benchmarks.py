@@ -4,7 +4,10 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 import emqlib as emq
 
@@ -42,3 +45,21 @@ def test_schemes() -> None:
     assert summary["times faster, median"]["Any-Precision"] == 1 and (rows.seconds > 0).all()
     first = [rows[(rows.repeat == 0) & (rows.scheme == name)].seconds.item() for name in names]
     assert rows.repeat.nunique() == 2 and summary["times faster, min"][names[1]] <= round(first[0] / first[1], 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_streaming() -> None:
+    pytest.importorskip("sklearn")
+    streaming = benchmark("streaming")
+    data = streaming.enlarged(emq.load_dataset("digits").subset(32, 10), 48)
+    assert data.train.images.shape == (32, 3, 48, 48)
+    row = streaming._measured("gradient_angles", data, "resnet8", 48, torch.get_num_threads())
+    assert row["peak"] == row["before"] + row["beyond"] and row["seconds"] > 0
+    assert set(streaming.summary(pd.DataFrame([row])).columns) == {"analysis", "batch", "seconds", "network", "beyond"}
+    assert streaming._size(nn.Sequential(nn.Linear(999, 250), nn.BatchNorm1d(250, affine=False))) == 1.002008
+    before = streaming._resident("VmRSS")
+    kept = torch.ones(50_000_000)
+    grown = streaming._resident("VmRSS") - before
+    assert 190 <= grown <= 250 and kept.numel() * 4 == 200_000_000
+    del kept
+    assert streaming._resident("VmHWM") >= before + grown
