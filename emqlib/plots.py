@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend of many lines would cover some of them
+
+
 def _axes(ax: "Axes | None", title: str) -> "Axes":
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -231,7 +234,7 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("shift of the mean (standard deviations)")
-    ax.legend(fontsize=7, handlelength=4)
+    ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
     return ax
 
 
@@ -256,7 +259,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     trained = sorted(set(gaps.bits[gaps.trained.astype(bool)]))
     ax.set_xlabel(f"bit-width of weights and activations (trained: {', '.join(map(str, trained))})")
     ax.set_ylabel("top-1 above adapted (points)")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, **_OUTSIDE)
     return ax
 
 
@@ -296,7 +299,7 @@ def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
         ax.plot(line[x], line.angle, lw=1, label=label, **look)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("angle (degrees)")
-    ax.legend(fontsize=7, handlelength=4)
+    ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
 
 
 def save(ax: "Axes", path: Path) -> None:

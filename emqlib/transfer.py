@@ -48,10 +48,9 @@ def gradient_angles(
     if len(labels) == len(data.train.labels):  # all there are come in their own order, which may be class by class
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
         images, labels = images[order], labels[order]
+    parts = -(-samples // batch_size)  # of near-equal size: batch norm cannot take a last one of one image
     halves = zip(images.split(samples), labels.split(samples), strict=True)
-    here, there = (
-        list(zip(*(part.tensor_split(-(-samples // batch_size)) for part in half), strict=True)) for half in halves
-    )
+    here, there = (list(zip(*(half.tensor_split(parts) for half in pair), strict=True)) for pair in halves)
     first = {b: _gradients(model, here, b) for b in wanted}
     rows = []
     for a, b in combinations(wanted, 2):
