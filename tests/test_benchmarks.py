@@ -60,6 +60,6 @@ def test_streaming() -> None:
     before = streaming._resident("VmRSS")
     kept = torch.ones(50_000_000)
     grown = streaming._resident("VmRSS") - before
-    assert 190 <= grown <= 250 and kept.numel() * 4 == 200_000_000
+    assert 100 <= grown <= 300 and kept.numel() * 4 == 200_000_000
     del kept
     assert streaming._resident("VmHWM") >= before + grown

@@ -503,7 +503,11 @@ def test_remedies_by_hand(small: nn.Module, data: Dataset, images: Tensor) -> No
 
 
 def test_one_row_a_remedy_and_bit_width(trained: nn.Module, data: Dataset) -> None:
-    table = compare(trained, data, (8, 3, 2), samples=30)
+    seen: list[int] = []
+    hook = trained.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    table = compare(trained, data, (8, 3, 2), samples=24)
+    hook.remove()
+    assert seen == [30] * 12 + [24] * 3 + [30] * 3  # training images at the three trained bit-widths alone
     assert set(table.columns) == {"remedy", "bits", "top1", "loss", "trained", "n"}
     expected = [(remedy, b) for remedy in (*RULES, ACTIVATIONS) for b in (2, 3, 8)]
     assert list(zip(table.remedy, table.bits, strict=True)) == expected
