@@ -77,7 +77,12 @@ def _passed_on(node: fx.Node, module: nn.Module | None, sources: list[Statistics
         return {node: gaussian_moments(*sources[0], F.relu)}
     if isinstance(module, nn.Identity):
         return {node: sources[0]}
-    if node.op == "call_function" and node.target.__name__ in ("add", "iadd") and len(sources) == len(node.args):
+    if (
+        node.op == "call_function"
+        and node.target.__name__ in ("add", "iadd")
+        and len(sources) == len(node.args)
+        and not node.kwargs
+    ):
         return {node: (sum(mean for mean, _ in sources), sum(var for _, var in sources))}
     return {}
 

@@ -244,6 +244,28 @@ def test_what_is_added_to_a_normal_input_counts(
         close(inputs["conv"], (factor * mean + shift, factor**2 * var))
 
 
+class Weighted(Summed):
+    """One batch norm's output and three times another's."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.other = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.conv(torch.add(self.bn(x), self.other(x), alpha=3))).mean((2, 3))
+
+
+def test_a_weighted_sum_is_no_plain_sum(rng: torch.Generator) -> None:
+    """Or else the layer is left out."""
+    model = emq.convert(Weighted(), spec())
+    set_affines(model, rng)
+    (mean, var), (other_mean, other_var) = (normal_of(model, name) for name in ("bn", "other"))
+    inputs, _ = gaussian_inputs(model)
+    if "conv" in inputs:
+        close(inputs["conv"], (mean + 3 * other_mean, var + 9 * other_var))
+
+
 def test_a_batch_norm_without_scale_and_shift_is_standard_normal() -> None:
     inputs, _ = gaussian_inputs(emq.convert(Summed(lambda x: x, affine=False), spec()))
     close(inputs["conv"], (np.zeros(3), np.ones(3)))
