@@ -66,6 +66,15 @@ class QuantSpec:
             raise invalid("zero_level", True, 'weight="minmax" and bit-widths from 2 up')
 
 
+def nearest(trained: tuple[int, ...], bits: int) -> int:
+    """The trained bit-width nearest to `bits`, the lower of two.
+
+    >>> nearest((2, 4, 8), 3)
+    2
+    """
+    return min(trained, key=lambda b: abs(b - bits))
+
+
 class LearnedScale(nn.Module):
     """One learned positive scalar for each trained bit-width; another bit-width takes the nearest one's clipping range.
 
@@ -81,9 +90,9 @@ class LearnedScale(nn.Module):
 
     def set_bits(self, bits: int) -> None:
         """Take the scale of `bits`, or of the nearest trained bit-width, stretched to its clipping range."""
-        nearest = min(self.trained, key=lambda b: abs(b - bits))
+        source = nearest(self.trained, bits)
         self.pick.zero_()
-        self.pick[self.trained.index(nearest)] = self.reach[nearest] / self.reach[bits]
+        self.pick[self.trained.index(source)] = self.reach[source] / self.reach[bits]
 
     def start(self, size: Tensor) -> None:
         """Set every bit-width's scalar to size / sqrt(reach), LSQ's start; size: scalar, 2 mean|x|."""
@@ -189,13 +198,15 @@ class _QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer multiplies with, quantized and corrected: (O, ...)."""
+        return self._corrected_and_domain()[0]
+
+    def _corrected_and_domain(self) -> tuple[Tensor, Tensor]:
         w_q, w = self.weight_and_domain()
-        return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient)
+        return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient), w
 
     def _operands(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized and corrected weight, and bias; channel: which dimension of x has the channels."""
-        x, (w_q, w) = self.input_quantizer(x, self.levels), self.weight_and_domain()
-        weight = correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient)
+        x, (weight, w) = self.input_quantizer(x, self.levels), self._corrected_and_domain()
         if not self.spec.output_correction:
             return x, weight, self.bias
         with torch.no_grad():
@@ -316,14 +327,11 @@ class MultiBitBatchNorm(nn.Module):
         """Use the affine and the statistics of `bits` from now on (`serves` says whether they are there)."""
         self.bits = bits
         self.affine_pick.zero_()
-        self.affine_pick[self.trained.index(self._nearest(bits)) if self.switchable else 0] = 1
+        self.affine_pick[self.trained.index(nearest(self.trained, bits)) if self.switchable else 0] = 1
         self.stats_pick.zero_()
         for row, share in self._rows(bits).items():
             self.stats_pick[row] = share
         self.stats_row.fill_(BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED)
-
-    def _nearest(self, bits: int) -> int:
-        return min(self.trained, key=lambda b: abs(b - bits))
 
     def _rows(self, bits: int) -> dict[int, float]:
         """The rows of the table that the statistics of `bits` come from, each with its share."""
@@ -331,7 +339,7 @@ class MultiBitBatchNorm(nn.Module):
             return {BIT_WIDTHS.index(bits): 1.0}
         if self.norm == "shared":
             return {self.SHARED: 1.0}
-        shares = {self._nearest(bits): 1.0} if self.switchable else interpolation(self.trained, bits)
+        shares = {nearest(self.trained, bits): 1.0} if self.switchable else interpolation(self.trained, bits)
         return {BIT_WIDTHS.index(b): share for b, share in shares.items()}
 
     def own_statistics(self, bits: int) -> None:

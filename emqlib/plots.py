@@ -112,23 +112,28 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     rows: of `experiments.run_all`, those without adaptation; bars show the standard deviation over seeds.
     ValueError: no rows.
     """
-    import seaborn as sns
-
     ax = _axes(ax, _setting(rows, "Accuracy by pruning rate"))
     by = ["coreset", "pruning_rate"]
     lines = spread(seed_means(rows, by), by)
-    names = list(dict.fromkeys(lines.coreset))
-    colors, markers = sns.color_palette("colorblind", len(names)), "osD^vP*Xhd<>"
-    for i, name in enumerate(names):
-        line = lines[lines.coreset == name].sort_values("pruning_rate")
-        shift = 0.4 * (i - len(names) / 2)  # beside one another, or bars hide each other
-        look = {"color": colors[i], "marker": markers[i % len(markers)], "capsize": 2, "ms": 5, "lw": 1}
-        ax.errorbar(100 * line.pruning_rate + shift, line["mean"], line["std"].fillna(0), label=name, **look)
+    _error_lines(ax, lines.assign(percent=100 * lines.pruning_rate), "coreset", "percent", 0.4)
     ax.set_xticks(100 * lines.pruning_rate.unique())
     ax.set_xlabel("pruning rate (%)")
     ax.set_ylabel("mean top-1 accuracy (%)")
     ax.legend(fontsize=7)
     return ax
+
+
+def _error_lines(ax: "Axes", lines: pd.DataFrame, name: str, x: str, step: float) -> None:
+    """Mean and standard deviation against column `x`, a line for each value of column `name`, `step` apart."""
+    import seaborn as sns
+
+    names = list(dict.fromkeys(lines[name]))
+    colors, markers = sns.color_palette("colorblind", len(names)), "osD^vP*Xhd<>"
+    for i, value in enumerate(names):
+        line = lines[lines[name] == value].sort_values(x)
+        shift = step * (i - len(names) / 2)  # beside one another, or bars hide each other
+        look = {"color": colors[i], "marker": markers[i % len(markers)], "capsize": 2, "ms": 5, "lw": 1}
+        ax.errorbar(line[x] + shift, line["mean"], line["std"].fillna(0), label=value, **look)
 
 
 def accuracy_by_coreset(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
@@ -244,18 +249,10 @@ def gap_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     rows: of `experiments.remedies`, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded band
     is 1.5 points wide. ValueError: no rows.
     """
-    import seaborn as sns
-
     ax = _axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
     gaps = remedy_gaps(rows[rows.bits >= 2])
-    names = list(dict.fromkeys(gaps.remedy))
-    colors, markers = sns.color_palette("colorblind", len(names)), "osD^vP*Xhd<>"
     ax.axhspan(-1.5, 0, color="0.9", zorder=0)
-    for i, name in enumerate(names):
-        line = gaps[gaps.remedy == name].sort_values("bits")
-        shift = 0.06 * (i - len(names) / 2)  # beside one another, or bars hide each other
-        look = {"color": colors[i], "marker": markers[i], "capsize": 2, "ms": 5, "lw": 1}
-        ax.errorbar(line.bits + shift, line["mean"], line["std"].fillna(0), label=name, **look)
+    _error_lines(ax, gaps, "remedy", "bits", 0.06)
     trained = sorted(set(gaps.bits[gaps.trained.astype(bool)]))
     ax.set_xlabel(f"bit-width of weights and activations (trained: {', '.join(map(str, trained))})")
     ax.set_ylabel("top-1 above adapted (points)")

@@ -16,7 +16,7 @@ from .analysis import Moments
 from .checks import BIT_WIDTHS, bit_widths, integer, invalid
 from .correction import output_shift
 from .data import Dataset
-from .layers import MultiBitBatchNorm, QuantConv2d, QuantLinear, interpolation
+from .layers import MultiBitBatchNorm, QuantConv2d, QuantLinear, interpolation, nearest
 from .multibit import at_bits, batches, evaluate, undisturbed
 from .quantizers import levels
 
@@ -110,7 +110,10 @@ class _Network:
         return torch.stack(means).mean(0), torch.stack(variances).mean(0)
 
     def predicted(self, name: str, bits: int) -> Statistics | None:
-        """The moments at `bits` of what norm `name` reads, for independent normal inputs; None where unknown."""
+        """The moments at `bits` of what norm `name` reads, for independent normal inputs, its layer's bias left out.
+
+        None where unknown.
+        """
         layer = self.model.get_submodule(self.reads[name]) if name in self.reads else None
         if self.reads.get(name) not in self.inputs:
             return None
@@ -129,7 +132,7 @@ def _shared(net: _Network, name: str, bits: int) -> Statistics:
 
 
 def _nearest(net: _Network, name: str, bits: int) -> Statistics:
-    return net.kept[name][min(net.trained, key=lambda b: abs(b - bits))]
+    return net.kept[name][nearest(net.trained, bits)]
 
 
 def _closed_form(net: _Network, name: str, bits: int) -> Statistics:
@@ -167,8 +170,9 @@ def compare(model: nn.Module, data: Dataset, bits: Iterable[int] = range(1, 9), 
     Columns: remedy, bits, top1 (%), loss, trained, n. "activations corrected" gives each layer's quantized input the
     mean and variance, in each channel, that it has at the highest trained bit-width, whose statistics all bit-widths
     then take; moments at untrained ones are interpolated as `MultiBitBatchNorm` does. They are measured on `samples`
-    training images at the trained bit-widths alone, in place of running ones: the most that remedy could reach. The
-    model is left as it was. ValueError: not a network with norm="shared_affine", bad bits.
+    training images at the trained bit-widths alone, in place of running ones, with no layer corrected, so that they are
+    exact for the first quantized layer only. The model is left as it was. ValueError: not a network with
+    norm="shared_affine", bad bits.
     """
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
@@ -213,7 +217,7 @@ def _input_moments(model: nn.Module, data: Dataset, bits: int, samples: int) -> 
         hook = layer.input_quantizer.register_forward_hook(
             lambda _, __, x, to=seen[name], channel=channel: to.update(x.movedim(channel, 1))
         )
-        hooks.callback(hook.remove)
+        hooks.enter_context(hook)
     with hooks, at_bits(model, bits):
         for images, _ in batches(data, "train", next(model.parameters()).device, 250, samples):
             model(images)
@@ -232,7 +236,7 @@ def _corrected(model: nn.Module, net: _Network, moments: dict[int, dict[str, Sta
         )
         scale = (wanted_var / var.clamp_min(1e-12)).sqrt().where(var > 1e-12, 1.0)
         change = _Affine(mean, scale, wanted)
-        hooks.callback(layer.input_quantizer.register_forward_hook(change).remove)
+        hooks.enter_context(layer.input_quantizer.register_forward_hook(change))
     with hooks:
         yield
 

@@ -112,11 +112,8 @@ def _features(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple
     if not linears:
         raise invalid("model", type(model).__name__, "a network with a linear layer, whose input to read")
     kept, labels = [], []
-    hook = linears[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().flatten(1).cpu()))
-    try:
+    with linears[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().flatten(1).cpu())):
         for images, y in pairs:
             model(images)
             labels.append(y.cpu())
-    finally:
-        hook.remove()
     return torch.cat(kept).numpy(), torch.cat(labels).numpy()
