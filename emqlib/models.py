@@ -1,11 +1,12 @@
 """Plain networks, without a line of quantization in them: `convert` makes a multi-bit network of any of them.
 
-Images are (N, 3, H, W) float, logits (N, num_classes). Every network ends in the mean over what is left of height and
-width, so images larger than the 32 x 32 of CIFAR work too. Every ReLU is a module of its own and torch.fx can trace
-every network: a converter can see what stands before each convolution.
+Images are (N, 3, H, W) float, logits (N, num_classes). Every ResNet ends in the mean over what is left of height and
+width, so images larger than the 32 x 32 of CIFAR work too; a ViT is built for one image size. Every ReLU is a module of
+its own and torch.fx can trace every network: a converter can see what stands before each convolution.
 
 Sources: He et al. 2016, "Deep Residual Learning for Image Recognition" (post-activation) and "Identity Mappings in
-Deep Residual Networks" (pre-activation); Any-Precision: Yu et al. 2021, code at SHI-Labs/Any-Precision-DNNs.
+Deep Residual Networks" (pre-activation); Any-Precision: Yu et al. 2021, code at SHI-Labs/Any-Precision-DNNs; ViT:
+Dosovitskiy et al. 2021, in the sizes of DeiT, Touvron et al. 2021 (arXiv 2012.12877).
 """
 
 import inspect
@@ -147,12 +148,52 @@ def resnet50(num_classes: int = 1000) -> nn.Module:
     return torchvision_models.resnet50(weights=None, num_classes=integer("num_classes", num_classes, 1))
 
 
+def _vit(num_classes: int, image_size: int, patch_size: int, width: int, depth: int, heads: int) -> nn.Module:
+    sizes = {"image_size": image_size, "patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
+    for name, size in {"num_classes": num_classes, **sizes}.items():
+        integer(name, size, 1)
+    if image_size % patch_size:
+        raise invalid("patch_size", patch_size, f"a divisor of image_size={image_size}")
+    if width % heads:
+        raise invalid("heads", heads, f"a divisor of width={width}")
+    net = torchvision_models.VisionTransformer(
+        image_size, patch_size, depth, heads, hidden_dim=width, mlp_dim=4 * width, num_classes=num_classes
+    )
+    nn.init.trunc_normal_(net.heads.head.weight, std=0.02)  # torchvision's zeros give the layers below no gradient
+    return net
+
+
+def vit_tiny(
+    num_classes: int = 10, image_size: int = 32, patch_size: int = 4, width: int = 192, depth: int = 12, heads: int = 3
+) -> nn.Module:
+    """ViT-Ti for small images: (N, 3, image_size, image_size) -> (N, num_classes); 5,362,762 parameters.
+
+    torchvision's VisionTransformer, class token and learned positions, on patches of patch_size x patch_size pixels:
+    `depth` layers of `heads` heads, `width` features a token, four times as many inside the MLP.
+    ValueError: an argument that is not a positive integer, patches that do not tile the image, heads that do not split
+    the width.
+    """
+    return _vit(num_classes, image_size, patch_size, width, depth, heads)
+
+
+def vit_small(
+    num_classes: int = 10, image_size: int = 32, patch_size: int = 4, width: int = 384, depth: int = 12, heads: int = 6
+) -> nn.Module:
+    """ViT-S for small images: (N, 3, image_size, image_size) -> (N, num_classes); 21,342,346 parameters.
+
+    Arguments and errors as `vit_tiny`.
+    """
+    return _vit(num_classes, image_size, patch_size, width, depth, heads)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": resnet8,
     "resnet20": resnet20,
     "resnet18": resnet18,
     "resnet50": resnet50,
     "preact_resnet20": preact_resnet20,
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
 }
 
 

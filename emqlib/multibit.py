@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import open_attention
 from .checks import bit_width, bit_widths, flag, integer, invalid
 from .data import Dataset, augment, normalize
 from .layers import InputQuantizer, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
@@ -28,10 +29,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     """A copy of `net` that runs at any bit-width, set to the highest of `spec.bits`; `net` stays as it is.
 
-    Every Conv2d and Linear becomes its quantized twin, but those `spec.full_precision` keeps; every batch norm becomes
-    a `MultiBitBatchNorm`. A layer whose input can be negative gets a signed input quantizer; where the network cannot
-    be traced to find out, all do. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net`
-    takes go in, and what it gives comes out.
+    Every Conv2d and Linear becomes its quantized twin, but those `spec.full_precision` keeps, those inside
+    `nn.MultiheadAttention` too (see `attention`); every batch norm becomes a `MultiBitBatchNorm`, layer norms stay as
+    they are. A layer whose input can be negative gets a signed input quantizer; where the network cannot be traced to
+    find out, all do. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net` takes go in, and
+    what it gives comes out.
     ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
     running statistics.
     """
@@ -39,15 +41,15 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
         raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
-    signs, order = input_signs(copy.deepcopy(net))  # a forward that stores what it meets would store tracing proxies
-    layers = [name for name, module in net.named_modules() if type(module) in _LAYERS]
+    model = open_attention(copy.deepcopy(net))
+    signs, order = input_signs(copy.deepcopy(model))  # a forward that stores what it meets would store tracing proxies
+    layers = [name for name, module in model.named_modules() if type(module) in _LAYERS]
     called = [name for name in order if name in layers]
     never_called = [name for name in layers if name not in called]
     names = [*called[:-1], *never_called, *called[-1:]]  # neither the first nor the last, such as an auxiliary head
     kept = _full_precision(names, spec) if names else {}
     if len(kept) == len(names):
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
-    model = copy.deepcopy(net)
     spec = replace(spec, activation_range=_activation_range(net, spec))
     new = {id(model.get_submodule(name)): (name, signs[name]) for name in names if name not in kept}
     model = _replace(model, new, spec, {})
@@ -95,10 +97,6 @@ def _replace(
             raise invalid("net", repr(module), "batch norms with running statistics and a momentum")
         twin = MultiBitBatchNorm(module, spec).train(module.training)
     done[id(module)] = twin
-    if isinstance(module, nn.TransformerEncoderLayer):
-        module.activation_relu_or_gelu = 0  # without its fast path, which in evaluation goes past the layers' forward
-    elif isinstance(module, nn.TransformerEncoder):
-        module.use_nested_tensor = False  # only the fast path takes them
     if twin is module:  # not named_children(), which leaves out the second name of a module used twice
         for name, child in module._modules.items():
             module._modules[name] = child if child is None else _replace(child, new, spec, done)

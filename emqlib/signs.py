@@ -2,6 +2,8 @@
 
 from torch import fx, nn
 
+from .attention import MultiheadAttention
+
 # Modules, functions and methods (by name) whose output is never negative ...
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
 _NONNEGATIVE_NAMES = {"relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "softplus"}
@@ -35,6 +37,11 @@ _ARITHMETIC_NAMES = {"add", "add_", "iadd", "mul", "mul_", "imul", "div", "div_"
 _KEEPING_NAMES |= _ARITHMETIC_NAMES  # unless a number is negative, as in x + (-1)
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:  # its forward asks for the shapes of its inputs
+        return isinstance(module, MultiheadAttention) or super().is_leaf_module(module, name)
+
+
 def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str]]:
     """(whether the module's input can be negative, by name; the names of those called, in the order of the calls).
 
@@ -43,7 +50,7 @@ def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str]]:
     """
     names = [name for name, _ in net.named_modules()]
     try:
-        graph = fx.Tracer().trace(net)
+        graph = _Tracer().trace(net)
     except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
         return dict.fromkeys(names, True), names
     modules = dict(net.named_modules(remove_duplicate=False))

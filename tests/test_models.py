@@ -75,6 +75,42 @@ def test_resnet50_is_torchvisions() -> None:
         assert models.resnet50(num_classes=7).fc.out_features == 7
 
 
+@pytest.mark.parametrize(("name", "width"), [("vit_tiny", 192), ("vit_small", 384)])
+def test_parameter_count_of_a_vit(name: str, width: int) -> None:
+    """Embedding of patches, class token and 65 positions; per layer two norms, four projections, an MLP; the head."""
+    linear = width * width + width
+    layer = 2 * 2 * width + 4 * linear + (4 * width * width + 4 * width) + (4 * width * width + width)
+    expected = 3 * 16 * width + width + width + 65 * width + 12 * layer + 2 * width + width * 10 + 10
+    with torch.device("meta"):
+        assert parameters(models.build(name, 10)) == expected
+    assert f"{expected:,} parameters" in models.MODELS[name].__doc__
+    # DeiT's (Touvron et al. 2021, table 1) have the same layers on 16 x 16 patches of 224 x 224 pixels
+    published = {"vit_tiny": 5.7e6, "vit_small": 22e6}[name]
+    with torch.device("meta"):
+        large = parameters(models.build(name, 1000, image_size=224, patch_size=16))
+    assert large == pytest.approx(published, rel=0.01)
+
+
+def test_a_vit_learns_from_its_first_step_on(rng: torch.Generator) -> None:
+    net = models.vit_tiny(5, image_size=16, patch_size=8, width=24, depth=2)
+    logits = net(torch.randn(4, 3, 16, 16, generator=rng))
+    assert logits.shape == (4, 5)
+    logits.square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_wrong_sizes_of_a_vit() -> None:
+    for name in ("image_size", "patch_size", "width", "depth", "heads"):
+        for value in (0, 2.0, "4", True):
+            with pytest.raises(ValueError, match=rf"^{name}=.*expected an integer >= 1"):
+                models.build("vit_tiny", 10, **{name: value})
+    with pytest.raises(ValueError, match=r"^patch_size=5: expected a divisor of image_size=32"):
+        models.vit_tiny(patch_size=5)
+    with pytest.raises(ValueError, match=r"^heads=5: expected a divisor of width=384"):
+        models.vit_small(heads=5)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_layers_and_trace(name: str) -> None:
     convolutions, relus, classes = SHAPES[name]

@@ -241,7 +241,7 @@ def test_transformer_layers_are_quantized_in_evaluation_too(rng: torch.Generator
     with torch.no_grad():
         expected = net(x)
     model = emq.convert(net, spec(weight="minmax", correction="none"))
-    assert model.kept == {"0": "first", "2": "last"} and len(quantized(model)) == 4
+    assert model.kept == {"0": "first", "2": "last"} and len(quantized(model)) == 12
     for bits in (8, 2, 32):
         emq.set_bits(model, bits)
         with torch.no_grad():

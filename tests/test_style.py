@@ -25,7 +25,8 @@ README, PYPROJECT, MAKEFILE, CONSTRAINTS = (
 # A module imports only what stands in a line above its own.
 LAYERS = [
     ["checks", "files"],
-    ["data", "devices", "models", "coreset", "signs"],
+    ["data", "devices", "models", "coreset", "attention"],
+    ["signs"],
     ["recorder"],
     ["sampling"],
     ["config"],
@@ -332,10 +333,10 @@ def test_imports_are_declared_and_extras_are_late(path: Path) -> None:
 def test_the_library_is_small() -> None:
     """Raised from 16 and 3,500: coresets brought sampling, recorder; 400 lines a file config, profiles, runs; notebooks
 
-    06 and 08 to 10 analysis, remedies and transfer, which measure; and `make figures` figures.
+    06 and 08 to 10 analysis, remedies and transfer, which measure; `make figures` figures; transformers attention.
     """
-    assert len(MODULES) <= 25
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 5300
+    assert len(MODULES) <= 26
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 5500
 
 
 def test_the_library_prints_in_one_place_at_most() -> None:
