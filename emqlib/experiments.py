@@ -39,6 +39,7 @@ __all__ = [
     "table2",
     "transfer",
     "untrained",
+    "vit",
 ]
 
 
@@ -232,6 +233,33 @@ def table2(p: Parameters) -> list[Run]:
         coresets = [bitwise_coreset(rate) for rate in p.pruning_rates or (0.6, 0.8)]
         runs += [any_precision(shared), *(ours(shared, coreset) for coreset in coresets)]
     return runs
+
+
+def vit(p: Parameters) -> list[Run]:
+    """The comparison for ViT: one seed on TinyImageNet, all on CIFAR-10.
+
+    Dedicated, Any-Precision, and ours without and with correction, and at several pruning rates. Layer norm keeps no
+    statistics: no bit-width needs a norm of its own, and nothing is adapted. Weights take one step size an output
+    channel, activations learn theirs (LSQ), since those of a transformer are signed and long-tailed.
+    """
+    runs = []
+    for dataset, seeds in (("cifar10", p.seeds), ("tinyimagenet", p.seeds[:1])):
+        for shared in (_vit_base(p, seed, dataset) for seed in seeds):
+            runs += [ours(shared, correction=correction) for correction in ("none", "mean_var")]
+            runs += [ours(shared, bitwise_coreset(rate)) for rate in p.pruning_rates or (0.8,)]
+            runs += [any_precision(shared), *dedicated(shared)]
+    return runs
+
+
+def _vit_base(p: Parameters, seed: int, dataset: str) -> Run:
+    """As many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32."""
+    shared, vit = base(p, seed, dataset), p.profile.vit
+    args = dict(vit.model_args)
+    if shared.dataset == "tinyimagenet":
+        args |= {"image_size": 64, "patch_size": 2 * args["patch_size"]}
+    spec = replace(shared.spec, weight="minmax", activation="lsq")
+    config = replace(vit.training, seed=seed)
+    return replace(shared, model=vit.model, model_args=tuple(args.items()), subset=vit.subset, spec=spec, config=config)
 
 
 def _coreset_base(p: Parameters, seed: int, dataset: str) -> Run:

@@ -300,8 +300,13 @@ def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
     return [m for m in model.modules() if isinstance(m, InputQuantizer)]
 
 
+def batch_norms(model: nn.Module) -> list[MultiBitBatchNorm]:
+    """The batch norms of a converted network; none in a transformer, whose layer norms keep no statistics."""
+    return [m for m in _converted(model).modules() if isinstance(m, MultiBitBatchNorm)]
+
+
 def _norms(model: nn.Module) -> list[MultiBitBatchNorm]:
-    norms = [m for m in _converted(model).modules() if isinstance(m, MultiBitBatchNorm)]
+    norms = batch_norms(model)
     if not norms:
         raise invalid("model", type(model).__name__, "a network with batch norm to adapt")
     return norms

@@ -17,6 +17,16 @@ from .files import home
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A network, how it is trained, and on how many (train, test) images, (0, 0) for all."""
+
+    model: str
+    training: TrainConfig
+    model_args: tuple[tuple[str, int], ...] = ()
+    subset: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """What a run costs: the data, the network and the schedule behind every notebook."""
 
@@ -27,6 +37,7 @@ class Profile:
     lengths: tuple[int, ...]  # epochs of the runs of an accuracy-against-cost curve
     coreset_epochs: int  # of runs that compare coresets: longer than a scoring phase
     coreset_subset: tuple[int, int]  # (train, test) images of those runs, (0, 0) for all
+    vit: Setting
     cost_subset: tuple[int, int] = (1280, 500)  # of runs that measure cost alone
     bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
     model_args: tuple[tuple[str, int], ...] = ()
@@ -47,6 +58,12 @@ PROFILES = {
         lengths=(4, 5),
         coreset_epochs=5,
         coreset_subset=(160, 80),
+        vit=Setting(
+            model="vit_tiny",
+            model_args=(("patch_size", 8), ("width", 16), ("depth", 1), ("heads", 1)),
+            training=TrainConfig(epochs=5, batch_size=32, optimizer="adamw", lr=1e-3),
+            subset=(160, 80),
+        ),
         cost_subset=(320, 160),
         bit_counts=(2, 3),
     ),
@@ -60,6 +77,14 @@ PROFILES = {
         lengths=(4, 8, 16),
         coreset_epochs=8,
         coreset_subset=(10000, 5000),
+        vit=Setting(
+            model="vit_tiny",
+            model_args=(("patch_size", 8), ("width", 64), ("depth", 4), ("heads", 2)),
+            training=TrainConfig(
+                epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0
+            ),
+            subset=(20000, 5000),
+        ),
     ),
     # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
     "paper": Profile(
@@ -80,6 +105,20 @@ PROFILES = {
         lengths=(50, 100, 200),
         coreset_epochs=200,
         coreset_subset=(0, 0),
+        # DeiT's schedule (arXiv 2012.12877, table 9), its learning rate of 1e-3 for batches of 1,024 scaled to 128
+        vit=Setting(
+            model="vit_tiny",
+            model_args=(("patch_size", 4),),
+            training=TrainConfig(
+                epochs=300,
+                optimizer="adamw",
+                lr=1.25e-4,
+                weight_decay=0.05,
+                warmup_epochs=5,
+                label_smoothing=0.1,
+                autocast="bfloat16",
+            ),
+        ),
     ),
 }
 

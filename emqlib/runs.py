@@ -19,7 +19,7 @@ from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
-from .multibit import ADAPTATION_SAMPLES, convert, evaluate
+from .multibit import ADAPTATION_SAMPLES, batch_norms, convert, evaluate
 from .sampling import CoresetConfig, generator
 from .training import train
 
@@ -206,9 +206,10 @@ def _kept(path: Path) -> pd.DataFrame:
 
 def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> dict[str, Any]:
     model, history = _train(run, data, results_dir, progress)
-    plain = evaluate(model, data, bits=run.spec.bits if run.spec.norm == "switchable" else run.eval_bits)
-    adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)
-    rows = pd.concat([plain.assign(adapted=False), adapted.assign(adapted=True)])
+    rows = evaluate(model, data, bits=_served(run, model)).assign(adapted=False)
+    if batch_norms(model):
+        adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)
+        rows = pd.concat([rows, adapted.assign(adapted=True)])
     record = {
         "run": run.hash,
         "config": json.loads(canonical_json(asdict(run))),
@@ -221,6 +222,11 @@ def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -
     }
     write_text(_path(run, results_dir), json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _served(run: Run, model: nn.Module) -> tuple[int, ...]:
+    """The bit-widths that need no adaptation first: a switchable norm, where there is one, knows the trained alone."""
+    return run.spec.bits if run.spec.norm == "switchable" and batch_norms(model) else run.eval_bits
 
 
 def provenance(data: Dataset, device: torch.device) -> dict[str, Any]:
