@@ -28,7 +28,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[notebook,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[distributed,notebook,test]"
 	touch $@
 
 demo: install

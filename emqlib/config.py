@@ -20,11 +20,14 @@ class TrainConfig:
     distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
     clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". compile: run the
     network through torch.compile. device: "auto" takes CUDA if there is one. coreset: None for the full data.
+    batch_size: of a step, of all ranks together. accumulate: in how many parts, one after the other, a rank takes its
+    share of a step, for less memory; batch norm sees one part at a time.
     """
 
     scheme: str = "bitwise"
     epochs: int = 10
     batch_size: int = 128
+    accumulate: int = 1
     optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -49,11 +52,13 @@ class TrainConfig:
         checks.choice("optimizer", self.optimizer, ("sgd", "adamw"))
         checks.choice("schedule", self.schedule, ("cosine", "step"))
         checks.choice("autocast", self.autocast, devices.AUTOCAST)
-        for name, low in {"epochs": 1, "batch_size": 1, "seed": 0}.items():
+        for name, low in {"epochs": 1, "batch_size": 1, "accumulate": 1, "seed": 0}.items():
             self._take(name, checks.integer(name, getattr(self, name), low))
         for name in ("nesterov", "distillation", "channels_last", "compile"):
             checks.flag(name, getattr(self, name))
         self._check_numbers()
+        if self.accumulate > self.batch_size:
+            raise checks.invalid("accumulate", self.accumulate, f"at most batch_size={self.batch_size} parts")
         if self.distillation and self.scheme != "joint":
             raise checks.invalid("distillation", True, 'scheme="joint", where the children share a batch')
         if self.coreset is not None and not isinstance(self.coreset, CoresetConfig):

@@ -3,12 +3,10 @@
 A data set is one row of `SOURCES`; everything below that table treats all of them alike.
 """
 
-import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
 from . import checks, files
+from .images import ImageFiles, Labelled, list_classes, load_images, pixels
 
 Triple = tuple[float, float, float]
 
@@ -43,20 +40,24 @@ class Split:
         """The same images and labels on `device`."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def take(self, indices: Tensor) -> "Split":
+        """The samples at `indices` (K,) alone."""
+        return Split(self.images[indices], self.labels[indices])
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test split with all that training needs to know of them."""
 
     name: str
-    train: Split
-    test: Split
+    train: Split | ImageFiles  # in memory, or streamed
+    test: Split | ImageFiles
     classes: tuple[str, ...]  # label i means classes[i]
     mean: Triple  # of the pixels of each channel, in [0, 1]
     std: Triple
     flip: bool  # augmentation: may training images be mirrored?
     crop_padding: int  # augmentation: by how many pixels may they be shifted?
-    sha256: str  # of all pixels and labels: which data was this
+    sha256: str  # of all pixels and labels (streamed: of names and sizes of all files): which data was this
 
     @property
     def num_classes(self) -> int:
@@ -78,26 +79,44 @@ class Dataset:
         return replace(self, train=train_split, test=test_split, sha256=_sha256(train_split, test_split))
 
 
-def load_dataset(name: str, root: str | Path | None = None, image_size: int | None = None) -> Dataset:
-    """Read a data set into memory, on the CPU.
+def load_dataset(
+    name: str,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    stream: bool | None = None,
+    workers: int | None = None,
+) -> Dataset:
+    """Read a data set into memory, on the CPU, or list the files of one to be streamed.
 
-    name: "digits", "cifar10", "cifar100", "tinyimagenet", or "imagefolder:PATH" for any folder that holds
+    name: "digits", "cifar10", "cifar100", "tinyimagenet", "imagenet", or "imagefolder:PATH" for any folder that holds
         train/<class>/* and test/<class>/* (or val/<class>/*).
     root: where the files are; None: the environment variable EMQ_DATA, else data/ in `files.home()`.
         Looked for there: the official files, then <name>/{train,test}/<class>/*; then CIFAR is downloaded.
-    image_size: resize the shorter side to this many pixels and cut out the centre; None: images as they are.
-    ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes.
-    FileNotFoundError: no data; says where it was looked for and how to get it.
+    image_size: resize the shorter side to this many pixels and cut out the centre; None: images as they are. Streamed
+        images (None: 224) are cropped and resized at random for training, as usual for ImageNet.
+    stream: decode the files of class folders in each epoch, in `workers` processes, instead of once; None: ImageNet
+        alone, which fits no memory. workers: None for the CPUs there are for this process, at most 16; 0 for none.
+    ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes, stream=True for
+    what are no files of single images. FileNotFoundError: no data; says where it was looked for and how to get it.
     """
     kind, _, path = str(name).partition(":")
     key = f"{kind}:PATH" if path else str(name)
     source = SOURCES[key if key in SOURCES else checks.choice("name", name, SOURCES)]
     if image_size is not None:
         image_size = checks.integer("image_size", image_size, 1)
+    streamed = source.stream if stream is None else checks.flag("stream", stream)
+    workers = _workers() if workers is None else checks.integer("workers", workers, 0)
     folder = Path(path or root or os.environ.get("EMQ_DATA") or files.home() / "data").expanduser().absolute()
-    train, test, classes = _find(name, source, folder, image_size)
-    mean, std = source.statistics or _statistics(train.images)
+    train, test, classes = _find(name, source, folder, Reading(image_size, streamed, workers))
+    if streamed and not isinstance(train, ImageFiles):
+        raise checks.invalid("stream", True, f"False for {name!r}, which was found as whole files")
+    mean, std = source.statistics or (IMAGENET if streamed else _statistics(train.images))
     return Dataset(name, train, test, classes, mean, std, source.flip, source.crop_padding, _sha256(train, test))
+
+
+def _workers() -> int:
+    """The CPUs of this process, shared with those of other ranks on this machine."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def normalize(images: Tensor, dataset: Dataset) -> Tensor:
@@ -136,13 +155,12 @@ def _rank_in_class(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).index_copy_(0, order, position - torch.searchsorted(ordered, ordered))
 
 
-def _first_of_each_class(split: Split, count: int) -> Split:
+def _first_of_each_class(split: Split | ImageFiles, count: int) -> Split | ImageFiles:
     by_class = split.labels.argsort(stable=True)
     by_rank = by_class[
         _rank_in_class(split.labels)[by_class].argsort(stable=True)
     ]  # first of each, second of each, ...
-    chosen = by_rank[:count].sort().values
-    return Split(split.images[chosen], split.labels[chosen])
+    return split.take(by_rank[:count].sort().values)
 
 
 def _statistics(images: Tensor) -> tuple[Triple, Triple]:
@@ -155,9 +173,12 @@ def _statistics(images: Tensor) -> tuple[Triple, Triple]:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _sha256(*splits: Split) -> str:
+def _sha256(*splits: Split | ImageFiles) -> str:
     total = hashlib.sha256()
     for split in splits:
+        if isinstance(split, ImageFiles):
+            total.update(split.listing())
+            continue
         for tensor in (split.images, split.labels):
             total.update(str(tuple(tensor.shape)).encode())
             total.update(tensor.cpu().contiguous().view(-1).numpy())
@@ -167,35 +188,44 @@ def _sha256(*splits: Split) -> str:
 # Finding and reading. A reader is given a place and returns both splits and the class names, or raises
 # FileNotFoundError, whose text says what is missing there, so that the next place is tried.
 
-Contents = tuple[Split, Split, tuple[str, ...]]
-Labelled = list[tuple[Path, str]]  # an image file and its class
+Contents = tuple[Split | ImageFiles, Split | ImageFiles, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How `load_dataset` was asked to read: see its arguments."""
+
+    image_size: int | None
+    stream: bool
+    workers: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What is known of a data set before its files are read."""
 
-    places: tuple[tuple[str, Callable[[Path, "Source", int | None], Contents]], ...]  # under root, first one wins
+    places: tuple[tuple[str, Callable[[Path, "Source", Reading], Contents]], ...]  # under root, first one wins
     how_to_get: str  # the end of the message where there is no data
     num_classes: int | None = None  # that class folders must have; None: any
     statistics: tuple[Triple, Triple] | None = None  # mean and std; None: of the training images
     flip: bool = True
     crop_padding: int = 4
     official: Any = None  # torchvision's class
+    stream: bool = False
 
 
-def _find(name: str, source: Source, root: Path, image_size: int | None) -> Contents:
+def _find(name: str, source: Source, root: Path, how: Reading) -> Contents:
     """What the first place that has the data holds; FileNotFoundError that names all places otherwise."""
     looked = []
     for place, read in source.places:
         try:
-            return read(root / place, source, image_size)
+            return read(root / place, source, how)
         except FileNotFoundError as error:
             looked.append(f"  {error}")
     raise FileNotFoundError("\n".join([f"no data for {name!r}. Looked in:", *looked, source.how_to_get]))
 
 
-def _digits(_: Path, source: Source, image_size: int | None) -> Contents:
+def _digits(_: Path, source: Source, how: Reading) -> Contents:
     """scikit-learn's handwritten digits, (1797, 8, 8) of 0 to 16; every fifth of a class is for testing."""
     try:
         from sklearn.datasets import load_digits
@@ -203,14 +233,14 @@ def _digits(_: Path, source: Source, image_size: int | None) -> Contents:
         raise ImportError('the digits are part of scikit-learn: pip install "emqlib[notebook]"') from error
     digits = load_digits()
     small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    images = F.interpolate(small, size=image_size or 32, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
+    images = F.interpolate(small, size=how.image_size or 32, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
     labels = torch.from_numpy(digits.target).long()
     is_test = _rank_in_class(labels) % 5 == 4
     train, test = (Split(images[rows], labels[rows]) for rows in (~is_test, is_test))
     return train, test, tuple(str(digit) for digit in digits.target_names)
 
 
-def _official_cifar(folder: Path, source: Source, image_size: int | None, download: bool = False) -> Contents:
+def _official_cifar(folder: Path, source: Source, how: Reading, download: bool = False) -> Contents:
     """torchvision's files, checksums verified."""
     if not download and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -218,63 +248,56 @@ def _official_cifar(folder: Path, source: Source, image_size: int | None, downlo
         parts = [source.official(folder.parent, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:
         raise FileNotFoundError(f"{folder}: incomplete or damaged (checksums differ)") from error
-    if image_size is not None:
+    if how.image_size is not None:
         for part in parts:
-            part.data = np.stack([_pixels(Image.fromarray(image), image_size) for image in part.data])
+            part.data = np.stack([pixels(Image.fromarray(image), how.image_size) for image in part.data])
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (Split(images[i], torch.tensor(part.targets)) for i, part in enumerate(parts))
     return train, test, tuple(parts[0].classes)
 
 
-def _download_cifar(root: Path, source: Source, image_size: int | None) -> Contents:
+def _download_cifar(root: Path, source: Source, how: Reading) -> Contents:
     """Let torchvision download into `root`, and read that. What it left half done fails its checksums next time."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds without an answer: a machine without a network must hear so at once
     try:
-        return _official_cifar(root / source.official.base_folder, source, image_size, download=True)
+        return _official_cifar(root / source.official.base_folder, source, how, download=True)
     except (OSError, HTTPException) as error:
         raise FileNotFoundError(f"{source.official.url}: download failed ({error})") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def _class_folders(folder: Path, source: Source, image_size: int | None) -> Contents:
+def _class_folders(folder: Path, source: Source, how: Reading) -> Contents:
     """train/<class>/* and test/<class>/* or val/<class>/*; labels follow the sorted names, as CIFAR's own do."""
     held_out = folder / "test"
     if not held_out.is_dir() and (folder / "val").is_dir():
         held_out = folder / "val"
-    return _decode_splits(folder, _list_classes(folder / "train"), _list_classes(held_out), source, image_size)
+    return _splits(folder, list_classes(folder / "train"), list_classes(held_out), source, how)
 
 
-def _tiny_imagenet(folder: Path, source: Source, image_size: int | None) -> Contents:
+def _tiny_imagenet(folder: Path, source: Source, how: Reading) -> Contents:
     """train/<wnid>/images/* and val/images/* with val/val_annotations.txt; the test split has no labels."""
-    train = _list_classes(folder / "train", inner="images")
+    train = list_classes(folder / "train", inner="images")
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise FileNotFoundError(f"{annotations}: no such file")
     rows = (line.split("\t") for line in annotations.read_text("utf-8").splitlines() if line.strip())
     val = [(folder / "val" / "images" / row[0], row[1]) for row in rows]
-    return _decode_splits(folder, train, val, source, image_size)
+    return _splits(folder, train, val, source, how)
 
 
-def _list_classes(folder: Path, inner: str = "") -> Labelled:
-    """All image files of <folder>/<class>/<inner>/, sorted; hidden files and those of other types are left out."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise ValueError(f"{folder}: expected one folder for each class, found none")
-    found: Labelled = []
-    for entry in classes:
-        names = sorted(os.listdir(entry / inner)) if (entry / inner).is_dir() else []
-        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
-        if not images:
-            raise ValueError(f"{entry / inner}: expected images of this class, found none")
-        found += [(entry / inner / name, entry.name) for name in images]
-    return found
+def _kaggle(folder: Path, source: Source, how: Reading) -> Contents:
+    """ILSVRC as Kaggle packs it: train/<wnid>/*, val/* in one folder, and LOC_val_solution.csv above."""
+    answers = folder.parents[1] / "LOC_val_solution.csv"
+    if not (folder / "val").is_dir() or not answers.is_file():
+        raise FileNotFoundError(f"{folder / 'val'} with {answers}: not both there")
+    rows = (line.split(",", 1) for line in answers.read_text("utf-8").splitlines()[1:])
+    val = [(folder / "val" / f"{image}.JPEG", told.split()[0]) for image, told in sorted(rows)]
+    return _splits(folder, list_classes(folder / "train"), val, source, how)
 
 
-def _decode_splits(folder: Path, train: Labelled, test: Labelled, source: Source, image_size: int | None) -> Contents:
+def _splits(folder: Path, train: Labelled, test: Labelled, source: Source, how: Reading) -> Contents:
     classes = tuple(sorted({name for _, name in train}))
     if source.num_classes not in (None, len(classes)):
         raise ValueError(f"{folder / 'train'}: expected {source.num_classes} classes, found {len(classes)}")
@@ -282,75 +305,16 @@ def _decode_splits(folder: Path, train: Labelled, test: Labelled, source: Source
     for path, name in test:
         if name not in index:
             raise ValueError(f"{path}: its class {name!r} has no images for training in {folder / 'train'}")
-    images = _images(folder, [path for path, _ in train + test], image_size)
-    labels = torch.tensor([index[name] for _, name in train + test])
+    paths, labels = [path for path, _ in train + test], torch.tensor([index[name] for _, name in train + test])
     n = len(train)
+    if how.stream:
+        both = (
+            ImageFiles.of(folder, *part, how.image_size, how.workers)
+            for part in ((paths[:n], labels[:n]), (paths[n:], labels[n:]))
+        )
+        return *both, classes
+    images = load_images(folder, paths, how.image_size)
     return Split(images[:n], labels[:n]), Split(images[n:], labels[n:]), classes
-
-
-def _images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
-    """The images at `paths`, (N, 3, H, W) uint8, decoded once: tens of thousands of files take tens of seconds.
-
-    The cache beside the data, or else below the user's cache folder, is named after paths, file sizes and times.
-    """
-    name = f"{_fingerprint(folder, paths, image_size)}.npy"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    caches = (folder / ".emqlib" / name, Path(home, "emqlib", files.digest(str(folder.resolve()))[:16], name))
-    for cache in caches:
-        # no cache, or a damaged one: make it anew
-        with contextlib.suppress(OSError, ValueError), cache.open("rb") as file:
-            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
-    images = _decode_all(paths, image_size)
-    for cache in caches:
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without
-            files.write_atomic(cache, lambda file: np.lib.format.write_array(file, images, allow_pickle=False))
-            break
-    return torch.from_numpy(images)
-
-
-def _fingerprint(folder: Path, paths: Sequence[Path], image_size: int | None) -> str:
-    start = len(str(folder))
-    rows = [(str(path)[start:], stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
-    return files.digest(files.canonical_json([image_size, rows]))
-
-
-def _decode_all(paths: Sequence[Path], image_size: int | None) -> np.ndarray:
-    first, some = _decode(paths[0], image_size), 64  # files a task: fewer, and threads wait for each other
-    images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
-
-    def decode_some(start: int) -> int:
-        for i, path in enumerate(paths[start : start + some], start):
-            pixels = _decode(path, image_size)
-            if pixels.shape != first.shape:
-                sizes = f"{first.shape[:2]} in {paths[0]}, {pixels.shape[:2]} in {path}"
-                raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
-            images[i] = pixels.transpose(2, 0, 1)
-        return len(paths[start : start + some])
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(paths), disable=None) as progress:
-        for done in pool.map(decode_some, range(0, len(paths), some)):
-            progress.update(done)
-    return images
-
-
-def _decode(path: Path, image_size: int | None) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return _pixels(image, image_size)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
-        raise ValueError(f"{path}: not a readable image ({error})") from error
-
-
-def _pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """(H, W, 3) uint8 of an image in any mode; transparency is dropped."""
-    if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode == "P":  # on the way to RGB a transparent colour would make it warn
-        image = image.convert("RGBA")
-    image = image.convert("RGB")
-    if image_size is not None:
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
 
 
 _ELSEWHERE = "or point root= or the environment variable EMQ_DATA at the folder that holds it."
@@ -366,6 +330,8 @@ def _cifar(name: str, official: Any, num_classes: int, mean: Triple, std: Triple
     )
 
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation, as torchvision's models have
+
 SOURCES = {
     "digits": Source(places=(("", _digits),), how_to_get="", flip=False, crop_padding=2),
     "cifar10": _cifar("cifar10", CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -377,6 +343,15 @@ SOURCES = {
         num_classes=200,
         statistics=((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
         crop_padding=8,
+    ),
+    "imagenet": Source(
+        places=(("imagenet", _class_folders), ("ILSVRC/Data/CLS-LOC", _kaggle)),
+        how_to_get="ImageNet-1K is not to be downloaded freely: get ILSVRC2012 from image-net.org and unpack it with "
+        "torchvision.datasets.ImageNet, or from Kaggle as ILSVRC/, so that imagenet/train/<wnid>/*.JPEG and "
+        f"imagenet/val/<wnid>/*.JPEG lie there (150 GB), {_ELSEWHERE}",
+        num_classes=1000,
+        statistics=IMAGENET,
+        stream=True,
     ),
     "imagefolder:PATH": Source(
         places=(("", _class_folders),),

@@ -1,4 +1,4 @@
-"""Layers that run at any bit-width: quantized Conv2d and Linear, and batch norm with statistics by bit-width.
+"""Layers that run at any bit-width: quantized Conv2d and Linear.
 
 A layer's bit-width is the number of levels in a tensor buffer, not a Python int in its graph. Its `bits` attribute is
 for reading only.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import quantizers
+from . import quantizers, ranks
 from .checks import BIT_WIDTHS, bit_widths, choice, flag, invalid
 from .correction import CORRECTIONS, correct_weight, output_shift
 
@@ -112,6 +112,8 @@ def _reach(signed: bool) -> dict[int, float]:
 class InputQuantizer(nn.Module):
     """Quantizes a layer's input; what it learns or tracks starts from the first batch it sees."""
 
+    across_ranks = False  # whether what it measures of a batch is measured over all ranks
+
     def __init__(self, spec: QuantSpec, signed: bool) -> None:
         super().__init__()
         self.method, self.signed = spec.activation, signed
@@ -141,17 +143,22 @@ class InputQuantizer(nn.Module):
 
     def _start(self, x: Tensor) -> None:
         if self.method == "lsq":
-            self.scale.start(2 * x.float().abs().mean())
+            size = 2 * x.float().abs().mean()
+            self.scale.start(ranks.mean(size) if self.across_ranks else size)
         elif self.method == "pact":
-            self.scale.start(x.float().abs().amax())
+            self.scale.start(-self._lowest(-x.float().abs()))
         else:
             self._follow(x, momentum=1.0)
         self.started = True
 
     def _follow(self, x: Tensor, momentum: float) -> None:
         # a range of no width would divide by zero
-        self.low.lerp_(x.amin().to(self.low.dtype).clamp_max(-1e-6), momentum)
-        self.high.lerp_(x.amax().to(self.high.dtype).clamp_min(1e-6), momentum)
+        self.low.lerp_(self._lowest(x).to(self.low.dtype).clamp_max(-1e-6), momentum)
+        self.high.lerp_((-self._lowest(-x)).to(self.high.dtype).clamp_min(1e-6), momentum)
+
+    def _lowest(self, x: Tensor) -> Tensor:
+        low = x.amin()
+        return ranks.lowest(low) if self.across_ranks else low
 
     def get_extra_state(self) -> Tensor:
         """Whether the first batch has been seen, as a scalar tensor: checkpoints hold no pickled objects."""
@@ -172,6 +179,7 @@ class _QuantizedLayer(nn.Module):
 
     weight: nn.Parameter
     levels: Tensor
+    across_ranks = False  # whether the mean input is that of all ranks
 
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
@@ -212,7 +220,8 @@ class _QuantizedLayer(nn.Module):
         with torch.no_grad():
             if self.training:
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
-                self.mean_input.lerp_(some.mean(1, dtype=torch.float32).to(self.mean_input.dtype), 0.1)
+                mean = some.mean(1, dtype=torch.float32).to(self.mean_input.dtype)
+                self.mean_input.lerp_(ranks.mean(mean) if self.across_ranks else mean, 0.1)
             shift = output_shift(weight, w, self.mean_input)
         return x, weight, -shift if self.bias is None else self.bias - shift
 
@@ -264,118 +273,3 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) at the bit-width in force."""
         return F.linear(*self._operands(x, channel=-1))
-
-
-def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
-    """The shares that the trained bit-widths on either side of `bits` have in it, linear in 1 / n^2 at n levels.
-
-    1 / n^2 is the power of the quantization noise. A trained bit-width, and the nearest one beyond the ends, has all.
-
-    >>> {b: round(share, 3) for b, share in interpolation((2, 4, 8), 3).items()}
-    {2: 0.15, 4: 0.85}
-    """
-    low = max((b for b in trained if b <= bits), default=trained[0])
-    high = min((b for b in trained if b >= bits), default=trained[-1])
-    if low == high:
-        return {low: 1.0}
-    at_low, at, at_high = (quantizers.levels(b) ** -2 for b in (low, bits, high))
-    share = (at_low - at) / (at_low - at_high)
-    return {low: 1 - share, high: share}
-
-
-class MultiBitBatchNorm(nn.Module):
-    """Batch norm over (N, C, ...) with one affine for all bit-widths (shared) or one for each trained one (switchable).
-
-    Running statistics lie in a table with a row for each bit-width and a last one that bit-widths without a row of
-    their own share. Under "switchable" and "shared_affine" each trained bit-width has a row; batch-norm adaptation
-    adds rows. Under "shared_affine" a bit-width without one mixes those of the trained ones on either side of it,
-    linearly in the power of the quantization noise, 1 / n^2 at n levels, and takes the nearest one's beyond the ends.
-    Source: switchable batch norm, Any-Precision (arXiv 1911.07346) and AdaBits (arXiv 1912.09666); "shared_affine" is
-    beyond the paper.
-    """
-
-    SHARED = len(BIT_WIDTHS)
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, spec: QuantSpec) -> None:
-        super().__init__()
-        self.trained, self.norm = spec.bits, spec.norm
-        self.eps, self.momentum, self.bits = norm.eps, norm.momentum, spec.bits[-1]
-        self.own: set[int] = set() if self.norm == "shared" else set(spec.bits)
-        sets = len(spec.bits) if self.switchable else 1
-        self.weight, self.bias = (
-            None if p is None else nn.Parameter(p.detach().repeat(sets, 1), requires_grad=p.requires_grad)
-            for p in (norm.weight, norm.bias)
-        )
-        self.register_buffer("running_mean", norm.running_mean.repeat(self.SHARED + 1, 1))
-        self.register_buffer("running_var", norm.running_var.repeat(self.SHARED + 1, 1))
-        device = norm.running_mean.device
-        self.register_buffer("affine_pick", torch.zeros(sets, 1, device=device), persistent=False)
-        self.register_buffer("stats_pick", torch.zeros(self.SHARED + 1, 1, device=device), persistent=False)
-        self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
-        self.set_bits(self.bits)
-
-    @property
-    def switchable(self) -> bool:
-        """Whether each trained bit-width has an affine of its own."""
-        return self.norm == "switchable"
-
-    def serves(self, bits: int) -> bool:
-        """Whether `bits` can be set: a switchable norm serves what it was built for or adapted to."""
-        return not self.switchable or bits in self.own
-
-    def set_bits(self, bits: int) -> None:
-        """Use the affine and the statistics of `bits` from now on (`serves` says whether they are there)."""
-        self.bits = bits
-        self.affine_pick.zero_()
-        self.affine_pick[self.trained.index(nearest(self.trained, bits)) if self.switchable else 0] = 1
-        self.stats_pick.zero_()
-        for row, share in self._rows(bits).items():
-            self.stats_pick[row] = share
-        self.stats_row.fill_(BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED)
-
-    def _rows(self, bits: int) -> dict[int, float]:
-        """The rows of the table that the statistics of `bits` come from, each with its share."""
-        if bits in self.own:
-            return {BIT_WIDTHS.index(bits): 1.0}
-        if self.norm == "shared":
-            return {self.SHARED: 1.0}
-        shares = {nearest(self.trained, bits): 1.0} if self.switchable else interpolation(self.trained, bits)
-        return {BIT_WIDTHS.index(b): share for b, share in shares.items()}
-
-    def own_statistics(self, bits: int) -> None:
-        """Give `bits` a row of its own, starting from the statistics that it has without one."""
-        if bits in self.own:
-            return
-        rows = self._rows(bits)
-        for table in (self.running_mean, self.running_var):
-            table[BIT_WIDTHS.index(bits)] = sum(share * table[row] for row, share in rows.items())
-        self.own.add(bits)
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """The running mean and variance in force, (C,) each."""
-        return (self.running_mean * self.stats_pick).sum(0), (self.running_var * self.stats_pick).sum(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
-        mean, var = self.statistics()
-        # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
-        weight, bias = (None if p is None else (p * self.affine_pick).sum(0) for p in (self.weight, self.bias))
-        y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
-        if self.training:
-            self.running_mean.index_copy_(0, self.stats_row, mean[None])
-            self.running_var.index_copy_(0, self.stats_row, var[None])
-        return y
-
-    def get_extra_state(self) -> Tensor:
-        """The K bit-widths that have statistics of their own, a tensor (K,): checkpoints hold no pickled objects."""
-        return torch.tensor(sorted(self.own), dtype=torch.long)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over `get_extra_state`'s answer, a tensor (K,)."""
-        self.own = set(state.tolist())
-        if self.serves(self.bits):
-            self.set_bits(self.bits)
-
-    def extra_repr(self) -> str:
-        """Channels, kind, and the bit-widths with statistics of their own."""
-        return f"{self.running_mean.shape[1]}, {self.norm}, bits={self.bits}, own={sorted(self.own)}"

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from .attention import open_attention
 from .checks import bit_width, bit_widths, flag, integer, invalid
 from .data import Dataset, augment, normalize
-from .layers import InputQuantizer, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
+from .images import ImageFiles
+from .layers import InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
+from .loading import loader
+from .norms import MultiBitBatchNorm
 from .signs import input_signs
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
@@ -196,15 +199,18 @@ def batches(
         if not isinstance(data, Iterable) or isinstance(data, Iterator):
             raise invalid("data", type(data).__name__, "a Dataset, or an iterable of (images, labels) to go over again")
         return ((images.to(device), labels.to(device)) for images, labels in data)
-    generator = torch.Generator().manual_seed(0)
-    images, labels = getattr(data, split).images, getattr(data, split).labels
-    if limit is not None and limit < len(labels):  # the same random images each time: data sets lie class by class
-        chosen = torch.randperm(len(labels), generator=generator)[:limit].to(labels.device)
-        images, labels = images[chosen], labels[chosen]
-    count = -(-len(labels) // batch_size)  # parts of near-equal size: batch norm cannot take a last part of one image
-    if split == "train":
-        images = augment(images, data, generator)
-    parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
+    generator, whole = torch.Generator().manual_seed(0), getattr(data, split)
+    chosen = torch.arange(len(whole))
+    if limit is not None and limit < len(whole):  # the same random images each time: data sets lie class by class
+        chosen = torch.randperm(len(whole), generator=generator)[:limit]
+    count = -(-len(chosen) // batch_size)  # parts of near-equal size: batch norm cannot take a last part of one image
+    if isinstance(whole, ImageFiles):
+        files = loader(data, split, device, live=False)
+        found = files.epoch(chosen.tensor_split(count), generator if split == "train" else None)
+        return ((images, labels) for images, labels, _ in found)
+    part = whole.take(chosen.to(whole.labels.device)) if len(chosen) < len(whole) else whole
+    images = augment(part.images, data, generator) if split == "train" else part.images
+    parts = zip(images.tensor_split(count), part.labels.tensor_split(count), strict=True)
     return ((normalize(x.to(device), data), y.to(device)) for x, y in parts)
 
 
@@ -244,12 +250,9 @@ def evaluate(
     if not adapt_norm:
         _refuse_unserved(network, wanted)
     with undisturbed(network, data, batch_size) as device:
-        rows = []
-        for b in wanted:
-            if adapt_norm:
-                _adapt(network, data, (b,), ADAPTATION_SAMPLES, batch_size)
-            with at_bits(model, b):
-                rows.append(_score(model, batches(data, "test", device, batch_size)) | {"bits": b})
+        if adapt_norm:
+            _adapt(network, data, wanted, ADAPTATION_SAMPLES, batch_size)
+        rows = _scores(model, batches(data, "test", device, batch_size), wanted)
     table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(network.quant_spec.bits))
     return table[["bits", "top1", "loss", "trained", "n"]]
 
@@ -260,16 +263,19 @@ def _refuse_unserved(model: nn.Module, wanted: tuple[int, ...]) -> None:
             pass
 
 
-def _score(model: nn.Module, pairs: Batches) -> dict[str, float]:
-    n, correct, loss = 0, 0, 0.0
+def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...]) -> list[dict[str, float]]:
+    """One row a bit-width, of a single pass over the images: those of ImageNet take longer to decode than to run."""
+    n, correct, loss = 0, dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0.0)
     for images, labels in pairs:
-        logits = model(images).float()
         n += len(labels)
-        correct += int((logits.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        for b in wanted:
+            with at_bits(model, b):
+                logits = model(images).float()
+            correct[b] += int((logits.argmax(1) == labels).sum())
+            loss[b] += float(F.cross_entropy(logits, labels, reduction="sum"))
     if n == 0:
         raise invalid("data", "no images", "at least one image to evaluate on")
-    return {"top1": 100 * correct / n, "loss": loss / n, "n": n}
+    return [{"bits": b, "top1": 100 * correct[b] / n, "loss": loss[b] / n, "n": n} for b in wanted]
 
 
 @contextmanager

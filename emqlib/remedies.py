@@ -16,8 +16,9 @@ from .analysis import Moments
 from .checks import BIT_WIDTHS, bit_widths, integer, invalid
 from .correction import output_shift
 from .data import Dataset
-from .layers import MultiBitBatchNorm, QuantConv2d, QuantLinear, interpolation, nearest
+from .layers import QuantConv2d, QuantLinear, nearest
 from .multibit import at_bits, batches, evaluate, undisturbed
+from .norms import MultiBitBatchNorm, interpolation
 from .quantizers import levels
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance of each channel, (C,) each

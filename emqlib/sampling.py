@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, coreset
+from .ranks import Ranks
 from .recorder import Recorder, recorder
 
 SCORES = ("random", "entropy", "forgetting", "el2n", "grand", "moderate", "tdds")
@@ -132,12 +133,20 @@ def _share(mask: Tensor) -> float:
 class Sampler:
     """The coresets of one run, epoch by epoch: scoring phase, draws, and the full data at the end.
 
-    All it draws comes from (seed, purpose); `state` holds what a resumed run needs to draw the same.
+    All it draws comes from (seed, purpose); `state` holds what a resumed run needs to draw the same. Of several ranks
+    the first alone records scores, of all ranks' samples, and shares them: so all draw the same coresets.
     rows: one a draw and bit-width, for `training.train`'s history.
     """
 
     def __init__(
-        self, config: CoresetConfig | None, scheme: str, seed: int, bits: tuple[int, ...], labels: Tensor, epochs: int
+        self,
+        config: CoresetConfig | None,
+        scheme: str,
+        seed: int,
+        bits: tuple[int, ...],
+        labels: Tensor,
+        epochs: int,
+        place: Ranks | None = None,
     ) -> None:
         self.config = config or CoresetConfig(pruning_rate=0)
         self.scheme, self.seed, self.bits, self.epochs = scheme, seed, bits, epochs
@@ -150,7 +159,8 @@ class Sampler:
         self.weights: dict[int, Tensor] = {}
         self.draw = -1
         self.rows: list[dict[str, Any]] = []
-        self._recording, self._shape = False, (0, 0)
+        self.place = place or Ranks()
+        self._recording, self._recorded, self._shape = False, False, (0, 0)
         self._features: Tensor | None = None
 
     def size(self, epoch: int) -> int:
@@ -193,7 +203,7 @@ class Sampler:
 
     def _select(self, draw: int, epoch: int) -> None:
         config, before = self.config, self.subsets
-        if self.recorders:
+        if self._recorded:
             self._rank()
         self.draw, self.subsets, self.weights = draw, {}, {}
         clipped, held = {}, torch.zeros(self.n, dtype=torch.bool)
@@ -209,13 +219,13 @@ class Sampler:
                 parts |= dict.fromkeys(self.bits, parts[first]) if parts else {}
         self.rows += self._describe(epoch, before, clipped)
         if not config.rescore:
-            self.recorders = {}
+            self.recorders, self._recorded = {}, False
 
     def _rank(self) -> None:
         """The scores and ranks of all candidates by bit-width, from what was recorded."""
-        for b, record in self.recorders.items():
-            scores, own = record.scores().cpu(), self._candidates(b)
-            self.scores[b] = scores
+        self.scores = self.place.share({b: record.scores().cpu() for b, record in self.recorders.items()})
+        for b, scores in self.scores.items():
+            own = self._candidates(b)
             # of equal scores none is kept for its place in the data set, whose order may be that of the classes
             order = own[torch.randperm(len(own), generator=generator(self.seed, "ties", b))]
             self.ranks[b] = torch.full((self.n,), -1.0)
@@ -289,7 +299,7 @@ class Sampler:
     @contextmanager
     def recording(self, model: nn.Module, selection: Selection) -> Iterator[None]:
         """Score what `model` is trained on within this block, where the epoch is one that is scored."""
-        hook, wanted = None, selection.scored or (self.config.rescore and bool(self.recorders))
+        hook, wanted = None, selection.scored or (self.config.rescore and self._recorded)
         if wanted and self.config.score in ("grand", "moderate"):
             last = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
             if last is None:
@@ -310,7 +320,11 @@ class Sampler:
         """Score a batch of sample indices (B,) that child `b` has just seen, by its logits (B, C) and labels (B,)."""
         if not self._recording:
             return
-        p, features = logits.detach().float().softmax(1), self._features
+        p = logits.detach().float().softmax(1)
+        indices, p, labels, features = self.place.gather(indices, p, labels, self._features)
+        self._recorded = True
+        if not self.place.main:
+            return
         if b not in self.recorders:
             width = 0 if features is None else features.shape[1]
             self.recorders[b] = self._recorder(p.shape[1], width, p.device)
@@ -334,6 +348,7 @@ class Sampler:
         for name in _DRAWN:
             setattr(self, name, {b: tensor.cpu() for b, tensor in state[name].items()})
         self.draw, self.rows = state["draw"], json.loads(state["rows"])
-        for b, buffers in state["recorders"].items():
+        self._recorded = bool(state["recorders"])
+        for b, buffers in state["recorders"].items() if self.place.main else ():
             self.recorders[b] = self._recorder(*state["shape"], device)
             self.recorders[b].load_state_dict(buffers)

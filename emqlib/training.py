@@ -7,7 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from time import perf_counter
@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from . import checks, devices
 from .config import TrainConfig
-from .data import Dataset, augment, normalize
+from .data import Dataset
 from .files import write_atomic
 from .layers import QuantSpec
+from .loading import Batch, FileLoader, MemoryLoader, loader
 from .multibit import set_bits
+from .ranks import Ranks, current, synchronized
 from .sampling import Sampler, Selection, generator
 
 _STOPPED = "training stopped; a checkpoint keeps the epoch before"
@@ -33,7 +35,7 @@ _STOPPED = "training stopped; a checkpoint keeps the epoch before"
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: samples (B,) that enter it, children, highest bit-width first, weights (B,) of the losses."""
+    """One optimizer step: samples (B,) that enter it, children, highest bit-width first, loss weights (N,) of all."""
 
     indices: Tensor
     bits: tuple[int, ...]
@@ -52,11 +54,11 @@ def plan(selection: Selection, config: TrainConfig, epoch: int) -> list[Step]:
     weights = selection.weights
     if selection.scheme == "joint":
         chunks = _chunks(subsets[bits[0]], config.batch_size, generator(config.seed, "shuffle", epoch))
-        return [Step(chunk, bits, weights[bits[0]][chunk] if weights else None) for chunk in chunks]
+        return [Step(chunk, bits, weights[bits[0]] if weights else None) for chunk in chunks]
     queues = {b: _chunks(subsets[b], config.batch_size, generator(config.seed, "shuffle", epoch, b)) for b in bits}
     rounds = max(len(queue) for queue in queues.values())
     turns = [(queues[b][i], b) for i in range(rounds) for b in bits if i < len(queues[b])]
-    return [Step(chunk, (b,), weights[b][chunk] if weights else None) for chunk, b in turns]
+    return [Step(chunk, (b,), weights[b] if weights else None) for chunk, b in turns]
 
 
 def _count(sampler: Sampler, config: TrainConfig, epoch: int) -> int:
@@ -91,27 +93,28 @@ def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 class _LossWatch:
     """Stops a run at the first loss that is not finite; on CUDA some steps late, so as not to wait for each one."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.pending: deque[tuple[Tensor, str]] = deque()
-        self.lag = 16 if device.type == "cuda" else 0
-        self.total, self.count = 0.0, 0
+    def __init__(self, place: Ranks, device: torch.device) -> None:
+        self.pending: deque[tuple[Tensor, float, str]] = deque()
+        self.place, self.lag = place, 16 if device.type == "cuda" else 0
+        self.total, self.weight = 0.0, 0.0
 
-    def see(self, loss: Tensor, where: str) -> None:
-        self.pending.append((loss.detach(), where))
+    def see(self, loss: Tensor, weight: float, where: str) -> None:
+        self.pending.append((loss.detach(), weight, where))
         while len(self.pending) > self.lag:
             self._check()
 
     def mean(self) -> float:
         while self.pending:
             self._check()
-        return self.total / self.count
+        total, weight = self.place.sums(self.total, self.weight)
+        return total / weight
 
     def _check(self) -> None:
-        loss, where = self.pending.popleft()
+        loss, weight, where = self.pending.popleft()
         value = float(loss)
         if not math.isfinite(value):
             raise FloatingPointError(f"loss={value} at {where}: {_STOPPED}")
-        self.total, self.count = self.total + value, self.count + 1
+        self.total, self.weight = self.total + value * weight, self.weight + weight
 
 
 @dataclass
@@ -119,10 +122,13 @@ class _Run:
     """What one call of `train` works with."""
 
     model: nn.Module
-    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
+    wrapped: nn.Module  # the model, or what averages its gradients over ranks
+    forward: Callable[[Tensor], Tensor]  # that, compiled or not
     data: Dataset
     config: TrainConfig
+    place: Ranks
     device: torch.device
+    loader: MemoryLoader | FileLoader
     memory_format: torch.memory_format
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -153,38 +159,66 @@ def train(
     ends with the very weights of an undisturbed run. progress: a bar on stderr; a text is its label.
     observe: called with the model after each epoch; what it returns, of JSON's types, goes into the history's column
     "observed", and so into the checkpoint.
-    The bit-width is the highest trained one afterwards.
+    The bit-width is the highest trained one afterwards. Damaged files of streamed data are skipped, and named in
+    attrs["damaged"].
+    Several processes, started by accelerate launch, torchrun or notebook_launcher, that all call this share each batch,
+    and end with the same weights as one would: gradients, statistics of batch norm and tracked ranges are those of the
+    whole batch. The first one draws the bar and writes the checkpoint.
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
     where no checkpoint can be, or a checkpoint of another configuration, network or data. FloatingPointError: a loss or
     weight that is not finite, named with step, bit-width and learning rate; the checkpoint of the epoch before stays.
     """
     bits, path = _check(model, data, config), _checked_path(checkpoint)
     label = progress if isinstance(progress, str) else checks.flag("progress", progress) and "training"
-    device = devices.device(config.device)
-    memory_format = devices.memory_format(model, config.channels_last, device)
-    model.to(device, memory_format=memory_format)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
-    forward = torch.compile(model) if config.compile else model
-    sampler = Sampler(config.coreset, config.scheme, config.seed, bits, data.train.labels, config.epochs)
-    data = data.to(device)
-    run = _Run(model, forward, data, config, device, memory_format, optimizer(model, config), scaler, sampler)
-    if path is not None and path.exists():
-        _resume(run, path)
-    _finish(run, path, label, observe)
+    run = _prepare(model, data, config, bits)
+    with run.place.joined(f"the checkpoint {path}" if path else "the beginning"), synchronized(model, run.place):
+        if path is not None and run.place.share(path.exists()):
+            _resume(run, path)
+        _finish(run, path, label, observe)
     set_bits(model, bits[-1])
     history = pd.DataFrame(run.history)
-    history.attrs["coresets"] = sampler.rows
+    history.attrs["coresets"] = run.sampler.rows
+    history.attrs["damaged"] = [str(data.train.path(i)) for i in sorted(run.loader.damaged)]
     return history
+
+
+def _prepare(model: nn.Module, data: Dataset, config: TrainConfig, bits: tuple[int, ...]) -> _Run:
+    place = current(config.device)
+    device = place.device(config.device)
+    memory_format = devices.memory_format(model, config.channels_last, device)
+    model.to(device, memory_format=memory_format)
+    sampler = Sampler(config.coreset, config.scheme, config.seed, bits, data.train.labels, config.epochs, place)
+    _check_parts(sampler, config, place)
+    wrapped, data = place.wrap(model), data.to(device)
+    forward = torch.compile(wrapped) if config.compile else wrapped
+    batches = loader(data, "train", device, place)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+    step = optimizer(model, config)
+    return _Run(model, wrapped, forward, data, config, place, device, batches, memory_format, step, scaler, sampler)
+
+
+def _check_parts(sampler: Sampler, config: TrainConfig, place: Ranks) -> None:
+    """Batch norm needs two images at least in each part of a step."""
+    parts = place.count * config.accumulate
+    sizes = {sampler.size(epoch) for epoch in range(config.epochs)} if parts > 1 else ()
+    for size in sizes:
+        smallest = size // -(-size // config.batch_size)
+        if smallest < 2 * parts:
+            expected = f"two images at least for each of {config.accumulate} parts on {place.count} ranks in a step"
+            raise checks.invalid("batch_size", config.batch_size, f"{expected}, where some have {smallest}")
 
 
 def _finish(run: _Run, path: Path | None, label: str | bool, observe: Callable[[nn.Module], Any] | None) -> None:
     left = range(run.epoch, run.config.epochs)
     total = sum(_count(run.sampler, run.config, epoch) for epoch in left)
-    with tqdm(total=total, desc=label, unit="step", leave=False, disable=not label, mininterval=1) as bar:
+    if label and run.place.count > 1:
+        label = f"{label}, {run.place.count} processes"
+    hidden = not (label and run.place.main)
+    with tqdm(total=total, desc=label, unit="step", leave=False, disable=hidden, mininterval=1) as bar:
         for _ in left:
             row = _epoch(run, bar)
             run.history.append(row | ({"observed": observe(run.model)} if observe else {}))
-            if path is not None:
+            if path is not None and run.place.main:
                 _save(run, path)
 
 
@@ -213,15 +247,16 @@ def _checked_path(checkpoint: Any) -> Path | None:
 
 def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     run.model.train()
-    epoch, watch, passes, start = run.epoch, _LossWatch(run.device), 0, perf_counter()
+    epoch, watch, passes, start = run.epoch, _LossWatch(run.place, run.device), 0, perf_counter()
     selection = run.sampler.selection(epoch)
     steps = plan(selection, run.config, epoch)
     pixels = generator(run.config.seed, "augment", epoch)
     with _seeded(run, epoch), run.sampler.recording(run.model, selection):
-        for i, step in enumerate(steps):
+        batches = run.loader.epoch([step.indices for step in steps], pixels)
+        for i, (step, batch) in enumerate(zip(steps, batches, strict=True)):
             lr = learning_rate(epoch + (i + 1) / len(steps), run.config)
             where = f"epoch {epoch + 1}, step {i + 1}"
-            _step(run, step, lr, watch, pixels, where)
+            _step(run, step, batch, lr, watch, where)
             passes += len(step.indices) * len(step.bits)
             bar.update()
     loss = watch.mean()
@@ -237,7 +272,8 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
 def _seeded(run: _Run, epoch: int) -> Iterator[None]:
     """Dropout and its like draw from the global generator: an epoch seeds it, and puts it back afterwards."""
     forked = [run.device] if run.device.type == "cuda" else []
-    seed = generator(run.config.seed, "dropout", epoch).initial_seed()
+    own = [run.place.rank] if run.place.rank else []
+    seed = generator(run.config.seed, "dropout", epoch, *own).initial_seed()
     with torch.random.fork_rng(devices=forked):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not put back
         for device in forked:
@@ -246,18 +282,19 @@ def _seeded(run: _Run, epoch: int) -> Iterator[None]:
         yield
 
 
-def _step(run: _Run, step: Step, lr: float, watch: _LossWatch, pixels: torch.Generator, where: str) -> None:
-    split, config = run.data.train, run.config
-    indices = step.indices.to(run.device)
-    images = normalize(augment(split.images[indices], run.data, pixels), run.data)
-    images = images.contiguous(memory_format=run.memory_format)
+def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: _LossWatch, where: str) -> None:
+    """One optimizer step on this rank's part of the samples of `step`, itself in `accumulate` parts."""
+    config, images = run.config, batch[0].contiguous(memory_format=run.memory_format)
     run.optimizer.zero_grad(set_to_none=True)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
+    parts = zip(*(x.tensor_split(config.accumulate) for x in (images, *batch[1:])), strict=True)
     with devices.autocast(config.autocast, run.device):
-        for b, loss in _losses(run, images, split.labels[indices], step):
-            watch.see(loss, f"{where}, {b} bits, lr {lr:.3g}")
-            run.scaler.scale(loss).backward()
+        for k, part in enumerate(parts, start=1):
+            weight = len(part[1]) * run.place.count / len(step.indices)
+            for b, loss in _losses(run, step, part, last=k == config.accumulate):
+                watch.see(loss, weight, f"{where}, {b} bits, lr {lr:.3g}")
+                run.scaler.scale(loss if weight == 1 else loss * weight).backward()
     if config.clip_grad_norm:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad_norm)
@@ -265,26 +302,35 @@ def _step(run: _Run, step: Step, lr: float, watch: _LossWatch, pixels: torch.Gen
     run.scaler.update()
 
 
-def _losses(run: _Run, images: Tensor, labels: Tensor, step: Step) -> Iterator[tuple[int, Tensor]]:
-    """(bit-width, loss) of each child of a step, highest first; images (B, 3, H, W), labels (B,)."""
+def _losses(run: _Run, step: Step, part: Batch, last: bool) -> Iterator[tuple[int, Tensor]]:
+    """(bit-width, loss) of each child of a step on a part of its samples, highest first; its gradient is due at once.
+
+    last: whether no other part follows, so that gradients are averaged over ranks after the last child.
+    """
+    images, labels, indices = part
     teacher = None
     for b in step.bits:
         set_bits(run.model, b)
-        logits = run.forward(images).float()
-        if logits.shape[1] < run.data.num_classes:
-            raise checks.invalid("model", f"{logits.shape[1]} outputs", f"{run.data.num_classes} or more, one a class")
-        yield b, _loss(logits, labels if teacher is None else teacher, step, run.config, teacher is not None)
-        run.sampler.observe(b, run.epoch, step.indices, logits, labels)  # only now is the loss known to be finite
+        waits = nullcontext() if last and b == step.bits[-1] else run.place.alone(run.wrapped)
+        with waits:
+            logits = run.forward(images).float()
+            if logits.shape[1] < run.data.num_classes:
+                raise checks.invalid(
+                    "model", f"{logits.shape[1]} outputs", f"{run.data.num_classes} or more, one a class"
+                )
+            target = labels if teacher is None else teacher
+            yield b, _loss(logits, target, step, indices, run.config, teacher is not None)
+        run.sampler.observe(b, run.epoch, indices, logits, labels)  # only now is the loss known to be finite
         if run.config.distillation:
             teacher = logits.detach().softmax(1)
 
 
-def _loss(logits: Tensor, target: Tensor, step: Step, config: TrainConfig, distilled: bool) -> Tensor:
+def _loss(logits: Tensor, target: Tensor, step: Step, indices: Tensor, config: TrainConfig, distilled: bool) -> Tensor:
     smoothing = 0.0 if distilled else config.label_smoothing
     if step.weights is None:
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
     losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-    return (losses * step.weights.to(losses)).mean()
+    return (losses * step.weights[indices.cpu()].to(losses)).mean()
 
 
 def _identity(run: _Run) -> dict[str, Any]:

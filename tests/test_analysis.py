@@ -15,7 +15,7 @@ import emqlib as emq
 from emqlib import models
 from emqlib.analysis import BINS, SPAN, Histogram, Moments, Watcher, preactivations, weight_shift
 from emqlib.data import Dataset, augment, normalize
-from emqlib.layers import MultiBitBatchNorm
+from emqlib.norms import MultiBitBatchNorm
 
 BITS = (2, 4, 8)
 WIDTH = 2 * SPAN / BINS

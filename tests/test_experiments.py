@@ -80,6 +80,7 @@ CHANGED: dict[type, dict[str, Any]] = {
         "scheme": "bitwise",
         "epochs": 5,
         "batch_size": 64,
+        "accumulate": 2,
         "optimizer": "adamw",
         "lr": 0.2,
         "momentum": 0.8,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emqlib.correction import CORRECTIONS
-from emqlib.layers import NORMS, InputQuantizer, LearnedScale, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.layers import NORMS, InputQuantizer, LearnedScale, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.norms import MultiBitBatchNorm
 from emqlib.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS
 
 ALL_BITS = (*range(1, 9), 32)

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import emqlib as emq
 from emqlib import models, multibit, signs
 from emqlib.data import Dataset, Split, normalize
-from emqlib.layers import NORMS, InputQuantizer, MultiBitBatchNorm, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.layers import NORMS, InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.norms import MultiBitBatchNorm
 
 SWITCHED = (QuantConv2d, QuantLinear, MultiBitBatchNorm)
 ACTIVATIONS = ("dorefa", "lsq", "pact", "none")

@@ -18,7 +18,8 @@ import emqlib as emq
 from emqlib import models, remedies
 from emqlib.checks import BIT_WIDTHS
 from emqlib.data import Dataset, augment, normalize
-from emqlib.layers import MultiBitBatchNorm, QuantConv2d, QuantLinear
+from emqlib.layers import QuantConv2d, QuantLinear
+from emqlib.norms import MultiBitBatchNorm
 from emqlib.remedies import ACTIVATIONS, RULES, compare, gaussian_inputs, gaussian_moments
 
 BITS = (2, 4, 8)

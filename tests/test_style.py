@@ -25,14 +25,15 @@ README, PYPROJECT, MAKEFILE, CONSTRAINTS = (
 # A module imports only what stands in a line above its own.
 LAYERS = [
     ["checks", "files"],
-    ["data", "devices", "models", "coreset", "attention"],
-    ["signs"],
-    ["recorder"],
+    ["images", "devices", "models", "coreset", "attention"],
+    ["data", "signs", "ranks"],
+    ["loading", "recorder"],
     ["sampling"],
     ["config"],
     ["quantizers"],
     ["correction"],
     ["layers"],
+    ["norms"],
     ["multibit"],
     ["training"],
     ["profiles"],
@@ -333,10 +334,11 @@ def test_imports_are_declared_and_extras_are_late(path: Path) -> None:
 def test_the_library_is_small() -> None:
     """Raised from 16 and 3,500: coresets brought sampling, recorder; 400 lines a file config, profiles, runs; notebooks
 
-    06 and 08 to 10 analysis, remedies and transfer, which measure; `make figures` figures; transformers attention.
+    06 and 08 to 10 analysis, remedies and transfer, which measure; `make figures` figures; transformers attention,
+    streamed files images and loading, several processes ranks, and 400 lines a file norms.
     """
-    assert len(MODULES) <= 26
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 5500
+    assert len(MODULES) <= 30
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 6300
 
 
 def test_the_library_prints_in_one_place_at_most() -> None:
@@ -436,7 +438,7 @@ def test_checker_finds(checker: Checker, good: str, bad: str, fault: str) -> Non
         ("layers", "from .multibit import convert", "layers:1 imports multibit"),
         ("layers", "from . import correction, plots", "layers:1 imports plots"),
         ("layers", "def f():\n    from .training import train", "layers:2 imports training"),
-        ("data", "from .models import build", "data:1 imports models"),
+        ("data", "from .loading import loader", "data:1 imports loading"),
         ("checks", "from .files import digest", "checks:1 imports files"),
         ("layers", "from .helpers import x", "layers:1 imports helpers"),
         ("layers", "import emqlib.quantizers", "layers:1 imports emqlib absolutely"),

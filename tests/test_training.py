@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import emqlib as emq
-from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, training
+from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, loading, training
 from emqlib.layers import NORMS, InputQuantizer
+from emqlib.ranks import Ranks
 from emqlib.sampling import SCORES, Sampler, Selection
 
 BITS = (2, 4, 8)
@@ -249,13 +250,13 @@ def test_another_coreset_or_network_does_not_shift_the_augmentation(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states: list[Tensor] = []
-    augment = training.augment
+    augment = loading.augment
 
     def watched(images: Tensor, data: Dataset, generator: torch.Generator) -> Tensor:
         states.append(generator.get_state())
         return augment(images, data, generator)
 
-    monkeypatch.setattr(training, "augment", watched)
+    monkeypatch.setattr(loading, "augment", watched)
     runs = []
     for every, dropout in ((0, 0.0), (1, 0.5)):
         states.clear()
@@ -292,7 +293,7 @@ def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
         for b in step.bits:
             emq.set_bits(model, b)
             logits = model(images)
-            loss = soft_cross_entropy(logits, target, 1.0 if step.weights is None else step.weights)
+            loss = soft_cross_entropy(logits, target, 1.0 if step.weights is None else step.weights[step.indices])
             grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             for name, grad in zip(total, grads, strict=True):
                 total[name] += 0 if grad is None else grad
@@ -331,7 +332,7 @@ UPDATES: dict[str, Callable[..., Tensor]] = {"sgd": sgd, "adamw": adamw}
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In float32 a rounding error could lift a weight over a quantization step, and the two runs would part."""
     with monkeypatch.context() as patch:
-        patch.setattr(training, "normalize", standardized)
+        patch.setattr(loading, "normalize", standardized)
         patch.setattr(Tensor, "float", lambda t: t if t.is_floating_point() else t.double())
         yield
 
@@ -444,13 +445,15 @@ def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> N
     config, meta = quick(**fields), torch.device("meta")
     model = tiny(**spec).to(meta)
     optimizer, scaler = training.optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    parts = (optimizer, scaler, sampler(digits.train.labels, BITS, config))
-    run = training._Run(model, model, digits.to(meta), config, meta, torch.contiguous_format, *parts)
-    watch = training._LossWatch(meta)
+    batches = loading.loader(digits.to(meta), "train", meta)
+    parts = (torch.contiguous_format, optimizer, scaler, sampler(digits.train.labels, BITS, config))
+    run = training._Run(model, model, model, digits.to(meta), config, Ranks(), meta, batches, *parts)
+    watch = training._LossWatch(Ranks(), meta)
     watch.lag = 100  # a loss without a value cannot be looked at
-    for step in plans(digits.train.labels, BITS, config)[0][:3]:
-        training._step(run, step, 0.1, watch, torch.Generator(), "step")
-    assert {loss.device for loss, _ in watch.pending} == {meta}
+    steps = plans(digits.train.labels, BITS, config)[0][:3]
+    for step, batch in zip(steps, batches.epoch([step.indices for step in steps], torch.Generator()), strict=True):
+        training._step(run, step, batch, 0.1, watch, "step")
+    assert {loss.device for loss, *_ in watch.pending} == {meta}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     assert {p.grad.device for p in weights.values()} == {meta} and run.optimizer.state
 
@@ -1004,6 +1007,7 @@ WRONG: dict[str, list[object]] = {
     "scheme": ["", "Joint", "bit-wise", None, 1, ["joint"]],
     "epochs": [0, *NOT_AN_INTEGER],
     "batch_size": [0, *NOT_AN_INTEGER],
+    "accumulate": [0, 129, *NOT_AN_INTEGER],
     "optimizer": ["adam", "SGD", "", None, torch.optim.SGD],
     "lr": [0, -0.1, *NOT_A_NUMBER],
     "momentum": [1, 1.5, -0.1, *NOT_A_NUMBER],

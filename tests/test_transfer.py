@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import models
 from emqlib.data import Dataset, Split, augment, normalize
-from emqlib.layers import MultiBitBatchNorm
+from emqlib.norms import MultiBitBatchNorm
 from emqlib.transfer import ALL, angle, gradient_angles, linear_probes
 
 BITS = (2, 4, 8)

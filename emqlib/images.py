@@ -1,0 +1,147 @@
+"""Image files: listed by class, decoded to uint8 at once and kept so, or listed only, to be decoded when needed."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from . import files
+
+Labelled = list[tuple[Path, str]]  # an image file and its class
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """A split whose images are decoded when they are needed: N files below `folder` and their labels (N,) int64.
+
+    names: (N,) of bytes, the paths below `folder`; as an array, because each of a million Python strings would be
+    copied into each worker process. image_size: pixels of a side, S. workers: how many processes decode.
+    """
+
+    folder: Path
+    names: np.ndarray
+    labels: Tensor
+    image_size: int
+    workers: int
+
+    @classmethod
+    def of(
+        cls, folder: Path, paths: Sequence[Path], labels: Tensor, image_size: int | None, workers: int
+    ) -> "ImageFiles":
+        """The files at `paths`, all below `folder`, with labels (N,)."""
+        start = len(str(folder)) + 1
+        names = np.array([os.fsencode(str(path)[start:]) for path in paths])
+        return cls(folder, names, labels, image_size or 224, workers)
+
+    def __len__(self) -> int:
+        """Number of images, N."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "ImageFiles":
+        """Itself: what is decoded goes to a device, the list of files stays."""
+        return self
+
+    def take(self, indices: Tensor) -> "ImageFiles":
+        """The samples at `indices` (K,) alone."""
+        return replace(self, names=self.names[indices.numpy()], labels=self.labels[indices])
+
+    def path(self, index: int) -> Path:
+        """The file of a sample."""
+        return self.folder / os.fsdecode(self.names[index])
+
+    def listing(self) -> bytes:
+        """Names, sizes and labels of all files as bytes: which data is this, without reading 150 GB."""
+        sizes = np.array([os.stat(os.path.join(os.fsencode(self.folder), name)).st_size for name in self.names])
+        return b"".join([b"\0".join(self.names.tolist()), sizes.tobytes(), self.labels.numpy().tobytes()])
+
+
+def list_classes(folder: Path, inner: str = "") -> Labelled:
+    """All image files of <folder>/<class>/<inner>/, sorted; hidden files and those of other types are left out."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder}: expected one folder for each class, found none")
+    found: Labelled = []
+    for entry in classes:
+        names = sorted(os.listdir(entry / inner)) if (entry / inner).is_dir() else []
+        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        if not images:
+            raise ValueError(f"{entry / inner}: expected images of this class, found none")
+        found += [(entry / inner / name, entry.name) for name in images]
+    return found
+
+
+def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
+    """The images at `paths`, (N, 3, H, W) uint8, decoded once: tens of thousands of files take tens of seconds.
+
+    The cache beside the data, or else below the user's cache folder, is named after paths, file sizes and times.
+    """
+    name = f"{_fingerprint(folder, paths, image_size)}.npy"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    caches = (folder / ".emqlib" / name, Path(home, "emqlib", files.digest(str(folder.resolve()))[:16], name))
+    for cache in caches:
+        # no cache, or a damaged one: make it anew
+        with contextlib.suppress(OSError, ValueError), cache.open("rb") as file:
+            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+    images = _decode_all(paths, image_size)
+    for cache in caches:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without
+            files.write_atomic(cache, lambda file: np.lib.format.write_array(file, images, allow_pickle=False))
+            break
+    return torch.from_numpy(images)
+
+
+def _fingerprint(folder: Path, paths: Sequence[Path], image_size: int | None) -> str:
+    start = len(str(folder))
+    rows = [(str(path)[start:], stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    return files.digest(files.canonical_json([image_size, rows]))
+
+
+def _decode_all(paths: Sequence[Path], image_size: int | None) -> np.ndarray:
+    first, some = decode(paths[0], image_size), 64  # files a task: fewer, and threads wait for each other
+    images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
+
+    def decode_some(start: int) -> int:
+        for i, path in enumerate(paths[start : start + some], start):
+            image = decode(path, image_size)
+            if image.shape != first.shape:
+                sizes = f"{first.shape[:2]} in {paths[0]}, {image.shape[:2]} in {path}"
+                raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
+            images[i] = image.transpose(2, 0, 1)
+        return len(paths[start : start + some])
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(paths), disable=None) as progress:
+        for done in pool.map(decode_some, range(0, len(paths), some)):
+            progress.update(done)
+    return images
+
+
+def decode(path: Path, image_size: int | None) -> np.ndarray:
+    """The image at `path`, see `pixels`; ValueError, which names it, for a file that is no readable image."""
+    try:
+        with Image.open(path) as image:
+            return pixels(image, image_size)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """(H, W, 3) uint8 of an image in any mode; transparency is dropped."""
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "P":  # on the way to RGB a transparent colour would make it warn
+        image = image.convert("RGBA")
+    image = image.convert("RGB")
+    if image_size is not None:
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(image)

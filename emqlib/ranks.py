@@ -1,0 +1,148 @@
+"""Several processes, a rank each, that train one network on parts of each batch: what they share and what each does.
+
+Alone, a process is rank 0 of 1, and nothing here costs anything. Accelerate starts the others and joins them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from . import devices
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+    accelerator: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that records scores, shows progress and writes files."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device of that name, see `devices.device`; among several ranks, this one's own."""
+        return devices.device(name) if self.accelerator is None else self.accelerator.device
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's part of a batch (B, ...), of near-equal size to the others'."""
+        return x.tensor_split(self.count)[self.rank]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` so that its gradients are averaged over ranks in the backward pass."""
+        return model if self.accelerator is None else self.accelerator.prepare_model(model)
+
+    def alone(self, wrapped: nn.Module) -> AbstractContextManager:
+        """The context of a forward and backward pass whose gradients wait for those of a later one to be averaged."""
+        return wrapped.no_sync() if self.accelerator is not None else nullcontext()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.accelerator is None:
+            return value
+        values = [value if self.main else None]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, indices: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Sample indices (B,) and what belongs to them, tensors (B, ...), of all ranks: a sample's are on one alone.
+
+        Ranks have parts of unequal size, so they are padded on the way, by indices of -1, which are then left out.
+        """
+        if self.accelerator is None:
+            return indices, *tensors
+        padded = self.accelerator.pad_across_processes(indices, pad_index=-1)
+        real = self.accelerator.gather(padded) >= 0
+        found = [None if t is None else self.accelerator.pad_across_processes(t) for t in (indices, *tensors)]
+        return tuple(None if t is None else self.accelerator.gather(t)[real] for t in found)
+
+    def sums(self, *values: float) -> list[float]:
+        """Each of `values` summed over ranks."""
+        if self.accelerator is None:
+            return list(values)
+        return total(torch.tensor(values, dtype=torch.float64, device=self._host)).tolist()
+
+    @property
+    def _host(self) -> torch.device:
+        return self.accelerator.device if self.accelerator.device.type == "cuda" else torch.device("cpu")
+
+    @contextmanager
+    def joined(self, where: str) -> Iterator[None]:
+        """Within the block, the error that a rank gets when another one has gone says so, and where to go on from."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
+            if self.count == 1 or not lost:
+                raise
+            text = f"rank {self.rank} of {self.count}: another rank has stopped, see its own error; start all of them"
+            raise RuntimeError(f"{text} again, and training goes on from {where}") from error
+
+
+def current(device: str = "auto") -> Ranks:
+    """Where this process stands: alone, unless accelerate launch, torchrun or notebook_launcher started several.
+
+    device: "cpu" to stay off CUDA devices. ImportError that says what to install: several without Accelerate.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks()
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ImportError as error:
+        raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
+    options = DistributedDataParallelKwargs(broadcast_buffers=False)  # layers keep them equal themselves
+    place = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    return Ranks(place.process_index, place.num_processes, place)
+
+
+class _Total(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return _Total.apply(grad)  # each rank's loss depends on every rank's x
+
+
+def total(x: Tensor) -> Tensor:
+    """x (any shape) summed over ranks; differentiable."""
+    return _Total.apply(x)
+
+
+def mean(x: Tensor) -> Tensor:
+    """x (any shape), a statistic of each rank's part, averaged over ranks."""
+    return total(x) / dist.get_world_size()
+
+
+def lowest(x: Tensor) -> Tensor:
+    """The lowest x (any shape) of all ranks."""
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x
+
+
+@contextmanager
+def synchronized(model: nn.Module, place: Ranks) -> Iterator[None]:
+    """Within the block, what layers measure of a batch they measure over all ranks: means, variances, ranges."""
+    layers = [m for m in model.modules() if hasattr(m, "across_ranks")] if place.count > 1 else []
+    for layer in layers:
+        layer.across_ranks = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.across_ranks = False
