@@ -56,6 +56,7 @@ class FileLoader:
             persistent_workers=live and workers > 0,
             pin_memory=device.type == "cuda",
             collate_fn=_collate,
+            generator=torch.Generator(),  # workers' seeds, which nothing uses: not from the global generator
         )
 
     def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:

@@ -116,7 +116,7 @@ class MultiBitBatchNorm(nn.Module):
     def _over_ranks(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """`F.batch_norm` in training mode by statistics of the whole batch; mean and var (C,) are updated in place."""
         dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-        local = x.float()
+        local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         n = ranks.total(local.new_tensor(x.numel() / x.shape[1]))
         batch_mean = ranks.total(local.sum(dims)) / n
         deviation = local - batch_mean.view(shape)

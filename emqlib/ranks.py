@@ -33,7 +33,10 @@ class Ranks:
 
     def device(self, name: str) -> torch.device:
         """The device of that name, see `devices.device`; among several ranks, this one's own."""
-        return devices.device(name) if self.accelerator is None else self.accelerator.device
+        if self.accelerator is None:
+            return devices.device(name)
+        own = self.accelerator.device
+        return own if own.type == "cuda" else torch.device(own.type)  # not "cpu:0", which no checkpoint loads onto
 
     def part(self, x: Tensor) -> Tensor:
         """This rank's part of a batch (B, ...), of near-equal size to the others'."""
@@ -71,11 +74,7 @@ class Ranks:
         """Each of `values` summed over ranks."""
         if self.accelerator is None:
             return list(values)
-        return total(torch.tensor(values, dtype=torch.float64, device=self._host)).tolist()
-
-    @property
-    def _host(self) -> torch.device:
-        return self.accelerator.device if self.accelerator.device.type == "cuda" else torch.device("cpu")
+        return total(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)).tolist()
 
     @contextmanager
     def joined(self, where: str) -> Iterator[None]:
@@ -98,11 +97,10 @@ def current(device: str = "auto") -> Ranks:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
     except ImportError as error:
         raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
-    options = DistributedDataParallelKwargs(broadcast_buffers=False)  # layers keep them equal themselves
-    place = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    place = Accelerator(cpu=device == "cpu")
     return Ranks(place.process_index, place.num_processes, place)
 
 
