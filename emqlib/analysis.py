@@ -89,7 +89,7 @@ def _change(w_q: Tensor, w: Tensor) -> dict[str, float]:
 
 
 @contextmanager
-def watched(modules: dict[str, nn.Module], watchers: dict[str, "Watcher"]) -> Iterator[None]:
+def watched(modules: dict[str, nn.Module], watchers: dict[str, "Watcher | TokenWatcher"]) -> Iterator[None]:
     """Within the block, each watcher sees the input of the module of its name; the hooks go whatever happens."""
     hooks = [modules[name].register_forward_pre_hook(watcher) for name, watcher in watchers.items()]
     try:
@@ -162,3 +162,53 @@ def _tables(seen: dict[int, dict[str, Watcher]]) -> tuple[pd.DataFrame, pd.DataF
             density = {"z": centers, "density": watcher.histogram.density().numpy().round(6)}
             histograms.append(pd.DataFrame({"layer": name, "bits": b} | density))
     return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)
+
+
+class TokenWatcher:
+    """What a layer norm takes in: the size of each token, and the moments of what is left once it is normalized."""
+
+    def __init__(self) -> None:
+        self.moments, self.size, self.n = Moments(), 0.0, 0
+
+    def __call__(self, norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> None:
+        """Tokens (N, T, C): the standard deviation over C of each, and z, normalized without weight and bias."""
+        x = inputs[0].detach().float()
+        self.size += float(x.std(-1).sum())
+        self.n += x.shape[:-1].numel()
+        self.moments.update(nn.functional.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1]))
+
+
+def layer_norms(
+    model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
+) -> pd.DataFrame:
+    """How far tokens at each bit-width are from those at the highest, before every layer norm: one row each.
+
+    Columns: layer, bits, size (mean standard deviation of a token, as a multiple), which layer norm takes away, and
+    what it leaves: mean_shift (root mean square over features of the shift of the mean, in standard deviations) and
+    variance (mean over features of the ratio), both of normalized tokens. Images as in `preactivations`.
+    ValueError: not a converted network, bad bits, no layer norm, no images.
+    """
+    wanted = bit_widths("bits", bits)
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 1)
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    if not norms:
+        raise invalid("model", type(model).__name__, "a network with layer norm")
+    seen: dict[int, dict[str, TokenWatcher]] = {}
+    with undisturbed(model, data, batch_size) as device:
+        for b in wanted:
+            seen[b] = {name: TokenWatcher() for name in norms}
+            with at_bits(model, b), watched(norms, seen[b]):
+                for images, _ in batches(data, "train", device, batch_size, samples):
+                    model(images)
+    return pd.DataFrame([_compared(seen[b][name], seen[max(seen)][name], name, b) for b in wanted for name in norms])
+
+
+def _compared(tokens: TokenWatcher, reference: TokenWatcher, layer: str, bits: int) -> dict[str, str | float]:
+    if tokens.n == 0:
+        raise invalid("data", "no images", "at least one batch of images")
+    var = reference.moments.var()
+    shift = ((tokens.moments.mean - reference.moments.mean) / var.sqrt()).square().mean().sqrt()
+    size = (tokens.size / tokens.n) / (reference.size / reference.n)
+    row = {"layer": layer, "bits": bits, "size": size, "mean_shift": float(shift)}
+    return row | {"variance": float((tokens.moments.var() / var).mean())}

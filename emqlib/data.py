@@ -5,7 +5,9 @@ A data set is one row of `SOURCES`; everything below that table treats all of th
 
 import hashlib
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -99,9 +101,7 @@ def load_dataset(
     ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes, stream=True for
     what are no files of single images. FileNotFoundError: no data; says where it was looked for and how to get it.
     """
-    kind, _, path = str(name).partition(":")
-    key = f"{kind}:PATH" if path else str(name)
-    source = SOURCES[key if key in SOURCES else checks.choice("name", name, SOURCES)]
+    source, path = SOURCES[check_name("name", name)], str(name).partition(":")[2]
     if image_size is not None:
         image_size = checks.integer("image_size", image_size, 1)
     streamed = source.stream if stream is None else checks.flag("stream", stream)
@@ -112,6 +112,33 @@ def load_dataset(
         raise checks.invalid("stream", True, f"False for {name!r}, which was found as whole files")
     mean, std = source.statistics or (IMAGENET if streamed else _statistics(train.images))
     return Dataset(name, train, test, classes, mean, std, source.flip, source.crop_padding, _sha256(train, test))
+
+
+def check_name(parameter: str, name: Any) -> str:
+    """The key of `SOURCES` that `name` means; ValueError, which names the parameter, where there is none."""
+    kind, _, path = str(name).partition(":")
+    key = f"{kind}:PATH" if path else str(name)
+    return key if key in SOURCES else checks.choice(parameter, name, SOURCES)
+
+
+def write_folders(data: Dataset, folder: Path) -> None:
+    """Write a data set that lies in memory as class folders of PNG files, {train,val}/<class>/*, unless it is there.
+
+    So `imagefolder:PATH` reads it, or streams it. Whoever looks finds all of it or nothing.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    half_done = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    for name, split in (("train", data.train), ("val", data.test)):
+        for i, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
+            place = half_done / name / data.classes[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:06d}.png")
+    try:
+        half_done.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(half_done)
 
 
 def _workers() -> int:

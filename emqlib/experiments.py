@@ -1,15 +1,20 @@
 """A paper table becomes a list of runs, for `run_all` to run or to read."""
 
+import argparse
+import inspect
+import sys
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from pathlib import Path
 
 import pandas as pd
 
 from . import analysis, checks
 from .config import TrainConfig
-from .layers import QuantSpec
-from .profiles import Parameters
+from .data import load_dataset, write_folders
+from .methods import any_precision, base, bitwise_coreset, dedicated, in_parts, of_length, ours, redrawn
+from .profiles import Parameters, parameters
+from .ranks import current
 from .remedies import compare
 from .runs import Run, coreset_rows, derived, followed, run_all
 from .sampling import SCORES, CoresetConfig
@@ -29,6 +34,8 @@ __all__ = [
     "distributions",
     "equal_epochs",
     "growth",
+    "imagenet",
+    "layer_norms",
     "ours",
     "quickstart",
     "redrawn",
@@ -41,43 +48,6 @@ __all__ = [
     "untrained",
     "vit",
 ]
-
-
-def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
-    """What all runs of a profile share, on the full data.
-
-    epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated.
-    """
-    config = replace(p.profile.training, seed=seed, epochs=epochs or p.profile.training.epochs)
-    return Run(
-        profile=p.profile.name,
-        dataset=p.profile.dataset or dataset,
-        model=p.profile.model,
-        model_args=p.profile.model_args,
-        subset=p.profile.subset,
-        spec=QuantSpec(bits=p.bits),
-        config=config,
-        eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
-    )
-
-
-def dedicated(base: Run) -> list[Run]:
-    """One network for each bit-width, on the full data, without correction."""
-    config = replace(base.config, scheme="dedicated", coreset=None)
-    specs = (replace(base.spec, bits=(b,), correction="none") for b in base.spec.bits)
-    return [replace(base, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
-
-
-def any_precision(base: Run) -> Run:
-    """Any-Precision: joint training with recursive distillation, a batch norm for each bit-width."""
-    spec = replace(base.spec, norm="switchable", correction="none")
-    return replace(base, spec=spec, config=replace(base.config, scheme="joint", distillation=True, coreset=None))
-
-
-def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
-    """Bit-wise training under one shared batch norm; `spec`: fields of the `QuantSpec` that differ from the base's."""
-    config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
-    return replace(base, spec=replace(base.spec, **spec), config=config)
 
 
 def quickstart(p: Parameters) -> list[Run]:
@@ -107,18 +77,6 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
-    """Coresets by importance, TDDS where not said otherwise, as the notebooks use them; None where nothing is pruned.
-
-    Cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs at
-    least, and so spends on them the price of one epoch more of its coreset.
-    """
-    if not pruning_rate:
-        return None
-    usual = {"score": "tdds", "scoring_epochs": 3, "candidates": min(1.0, (1 - pruning_rate) * 4 / 3)}
-    return CoresetConfig(**{"pruning_rate": pruning_rate} | usual | options)
-
-
 def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Accuracy against the cost of training: Any-Precision and ours at each pruning rate, at each run length.
 
@@ -128,28 +86,10 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     pairs = [(epochs, seed) for epochs in p.lengths for seed in (p.seeds if epochs == p.lengths[0] else p.seeds[:1])]
     runs = []
     for epochs, seed in pairs:
-        shared = _of_length(p, seed, dataset, epochs)
+        shared = of_length(p, seed, dataset, epochs)
         runs += [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in rates)]
         runs += [redrawn(shared, rate) for rate in rates[len(rates) // 2 :][:1]]
     return runs
-
-
-def _of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
-    """`base` for as many epochs, and the very one of Table 1 where they are the profile's own."""
-    return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
-
-
-def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
-    """Ours where steps and images are few (beyond the paper): each batch of the base in `parts` ones, coresets
-    drawn anew each epoch from all data by importance, and running statistics for each trained bit-width.
-    """
-    drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
-    return ours(_in_parts(base, parts), drawn, norm="shared_affine")
-
-
-def _in_parts(run: Run, parts: int) -> Run:
-    """`run` with each batch in as many smaller ones."""
-    return replace(run, config=replace(run.config, batch_size=run.config.batch_size // parts))
 
 
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
@@ -160,15 +100,15 @@ def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 
     Any-Precision and both `redrawn`. In the shortest alone, the controls: Any-Precision with half-size batches, and one
     epoch on all data before coresets drawn at random (EL2N's weights to the power 0).
     """
-    *shorter, start = (_of_length(p, p.seeds[0], dataset, epochs) for epochs in p.lengths)
+    *shorter, start = (of_length(p, p.seeds[0], dataset, epochs) for epochs in p.lengths)
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
-    runs = [any_precision(start), *(ours(_in_parts(start, parts), bitwise_coreset(rate)) for parts in (1, 4))]
+    runs = [any_precision(start), *(ours(in_parts(start, parts), bitwise_coreset(rate)) for parts in (1, 4))]
     runs += [redrawn(start, rate, parts, **how) for how in ({}, el2n) for parts in (4, 2)]
-    runs += [ours(_in_parts(start, 4), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
+    runs += [ours(in_parts(start, 4), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
     for other in shorter:
         runs += [any_precision(other), redrawn(other, rate), redrawn(other, rate, **el2n)]
     for other in shorter[:1]:
-        runs += [any_precision(_in_parts(other, 2)), redrawn(other, rate, **el2n, power=0.0)]
+        runs += [any_precision(in_parts(other, 2)), redrawn(other, rate, **el2n, power=0.0)]
     return runs
 
 
@@ -251,6 +191,17 @@ def vit(p: Parameters) -> list[Run]:
     return runs
 
 
+def layer_norms(p: Parameters) -> pd.DataFrame:
+    """What weight bias correction changes before each layer norm of ViT's children, of networks without and with it.
+
+    Rows of `analysis.layer_norms`, of the first seed on CIFAR-10, at the trained bit-widths.
+    """
+    shared = _vit_base(p, p.seeds[0], "cifar10")
+    both = [ours(shared, correction=correction) for correction in ("none", "mean_var")]
+    tables = [derived(run, "norms", p.results_dir, lambda *net: analysis.layer_norms(*net, p.bits)) for run in both]
+    return pd.concat(tables, ignore_index=True)
+
+
 def _vit_base(p: Parameters, seed: int, dataset: str) -> Run:
     """As many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32."""
     shared, vit = base(p, seed, dataset), p.profile.vit
@@ -260,6 +211,28 @@ def _vit_base(p: Parameters, seed: int, dataset: str) -> Run:
     spec = replace(shared.spec, weight="minmax", activation="lsq")
     config = replace(vit.training, seed=seed)
     return replace(shared, model=vit.model, model_args=tuple(args.items()), subset=vit.subset, spec=spec, config=config)
+
+
+def imagenet(p: Parameters) -> list[Run]:
+    """Table 3: ImageNet-1K, streamed, or any data set of class folders; one seed.
+
+    Any-Precision, and ours on the full data and at several pruning rates. Smoke has the digits, written as files.
+    """
+    shared, setting = base(p, p.seeds[0], p.dataset or "imagenet"), p.profile.imagenet
+    dataset = p.dataset or ("imagenet" if shared.dataset == "imagenet" else _as_files(shared, p.results_dir))
+    config = replace(setting.training, seed=p.seeds[0])
+    shared = replace(shared, dataset=dataset, subset=setting.subset, config=config, image_size=setting.image_size)
+    shared = replace(shared, model=p.model or setting.model, model_args=() if p.model else setting.model_args)
+    shared = replace(shared, stream=dataset.startswith("imagefolder:"))
+    rates = p.pruning_rates or (0.6, 0.8)
+    return [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in dict.fromkeys((0.0, *rates)))]
+
+
+def _as_files(run: Run, results_dir: Path) -> str:
+    """The name of the run's data set as class folders of files below `results_dir`, which are written if need be."""
+    folder = results_dir / "images" / run.dataset
+    write_folders(load_dataset(run.dataset).subset(*run.subset), folder)
+    return f"imagefolder:{folder}"
 
 
 def _coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
@@ -371,3 +344,34 @@ def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd
     angles = followed(run, "angles", p.results_dir, lambda *net: gradient_angles(*net, p.bits, count))
     probes = derived(run, "probes", p.results_dir, lambda *net: linear_probes(*net, p.bits))
     return angles, probes
+
+
+RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
+RUNS += [bias_correction, untrained, transfer]
+
+
+def main(arguments: list[str]) -> str:
+    """Finish the runs of one experiment from a shell, in one process or in all that a launcher started.
+
+    arguments: its name, and parameters as `papermill` takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
+    Returns what to report. SystemExit: a wrong name. ValueError: a wrong parameter.
+    """
+    names = {function.__name__: function for function in RUNS}
+    parser = argparse.ArgumentParser(prog="python -m emqlib.experiments")
+    parser.add_argument("name", choices=names, help="the runs of one notebook")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("PARAMETER", "VALUE"))
+    asked = parser.parse_args(arguments)
+    known = inspect.signature(parameters).parameters
+    for name, _ in asked.p:
+        checks.choice("parameter", name, known)
+    numbers = {name: int(value) if value.isdecimal() else value for name, value in asked.p}
+    p = parameters(**numbers)
+    rows = run_all(names[asked.name](p), p.results_dir, processes=p.processes)
+    count = max(current().count, p.processes)
+    return f"{rows.run.nunique()} runs, {len(rows)} rows below {p.results_dir / 'runs'}; {count} process(es)"
+
+
+if __name__ == "__main__":
+    report = main(sys.argv[1:])
+    if current().main:
+        print(report)

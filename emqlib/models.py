@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from .checks import choice, integer, invalid
+from .checks import integer, invalid
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -197,15 +197,44 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """The network of that name in `MODELS`; `kwargs` are its builder's, for example `width=8`.
+def check_name(parameter: str, name: Any) -> str:
+    """`name`, if `build` knows such a network; ValueError, which names the parameter, otherwise."""
+    library, dot, inner = str(name).partition(".")
+    expected = f"one of {', '.join(sorted(MODELS))}, torchvision.NAME or timm.NAME"
+    if library == "torchvision" and inner not in torchvision_models.list_models(module=torchvision_models):
+        raise invalid(parameter, name, f"{expected}; torchvision has no {inner!r}")
+    if library == "timm" and dot and inner not in _timm().list_models():
+        raise invalid(parameter, name, f"{expected}; timm has no {inner!r}")
+    if not isinstance(name, str) or (name not in MODELS and not (dot and library in ("torchvision", "timm"))):
+        raise invalid(parameter, name, expected)
+    return name
 
-    ValueError: unknown `name`, an argument that its builder does not take, or a value that it does not allow.
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("networks of timm need it: pip install timm") from error
+    return timm
+
+
+def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """The network of that name in `MODELS`, or "torchvision.NAME" or "timm.NAME" for one of theirs, untrained.
+
+    kwargs: its builder's, for example `width=8`. ValueError: unknown `name`, an argument that a builder of ours does
+    not take, or a value that it does not allow. ImportError that says what to install: no timm.
 
     >>> build("resnet8", num_classes=100, width=4).fc
     Linear(in_features=16, out_features=100, bias=True)
     """
-    builder = MODELS[choice("name", name, MODELS)]
+    library, _, inner = check_name("name", name).partition(".")
+    if library == "torchvision":
+        return torchvision_models.get_model(
+            inner, weights=None, num_classes=integer("num_classes", num_classes, 1), **kwargs
+        )
+    if library == "timm":
+        return _timm().create_model(inner, num_classes=integer("num_classes", num_classes, 1), **kwargs)
+    builder = MODELS[name]
     known = list(inspect.signature(builder).parameters)
     for key, value in kwargs.items():
         if key not in known:

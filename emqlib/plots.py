@@ -225,12 +225,14 @@ _TRAINED_WITH = {"none": "without weight bias correction", "mean_var": "with wei
 
 
 def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
-    """How far each layer's pre-activations lie from their batch norm's running mean, in standard deviations.
+    """How far the input of each norm lies from what it is at other bit-widths, in standard deviations.
 
-    A line for each bit-width, dashed without correction; rows: the mismatch of `experiments.distributions`.
-    ValueError: no rows.
+    A line for each bit-width, dashed without correction; rows: the mismatch of `experiments.distributions`, with the
+    running mean of a batch norm, or `experiments.layer_norms`, with the highest bit-width. ValueError: no rows.
     """
-    ax = _axes(ax, _setting(rows, "Mismatch with the shared batch norm, by layer"))
+    title = "Tokens before each layer norm, against the highest bit-width"
+    title = "Mismatch with the shared batch norm, by layer" if "wasserstein" in rows else title
+    ax = _axes(ax, _setting(rows, title))
     layers = list(dict.fromkeys(rows.layer))
     for (correction, b), line in rows.groupby(["trained_with", "bits"], sort=False):
         look = {"color": bit_color(b), "ls": "--" if correction == "none" else "-", "marker": "o", "ms": 4, "lw": 1}

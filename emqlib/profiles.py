@@ -1,6 +1,7 @@
 """What a notebook is asked for: its profile, which says what a run costs, and its parameters, checked."""
 
 import ast
+import inspect
 import os
 import re
 import sys
@@ -9,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import checks
 from .config import TrainConfig
+from .data import check_name as check_data
+from .devices import has_cuda
 from .files import home
+from .models import check_name as check_model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A network, how it is trained, and on how many (train, test) images, (0, 0) for all."""
+    """A network, how it is trained, on how many (train, test) images, (0, 0) for all, and of how many pixels a side."""
 
     model: str
     training: TrainConfig
     model_args: tuple[tuple[str, int], ...] = ()
     subset: tuple[int, int] = (0, 0)
+    image_size: int = 0  # the data set's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Profile:
     coreset_epochs: int  # of runs that compare coresets: longer than a scoring phase
     coreset_subset: tuple[int, int]  # (train, test) images of those runs, (0, 0) for all
     vit: Setting
+    imagenet: Setting
     cost_subset: tuple[int, int] = (1280, 500)  # of runs that measure cost alone
     bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
     model_args: tuple[tuple[str, int], ...] = ()
@@ -64,6 +68,12 @@ PROFILES = {
             training=TrainConfig(epochs=5, batch_size=32, optimizer="adamw", lr=1e-3),
             subset=(160, 80),
         ),
+        imagenet=Setting(
+            model="resnet8",
+            model_args=(("width", 4),),
+            training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
+            image_size=32,
+        ),
         cost_subset=(320, 160),
         bit_counts=(2, 3),
     ),
@@ -84,6 +94,11 @@ PROFILES = {
                 epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0
             ),
             subset=(20000, 5000),
+        ),
+        imagenet=Setting(
+            model="torchvision.resnet18",
+            training=TrainConfig(epochs=5, batch_size=32, lr=0.05, warmup_epochs=1, autocast="bfloat16"),
+            image_size=224,
         ),
     ),
     # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
@@ -119,6 +134,20 @@ PROFILES = {
                 autocast="bfloat16",
             ),
         ),
+        # Any-Precision's schedule for ImageNet, on torchvision's network
+        imagenet=Setting(
+            model="torchvision.resnet50",
+            training=TrainConfig(
+                epochs=80,
+                batch_size=256,
+                lr=0.5,
+                weight_decay=1e-5,
+                schedule="step",
+                milestones=(45, 60, 70),
+                autocast="bfloat16",
+            ),
+            image_size=224,
+        ),
     ),
 }
 
@@ -133,6 +162,9 @@ class Parameters:
     results_dir: Path
     pruning_rates: tuple[float, ...] = ()
     lengths: tuple[int, ...] = ()
+    dataset: str = ""
+    model: str = ""
+    processes: int = 1
 
     def output(self, name: str) -> Path:
         """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
@@ -147,6 +179,9 @@ def parameters(
     results_dir: str | Path = "auto",
     pruning_rates: Any = (),
     lengths: Any = (),
+    dataset: str = "",
+    model: str = "",
+    processes: Any = 1,
 ) -> Parameters:
     """Check a notebook's parameters, as Python values or as the strings that `papermill -p` makes of lists.
 
@@ -154,11 +189,12 @@ def parameters(
     bit-widths. seed: the first of `repeats` seeds (0: as many as the profile has). results_dir: "auto" is `results`
     beside the package, or below the working directory where the package was installed without it, but
     `build/smoke` there for smoke. pruning_rates: fractions in [0, 1), none twice. lengths: numbers of
-    epochs, none twice (empty: the profile's own).
+    epochs, none twice (empty: the profile's own). dataset, model: names of `data.load_dataset` and `models.build`
+    (empty: the experiment's own). processes: that train together, one a GPU.
     ValueError: names the parameter, its value and what is allowed; also for a name papermill injected that no
     parameter of the notebook has.
     """
-    _refuse_misspelt({"profile", "bits", "seed", "repeats", "results_dir", "pruning_rates", "lengths"})
+    _refuse_misspelt(set(inspect.signature(parameters).parameters))
     chosen = PROFILES[_profile_name(profile)]
     trained = checks.bit_widths("bits", _listed("bits", bits))
     first = checks.integer("seed", seed, 0)
@@ -170,13 +206,16 @@ def parameters(
         results_dir=_results_dir(results_dir, chosen),
         pruning_rates=_rates(pruning_rates),
         lengths=_lengths(lengths) or chosen.lengths,
+        dataset=dataset if dataset == "" or check_data("dataset", dataset) else "",
+        model=model if model == "" or check_model("model", model) else "",
+        processes=checks.integer("processes", processes, 1),
     )
 
 
 def _profile_name(profile: str) -> str:
     asked = os.environ.get("EMQ_PROFILE") or "auto" if profile == "auto" else profile
     name = checks.choice("profile", asked, [*PROFILES, "auto"])
-    return ("paper" if torch.cuda.is_available() else "small") if name == "auto" else name
+    return ("paper" if has_cuda() else "small") if name == "auto" else name
 
 
 def _listed(name: str, value: Any) -> Any:

@@ -100,7 +100,7 @@ def current(device: str = "auto") -> Ranks:
         from accelerate import Accelerator
     except ImportError as error:
         raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
-    place = Accelerator(cpu=device == "cpu")
+    place = Accelerator(cpu=devices.device(device).type == "cpu")
     return Ranks(place.process_index, place.num_processes, place)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import socket
 import subprocess
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,6 +21,7 @@ from .data import Dataset, load_dataset
 from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
 from .multibit import ADAPTATION_SAMPLES, batch_norms, convert, evaluate
+from .ranks import Ranks, current
 from .sampling import CoresetConfig, generator
 from .training import train
 
@@ -31,7 +33,8 @@ class Run:
     """One network trained once and evaluated at every bit-width; its hash names its rows and its checkpoint.
 
     dataset, model: names of `load_dataset` and `models.build`; model_args: its keyword arguments. subset: (train, test)
-    images, (0, 0) for all. eval_bits: bit-widths to evaluate, trained or not.
+    images, (0, 0) for all. eval_bits: bit-widths to evaluate, trained or not. image_size, stream: see `load_dataset`; 0
+    and False for the data set's own.
     """
 
     profile: str
@@ -42,6 +45,8 @@ class Run:
     model_args: tuple[tuple[str, int], ...] = ()
     subset: tuple[int, int] = (0, 0)
     eval_bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    image_size: int = 0
+    stream: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_bits", checks.bit_widths("eval_bits", self.eval_bits))
@@ -109,30 +114,49 @@ def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True) -> pd.DataFrame:
+def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True, processes: int = 1) -> pd.DataFrame:
     """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
 
     One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
-    ValueError: no runs, or a damaged or foreign file where the rows of a run should be.
+    processes: how many to start, one a GPU, that train together, as `training.train` says; those that a launcher
+    started all call this with 1. ValueError: no runs, or a damaged or foreign file where the rows of a run should be.
     """
     runs, results_dir = list(dict.fromkeys(runs)), Path(results_dir)
     if not runs:
         raise checks.invalid("runs", runs, "at least one Run")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
+    if checks.integer("processes", processes, 1) > 1 and None in records:
+        _launch(runs, results_dir, progress, processes)
     frames, loaded = [], {}
     for i, run in enumerate(runs):
-        record = records[i] or _stored(run, results_dir)  # another job may have finished it meanwhile
+        place = current(run.config.device)
+        record = place.share(records[i] or _stored(run, results_dir))  # another job may have finished it meanwhile
         if record is None:
             label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
-            record = _execute(run, _data(run, loaded), results_dir, progress and label)
+            record = _execute(run, _data(run, loaded), results_dir, progress and label, place)
         frames.append(_frame(run, record))
     return pd.concat(frames, ignore_index=True)
 
 
+def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int) -> None:
+    """Finish `runs` in so many processes of their own, forked from this one: it must not have touched a GPU yet."""
+    try:
+        from accelerate import notebook_launcher
+    except ImportError as error:
+        text = 'several processes need Accelerate: pip install "emqlib[distributed]"'
+        raise ImportError(text) from error
+    loaded: dict[tuple, Dataset] = {}
+    for run in runs:
+        _data(run, loaded)  # an error about the data is better told here than by a process that dies of it
+    with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate's own is the same for every notebook
+        port = free.getsockname()[1]
+    notebook_launcher(run_all, (runs, results_dir, progress), num_processes=processes, use_port=str(port))
+
+
 def _data(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
-    key = (run.dataset, run.subset)
+    key = (run.dataset, run.image_size, run.stream, run.subset)
     if key not in loaded:
-        data = load_dataset(run.dataset)
+        data = load_dataset(run.dataset, image_size=run.image_size or None, stream=run.stream or None)
         loaded[key] = data.subset(*run.subset) if any(run.subset) else data
     return loaded[key]
 
@@ -204,7 +228,7 @@ def _kept(path: Path) -> pd.DataFrame:
         raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
 
 
-def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> dict[str, Any]:
+def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: Ranks) -> dict[str, Any]:
     model, history = _train(run, data, results_dir, progress)
     rows = evaluate(model, data, bits=_served(run, model)).assign(adapted=False)
     if batch_norms(model):
@@ -213,14 +237,15 @@ def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -
     record = {
         "run": run.hash,
         "config": json.loads(canonical_json(asdict(run))),
-        "provenance": provenance(data, devices.device(run.config.device)),
+        "provenance": provenance(data, place.device(run.config.device), place.count),
         "history": history.to_dict("records"),
         "coresets": history.attrs["coresets"],
         "n_train": len(data.train),
         "calibration_passes": min(ADAPTATION_SAMPLES, len(data.train)),
         "rows": rows.to_dict("records"),
     }
-    write_text(_path(run, results_dir), json.dumps(record, indent=1) + "\n")
+    if place.main:
+        write_text(_path(run, results_dir), json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -229,8 +254,9 @@ def _served(run: Run, model: nn.Module) -> tuple[int, ...]:
     return run.spec.bits if run.spec.norm == "switchable" and batch_norms(model) else run.eval_bits
 
 
-def provenance(data: Dataset, device: torch.device) -> dict[str, Any]:
+def provenance(data: Dataset, device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Where a number came from: commit, versions, device, data."""
+    several = f"{processes} x " if processes > 1 else ""
     cpu = f"cpu, {torch.get_num_threads()} threads"
     return {
         "commit": _git("rev-parse", "HEAD"),
@@ -238,7 +264,7 @@ def provenance(data: Dataset, device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "device": cpu if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": several + (cpu if device.type == "cpu" else torch.cuda.get_device_name(device)),
         "data_sha256": data.sha256,
     }
 

@@ -1,0 +1,76 @@
+"""A method of the paper's tables as a `Run`: what it shares with the others, and what sets it apart."""
+
+from dataclasses import replace
+from typing import Any
+
+from .layers import QuantSpec
+from .profiles import Parameters
+from .runs import Run
+from .sampling import CoresetConfig
+
+
+def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
+    """What all runs of a profile share, on the full data.
+
+    epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated.
+    """
+    config = replace(p.profile.training, seed=seed, epochs=epochs or p.profile.training.epochs)
+    return Run(
+        profile=p.profile.name,
+        dataset=p.profile.dataset or dataset,
+        model=p.profile.model,
+        model_args=p.profile.model_args,
+        subset=p.profile.subset,
+        spec=QuantSpec(bits=p.bits),
+        config=config,
+        eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
+    )
+
+
+def dedicated(base: Run) -> list[Run]:
+    """One network for each bit-width, on the full data, without correction."""
+    config = replace(base.config, scheme="dedicated", coreset=None)
+    specs = (replace(base.spec, bits=(b,), correction="none") for b in base.spec.bits)
+    return [replace(base, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
+
+
+def any_precision(base: Run) -> Run:
+    """Any-Precision: joint training with recursive distillation, a batch norm for each bit-width."""
+    spec = replace(base.spec, norm="switchable", correction="none")
+    return replace(base, spec=spec, config=replace(base.config, scheme="joint", distillation=True, coreset=None))
+
+
+def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
+    """Bit-wise training under one shared batch norm; `spec`: fields of the `QuantSpec` that differ from the base's."""
+    config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
+    return replace(base, spec=replace(base.spec, **spec), config=config)
+
+
+def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
+    """Coresets by importance, TDDS where not said otherwise, as the notebooks use them; None where nothing is pruned.
+
+    Cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs at
+    least, and so spends on them the price of one epoch more of its coreset.
+    """
+    if not pruning_rate:
+        return None
+    usual = {"score": "tdds", "scoring_epochs": 3, "candidates": min(1.0, (1 - pruning_rate) * 4 / 3)}
+    return CoresetConfig(**{"pruning_rate": pruning_rate} | usual | options)
+
+
+def of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
+    """`base` for as many epochs, and the very one of Table 1 where they are the profile's own."""
+    return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
+
+
+def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
+    """Ours where steps and images are few (beyond the paper): each batch of the base in `parts` ones, coresets
+    drawn anew each epoch from all data by importance, and running statistics for each trained bit-width.
+    """
+    drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
+    return ours(in_parts(base, parts), drawn, norm="shared_affine")
+
+
+def in_parts(run: Run, parts: int) -> Run:
+    """`run` with each batch in as many smaller ones."""
+    return replace(run, config=replace(run.config, batch_size=run.config.batch_size // parts))
