@@ -12,6 +12,14 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 DEMO    := $(CURDIR)/build/demo
 
+# ImageNet lies in few places: without it, its notebook runs in smoke alone.
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+ifneq ($(PROFILE),smoke)
+ifeq ($(wildcard $(or $(EMQ_DATA),data)/imagenet $(or $(EMQ_DATA),data)/ILSVRC),)
+NOTEBOOKS := $(filter-out %/03_imagenet.ipynb,$(NOTEBOOKS))
+endif
+endif
+
 # "python3" is the venv's own kernel, whatever kernels and settings the user's home holds; nothing is written there.
 export JUPYTER_PATH       := $(VENV)/share/jupyter
 export JUPYTER_CONFIG_DIR := $(CURDIR)/build/jupyter
@@ -62,7 +70,7 @@ figures: install
 # Twice: the first execution trains, the second finds every run stored, and is kept without progress bars in it.
 notebooks: install
 	@mkdir -p build
-	for notebook in $(sort $(wildcard notebooks/*.ipynb)); do \
+	for notebook in $(NOTEBOOKS); do \
 		EMQ_PROFILE=$(PROFILE) $(BIN)/papermill -k python3 $$notebook build/$$(basename $$notebook) && \
 		EMQ_PROFILE=$(PROFILE) $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
 			--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=-1 \

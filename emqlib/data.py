@@ -121,7 +121,7 @@ def check_name(parameter: str, name: Any) -> str:
     return key if key in SOURCES else checks.choice(parameter, name, SOURCES)
 
 
-def write_folders(data: Dataset, folder: Path) -> None:
+def write_class_folders(data: Dataset, folder: Path) -> None:
     """Write a data set that lies in memory as class folders of PNG files, {train,val}/<class>/*, unless it is there.
 
     So `imagefolder:PATH` reads it, or streams it. Whoever looks finds all of it or nothing.

@@ -11,7 +11,7 @@ import pandas as pd
 
 from . import analysis, checks
 from .config import TrainConfig
-from .data import load_dataset, write_folders
+from .data import load_dataset, write_class_folders
 from .methods import any_precision, base, bitwise_coreset, dedicated, in_parts, of_length, ours, redrawn
 from .profiles import Parameters, parameters
 from .ranks import current
@@ -231,7 +231,7 @@ def imagenet(p: Parameters) -> list[Run]:
 def _as_files(run: Run, results_dir: Path) -> str:
     """The name of the run's data set as class folders of files below `results_dir`, which are written if need be."""
     folder = results_dir / "images" / run.dataset
-    write_folders(load_dataset(run.dataset).subset(*run.subset), folder)
+    write_class_folders(load_dataset(run.dataset).subset(*run.subset), folder)
     return f"imagefolder:{folder}"
 
 

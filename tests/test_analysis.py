@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.analysis import BINS, SPAN, Histogram, Moments, Watcher, preactivations, weight_shift
+from emqlib.analysis import BINS, SPAN, Histogram, Moments, Watcher, layer_norms, preactivations, weight_shift
 from emqlib.data import Dataset, augment, normalize
 from emqlib.norms import MultiBitBatchNorm
 
@@ -211,3 +211,56 @@ def test_wrong_arguments(model: nn.Module, data: Dataset) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# Layer norm
+
+
+@pytest.fixture(scope="module")
+def transformer(data: Dataset) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = models.vit_tiny(10, patch_size=16, width=16, depth=2, heads=2)
+        made = emq.convert(net, emq.QuantSpec(bits=BITS, weight="minmax")).eval()
+        made(normalize(data.train.images, data))  # input ranges start here
+        return made
+
+
+def test_tokens_before_layer_norm_are_those_seen_by_hand(transformer: nn.Module, data: Dataset) -> None:
+    pairs = [(normalize(data.test.images[i : i + 10], data), data.test.labels[i : i + 10]) for i in (0, 10, 20)]
+    table = layer_norms(transformer, pairs, BITS, batch_size=10).set_index(["layer", "bits"])
+    assert len(table) == 3 * 5 and (table.xs(8, level="bits")[["size", "variance"]] - 1).abs().max().max() < 1e-6
+    kept: dict[int, Tensor] = {}
+    last = transformer.get_submodule("encoder.ln")
+    for b in (2, 8):
+        with torch.no_grad(), emq.at_bits(transformer, b):
+            inputs: list[Tensor] = []
+            hook = last.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0]))
+            for images, _ in pairs:
+                transformer(images)
+            hook.remove()
+            kept[b] = torch.cat(inputs).double().flatten(0, 1)
+    z = {
+        b: (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt() for b, x in kept.items()
+    }
+    row = table.loc["encoder.ln", 2]
+    std = z[8].std(0, correction=0)
+    assert row["size"] == pytest.approx(float(kept[2].std(1).mean() / kept[8].std(1).mean()), rel=1e-4)
+    shift = ((z[2].mean(0) - z[8].mean(0)) / std).square().mean().sqrt()
+    assert row.mean_shift == pytest.approx(float(shift), rel=1e-3) and row.mean_shift > 0.01
+    assert row.variance == pytest.approx(float((z[2].var(0) / z[8].var(0)).mean()), rel=1e-3)
+
+
+def test_layer_norms_leave_nothing_behind(transformer: nn.Module, model: nn.Module, data: Dataset) -> None:
+    before = copy.deepcopy(transformer.state_dict())
+    layer_norms(transformer, data, (2, 8), samples=20)
+    after = transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(m._forward_pre_hooks for m in transformer.modules())
+    with pytest.raises(ValueError, match=r"^model=.*expected a network with layer norm"):
+        layer_norms(model, data, (2,))
+    with pytest.raises(ValueError, match=r"^data='no images'"):
+        layer_norms(transformer, [], (2,))
+    for name, value in {"samples": 1, "batch_size": 0, "bits": ()}.items():
+        with pytest.raises(ValueError, match=rf"^{name}="):
+            layer_norms(transformer, data, **{"bits": (2,)} | {name: value})

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 
 def test_auto_is_cuda_where_there_is_one() -> None:
     assert devices.device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert devices.has_cuda() == torch.cuda.is_available()
     assert devices.device("cpu") == CPU
 
 

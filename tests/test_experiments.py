@@ -1,6 +1,7 @@
 """Experiments: runs by their hashes, stored rows by stopping and damaging."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,8 @@ CHANGED: dict[type, dict[str, Any]] = {
         "model_args": (("width", 8),),
         "subset": (100, 100),
         "eval_bits": (2, 4),
+        "image_size": 64,
+        "stream": True,
     },
     QuantSpec: {
         "bits": (2, 4),
@@ -309,7 +312,7 @@ def test_quickstart() -> None:
 
 
 TABLES = ("curves", "equal_epochs", "comparison", "scoring_ablation", "table2", "growth")
-TABLES += ("bias_correction", "untrained", "transfer")
+TABLES += ("bias_correction", "untrained", "transfer", "vit")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -345,7 +348,10 @@ def few_digits_on_one_thread() -> Iterator[None]:
     digits, threads = load_dataset("digits").subset(60, 30), torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("emqlib.runs.load_dataset", lambda name: digits)
+        patch.setattr(
+            "emqlib.runs.load_dataset",
+            lambda name, **how: load_dataset(name, **how) if name == "imagenet" or any(how.values()) else digits,
+        )
         yield
     torch.set_num_threads(threads)
 
@@ -764,3 +770,101 @@ def test_a_damaged_record_is_refused(finished: Path, monkeypatch: pytest.MonkeyP
 def test_no_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^runs=\[\]: expected at least one Run$"):
         run_all([], tmp_path)
+
+
+# Transformers and streamed images
+
+
+def test_vit_compares_the_methods_on_both_data_sets() -> None:
+    runs = experiments.vit(parameters(profile="small", repeats=2))
+    assert len(runs) == 3 * 7 and {run.model for run in runs} == {"vit_tiny"}
+    assert [run.dataset for run in runs] == ["cifar10"] * 14 + ["tinyimagenet"] * 7
+    assert {run.config.seed for run in runs[14:]} == {0}
+    one = [(run.method, run.spec.correction, run.pruning_rate, run.spec.bits) for run in runs[:7]]
+    full, alone = (2, 4, 8), [("Dedicated", "none", 0.0, (b,)) for b in (2, 4, 8)]
+    expected = [("Ours", "none", 0.0, full), ("Ours", "mean_var", 0.0, full), ("Ours", "mean_var", 0.8, full)]
+    assert one == [*expected, ("Any-Precision", "none", 0.0, full), *alone]
+    assert {(run.spec.weight, run.spec.activation) for run in runs} == {("minmax", "lsq")}
+    sizes = {run.dataset: dict(run.model_args) for run in runs}
+    assert sizes["tinyimagenet"] == sizes["cifar10"] | {"image_size": 64, "patch_size": 16}
+
+
+def test_without_batch_norm_every_bit_width_is_served_and_none_adapted(tmp_path: Path) -> None:
+    few = replace(PROFILES["smoke"], vit=replace(PROFILES["smoke"].vit, subset=(60, 30)))
+    p = replace(parameters(profile="smoke", results_dir=str(tmp_path)), profile=few)
+    runs = experiments.vit(p)
+    rows = run_all([runs[1], runs[3]], tmp_path, progress=False)
+    assert not rows.adapted.any() and set(rows.calibration_passes) == {0}
+    assert [*rows[rows.method == "Any-Precision"].bits] == [*rows[rows.method == "Ours"].bits] == [*range(1, 9)]
+    table = experiments.layer_norms(p)
+    assert set(table.trained_with) == {"none", "mean_var"} and set(table.bits) == {2, 4, 8}
+    assert (tmp_path / f"runs/{runs[0].hash}-norms.json").exists()
+
+
+def test_imagenet_takes_class_folders_and_other_networks() -> None:
+    p = parameters(profile="paper", pruning_rates=[0.7], seed=3)
+    runs = experiments.imagenet(p)
+    assert [(run.method, run.pruning_rate) for run in runs] == [("Any-Precision", 0.0), ("Ours", 0.0), ("Ours", 0.7)]
+    names = {(run.dataset, run.model, run.image_size, run.stream, run.config.seed) for run in runs}
+    assert names == {("imagenet", "torchvision.resnet50", 224, False, 3)}
+    asked = {"dataset": "imagefolder:/x", "model": "timm.deit_tiny_patch16_224"}
+    run = experiments.imagenet(parameters(profile="small", **asked))[-1]
+    assert (run.dataset, run.model, run.model_args, run.stream) == (*asked.values(), (), True)
+
+
+def test_imagenet_is_missed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMQ_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setattr("emqlib.runs.train", refuse_to_train)
+    p = parameters(profile="small", results_dir=str(tmp_path / "results"))
+    with pytest.raises(FileNotFoundError, match=r"(?s)no data for 'imagenet'.*nothing/imagenet.*image-net.org"):
+        run_all(experiments.imagenet(p), p.results_dir)
+    assert not (tmp_path / "results").exists()
+
+
+def in_a_shell(folder: Path, *command: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("EMQ_")} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ASKED = ("-p", "profile", "smoke", "-p", "bits", "[2,8]", "-p", "pruning_rates", "[0]", "-p", "results_dir")
+NOTEBOOK = """
+from emqlib import experiments, profiles
+if __name__ == "__main__":
+    p = profiles.parameters("smoke", [2, 8], pruning_rates=[0], results_dir={place!r}, processes=2)
+    print(len(experiments.run_all(experiments.imagenet(p), p.results_dir, processes=p.processes)))
+"""
+
+
+def test_two_processes_from_a_shell_and_from_a_notebook_train_one_network(tmp_path: Path) -> None:
+    """Runs of the first are read by the second, but for one that is deleted, which two other processes run again."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    out = in_a_shell(tmp_path, *launch, "-m", "emqlib.experiments", "imagenet", *ASKED, str(tmp_path / "made"))
+    assert out.strip() == f"2 runs, 26 rows below {tmp_path / 'made/runs'}; 2 process(es)"
+    rows = run_all(runs := experiments.imagenet(smoke_imagenet(tmp_path)), tmp_path / "made", progress=False)
+    assert set(rows.device) == {"2 x cpu, 1 threads"} and len(rows) == 26
+    (tmp_path / f"made/runs/{runs[1].hash}.json").unlink()
+    (tmp_path / f"made/checkpoints/{runs[1].hash}.pt").unlink()
+    script = tmp_path / "notebook.py"
+    script.write_text(NOTEBOOK.format(place=str(tmp_path / "made")))
+    assert in_a_shell(tmp_path, sys.executable, str(script)).split()[-1] == "26"
+    again = run_all(runs, tmp_path / "made", progress=False)
+    assert_same(again, rows)
+
+
+def smoke_imagenet(folder: Path) -> Parameters:
+    return parameters("smoke", [2, 8], pruning_rates=[0], results_dir=str(folder / "made"))
+
+
+def test_a_shell_is_told_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"^parameter='bitz': expected one of bits, dataset"):
+        experiments.main(["imagenet", "-p", "bitz", "4"])
+    with pytest.raises(ValueError, match=r"^seed='-1'"):
+        experiments.main(["imagenet", "-p", "seed", "-1"])
+    with pytest.raises(SystemExit):
+        experiments.main(["mnist"])
+    assert "invalid choice: 'mnist'" in capsys.readouterr().err
+    for value in (0, 1.5, True):
+        with pytest.raises(ValueError, match=r"^processes="):
+            run_all(experiments.quickstart(parameters("smoke")), tmp_path, processes=value)

@@ -1,10 +1,12 @@
 """The networks against the published structure, counted and computed a second time by other means."""
 
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -257,6 +259,32 @@ def test_wrong_width(value: object) -> None:
 def test_unknown_name_lists_what_exists(name: object) -> None:
     with pytest.raises(ValueError, match=r"^name=.*preact_resnet20, resnet18, resnet20, resnet50, resnet8"):
         models.build(name, 10)
+
+
+@pytest.mark.parametrize("name", ["torchvision.resnet18", "torchvision.vit_b_16", "torchvision.mobilenet_v3_small"])
+def test_networks_of_torchvision_by_name(name: str) -> None:
+    with torch.device("meta"):
+        net = models.build(name, 7)
+        assert net(torch.zeros(2, 3, 224, 224)).shape == (2, 7)
+        theirs = torchvision.models.get_model(name.split(".")[1], weights=None, num_classes=7)
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_networks_of_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    net = models.build("timm.deit_tiny_patch16_224", 7)
+    assert parameters(net) == 5_524_416 + 192 * 7 + 7 and type(net).__module__.startswith("timm.")
+    with pytest.raises(ValueError, match=r"^name='timm\.nothing': .*timm has no 'nothing'$"):
+        models.build("timm.nothing", 7)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="pip install timm"):
+        models.build("timm.deit_tiny_patch16_224", 7)
+
+
+@pytest.mark.parametrize("name", ["torchvision.nothing", "torchvision", "torchvision.", "keras.resnet50", "resnet8."])
+def test_a_library_or_a_network_that_is_not_there(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^name='{name}': expected one of .*torchvision.NAME or timm.NAME"):
+        models.build(name, 7)
 
 
 def test_unknown_argument_lists_what_exists() -> None:

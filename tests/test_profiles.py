@@ -31,6 +31,9 @@ WRONG = {
     ],
     "lengths": [*("[4,banana]", "", "4;8", "[4,4]", "None"), *(0, -1, 1.5, True, None, [4, 4], [0], {"a": 1})],
     "results_dir": ["", None, 3, True, ["results"]],
+    "dataset": ["mnist", "ImageNet", "imagefolder", None, 3, ["cifar10"]],
+    "model": ["resnet", "torchvision", "torchvision.nothing", "torchvision.", "keras.resnet50", None, 3],
+    "processes": [0, -1, 1.5, "2", None, True, [2]],
 }
 
 
@@ -96,7 +99,7 @@ def test_seeds() -> None:
     ],
 )
 def test_profile(monkeypatch: pytest.MonkeyPatch, given: str, variable: str | None, cuda: bool, profile: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     if variable is not None:
         monkeypatch.setenv("EMQ_PROFILE", variable)
     assert parameters(profile=given).profile is PROFILES[profile]
@@ -178,3 +181,10 @@ def test_outside_a_kernel_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch)
     for ipython in (None, SimpleNamespace(get_ipython=lambda: None)):
         monkeypatch.setitem(sys.modules, "IPython", ipython)
         assert parameters(profile="smoke").profile.name == "smoke"
+
+
+def test_data_network_and_processes() -> None:
+    p = parameters(profile="smoke")
+    assert (p.dataset, p.model, p.processes) == ("", "", 1)
+    p = parameters(profile="smoke", dataset="imagefolder:/some/where", model="torchvision.resnet18", processes=8)
+    assert (p.dataset, p.model, p.processes) == ("imagefolder:/some/where", "torchvision.resnet18", 8)

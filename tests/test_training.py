@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, loading, training
 from emqlib.layers import NORMS, InputQuantizer
+from emqlib.norms import MultiBitBatchNorm
 from emqlib.ranks import Ranks
 from emqlib.sampling import SCORES, Sampler, Selection
 
@@ -456,6 +457,42 @@ def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> N
     assert {loss.device for loss, *_ in watch.pending} == {meta}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     assert {p.grad.device for p in weights.values()} == {meta} and run.optimizer.state
+
+
+@pytest.mark.parametrize("scheme", ["bitwise", "joint"])
+def test_parts_of_a_step_add_up_to_it(scheme: str, digits: Dataset) -> None:
+    """Of a network without batch norm, in float64: the gradient is a mean over samples, in however many parts."""
+    histories, states = [], []
+    for accumulate in (1, 2, 3):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 10))
+        model = emq.convert(net, QuantSpec(bits=BITS, weight="minmax", activation="none")).double()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loading, "normalize", standardized)
+            config = quick(scheme=scheme, accumulate=accumulate, batch_size=23, clip_grad_norm=1.0)
+            histories.append(train(model, digits, config).loss.tolist())
+        states.append(model.state_dict())
+    for history, state in zip(histories[1:], states[1:], strict=True):
+        assert history == pytest.approx(histories[0], rel=1e-6)
+        for name, value in states[0].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_batch_norm_sees_a_part_at_a_time(digits: Dataset) -> None:
+    """So its running statistics move once a part, and batches must leave two images to each."""
+    calls: list[int] = []
+    model = tiny()
+    hook = next(m for m in model.modules() if isinstance(m, MultiBitBatchNorm)).register_forward_pre_hook(
+        lambda _, x: calls.append(len(x[0]))
+    )
+    history = train(model, digits, quick(epochs=1, accumulate=2, batch_size=20))
+    hook.remove()
+    assert len(calls) == 2 * history.steps.sum() and set(calls) == {10}
+    message = (
+        r"^batch_size=5: expected two images at least for each of 3 parts on 1 ranks in a step, where some have 5$"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(tiny(), digits, quick(accumulate=3, batch_size=5))
 
 
 # Scores while training
