@@ -1,7 +1,6 @@
 """One training loop for every scheme: a scheme is a plan, which says what child sees which batch in each step."""
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from . import checks, devices
 from .config import TrainConfig
 from .data import Dataset
-from .files import write_atomic
+from .files import Telling, write_atomic
 from .layers import QuantSpec
 from .loading import Batch, FileLoader, MemoryLoader, loader
 from .multibit import set_bits
@@ -356,9 +355,16 @@ def _save(run: _Run, path: Path) -> None:
         "scaler": run.scaler.state_dict(),
         "sampler": run.sampler.state(),
     }
-    whole = io.BytesIO()  # to a file on a full disk, torch.save raises a RuntimeError that does not say so
-    torch.save(state, whole)
-    write_atomic(path, lambda file: file.write(whole.getbuffer()))
+    write_atomic(path, lambda file: _write(state, Telling(file)))
+
+
+def _write(state: dict[str, Any], file: Telling) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError:  # torch's own, which does not say that a disk is full
+        if file.error is not None:
+            raise file.error from None
+        raise
 
 
 def _resume(run: _Run, path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import emqlib as emq
+from emqlib.data import write_class_folders
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -63,3 +64,22 @@ def test_streaming() -> None:
     assert 100 <= grown <= 300 and kept.numel() * 4 == 200_000_000
     del kept
     assert streaming._resident("VmHWM") >= before + grown
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_score_tables() -> None:
+    rows = benchmark("score_tables").measure(n=1000, classes=10, window=3, epochs=2, batch=64)
+    assert list(rows.epoch) == [1, 2] and (rows.seconds > 0).all()
+    assert set(rows.table) == {1000 * 10 * 2 / 1e6} and rows.others.tolist() == pytest.approx(
+        [1000 * (4 * 2 + 8) / 1e6] * 2
+    )
+    assert list(benchmark("score_tables").summary(rows).samples) == [1000, 1000]
+
+
+def test_decoding(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    write_class_folders(emq.load_dataset("digits").subset(20, 10), tmp_path / "digits")
+    decoding = benchmark("decoding")
+    rows = decoding.measure(tmp_path / "digits/train", workers=(0, 1), repeats=2, batch=8)
+    assert list(zip(rows.repeat, rows.workers, strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert set(rows.images) == {20} and list(decoding.summary(rows).workers) == [0, 1]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, loading, training
 from emqlib.layers import NORMS, InputQuantizer
+from emqlib.files import Telling
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.ranks import Ranks
 from emqlib.sampling import SCORES, Sampler, Selection
@@ -909,6 +910,27 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert os.listdir(tmp_path) == ["run.pt"]
     assert train(resumed, digits, quick(), path).epoch.tolist() == [1, 2]
     assert_same_state(resumed, undisturbed)
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint_says_so() -> None:
+    """torch.save raises a RuntimeError of its own then, about positions in a file."""
+
+    class Full(io.BytesIO):
+        def write(self, data: bytes) -> int:
+            if self.tell() > 1000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        training._write({"model": torch.ones(10_000)}, Telling(Full()))
+    assert caught.value.errno == 28
+    with pytest.raises(RuntimeError, match="its own"):
+        training._write({"model": Unwritable()}, Telling(io.BytesIO()))
+
+
+class Unwritable:
+    def __reduce__(self) -> tuple:
+        raise RuntimeError("its own")
 
 
 # Losses and weights that are not finite

@@ -1,0 +1,55 @@
+"""How many images a second are decoded, cropped and resized to 224 x 224, by the number of worker processes.
+
+`python benchmarks/decoding.py` streams the class folders at $EMQ_DATA/imagenet-sample/val, or another folder given as
+argument, by each number of workers in turn, some repeats, and writes results/benchmarks/decoding.csv. Claim: a CPU core
+decodes a few hundred images a second, so that a GPU that trains on more than that times its cores waits for them.
+"""
+
+import os
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pandas as pd
+import torch
+
+from emqlib import data, devices, results, runs
+from emqlib.images import ImageFiles, list_classes
+from emqlib.loading import loader
+
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/decoding"
+
+
+def listed(folder: Path, workers: int, size: int = 224) -> data.Dataset:
+    """The class folders in `folder` as a data set whose training and test images are the same."""
+    found = list_classes(folder)
+    classes = tuple(sorted({name for _, name in found}))
+    labels = torch.tensor([classes.index(name) for _, name in found])
+    split = ImageFiles.of(folder, [path for path, _ in found], labels, size, workers)
+    return data.Dataset(str(folder), split, split, classes, *data.IMAGENET, True, 0, "")
+
+
+def measure(folder: Path, workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3, batch: int = 50) -> pd.DataFrame:
+    """Rows: repeat, workers, images a second; each after a pass that starts the workers and reads the files once."""
+    cpu, rows = torch.device("cpu"), []
+    live = {w: loader(listed(folder, w), "train", cpu) for w in workers}
+    for repeat in range(-1, repeats):
+        for w, batches in live.items():
+            chunks, start = torch.arange(len(batches.split)).split(batch), perf_counter()
+            n = sum(len(indices) for *_, indices in batches.epoch(chunks, torch.Generator().manual_seed(repeat + 1)))
+            rows.append({"repeat": repeat, "workers": w, "images": n, "images a second": n / (perf_counter() - start)})
+    table = pd.DataFrame(rows[len(workers) :]).assign(cpus=len(os.sched_getaffinity(0)), folder=folder.name)
+    return table.assign(**runs.provenance(listed(folder, 0), devices.device("cpu")))
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a number of workers: median, lowest and highest images a second."""
+    rates = rows.groupby("workers")["images a second"].agg(["median", "min", "max"])
+    return rates.round(0).reset_index()
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(os.environ.get("EMQ_DATA", "data"), "imagenet-sample/val")
+    measured = measure(place)
+    results.save(summary(measured), OUTPUT, measured)
+    print(summary(measured).to_string(index=False))

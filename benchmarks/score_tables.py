@@ -1,0 +1,60 @@
+"""What recording TDDS scores takes at the size of ImageNet: 1,281,167 samples, 1,000 classes, window 10.
+
+`python benchmarks/score_tables.py` observes synthetic probabilities for some epochs (Linux) and writes a row each to
+results/benchmarks/score_tables.csv. Claim: the table of probabilities, 2.6 GB in half precision, lies in a mapped file,
+so that what a process must hold is under 100 MB, and an epoch takes seconds of a core where training takes hours.
+"""
+
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+
+from emqlib import devices, results, runs
+from emqlib.recorder import recorder
+
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/score_tables"
+
+
+def measure(
+    n: int = 1_281_167, classes: int = 1000, window: int = 10, epochs: int = 3, batch: int = 256
+) -> pd.DataFrame:
+    """Rows: epoch, seconds, microseconds a sample, table and others (MB of buffers), held (MB that is no file)."""
+    generator = torch.Generator().manual_seed(0)
+    # some batches, over and over: to make a million samples' probabilities would cost more than to record them
+    pool = torch.randn(64, batch, classes, generator=generator).mul_(3).softmax(2)
+    labels, device, before = torch.zeros(batch, dtype=torch.long), torch.device("cpu"), _anonymous()
+    record, rows = recorder("tdds", n, classes, 0, window, 0.9, device), []
+    table = record.previous.numel() * record.previous.element_size() / 1e6
+    for epoch in range(epochs):
+        start = perf_counter()
+        for number, indices in enumerate(torch.randperm(n, generator=generator).split(batch)):
+            p = pool[(number + epoch) % len(pool)][: len(indices)]
+            record.observe(epoch, indices, p, labels[: len(indices)], None)
+        seconds = perf_counter() - start
+        row = {"epoch": epoch + 1, "seconds": seconds, "us a sample": 1e6 * seconds / n, "table": table}
+        rows.append(row | {"others": record.nbytes() / 1e6 - table, "held": _anonymous() - before})
+    asked = {"samples": n, "classes": classes, "window": window, "batch": batch}
+    return pd.DataFrame(rows).assign(
+        **asked, **runs.provenance(SimpleNamespace(sha256="synthetic"), devices.device("cpu"))
+    )
+
+
+def _anonymous() -> float:
+    """Resident MB that no file backs, and that the system cannot drop when memory is short."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024 / 1e6
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row an epoch: seconds, microseconds a sample, and MB."""
+    columns = ["samples", "classes", "window", "epoch", "seconds", "us a sample", "table", "others", "held"]
+    return rows[columns].round(1)
+
+
+if __name__ == "__main__":
+    measured = measure()
+    results.save(summary(measured), OUTPUT, measured)
+    print(summary(measured).to_string(index=False))
