@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, loading, training
-from emqlib.layers import NORMS, InputQuantizer
 from emqlib.files import Telling
+from emqlib.layers import NORMS, InputQuantizer
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.ranks import Ranks
 from emqlib.sampling import SCORES, Sampler, Selection
