@@ -1,8 +1,8 @@
 """How many images a second are decoded, cropped and resized to 224 x 224, by the number of worker processes.
 
 `python benchmarks/decoding.py` streams the class folders at $EMQ_DATA/imagenet-sample/val, or another folder given as
-argument, by each number of workers in turn, some repeats, and writes results/benchmarks/decoding.csv. Claim: a CPU core
-decodes a few hundred images a second, so that a GPU that trains on more than that times its cores waits for them.
+argument, by each number of workers in turn, some repeats, and writes results/benchmarks/decoding.csv. Claim: more than
+1,000 images a second a core where their shorter side has 160 pixels; ImageNet's own are several times as large.
 """
 
 import os
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from emqlib import data, devices, results, runs
+from emqlib.files import digest
 from emqlib.images import ImageFiles, list_classes
 from emqlib.loading import loader
 
@@ -26,7 +27,7 @@ def listed(folder: Path, workers: int, size: int = 224) -> data.Dataset:
     classes = tuple(sorted({name for _, name in found}))
     labels = torch.tensor([classes.index(name) for _, name in found])
     split = ImageFiles.of(folder, [path for path, _ in found], labels, size, workers)
-    return data.Dataset(str(folder), split, split, classes, *data.IMAGENET, True, 0, "")
+    return data.Dataset(str(folder), split, split, classes, *data.IMAGENET, True, 0, digest(split.listing()))
 
 
 def measure(folder: Path, workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3, batch: int = 50) -> pd.DataFrame:
@@ -38,7 +39,7 @@ def measure(folder: Path, workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3
             chunks, start = torch.arange(len(batches.split)).split(batch), perf_counter()
             n = sum(len(indices) for *_, indices in batches.epoch(chunks, torch.Generator().manual_seed(repeat + 1)))
             rows.append({"repeat": repeat, "workers": w, "images": n, "images a second": n / (perf_counter() - start)})
-    table = pd.DataFrame(rows[len(workers) :]).assign(cpus=len(os.sched_getaffinity(0)), folder=folder.name)
+    table = pd.DataFrame(rows[len(workers) :]).assign(cpus=os.cpu_count(), folder=folder.name)
     return table.assign(**runs.provenance(listed(folder, 0), devices.device("cpu")))
 
 
@@ -50,6 +51,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(os.environ.get("EMQ_DATA", "data"), "imagenet-sample/val")
-    measured = measure(place)
-    results.save(summary(measured), OUTPUT, measured)
-    print(summary(measured).to_string(index=False))
+    if place.is_dir():
+        measured = measure(place)
+        results.save(summary(measured), OUTPUT, measured)
+        print(summary(measured).to_string(index=False))
+    else:
+        print(f"{place}: no such folder, decoding is not measured")

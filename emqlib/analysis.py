@@ -191,11 +191,13 @@ def layer_norms(
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 1)
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
-    if not norms:
-        raise invalid("model", type(model).__name__, "a network with layer norm")
     seen: dict[int, dict[str, TokenWatcher]] = {}
     with undisturbed(model, data, batch_size) as device:
+        norms = {
+            name: m for name, m in model.named_modules() if type(m) is nn.LayerNorm
+        }  # not of images, as ConvNeXt's
+        if not norms:
+            raise invalid("model", type(model).__name__, "a network with layer norm")
         for b in wanted:
             seen[b] = {name: TokenWatcher() for name in norms}
             with at_bits(model, b), watched(norms, seen[b]):

@@ -10,16 +10,22 @@ class MultiheadAttention(nn.Module):
     """`nn.MultiheadAttention` with four Linear layers, `q_proj`, `k_proj`, `v_proj` and `out_proj`, in its place.
 
     Same arguments, same outputs, same parameters, the fused `in_proj_weight` split in three: a converter finds every
-    weight, and no fast path goes past the layers. ValueError: an attention with add_bias_kv or add_zero_attn.
+    weight, and no fast path goes past the layers. ValueError: an attention with add_bias_kv or add_zero_attn, or of a
+    class derived from PyTorch's, whose own forward would be lost.
     """
 
     in_proj_bias = None  # nn.TransformerEncoderLayer asks for it, and without one leaves its own fast path
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
+        if type(attention) is not nn.MultiheadAttention:
+            raise invalid(
+                "net", type(attention).__name__, "nn.MultiheadAttention itself, or attention of Linear layers"
+            )
         if attention.bias_k is not None or attention.add_zero_attn:
             raise invalid("net", repr(attention), "attention without add_bias_kv and add_zero_attn")
-        self.heads, self.dropout, self.batch_first = attention.num_heads, attention.dropout, attention.batch_first
+        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
         fused, bias = attention.in_proj_weight, attention.in_proj_bias
         weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
         weights = weights if fused is None else list(fused.chunk(3))
@@ -42,12 +48,14 @@ class MultiheadAttention(nn.Module):
         """Query (B, T, E), key and value (B, S, E) to the output (B, T, E) and, if asked for, weights (B, T, S).
 
         Masks, also (T, E) without a batch and (T, B, E) without batch_first, as in `nn.MultiheadAttention`, whose
-        is_causal is only a hint on what attn_mask holds.
+        is_causal is only a hint on what attn_mask holds. ValueError: the hint without the mask.
         """
+        if is_causal and attn_mask is None:
+            raise invalid("is_causal", True, "attn_mask with it: it is a hint on what the mask holds")
         batched, flip = query.dim() == 3, query.dim() == 3 and not self.batch_first
         query, key, value = (_batch_first(x, batched, flip) for x in (query, key, value))
         projected = ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project, x in projected)
+        q, k, v = (project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for project, x in projected)
         mask = self._mask(attn_mask, key_padding_mask, q)
         dropout, weights = self.dropout if self.training else 0.0, None
         if need_weights:
@@ -59,13 +67,13 @@ class MultiheadAttention(nn.Module):
         out = self.out_proj(heads.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], None if weights is None else weights[0]
-        return out.transpose(0, 1) if flip else out, weights
+        return out.transpose(0, 1).contiguous() if flip else out, weights
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
         """What is added to the scores (B, H, T, S): 0, or minus infinity where a boolean mask is True."""
         masks = []
         if attn_mask is not None:  # (T, S), or (B H, T, S)
-            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.heads)))
+            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads)))
         if padding is not None:  # (B, S), or (S,)
             masks.append(padding.view(-1, 1, 1, padding.shape[-1]))
         masks = [q.new_zeros(m.shape).masked_fill(m, -float("inf")) if not m.is_floating_point() else m for m in masks]
@@ -90,7 +98,7 @@ def open_attention(net: nn.Module) -> nn.Module:
     if isinstance(net, nn.MultiheadAttention):
         return MultiheadAttention(net)
     opened = {m: MultiheadAttention(m) for m in net.modules() if isinstance(m, nn.MultiheadAttention)}
-    for module in list(net.modules()) if opened else ():
+    for module in list(net.modules()):
         for name, child in module._modules.items():  # a module used twice gets one in its place
             module._modules[name] = opened.get(child, child)
         if isinstance(module, nn.TransformerEncoderLayer):

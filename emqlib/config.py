@@ -68,7 +68,8 @@ class TrainConfig:
             if spent >= self.epochs:
                 expected = f"more than the {spent} that the coreset's scoring phase and full_epochs take"
                 raise checks.invalid("epochs", self.epochs, expected)
-        devices.device(self.device)
+        if self.device != "auto":  # which would touch a GPU, before other processes may have been forked
+            devices.device(self.device)
 
     def _take(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # plain int and float: NumPy's do not go into JSON, 1 and 1.0 are equal

@@ -95,7 +95,7 @@ def load_dataset(
     root: where the files are; None: the environment variable EMQ_DATA, else data/ in `files.home()`.
         Looked for there: the official files, then <name>/{train,test}/<class>/*; then CIFAR is downloaded.
     image_size: resize the shorter side to this many pixels and cut out the centre; None: images as they are. Streamed
-        images (None: 224) are cropped and resized at random for training, as usual for ImageNet.
+        images (None: 224) are cropped and resized at random for training, and normalised, as usual for ImageNet.
     stream: decode the files of class folders in each epoch, in `workers` processes, instead of once; None: ImageNet
         alone, which fits no memory. workers: None for the CPUs there are for this process, at most 16; 0 for none.
     ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes, stream=True for
@@ -130,20 +130,25 @@ def write_class_folders(data: Dataset, folder: Path) -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     half_done = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    for name, split in (("train", data.train), ("val", data.test)):
-        for i, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
-            place = half_done / name / data.classes[label]
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:06d}.png")
     try:
+        for name, split in (("train", data.train), ("val", data.test)):
+            for i, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
+                place = half_done / name / data.classes[label]
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:06d}.png")
+        half_done.chmod(0o755)  # mkdtemp makes it private
         half_done.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(half_done)
+    except OSError:
+        if not folder.exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)
 
 
 def _workers() -> int:
     """The CPUs of this process, shared with those of other ranks on this machine."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Linux, others
+    return max(1, min(16, own // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def normalize(images: Tensor, dataset: Dataset) -> Tensor:
@@ -298,7 +303,8 @@ def _download_cifar(root: Path, source: Source, how: Reading) -> Contents:
 def _class_folders(folder: Path, source: Source, how: Reading) -> Contents:
     """train/<class>/* and test/<class>/* or val/<class>/*; labels follow the sorted names, as CIFAR's own do."""
     held_out = folder / "test"
-    if not held_out.is_dir() and (folder / "val").is_dir():
+    labelled = held_out.is_dir() and any(entry.is_dir() for entry in held_out.iterdir())  # ImageNet's is not
+    if not labelled and (folder / "val").is_dir():
         held_out = folder / "val"
     return _splits(folder, list_classes(folder / "train"), list_classes(held_out), source, how)
 
@@ -315,8 +321,8 @@ def _tiny_imagenet(folder: Path, source: Source, how: Reading) -> Contents:
 
 
 def _kaggle(folder: Path, source: Source, how: Reading) -> Contents:
-    """ILSVRC as Kaggle packs it: train/<wnid>/*, val/* in one folder, and LOC_val_solution.csv above."""
-    answers = folder.parents[1] / "LOC_val_solution.csv"
+    """ILSVRC as Kaggle packs it: train/<wnid>/*, val/* in one folder, and LOC_val_solution.csv beside ILSVRC/."""
+    answers = folder.parents[2] / "LOC_val_solution.csv"  # beside ILSVRC/
     if not (folder / "val").is_dir() or not answers.is_file():
         raise FileNotFoundError(f"{folder / 'val'} with {answers}: not both there")
     rows = (line.split(",", 1) for line in answers.read_text("utf-8").splitlines()[1:])

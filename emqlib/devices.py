@@ -11,14 +11,14 @@ AUTOCAST = ("none", "bfloat16", "float16")
 
 
 def has_cuda() -> bool:
-    """Whether there is a CUDA device; asked so that processes forked afterwards, which train on them, can use them."""
+    """Whether there is a CUDA device, asked of the driver alone: processes forked afterwards can still use it."""
     return torch.cuda.device_count() > 0
 
 
 def device(name: str) -> torch.device:
     """The device called "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1"; ValueError that lists those here."""
     if name == "auto":
-        return torch.device("cuda" if has_cuda() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))
 

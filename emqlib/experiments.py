@@ -217,7 +217,10 @@ def imagenet(p: Parameters) -> list[Run]:
     """Table 3: ImageNet-1K, streamed, or any data set of class folders; one seed.
 
     Any-Precision, and ours on the full data and at several pruning rates. Smoke has the digits, written as files.
+    ValueError: another data set.
     """
+    if p.dataset not in ("", "imagenet") and not p.dataset.startswith("imagefolder:"):
+        raise checks.invalid("dataset", p.dataset, "imagenet, or imagefolder:PATH for class folders")
     shared, setting = base(p, p.seeds[0], p.dataset or "imagenet"), p.profile.imagenet
     dataset = p.dataset or ("imagenet" if shared.dataset == "imagenet" else _as_files(shared, p.results_dir))
     config = replace(setting.training, seed=p.seeds[0])

@@ -38,7 +38,7 @@ class ImageFiles:
         cls, folder: Path, paths: Sequence[Path], labels: Tensor, image_size: int | None, workers: int
     ) -> "ImageFiles":
         """The files at `paths`, all below `folder`, with labels (N,)."""
-        start = len(str(folder)) + 1
+        start = len(str(folder).rstrip("/")) + 1
         names = np.array([os.fsencode(str(path)[start:]) for path in paths])
         return cls(folder, names, labels, image_size or 224, workers)
 

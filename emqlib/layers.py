@@ -113,6 +113,7 @@ class InputQuantizer(nn.Module):
     """Quantizes a layer's input; what it learns or tracks starts from the first batch it sees."""
 
     across_ranks = False  # whether what it measures of a batch is measured over all ranks
+    parts = 1  # of a step's batch, of which each forward pass sees one
 
     def __init__(self, spec: QuantSpec, signed: bool) -> None:
         super().__init__()
@@ -139,26 +140,29 @@ class InputQuantizer(nn.Module):
             return quantizers.dorefa_activation(x, n, self.high, self.low if self.signed else None)
         if self.method == "pact":
             return quantizers.pact_activation(x, n, self.scale(), self.signed)
-        return quantizers.lsq_activation(x, n, self.scale(), self.signed)
+        return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
 
     def _start(self, x: Tensor) -> None:
         if self.method == "lsq":
             size = 2 * x.float().abs().mean()
             self.scale.start(ranks.mean(size) if self.across_ranks else size)
         elif self.method == "pact":
-            self.scale.start(-self._lowest(-x.float().abs()))
+            low, high = self._extremes(x.float())
+            self.scale.start(torch.maximum(-low, high))
         else:
             self._follow(x, momentum=1.0)
         self.started = True
 
     def _follow(self, x: Tensor, momentum: float) -> None:
         # a range of no width would divide by zero
-        self.low.lerp_(self._lowest(x).to(self.low.dtype).clamp_max(-1e-6), momentum)
-        self.high.lerp_((-self._lowest(-x)).to(self.high.dtype).clamp_min(1e-6), momentum)
+        low, high = self._extremes(x)
+        self.low.lerp_(low.to(self.low.dtype).clamp_max(-1e-6), momentum)
+        self.high.lerp_(high.to(self.high.dtype).clamp_min(1e-6), momentum)
 
-    def _lowest(self, x: Tensor) -> Tensor:
-        low = x.amin()
-        return ranks.lowest(low) if self.across_ranks else low
+    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ends = torch.stack([x.amin(), -x.amax()])
+        low, negated = ranks.lowest(ends) if self.across_ranks else ends
+        return low, -negated
 
     def get_extra_state(self) -> Tensor:
         """Whether the first batch has been seen, as a scalar tensor: checkpoints hold no pickled objects."""

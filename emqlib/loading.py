@@ -24,6 +24,9 @@ class MemoryLoader:
         self.data, self.split, self.place = data, getattr(data, split), place
         self.damaged: dict[int, str] = {}
 
+    def all_damaged(self) -> None:
+        """Nothing that lies in memory is damaged."""
+
     def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:
         """This rank's part of each of `chunks` of sample indices (B,), on the data's device; augmented by a generator.
 
@@ -47,11 +50,11 @@ class FileLoader:
     def __init__(self, data: Dataset, split: str, device: torch.device, place: Ranks, live: bool) -> None:
         self.data, self.split, self.device, self.place = data, getattr(data, split), device, place
         self.damaged: dict[int, str] = {}
-        self.keys: list[list[_Key]] = []
+        self.keys = _Keys(place)
         workers = self.split.workers
         self.batches = DataLoader(
-            _Files(self.split),
-            batch_sampler=_Keys(self.keys),
+            _Files(self.split, data.flip),
+            batch_sampler=self.keys,
             num_workers=workers,
             persistent_workers=live and workers > 0,
             pin_memory=device.type == "cuda",
@@ -65,8 +68,7 @@ class FileLoader:
         chunks: sample indices (B,). With a generator images are cropped, resized and mirrored at random, else resized
         and cut out of the centre. ValueError: too many damaged files, or a chunk of nothing else.
         """
-        seed = None if generator is None else generator.initial_seed()
-        self.keys[:] = [[(seed, n, i) for i in self.place.part(chunk).tolist()] for n, chunk in enumerate(chunks)]
+        self.keys.seed, self.keys.chunks = None if generator is None else generator.initial_seed(), chunks
         for indices, images, damaged in self.batches:
             self._count(damaged)
             if len(indices) == 0:
@@ -81,6 +83,16 @@ class FileLoader:
                 continue
             self.damaged[index] = message
             warnings.warn(f"{message}; skipped, {len(self.damaged)} so far", stacklevel=2)
+        self._check()
+
+    def all_damaged(self) -> int:
+        """How many files any rank has found damaged so far; all ranks ask together. ValueError: too many."""
+        for theirs in self.place.collect(self.damaged):
+            self.damaged = self.damaged | theirs
+        self._check()
+        return len(self.damaged)
+
+    def _check(self) -> None:
         if len(self.damaged) > DAMAGED * len(self.split):
             some = "\n".join(list(self.damaged.values())[:5])
             expected = f"at most {DAMAGED:.1%} of the {len(self.split)} files damaged"
@@ -100,26 +112,30 @@ _Key = tuple[int | None, int, int]  # seed of the epoch, None for no augmentatio
 
 
 class _Keys:
-    """What a DataLoader asks for the batches of an epoch: the list as it is when the epoch starts."""
+    """What a DataLoader asks for the batches of an epoch: this rank's part of the chunks that it finds here."""
 
-    def __init__(self, keys: list[list[_Key]]) -> None:
-        self.keys = keys
+    def __init__(self, place: Ranks) -> None:
+        self.place = place
+        self.seed: int | None = None
+        self.chunks: Sequence[Tensor] = ()
 
     def __iter__(self) -> Iterator[list[_Key]]:
-        return iter(list(self.keys))
+        for n, chunk in enumerate(self.chunks):
+            yield [(self.seed, n, i) for i in self.place.part(chunk).tolist()]
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.chunks)
 
 
 class _Files(torch.utils.data.Dataset):
     """By key: the sample, and its image (3, S, S) uint8, or what is wrong with its file."""
 
-    def __init__(self, split: ImageFiles) -> None:
+    def __init__(self, split: ImageFiles, flip: bool) -> None:
         from torchvision.transforms import v2
 
         self.split, size = split, split.image_size
-        self.augmented = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+        mirrored = [v2.RandomHorizontalFlip()] if flip else []
+        self.augmented = v2.Compose([v2.RandomResizedCrop(size, antialias=True), *mirrored])
         self.plain = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
     def __getitem__(self, key: _Key) -> tuple[int, Tensor | str]:

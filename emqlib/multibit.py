@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import open_attention
 from .checks import bit_width, bit_widths, flag, integer, invalid
@@ -22,7 +23,7 @@ from .norms import MultiBitBatchNorm
 from .signs import input_signs
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ADAPTATION_SAMPLES = 5000  # images that batch-norm adaptation takes, at each bit-width
 
 Bits = int | Mapping[str, int]
@@ -38,19 +39,24 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     find out, all do. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net` takes go in, and
     what it gives comes out.
     ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
-    running statistics.
+    running statistics, or of a kind that is not known; a weight that the network reads past its layer.
     """
     if not isinstance(net, nn.Module) or any(True for _ in _switchable(net)):
         raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
     model = open_attention(copy.deepcopy(net))
-    signs, order = input_signs(copy.deepcopy(model))  # a forward that stores what it meets would store tracing proxies
+    # a copy, because a forward that stores what it meets would store tracing proxies
+    signs, order, read = input_signs(copy.deepcopy(model))
     layers = [name for name, module in model.named_modules() if type(module) in _LAYERS]
     called = [name for name in order if name in layers]
     never_called = [name for name in layers if name not in called]
     names = [*called[:-1], *never_called, *called[-1:]]  # neither the first nor the last, such as an auxiliary head
     kept = _full_precision(names, spec) if names else {}
+    escaped = next((name for name in names if name not in kept and f"{name}.weight" in read), None)
+    if escaped:
+        expected = f'a pattern for {escaped} too, whose weight the network reads past its layer, for example "*.qkv"'
+        raise invalid("full_precision", spec.full_precision, expected)
     if len(kept) == len(names):
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
     spec = replace(spec, activation_range=_activation_range(net, spec))
@@ -76,11 +82,11 @@ def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
     """ "unit" is for networks still to be trained under DoReFa's clip: those whose batch norms have seen no data."""
     if spec.activation_range != "auto":
         return spec.activation_range
-    norms = [m for m in net.modules() if isinstance(m, _BATCH_NORMS)]
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     return "unit" if norms and all(map(_is_fresh, norms)) else "tracked"
 
 
-def _is_fresh(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+def _is_fresh(norm: _BatchNorm) -> bool:
     """By the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0."""
     mean, var = norm.running_mean, norm.running_var
     return mean is None or mean.is_meta or not bool(mean.any() or (var - 1).any())
@@ -95,15 +101,24 @@ def _replace(
     twin = module
     if id(module) in new:
         twin = _LAYERS[type(module)].from_float(module, spec, new[id(module)][1])
-    elif isinstance(module, _BATCH_NORMS):
-        if module.running_mean is None or module.momentum is None:
-            raise invalid("net", repr(module), "batch norms with running statistics and a momentum")
-        twin = MultiBitBatchNorm(module, spec).train(module.training)
+    elif isinstance(module, _BatchNorm):
+        twin = _norm_twin(module, spec)
     done[id(module)] = twin
     if twin is module:  # not named_children(), which leaves out the second name of a module used twice
         for name, child in module._modules.items():
             module._modules[name] = child if child is None else _replace(child, new, spec, done)
     return twin
+
+
+def _norm_twin(norm: _BatchNorm, spec: QuantSpec) -> nn.Module:
+    if norm.running_mean is None or norm.momentum is None:
+        raise invalid("net", repr(norm), "batch norms with running statistics and a momentum")
+    twin = MultiBitBatchNorm(norm, spec).train(norm.training)
+    if type(norm) in _BATCH_NORMS:
+        return twin
+    if isinstance(getattr(norm, "drop", None), nn.Module) and isinstance(getattr(norm, "act", None), nn.Module):
+        return nn.Sequential(twin, norm.drop, norm.act)  # timm's BatchNormAct2d
+    raise invalid("net", repr(norm), "batch norms of PyTorch's own types, or timm's with an activation")
 
 
 def _switchable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:

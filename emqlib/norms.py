@@ -117,8 +117,9 @@ class MultiBitBatchNorm(nn.Module):
         """`F.batch_norm` in training mode by statistics of the whole batch; mean and var (C,) are updated in place."""
         dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
         local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        n = ranks.total(local.new_tensor(x.numel() / x.shape[1]))
-        batch_mean = ranks.total(local.sum(dims)) / n
+        sums = torch.cat([local.sum(dims), local.new_tensor([x.numel() / x.shape[1]])])
+        *_, n = sums = ranks.total(sums)
+        batch_mean = sums[:-1] / n
         deviation = local - batch_mean.view(shape)
         batch_var = ranks.total(deviation.square().sum(dims)) / n
         with torch.no_grad():

@@ -206,7 +206,7 @@ def parameters(
         results_dir=_results_dir(results_dir, chosen),
         pruning_rates=_rates(pruning_rates),
         lengths=_lengths(lengths) or chosen.lengths,
-        dataset=dataset if dataset == "" or check_data("dataset", dataset) else "",
+        dataset=_dataset(dataset),
         model=model if model == "" or check_model("model", model) else "",
         processes=checks.integer("processes", processes, 1),
     )
@@ -255,6 +255,15 @@ def _results_dir(value: str | Path, profile: Profile) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
     return folder
+
+
+def _dataset(value: Any) -> str:
+    """The name of a data set; a folder by its absolute path, which names it from wherever the notebook is run."""
+    if value == "":
+        return value
+    check_data("dataset", value)
+    kind, colon, path = value.partition(":")
+    return f"{kind}:{Path(path).expanduser().absolute()}" if colon else value
 
 
 def _refuse_misspelt(known: set[str]) -> None:

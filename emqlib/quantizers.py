@@ -227,14 +227,15 @@ def pact_activation(x: Tensor, n: Tensor, alpha: Tensor, signed: bool) -> Tensor
     return fake_quantize(x, step(n, alpha / n), *unsigned_grid(n), learn_step=False)
 
 
-def lsq_activation(x: Tensor, n: Tensor, scale: Tensor, signed: bool) -> Tensor:
+def lsq_activation(x: Tensor, n: Tensor, scale: Tensor, signed: bool, parts: int = 1) -> Tensor:
     """s r(clip(x/s, 0, 2**b - 1)) with a learned scalar s; signed: clip(x/s, -2**(b-1), 2**(b-1) - 1).
 
-    x: any shape; n, scale: scalar; returns the shape of x. The gradient to s is scaled by 1 / sqrt(numel q_max).
-    32 bits: x above zero (signed: x). Source: LSQ, eq. 1-3 and section 2.2 (arXiv 1902.08153).
+    x: any shape; n, scale: scalar; returns the shape of x. The gradient to s is scaled by 1 / sqrt(numel q_max), numel
+    that of a whole batch, of which x is one of `parts` equal ones. 32 bits: x above zero (signed: x).
+    Source: LSQ, eq. 1-3 and section 2.2 (arXiv 1902.08153).
     """
     q_max = signed_grid(n, scale)[1] if signed else n
-    s = scale_gradient(scale, x.numel(), q_max)
+    s = scale_gradient(scale, x.numel() * parts, q_max)
     grid = signed_grid(n, s) if signed else unsigned_grid(n)
     return fake_quantize(x, step(n, s), *grid)
 

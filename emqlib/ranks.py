@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -44,11 +45,20 @@ class Ranks:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` so that its gradients are averaged over ranks in the backward pass."""
-        return model if self.accelerator is None else self.accelerator.prepare_model(model)
+        if self.accelerator is None:
+            return model
+        # not Accelerate's own, which would put the launcher's mixed precision into the model for good
+        DDP, own = nn.parallel.DistributedDataParallel, self.device("")
+        synced = "forward_sync_buffers" if "forward_sync_buffers" in signature(DDP).parameters else "broadcast_buffers"
+        return DDP(model, device_ids=[own] if own.type == "cuda" else None, **{synced: False})
 
     def alone(self, wrapped: nn.Module) -> AbstractContextManager:
         """The context of a forward and backward pass whose gradients wait for those of a later one to be averaged."""
         return wrapped.no_sync() if self.accelerator is not None else nullcontext()
+
+    def first(self) -> AbstractContextManager:
+        """The context of what rank 0 does before the others."""
+        return nullcontext() if self.accelerator is None else self.accelerator.main_process_first()
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
@@ -57,6 +67,14 @@ class Ranks:
         values = [value if self.main else None]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank."""
+        if self.accelerator is None:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def gather(self, indices: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         """Sample indices (B,) and what belongs to them, tensors (B, ...), of all ranks: a sample's are on one alone.
@@ -82,8 +100,10 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            if self.count == 1:
+                raise
             lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
-            if self.count == 1 or not lost:
+            if not lost:
                 raise
             text = f"rank {self.rank} of {self.count}: another rank has stopped, see its own error; start all of them"
             raise RuntimeError(f"{text} again, and training goes on from {where}") from error
@@ -134,13 +154,16 @@ def lowest(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def synchronized(model: nn.Module, place: Ranks) -> Iterator[None]:
-    """Within the block, what layers measure of a batch they measure over all ranks: means, variances, ranges."""
-    layers = [m for m in model.modules() if hasattr(m, "across_ranks")] if place.count > 1 else []
+def synchronized(model: nn.Module, place: Ranks, accumulate: int = 1) -> Iterator[None]:
+    """Within the block, what layers measure of a batch they measure over all ranks: means, variances, ranges.
+
+    accumulate: in how many parts each rank takes its share of a step.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "across_ranks")] if place.count * accumulate > 1 else []
     for layer in layers:
-        layer.across_ranks = True
+        layer.across_ranks, layer.parts = place.count > 1, place.count * accumulate
     try:
         yield
     finally:
         for layer in layers:
-            layer.across_ranks = False
+            del layer.across_ranks, layer.parts  # the class's own are back

@@ -1,6 +1,7 @@
 """A run is one frozen config, one hash and one file of rows, and is never run twice."""
 
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -124,8 +125,10 @@ def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True,
     runs, results_dir = list(dict.fromkeys(runs)), Path(results_dir)
     if not runs:
         raise checks.invalid("runs", runs, "at least one Run")
+    if checks.integer("processes", processes, 1) > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
-    if checks.integer("processes", processes, 1) > 1 and None in records:
+    if processes > 1 and None in records:
         _launch(runs, results_dir, progress, processes)
     frames, loaded = [], {}
     for i, run in enumerate(runs):
@@ -133,7 +136,9 @@ def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True,
         record = place.share(records[i] or _stored(run, results_dir))  # another job may have finished it meanwhile
         if record is None:
             label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
-            record = _execute(run, _data(run, loaded), results_dir, progress and label, place)
+            with place.first():  # a download is not for all at once
+                data = _data(run, loaded)
+            record = _execute(run, data, results_dir, progress and label, place)
         frames.append(_frame(run, record))
     return pd.concat(frames, ignore_index=True)
 
@@ -150,7 +155,14 @@ def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int) 
         _data(run, loaded)  # an error about the data is better told here than by a process that dies of it
     with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate's own is the same for every notebook
         port = free.getsockname()[1]
-    notebook_launcher(run_all, (runs, results_dir, progress), num_processes=processes, use_port=str(port))
+    notebook_launcher(_forked, (runs, results_dir, progress), num_processes=processes, use_port=str(port))
+
+
+def _forked(runs: list[Run], results_dir: Path, progress: bool) -> None:
+    """`run_all` in a forked process, which would wait for ever for threads that only its parent has."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    run_all(runs, results_dir, progress)
 
 
 def _data(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:

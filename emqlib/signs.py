@@ -42,8 +42,9 @@ class _Tracer(fx.Tracer):
         return isinstance(module, MultiheadAttention) or super().is_leaf_module(module, name)
 
 
-def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str]]:
-    """(whether the module's input can be negative, by name; the names of those called, in the order of the calls).
+def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str], set[str]]:
+    """(whether the module's input can be negative, by name; the names of those called, in the order of the calls; the
+    parameters that are read past their modules, as in `linear(x, self.qkv.weight)`).
 
     A network that torch.fx cannot trace counts as signed everywhere, in the order its modules were registered: a
     signed quantizer wastes half a range where a wrong unsigned one would lose every negative input.
@@ -52,7 +53,7 @@ def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str]]:
     try:
         graph = _Tracer().trace(net)
     except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
-        return dict.fromkeys(names, True), names
+        return dict.fromkeys(names, True), names, set()
     modules = dict(net.named_modules(remove_duplicate=False))
     nonnegative: dict[fx.Node, bool] = {}
     signs: dict[str, bool] = {}
@@ -67,7 +68,8 @@ def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str]]:
             signs[name] = signs.get(name, False) or not all(sources)
             for inner in modules[node.target].modules():  # such as a transformer layer's, which is not traced into
                 signs.setdefault(_first_name(names, modules, inner), True)
-    return dict.fromkeys(names, True) | signs, list(signs)
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}
+    return dict.fromkeys(names, True) | signs, list(signs), read
 
 
 def _first_name(names: list[str], modules: dict[str, nn.Module], module: nn.Module) -> str:

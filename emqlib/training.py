@@ -158,11 +158,12 @@ def train(
     ends with the very weights of an undisturbed run. progress: a bar on stderr; a text is its label.
     observe: called with the model after each epoch; what it returns, of JSON's types, goes into the history's column
     "observed", and so into the checkpoint.
-    The bit-width is the highest trained one afterwards. Damaged files of streamed data are skipped, and named in
-    attrs["damaged"].
-    Several processes, started by accelerate launch, torchrun or notebook_launcher, that all call this share each batch,
-    and end with the same weights as one would: gradients, statistics of batch norm and tracked ranges are those of the
-    whole batch. The first one draws the bar and writes the checkpoint.
+    The bit-width is the highest trained one afterwards. Damaged files of streamed data are skipped; column damaged
+    counts them up to each epoch, attrs["damaged"] names those that this call met.
+    Several processes, started by accelerate launch, torchrun or notebook_launcher, share each batch if all call this
+    with the same arguments: gradients, statistics of batch norm and tracked ranges are those of the whole batch, so
+    that they end with the weights of one process, to rounding (but dropout and the means of output correction are of
+    each one's part). All call `observe`; the first one draws the bar and writes the checkpoint.
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
     where no checkpoint can be, or a checkpoint of another configuration, network or data. FloatingPointError: a loss or
     weight that is not finite, named with step, bit-width and learning rate; the checkpoint of the epoch before stays.
@@ -170,9 +171,10 @@ def train(
     bits, path = _check(model, data, config), _checked_path(checkpoint)
     label = progress if isinstance(progress, str) else checks.flag("progress", progress) and "training"
     run = _prepare(model, data, config, bits)
-    with run.place.joined(f"the checkpoint {path}" if path else "the beginning"), synchronized(model, run.place):
-        if path is not None and run.place.share(path.exists()):
-            _resume(run, path)
+    with run.place.joined(f"the checkpoint {path}" if path else "the beginning"):
+        found = run.place.share(str(path) if path is not None and path.exists() else "")
+        if found:
+            _resume(run, Path(found))
         _finish(run, path, label, observe)
     set_bits(model, bits[-1])
     history = pd.DataFrame(run.history)
@@ -250,7 +252,11 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     selection = run.sampler.selection(epoch)
     steps = plan(selection, run.config, epoch)
     pixels = generator(run.config.seed, "augment", epoch)
-    with _seeded(run, epoch), run.sampler.recording(run.model, selection):
+    with (
+        _seeded(run, epoch),
+        run.sampler.recording(run.model, selection),
+        synchronized(run.model, run.place, run.config.accumulate),
+    ):
         batches = run.loader.epoch([step.indices for step in steps], pixels)
         for i, (step, batch) in enumerate(zip(steps, batches, strict=True)):
             lr = learning_rate(epoch + (i + 1) / len(steps), run.config)
@@ -262,9 +268,11 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     for name, p in run.model.named_parameters():  # a last step can break them after a loss that was still finite
         if not bool(p.isfinite().all()):
             raise FloatingPointError(f"{name} is not finite after {where}, {step.bits} bits, lr {lr:.3g}: {_STOPPED}")
+    damaged = run.loader.all_damaged()
     bar.set_postfix(loss=f"{loss:.3f}")
     row = {"epoch": epoch + 1, "lr": lr, "loss": loss, "steps": len(steps), "sample_passes": passes}
-    return row | {"scoring_passes": passes if selection.scored else 0, "seconds": perf_counter() - start}
+    row |= {"scoring_passes": passes if selection.scored else 0, "seconds": perf_counter() - start}
+    return row | ({} if damaged is None else {"damaged": damaged})
 
 
 @contextmanager
@@ -369,7 +377,7 @@ def _write(state: dict[str, Any], file: Telling) -> None:
 
 def _resume(run: _Run, path: Path) -> None:
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # score tables need not fit a GPU
         theirs, history, drawn = json.loads(state["identity"]), json.loads(state["history"]), state["sampler"]
     except Exception as error:  # torch.load raises whatever the broken part of the file leads to
         raise checks.invalid("checkpoint", str(path), f"a whole checkpoint of this library ({error})") from error

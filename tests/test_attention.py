@@ -102,6 +102,23 @@ def test_what_it_cannot_do_is_said(option: str) -> None:
         emq.convert(nn.MultiheadAttention(8, 2, **{option: True}), emq.QuantSpec(bits=(2, 8)))
 
 
+class Biased(nn.MultiheadAttention):
+    """A subclass with a forward of its own, which conversion would lose."""
+
+
+def test_a_subclass_and_a_hint_without_its_mask_are_refused(rng: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=r"^net='Biased': expected nn.MultiheadAttention itself"):
+        emq.convert(nn.Sequential(nn.Linear(8, 8), Biased(8, 2)), emq.QuantSpec(bits=(2, 8)))
+    theirs, ours = pair(batch_first=True)
+    x = torch.randn(2, 4, 8, generator=rng)
+    with pytest.raises(ValueError, match=r"^is_causal=True: expected attn_mask"):
+        ours(x, x, x, is_causal=True)
+    hidden = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    for options in ({}, {"need_weights": False}):
+        expected = theirs(x, x, x, attn_mask=hidden, is_causal=True, **options)[0]
+        torch.testing.assert_close(ours(x, x, x, attn_mask=hidden, is_causal=True, **options)[0], expected)
+
+
 def test_attention_used_twice_stays_one_module() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -232,6 +249,32 @@ def test_at_32_bits_it_is_the_plain_network(network: str, rng: torch.Generator) 
         emq.set_bits(model, 2)
         at_2 = model(x)
     assert (at_8 - expected).norm() < 0.2 * expected.norm() < (at_2 - expected).norm() * 2
+
+
+class Reading(nn.Module):
+    """As Swin and BEiT have it: the weight goes to a function, past its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(self.embed(x), self.qkv.weight, self.qkv.bias)
+        return self.head(self.mlp(x))
+
+
+def test_a_weight_read_past_its_layer_is_no_silent_escape() -> None:
+    message = (
+        r"^full_precision=\('first', 'last'\): expected a pattern for qkv too, whose weight the network reads past"
+    )
+    with pytest.raises(ValueError, match=message):
+        emq.convert(Reading(), emq.QuantSpec(bits=(2, 8)))
+    model = emq.convert(Reading(), emq.QuantSpec(bits=(2, 8), full_precision=("first", "last", "qkv")))
+    assert model.kept == {"embed": "first", "head": "last", "qkv": "qkv"}
+    swin = torchvision_models.SwinTransformer([4, 4], 8, [2], [2], [7, 7])
+    with pytest.raises(ValueError, match=r"expected a pattern for features\.1\.0\.attn\.\w+ too"):
+        emq.convert(swin, emq.QuantSpec(bits=(2, 8)))
 
 
 def test_inputs_of_a_vit_are_signed_and_its_ends_kept() -> None:

@@ -868,3 +868,8 @@ def test_a_shell_is_told_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFix
     for value in (0, 1.5, True):
         with pytest.raises(ValueError, match=r"^processes="):
             run_all(experiments.quickstart(parameters("smoke")), tmp_path, processes=value)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"^processes=2: expected 1 in each of"):
+        patch.setenv("WORLD_SIZE", "2")
+        run_all(experiments.quickstart(parameters("smoke")), tmp_path, processes=2)
+    with pytest.raises(ValueError, match=r"^dataset='cifar10': expected imagenet, or imagefolder:PATH"):
+        experiments.imagenet(parameters("smoke", dataset="cifar10"))

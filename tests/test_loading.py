@@ -169,6 +169,23 @@ def test_more_than_one_in_a_thousand_is_an_error(many: Path, damage: list[Path])
 
 
 @pytest.mark.filterwarnings("ignore:.*not a readable image")
+def test_damaged_files_of_all_ranks_count_together(many: Path, damage: list[Path]) -> None:
+    for file in damage:
+        file.write_bytes(b"")
+    data = streamed(many)
+    bad = [i for i in range(len(data.train)) if data.train.path(i) in damage]
+
+    class Both(Ranks):
+        def collect(self, value: dict) -> list[dict]:
+            return [value, {bad[1]: "the other rank's"}]
+
+    live = loader(data, "train", CPU, Both())
+    assert len(list(live.epoch([torch.tensor([bad[0], 0])], seeded()))) == 1 and live.damaged.keys() == {bad[0]}
+    with pytest.raises(ValueError, match=r"^data='2 damaged files'"):
+        live.all_damaged()
+
+
+@pytest.mark.filterwarnings("ignore:.*not a readable image")
 def test_a_batch_of_nothing_else_is_an_error(many: Path, damage: list[Path]) -> None:
     damage[0].write_bytes(b"")
     data = streamed(many)
@@ -217,7 +234,28 @@ def test_damaged_files_are_named_in_the_history(many: Path, damage: list[Path]) 
     damage[0].write_bytes(b"")
     with pytest.warns(UserWarning, match="not a readable image"):
         history = emq.train(network(), streamed(many), TrainConfig(epochs=1, batch_size=256), progress=False)
-    assert history.attrs["damaged"] == [str(damage[0])]
+    assert history.attrs["damaged"] == [str(damage[0])] and history.damaged.tolist() == [1]
+
+
+def test_images_are_mirrored_only_where_that_makes_sense(folder: Path) -> None:
+    from torchvision.transforms import v2
+
+    kinds = [
+        {
+            type(t)
+            for t in loader(replace(streamed(folder), flip=flip), "train", CPU).batches.dataset.augmented.transforms
+        }
+        for flip in (True, False)
+    ]
+    assert kinds[0] - kinds[1] == {v2.RandomHorizontalFlip} and kinds[1] == {v2.RandomResizedCrop}
+
+
+def test_an_unlabelled_test_folder_is_no_test_set(tmp_path: Path) -> None:
+    """As ImageNet's own: files without classes."""
+    folder = write(tmp_path / "data", 20, 10)
+    (folder / "test").mkdir()
+    (folder / "test" / "ILSVRC2012_test_00000001.JPEG").write_bytes(b"")
+    assert len(streamed(folder).test) == 10
 
 
 def test_a_part_of_streamed_data(folder: Path) -> None:
@@ -271,7 +309,7 @@ def imagenet(root: Path, flat: bool) -> dict[str, int]:
         image.save(place / f"{file}.JPEG")
     if flat:
         rows = [f"{file},{names[label]} 1 2 3 4 {names[0]} 5 6 7 8" for file, label in reversed(answers.items())]
-        (root / "ILSVRC" / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
+        (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
     return answers
 
 

@@ -897,3 +897,26 @@ def test_a_forward_pass_on_cuda_that_is_not_there(activation: str, norm: str, mo
                 emq.set_bits(model, 32)
             assert model.eval()(images).device.type == "cuda"
         assert all(t.device.type == "cuda" for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnetx_002"])
+def test_activations_inside_timms_batch_norms_stay(name: str, rng: torch.Generator) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64, generator=rng)
+    model = emq.convert(net, spec(weight="minmax", correction="none", activation_range="tracked"))
+    with emq.at_bits(model, 32), torch.no_grad():
+        torch.testing.assert_close(model(x), net(x))
+
+
+def test_batch_norms_of_other_kinds() -> None:
+    class Own(nn.BatchNorm2d):
+        """Of nobody knows what forward."""
+
+    def net(norm: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+
+    with pytest.raises(ValueError, match=r"^net='Own\(4.*expected batch norms of PyTorch's own types, or timm's"):
+        emq.convert(net(Own(4)), spec())
+    assert isinstance(emq.convert(net(nn.SyncBatchNorm(4)), spec())[1], MultiBitBatchNorm)

@@ -138,3 +138,15 @@ def test_misspelt_parameter(checkout: Path, tmp_path: Path) -> None:
     message = papermill(checkout, checkout, "notebooks/00_quickstart.ipynb", output, "-p", "bitz", "4")
     assert "ValueError: parameter='bitz': expected one of bits, profile, results_dir, seed" in message
     assert_failed_at_once(output)
+
+
+def test_imagenet_by_the_users_own_call_says_at_once_where_to_put_it(checkout: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.ipynb"
+    arguments = ("03_imagenet.ipynb", output, "-p", "bits", "[2,4,8]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMQ_DATA", str(tmp_path / "nothing"))
+        message = papermill(checkout, checkout / "notebooks", *arguments, profile="small")
+    assert "FileNotFoundError: no data for 'imagenet'. Looked in:" in message
+    assert str(tmp_path / "nothing/imagenet") in message and "image-net.org" in message
+    assert_failed_at_once(output)
+    assert not git(checkout, "status", "--porcelain")

@@ -188,3 +188,4 @@ def test_data_network_and_processes() -> None:
     assert (p.dataset, p.model, p.processes) == ("", "", 1)
     p = parameters(profile="smoke", dataset="imagefolder:/some/where", model="torchvision.resnet18", processes=8)
     assert (p.dataset, p.model, p.processes) == ("imagefolder:/some/where", "torchvision.resnet18", 8)
+    assert parameters(profile="smoke", dataset="imagefolder:here").dataset == f"imagefolder:{Path.cwd() / 'here'}"
