@@ -238,7 +238,9 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
         look = {"color": bit_color(b), "ls": "--" if correction == "none" else "-", "marker": "o", "ms": 4, "lw": 1}
         label = f"{b} bits, {_TRAINED_WITH[correction].split()[0]} correction"
         ax.plot([layers.index(name) for name in line.layer], line.mean_shift, label=label, **look)
-    ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
+    short = [".".join(name.split(".")[-2:]) for name in layers]
+    ticks = short if len(set(short)) == len(layers) else layers
+    ax.set_xticks(range(len(layers)), ticks, rotation=60, ha="right", fontsize=7)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("shift of the mean (standard deviations)")
     ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
