@@ -160,10 +160,9 @@ def train(
     "observed", and so into the checkpoint.
     The bit-width is the highest trained one afterwards. Damaged files of streamed data are skipped; column damaged
     counts them up to each epoch, attrs["damaged"] names those that this call met.
-    Several processes, started by accelerate launch, torchrun or notebook_launcher, share each batch if all call this
-    with the same arguments: gradients, statistics of batch norm and tracked ranges are those of the whole batch, so
-    that they end with the weights of one process, to rounding (but dropout and the means of output correction are of
-    each one's part). All call `observe`; the first one draws the bar and writes the checkpoint.
+    Several processes, which a launcher started and which all call this with the same arguments, share each batch:
+    gradients, batch-norm statistics and tracked ranges are those of all of it, so that they end with the weights of one
+    process (dropout and output correction's means are of each part). The first shows progress and writes checkpoints.
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
     where no checkpoint can be, or a checkpoint of another configuration, network or data. FloatingPointError: a loss or
     weight that is not finite, named with step, bit-width and learning rate; the checkpoint of the epoch before stays.

@@ -339,7 +339,7 @@ def test_the_library_is_small() -> None:
     streamed files images and loading, several processes ranks, and 400 lines a file norms and methods.
     """
     assert len(MODULES) <= 31
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 6400
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 6500
 
 
 def test_only_commands_print() -> None:
