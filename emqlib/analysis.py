@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pandas as pd
 import torch
@@ -114,6 +115,30 @@ class Watcher:
         self.histogram.update(z)
 
 
+def _watch(
+    model: nn.Module,
+    data: Dataset | Batches,
+    wanted: tuple[int, ...],
+    kind: type[nn.Module],
+    watcher: type["Watcher"] | type["TokenWatcher"],
+    samples: int,
+    batch_size: int,
+) -> dict[int, dict[str, Any]]:
+    """What a watcher of each module of that very type, by name, sees at each bit-width of so many training images."""
+    seen = {}
+    with undisturbed(model, data, batch_size) as device:
+        modules = {name: m for name, m in model.named_modules() if type(m) is kind}
+        if not modules:
+            norm = {MultiBitBatchNorm: "batch norm", nn.LayerNorm: "layer norm"}[kind]
+            raise invalid("model", type(model).__name__, f"a network with {norm}")
+        for b in wanted:
+            seen[b] = {name: watcher() for name in modules}
+            with at_bits(model, b), watched(modules, seen[b]):
+                for images, _ in batches(data, "train", device, batch_size, samples):
+                    model(images)
+    return seen
+
+
 def preactivations(
     model: nn.Module,
     data: Dataset | Batches,
@@ -135,16 +160,7 @@ def preactivations(
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 1)
-    seen: dict[int, dict[str, Watcher]] = {}
-    with undisturbed(model, data, batch_size) as device:
-        norms = {name: m for name, m in model.named_modules() if isinstance(m, MultiBitBatchNorm)}
-        if not norms:
-            raise invalid("model", type(model).__name__, "a network with batch norm")
-        for b in wanted:
-            seen[b] = {name: Watcher() for name in norms}
-            with at_bits(model, b), watched(norms, seen[b]):
-                for images, _ in batches(data, "train", device, batch_size, samples):
-                    model(images)
+    seen = _watch(model, data, wanted, MultiBitBatchNorm, Watcher, samples, batch_size)
     return _tables(seen)
 
 
@@ -191,18 +207,8 @@ def layer_norms(
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 1)
-    seen: dict[int, dict[str, TokenWatcher]] = {}
-    with undisturbed(model, data, batch_size) as device:
-        norms = {
-            name: m for name, m in model.named_modules() if type(m) is nn.LayerNorm
-        }  # not of images, as ConvNeXt's
-        if not norms:
-            raise invalid("model", type(model).__name__, "a network with layer norm")
-        for b in wanted:
-            seen[b] = {name: TokenWatcher() for name in norms}
-            with at_bits(model, b), watched(norms, seen[b]):
-                for images, _ in batches(data, "train", device, batch_size, samples):
-                    model(images)
+    seen = _watch(model, data, wanted, nn.LayerNorm, TokenWatcher, samples, batch_size)
+    norms = list(seen[wanted[0]])
     return pd.DataFrame([_compared(seen[b][name], seen[max(seen)][name], name, b) for b in wanted for name in norms])
 
 

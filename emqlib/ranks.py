@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -116,12 +117,17 @@ def current(device: str = "auto") -> Ranks:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
+    place = accelerate().Accelerator(cpu=devices.device(device).type == "cpu")
+    return Ranks(place.process_index, place.num_processes, place)
+
+
+def accelerate() -> ModuleType:
+    """The package, which only several processes need; ImportError that says how to install it."""
     try:
-        from accelerate import Accelerator
+        import accelerate
     except ImportError as error:
         raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
-    place = Accelerator(cpu=devices.device(device).type == "cpu")
-    return Ranks(place.process_index, place.num_processes, place)
+    return accelerate
 
 
 class _Total(Function):

@@ -22,7 +22,7 @@ from .data import Dataset, load_dataset
 from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
 from .multibit import ADAPTATION_SAMPLES, batch_norms, convert, evaluate
-from .ranks import Ranks, current
+from .ranks import Ranks, accelerate, current
 from .sampling import CoresetConfig, generator
 from .training import train
 
@@ -145,17 +145,13 @@ def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True,
 
 def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int) -> None:
     """Finish `runs` in so many processes of their own, forked from this one: it must not have touched a GPU yet."""
-    try:
-        from accelerate import notebook_launcher
-    except ImportError as error:
-        text = 'several processes need Accelerate: pip install "emqlib[distributed]"'
-        raise ImportError(text) from error
+    launch = accelerate().notebook_launcher
     loaded: dict[tuple, Dataset] = {}
     for run in runs:
         _data(run, loaded)  # an error about the data is better told here than by a process that dies of it
     with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate's own is the same for every notebook
         port = free.getsockname()[1]
-    notebook_launcher(_forked, (runs, results_dir, progress), num_processes=processes, use_port=str(port))
+    launch(_forked, (runs, results_dir, progress), num_processes=processes, use_port=str(port))
 
 
 def _forked(runs: list[Run], results_dir: Path, progress: bool) -> None:
