@@ -127,9 +127,9 @@ class InputQuantizer(nn.Module):
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.ones(()))
 
-    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+    def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
         """x (any shape) at n levels (scalar)."""
-        n = n.float()  # in a network cast to float16, the constants of 32 bits would not fit
+        n = n.float() if isinstance(n, Tensor) else n  # cast to float16, the constants of 32 bits would not fit
         if not self.started:
             self._start(x.detach())
         elif self.tracked and self.training:
@@ -137,7 +137,8 @@ class InputQuantizer(nn.Module):
         if self.method == "none":
             return x
         if self.method == "dorefa":
-            return quantizers.dorefa_activation(x, n, self.high, self.low if self.signed else None)
+            unit = not self.tracked and not isinstance(n, Tensor)
+            return quantizers.dorefa_activation(x, n, 1.0 if unit else self.high, self.low if self.signed else None)
         if self.method == "pact":
             return quantizers.pact_activation(x, n, self.scale(), self.signed)
         return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
@@ -218,7 +219,7 @@ class _QuantizedLayer(nn.Module):
 
     def _operands(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized and corrected weight, and bias; channel: which dimension of x has the channels."""
-        x, (weight, w) = self.input_quantizer(x, self.levels), self._corrected_and_domain()
+        x, (weight, w) = self.input_quantizer(x, self._n()), self._corrected_and_domain()
         if not self.spec.output_correction:
             return x, weight, self.bias
         with torch.no_grad():
@@ -232,10 +233,17 @@ class _QuantizedLayer(nn.Module):
     def weight_and_domain(self) -> tuple[Tensor, Tensor]:
         """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...)."""
         if self.spec.weight == "dorefa":
-            return quantizers.dorefa_weight(self.weight, self.levels)
+            return quantizers.dorefa_weight(self.weight, self._n())
         if self.spec.weight == "minmax":
-            return quantizers.minmax_weight(self.weight, self.levels, self.spec.zero_level)
-        return quantizers.lsq_weight(self.weight, self.levels, self.weight_scale())
+            return quantizers.minmax_weight(self.weight, self._n(), self.spec.zero_level)
+        return quantizers.lsq_weight(self.weight, self._n(), self.weight_scale())
+
+    def _n(self) -> quantizers.Number:
+        """The levels in force: a tensor in a compiled graph, which would else be compiled for each bit-width.
+
+        Also at 32 bits, where a float would leave learned scales without a gradient, which several ranks wait for.
+        """
+        return self.levels if torch.compiler.is_compiling() or self.bits == 32 else quantizers.levels(self.bits)
 
     def extra_repr(self) -> str:
         """The plain layer's, with bit-width, weight quantizer and correction."""

@@ -75,7 +75,9 @@ class MultiBitBatchNorm(nn.Module):
         self.stats_pick.zero_()
         for row, share in self._rows(bits).items():
             self.stats_pick[row] = share
-        self.stats_row.fill_(BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED)
+        row = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED
+        self.stats_row.fill_(row)
+        self.row = row if self._rows(bits) == {row: 1.0} else None  # unless they come from other rows than they go to
 
     def _rows(self, bits: int) -> dict[int, float]:
         """The rows of the table that the statistics of `bits` come from, each with its share."""
@@ -101,17 +103,28 @@ class MultiBitBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
-        mean, var = self.statistics()
-        # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
-        weight, bias = (None if p is None else (p * self.affine_pick).sum(0) for p in (self.weight, self.bias))
+        in_place = not torch.compiler.is_compiling() and self.row is not None
+        if in_place:  # views of the table, which the norm updates: the same numbers with fewer operations
+            mean, var = self.running_mean[self.row], self.running_var[self.row]
+        else:
+            mean, var = self.statistics()
+        weight, bias = self._affine()
         if self.training and self.across_ranks:
             y = self._over_ranks(x, mean, var, weight, bias)
         else:
             y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
-        if self.training:
+        if self.training and not in_place:
             self.running_mean.index_copy_(0, self.stats_row, mean[None])
             self.running_var.index_copy_(0, self.stats_row, var[None])
         return y
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias (C,) in force."""
+        pairs = (self.weight, self.bias)
+        if not self.switchable:
+            return tuple(None if p is None else p[0] for p in pairs)
+        # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
+        return tuple(None if p is None else (p * self.affine_pick).sum(0) for p in pairs)
 
     def _over_ranks(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """`F.batch_norm` in training mode by statistics of the whole batch; mean and var (C,) are updated in place."""

@@ -1,11 +1,14 @@
 """Quantizers as pure, differentiable functions on tensors.
 
 Notation, as in the papers: b bits, n = 2**b - 1 levels above the lowest one, r(x) = round with a straight-through
-gradient (dr/dx = 1). A bit-width enters as the *tensor* n, so that one compiled graph serves every bit-width; 32 bits
-mean "not quantized": the identity of the quantizer's own domain.
+gradient (dr/dx = 1). A bit-width enters as the number n: in a compiled graph as a *tensor*, so that one graph serves
+every bit-width, else as a float, which costs fewer passes over memory and gives the same values. 32 bits mean "not
+quantized": the identity of the quantizer's own domain.
 
 Sources: DoReFa as used by Any-Precision (arXiv 1911.07346), LSQ (arXiv 1902.08153), PACT (arXiv 1805.06085).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .checks import bit_width, choice, flag, invalid
+
+Number = Tensor | float  # a scalar tensor, or what Python knows already
 
 WEIGHT_METHODS = ("dorefa", "minmax", "lsq")
 ACTIVATION_METHODS = ("dorefa", "pact", "lsq", "none")
@@ -32,9 +37,14 @@ def levels(bits: int) -> float:
     return float(2 ** bit_width("bits", bits) - 1)
 
 
-def is_full(n: Tensor) -> Tensor:
-    """Whether the levels n (scalar tensor) stand for 32 bits; a scalar bool tensor, never read back to the host."""
+def is_full(n: Number) -> Tensor | bool:
+    """Whether the levels n (scalar) stand for 32 bits; of a tensor a scalar tensor, never read back to the host."""
     return n > 2.0**15  # in float16 the levels of 32 bits are infinite, and so is 2**16
+
+
+def _where(condition: Tensor | bool, yes: Any, no: Any) -> Any:
+    """`torch.where`, or Python's own choice of a condition that Python knows."""
+    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else yes if condition else no
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -47,35 +57,37 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 class _FakeQuantize(Function):
-    """`fake_quantize` in few passes over memory, five forward and two backward: activations are bound by memory."""
+    """`fake_quantize` in few passes over memory, which is what bounds it: four to seven forward, one to three back."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        scale: Tensor,
+        scale: Number,
         offset: Tensor | None,
-        q_min: Tensor,
-        q_max: Tensor,
+        q_min: Number,
+        q_max: Number,
         learn_step: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, offset, q_min, q_max)
-        ctx.learn_step = learn_step
+        grid = (scale, offset, q_min, q_max)
+        ctx.save_for_backward(x, *(v if isinstance(v, Tensor) else None for v in grid))
+        ctx.known, ctx.learn_step = tuple(None if isinstance(v, Tensor) else v for v in grid), learn_step
         q = x / scale if offset is None else (x - offset).div_(scale)
         q.round_()
-        # on a CPU, clamp with tensor bounds takes eight times as long as these two
-        torch.maximum(q, q_min, out=q)
-        torch.minimum(q, q_max, out=q)
+        if isinstance(q_max, Tensor):  # on a CPU, clamp with tensor bounds takes eight times as long as these two
+            torch.maximum(q, _like(q_min, q), out=q)
+            torch.minimum(q, q_max, out=q)
+        else:
+            q.clamp_(q_min, q_max)
         q.mul_(scale)
         return q if offset is None else q.add_(offset)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset, q_min, q_max = ctx.saved_tensors
-        low = q_min * scale if offset is None else q_min * scale + offset
-        # the place of x in its range, 0 at the lower end and 1 at the upper: hardtanh's fused backward masks by it
-        place = (x - low).mul_(1 / ((q_max - q_min) * scale))
+        x, *saved = ctx.saved_tensors
+        scale, offset, q_min, q_max = (v if k is None else k for v, k in zip(saved, ctx.known, strict=True))
+        place = _place(x, scale, offset, q_min, q_max)
         grad_x = torch.ops.aten.hardtanh_backward(grad, place, 0.0, 1.0)
         grad_scale = grad_offset = None
         if ctx.needs_input_grad[1]:
@@ -88,12 +100,26 @@ class _FakeQuantize(Function):
         return grad_x, grad_scale, grad_offset, None, None, None
 
 
+def _like(value: Number, x: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else x.new_tensor(value)
+
+
+def _place(x: Tensor, scale: Number, offset: Tensor | None, q_min: Number, q_max: Number) -> Tensor:
+    """The place of x in its range, 0 at the lower end and 1 at the upper: hardtanh's fused backward masks by it."""
+    from_zero = offset is None and not isinstance(q_min, Tensor) and q_min == 0
+    if from_zero and not isinstance(scale, Tensor) and abs(q_max * scale - 1) < 1e-9:  # the range is [0, 1]
+        return x
+    low = q_min * scale if offset is None else q_min * scale + offset
+    whole = 1 / ((q_max - q_min) * scale)
+    return x * whole if from_zero else (x - low).mul_(whole)
+
+
 def fake_quantize(
-    x: Tensor, scale: Tensor, q_min: Tensor, q_max: Tensor, offset: Tensor | None = None, learn_step: bool = True
+    x: Tensor, scale: Number, q_min: Number, q_max: Number, offset: Tensor | None = None, learn_step: bool = True
 ) -> Tensor:
     """x_q = s clip(r((x - o) / s), q_min, q_max) + o: the uniform quantizer all activation methods share.
 
-    x: any shape; scale s, q_min, q_max and offset o: scalar tensors; returns the shape of x. Gradients: to x, 1 inside
+    x: any shape; scale s, q_min, q_max and offset o: scalar; returns the shape of x. Gradients: to x, 1 inside
     the clipping range and 0 outside; to s, r(u) - u inside with u = (x - o) / s, and q_min or q_max outside; to o, 0
     inside and 1 outside. Source: LSQ, eq. 1-3 (arXiv 1902.08153); the offset is LSQ+'s (arXiv 2004.09576).
 
@@ -106,32 +132,37 @@ def fake_quantize(
     return _FakeQuantize.apply(x, scale, offset, q_min, q_max, learn_step)
 
 
-def unsigned_grid(n: Tensor) -> tuple[Tensor, Tensor, None]:
+def unsigned_grid(n: Number) -> tuple[Number, Number, None]:
     """(q_min, q_max, offset) = (0, n, none) for inputs that are never negative; n: scalar levels.
 
     At 32 bits q_max is out of reach: with `step` this is ReLU without an upper clip.
     """
-    return torch.zeros_like(n), torch.where(is_full(n), _FULL_LEVELS, n), None
+    return 0 * n, _where(is_full(n), _FULL_LEVELS, n), None
 
 
-def signed_grid(n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(q_min, q_max, offset) = (-2**(b-1), 2**(b-1) - 1, 0) for inputs of either sign; n, scale: scalar tensors.
+def signed_grid(n: Number, scale: Tensor) -> tuple[Number, Number, Tensor | None]:
+    """(q_min, q_max, offset) = (-2**(b-1), 2**(b-1) - 1, 0) for inputs of either sign; n, scale: scalar.
 
     At 1 bit that grid would be {-s, 0} and lose every positive input, so there the offset is s/2: {-s/2, s/2}.
     """
     half = (n + 1) / 2
     full = is_full(n)
-    q_min = torch.where(full, -_FULL_LEVELS, -half)
-    q_max = torch.where(full, _FULL_LEVELS, half - 1)
-    return q_min, q_max, torch.where(n == 1, scale / 2, torch.zeros_like(scale))
+    q_min = _where(full, -_FULL_LEVELS, -half)
+    q_max = _where(full, _FULL_LEVELS, half - 1)
+    return q_min, q_max, _where(n == 1, scale / 2, _zero(n, scale))
 
 
-def step(n: Tensor, scale: Tensor) -> Tensor:
-    """The step size to use at n levels: `scale`, or one too small to round anything at 32 bits. Scalar tensors."""
-    return torch.where(is_full(n), _FULL_SCALE, scale)
+def _zero(n: Number, like: Tensor) -> Tensor | None:
+    """No offset: none at all where Python knows it."""
+    return torch.zeros_like(like) if isinstance(n, Tensor) else None
 
 
-def dorefa_weight(w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+def step(n: Number, scale: Number) -> Number:
+    """The step size to use at n levels: `scale`, or one too small to round anything at 32 bits. Scalars."""
+    return _where(is_full(n), _FULL_SCALE, scale)
+
+
+def dorefa_weight(w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
     """E (2 r(n (t/2 + 1/2)) / n - 1), and its own domain E t, with t = tanh(w) / max|tanh(w)| and E = mean|w|.
 
     w: (O, ...); n: scalar levels; returns two (O, ...). E and the range are per tensor; E carries no gradient, the
@@ -143,10 +174,10 @@ def dorefa_weight(w: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     E = w.detach().abs().mean()
     domain = E * t
     w_q = E * (2 * round_ste(n * (t / 2 + 0.5)) / n - 1)
-    return torch.where(is_full(n), domain, w_q), domain
+    return _where(is_full(n), domain, w_q), domain
 
 
-def minmax_weight(w: Tensor, n: Tensor, zero_level: bool = False) -> tuple[Tensor, Tensor]:
+def minmax_weight(w: Tensor, n: Number, zero_level: bool = False) -> tuple[Tensor, Tensor]:
     """Symmetric min-max with s = max|w_o| for each output channel o, and its own domain, w.
 
     s (2 r(n (w/(2s) + 1/2)) / n - 1), the odd-symmetric grid of n + 1 levels, which has no zero; with `zero_level`
@@ -160,10 +191,10 @@ def minmax_weight(w: Tensor, n: Tensor, zero_level: bool = False) -> tuple[Tenso
         w_q = s * round_ste(m * w / s) / m
     else:
         w_q = s * (2 * round_ste(n * (w / (2 * s) + 0.5)) / n - 1)
-    return torch.where(is_full(n), w, w_q), w
+    return _where(is_full(n), w, w_q), w
 
 
-def lsq_weight(w: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def lsq_weight(w: Tensor, n: Number, scale: Tensor) -> tuple[Tensor, Tensor]:
     """s r(clip(w/s, -2**(b-1), 2**(b-1) - 1)) with a learned scalar s, and its own domain, w.
 
     w: (O, ...); n: scalar levels; scale s: scalar, whose gradient is scaled by 1 / sqrt(numel q_max); returns two
@@ -171,24 +202,24 @@ def lsq_weight(w: Tensor, n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     s = scale_gradient(scale, w.numel(), signed_grid(n, scale)[1])
     w_q = fake_quantize(w, s, *signed_grid(n, s))
-    return torch.where(is_full(n), w, w_q), w
+    return _where(is_full(n), w, w_q), w
 
 
-def lsq_initial_scale(x: Tensor, q_max: Tensor) -> Tensor:
+def lsq_initial_scale(x: Tensor, q_max: Number) -> Tensor:
     """s = 2 mean|x| / sqrt(q_max), LSQ's start; x of any shape, q_max and the result scalar (1 bit counts as q_max 1).
 
     Source: LSQ, section 2.1.
     """
-    return (2 * x.detach().abs().mean() / q_max.clamp_min(1).sqrt()).clamp_min(1e-6)
+    return (2 * x.detach().abs().mean() / _like(q_max, x.new_empty(0)).clamp_min(1).sqrt()).clamp_min(1e-6)
 
 
-def scale_gradient(scale: Tensor, numel: int, q_max: Tensor) -> Tensor:
+def scale_gradient(scale: Tensor, numel: int, q_max: Number) -> Tensor:
     """The scalar `scale` itself, its gradient multiplied by g = 1 / sqrt(numel q_max). Source: LSQ, section 2.2."""
-    g = (numel * q_max.clamp_min(1)).rsqrt()
+    g = (numel * _like(q_max, scale).clamp_min(1)).rsqrt()
     return (scale - scale * g).detach() + scale * g
 
 
-def affine_grid(n: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def affine_grid(n: Number, low: Tensor, high: Tensor) -> tuple[Number, Number, Number, Tensor | None]:
     """(scale, q_min, q_max, offset) of n + 1 levels over [low, high], low < 0 < high, one of them zero; all scalar.
 
     At 1 bit a zero level would leave one side without any, so there the two levels are low and high themselves.
@@ -196,13 +227,13 @@ def affine_grid(n: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, T
     full, binary = is_full(n), n == 1
     scale = (high - low) / n
     # not low / scale: rounded twice, a range symmetric about zero would miss its tie and tip over to either side
-    q_min = torch.where(binary, 0.0, torch.round(low * n / (high - low)))
+    q_min = _where(binary, 0.0, torch.round(low * n / (high - low)))
     q_max = q_min + n
-    offset = torch.where(binary, low, torch.zeros_like(low))
-    return step(n, scale), torch.where(full, -_FULL_LEVELS, q_min), torch.where(full, _FULL_LEVELS, q_max), offset
+    offset = _where(binary, low, _zero(n, low))
+    return step(n, scale), _where(full, -_FULL_LEVELS, q_min), _where(full, _FULL_LEVELS, q_max), offset
 
 
-def dorefa_activation(x: Tensor, n: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:
+def dorefa_activation(x: Tensor, n: Number, high: Number, low: Tensor | None = None) -> Tensor:
     """r(n clip(x, 0, c) / c) c / n with c = high (1 in DoReFa); with a negative `low`, `affine_grid` over [low, high].
 
     x: any shape; n, high, low: scalar; returns the shape of x. No gradient to the range. 32 bits: x above zero
@@ -214,7 +245,7 @@ def dorefa_activation(x: Tensor, n: Tensor, high: Tensor, low: Tensor | None = N
     return fake_quantize(x, scale, q_min, q_max, offset)
 
 
-def pact_activation(x: Tensor, n: Tensor, alpha: Tensor, signed: bool) -> Tensor:
+def pact_activation(x: Tensor, n: Number, alpha: Tensor, signed: bool) -> Tensor:
     """r(n clip(x, 0, a) / a) a / n with a learned clipping level a; signed: `signed_grid` with steps of 2 a / n.
 
     x: any shape; n, alpha: scalar; returns the shape of x. The gradient to a is 1 where x >= a, 0 inside (signed: the
@@ -227,7 +258,7 @@ def pact_activation(x: Tensor, n: Tensor, alpha: Tensor, signed: bool) -> Tensor
     return fake_quantize(x, step(n, alpha / n), *unsigned_grid(n), learn_step=False)
 
 
-def lsq_activation(x: Tensor, n: Tensor, scale: Tensor, signed: bool, parts: int = 1) -> Tensor:
+def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int = 1) -> Tensor:
     """s r(clip(x/s, 0, 2**b - 1)) with a learned scalar s; signed: clip(x/s, -2**(b-1), 2**(b-1) - 1).
 
     x: any shape; n, scale: scalar; returns the shape of x. The gradient to s is scaled by 1 / sqrt(numel q_max), numel
