@@ -1,7 +1,7 @@
 """Layers that run at any bit-width: quantized Conv2d and Linear.
 
-A layer's bit-width is the number of levels in a tensor buffer, not a Python int in its graph. Its `bits` attribute is
-for reading only.
+In a compiled graph a layer's bit-width is the number of levels in a tensor buffer, not a Python int. Its `bits`
+attribute is for reading only; `set_bits` keeps both equal.
 """
 
 from collections.abc import Iterable
