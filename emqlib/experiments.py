@@ -12,7 +12,7 @@ import pandas as pd
 from . import analysis, checks
 from .config import TrainConfig
 from .data import load_dataset, write_class_folders
-from .methods import any_precision, base, bitwise_coreset, dedicated, in_parts, of_length, ours, redrawn
+from .methods import any_precision, base, bitwise_coreset, dedicated, in_parts, in_setting, of_length, ours, redrawn
 from .profiles import Parameters, parameters
 from .ranks import current
 from .remedies import compare
@@ -204,13 +204,12 @@ def layer_norms(p: Parameters) -> pd.DataFrame:
 
 def _vit_base(p: Parameters, seed: int, dataset: str) -> Run:
     """As many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32."""
-    shared, vit = base(p, seed, dataset), p.profile.vit
-    args = dict(vit.model_args)
+    shared = in_setting(base(p, seed, dataset), p.profile.vit)
+    args = dict(shared.model_args)
     if shared.dataset == "tinyimagenet":
         args |= {"image_size": 64, "patch_size": 2 * args["patch_size"]}
     spec = replace(shared.spec, weight="minmax", activation="lsq")
-    config = replace(vit.training, seed=seed)
-    return replace(shared, model=vit.model, model_args=tuple(args.items()), subset=vit.subset, spec=spec, config=config)
+    return replace(shared, model_args=tuple(args.items()), spec=spec)
 
 
 def imagenet(p: Parameters) -> list[Run]:
@@ -221,12 +220,11 @@ def imagenet(p: Parameters) -> list[Run]:
     """
     if p.dataset not in ("", "imagenet") and not p.dataset.startswith("imagefolder:"):
         raise checks.invalid("dataset", p.dataset, "imagenet, or imagefolder:PATH for class folders")
-    shared, setting = base(p, p.seeds[0], p.dataset or "imagenet"), p.profile.imagenet
-    dataset = p.dataset or ("imagenet" if shared.dataset == "imagenet" else _as_files(shared, p.results_dir))
-    config = replace(setting.training, seed=p.seeds[0])
-    shared = replace(shared, dataset=dataset, subset=setting.subset, config=config, image_size=setting.image_size)
-    shared = replace(shared, model=p.model or setting.model, model_args=() if p.model else setting.model_args)
-    shared = replace(shared, stream=dataset.startswith("imagefolder:"))
+    shared = base(p, p.seeds[0], "imagenet")
+    dataset = p.dataset or (_as_files(shared, p.results_dir) if p.profile.dataset else "imagenet")
+    shared = replace(in_setting(shared, p.profile.imagenet), dataset=dataset, stream=dataset.startswith("imagefolder:"))
+    if p.model:
+        shared = replace(shared, model=p.model, model_args=())
     rates = p.pruning_rates or (0.6, 0.8)
     return [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in dict.fromkeys((0.0, *rates)))]
 

@@ -203,8 +203,8 @@ class _QuantizedLayer(nn.Module):
 
     def set_bits(self, bits: int) -> None:
         """Run at `bits` from now on."""
-        self.bits = bits
-        self.levels.fill_(quantizers.levels(bits))
+        self.bits, self.known_levels = bits, quantizers.levels(bits)
+        self.levels.fill_(self.known_levels)
         for module in self.modules():
             if isinstance(module, LearnedScale):
                 module.set_bits(bits)
@@ -243,7 +243,7 @@ class _QuantizedLayer(nn.Module):
 
         Also at 32 bits, where a float would leave learned scales without a gradient, which several ranks wait for.
         """
-        return self.levels if torch.compiler.is_compiling() or self.bits == 32 else quantizers.levels(self.bits)
+        return self.levels if torch.compiler.is_compiling() or self.bits == 32 else self.known_levels
 
     def extra_repr(self) -> str:
         """The plain layer's, with bit-width, weight quantizer and correction."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from .layers import QuantSpec
-from .profiles import Parameters
+from .profiles import Parameters, Setting
 from .runs import Run
 from .sampling import CoresetConfig
 
@@ -24,6 +24,18 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         spec=QuantSpec(bits=p.bits),
         config=config,
         eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
+    )
+
+
+def in_setting(base: Run, setting: Setting) -> Run:
+    """`base` with the network, the training and the images of `setting`, and its own seed."""
+    return replace(
+        base,
+        model=setting.model,
+        model_args=setting.model_args,
+        subset=setting.subset,
+        image_size=setting.image_size,
+        config=replace(setting.training, seed=base.config.seed),
     )
 
 

@@ -201,11 +201,9 @@ def check_name(parameter: str, name: Any) -> str:
     """`name`, if `build` knows such a network; ValueError, which names the parameter, otherwise."""
     library, dot, inner = str(name).partition(".")
     expected = f"one of {', '.join(sorted(MODELS))}, torchvision.NAME or timm.NAME"
-    if library == "torchvision" and inner not in torchvision_models.list_models(module=torchvision_models):
-        raise invalid(parameter, name, f"{expected}; torchvision has no {inner!r}")
-    if library == "timm" and dot and inner not in _timm().list_models():
-        raise invalid(parameter, name, f"{expected}; timm has no {inner!r}")
-    if not isinstance(name, str) or (name not in MODELS and not (dot and library in ("torchvision", "timm"))):
+    if dot and library in _LISTS and inner not in _LISTS[library]():
+        raise invalid(parameter, name, f"{expected}; {library} has no {inner!r}")
+    if not isinstance(name, str) or (name not in MODELS and not (dot and library in _LISTS)):
         raise invalid(parameter, name, expected)
     return name
 
@@ -216,6 +214,12 @@ def _timm() -> Any:
     except ImportError as error:
         raise ImportError("networks of timm need it: pip install timm") from error
     return timm
+
+
+_LISTS: dict[str, Callable[[], list[str]]] = {
+    "torchvision": lambda: torchvision_models.list_models(module=torchvision_models),
+    "timm": lambda: _timm().list_models(),
+}
 
 
 def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:

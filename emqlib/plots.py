@@ -231,7 +231,8 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     running mean of a batch norm, or `experiments.layer_norms`, with the highest bit-width. ValueError: no rows.
     """
     title = "Tokens before each layer norm, against the highest bit-width"
-    title = "Mismatch with the shared batch norm, by layer" if "wasserstein" in rows else title
+    if "wasserstein" in rows:
+        title = "Mismatch with the shared batch norm, by layer"
     ax = _axes(ax, _setting(rows, title))
     layers = list(dict.fromkeys(rows.layer))
     for (correction, b), line in rows.groupby(["trained_with", "bits"], sort=False):

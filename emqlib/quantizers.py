@@ -75,7 +75,7 @@ class _FakeQuantize(Function):
         q = x / scale if offset is None else (x - offset).div_(scale)
         q.round_()
         if isinstance(q_max, Tensor):  # on a CPU, clamp with tensor bounds takes eight times as long as these two
-            torch.maximum(q, _like(q_min, q), out=q)
+            torch.maximum(q, q_min, out=q)
             torch.minimum(q, q_max, out=q)
         else:
             q.clamp_(q_min, q_max)
@@ -100,10 +100,6 @@ class _FakeQuantize(Function):
         return grad_x, grad_scale, grad_offset, None, None, None
 
 
-def _like(value: Number, x: Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else x.new_tensor(value)
-
-
 def _place(x: Tensor, scale: Number, offset: Tensor | None, q_min: Number, q_max: Number) -> Tensor:
     """The place of x in its range, 0 at the lower end and 1 at the upper: hardtanh's fused backward masks by it."""
     from_zero = offset is None and not isinstance(q_min, Tensor) and q_min == 0
@@ -119,9 +115,10 @@ def fake_quantize(
 ) -> Tensor:
     """x_q = s clip(r((x - o) / s), q_min, q_max) + o: the uniform quantizer all activation methods share.
 
-    x: any shape; scale s, q_min, q_max and offset o: scalar; returns the shape of x. Gradients: to x, 1 inside
-    the clipping range and 0 outside; to s, r(u) - u inside with u = (x - o) / s, and q_min or q_max outside; to o, 0
-    inside and 1 outside. Source: LSQ, eq. 1-3 (arXiv 1902.08153); the offset is LSQ+'s (arXiv 2004.09576).
+    x: any shape; scale s, offset o, and q_min and q_max, both tensors or both floats: scalar; returns the shape of x.
+    Gradients: to x, 1 inside the clipping range and 0 outside; to s, r(u) - u inside with u = (x - o) / s, and q_min or
+    q_max outside; to o, 0 inside and 1 outside. Source: LSQ, eq. 1-3 (arXiv 1902.08153); the offset is LSQ+'s (arXiv
+    2004.09576).
 
     >>> one = torch.tensor(1.0)
     >>> fake_quantize(torch.tensor([0.4, 1.2, 9.0]), one, 0 * one, 3 * one)
@@ -205,17 +202,18 @@ def lsq_weight(w: Tensor, n: Number, scale: Tensor) -> tuple[Tensor, Tensor]:
     return _where(is_full(n), w, w_q), w
 
 
-def lsq_initial_scale(x: Tensor, q_max: Number) -> Tensor:
+def lsq_initial_scale(x: Tensor, q_max: Tensor) -> Tensor:
     """s = 2 mean|x| / sqrt(q_max), LSQ's start; x of any shape, q_max and the result scalar (1 bit counts as q_max 1).
 
     Source: LSQ, section 2.1.
     """
-    return (2 * x.detach().abs().mean() / _like(q_max, x.new_empty(0)).clamp_min(1).sqrt()).clamp_min(1e-6)
+    return (2 * x.detach().abs().mean() / q_max.clamp_min(1).sqrt()).clamp_min(1e-6)
 
 
 def scale_gradient(scale: Tensor, numel: int, q_max: Number) -> Tensor:
     """The scalar `scale` itself, its gradient multiplied by g = 1 / sqrt(numel q_max). Source: LSQ, section 2.2."""
-    g = (numel * _like(q_max, scale).clamp_min(1)).rsqrt()
+    q_max = q_max if isinstance(q_max, Tensor) else scale.new_tensor(q_max)
+    g = (numel * q_max.clamp_min(1)).rsqrt()
     return (scale - scale * g).detach() + scale * g
 
 

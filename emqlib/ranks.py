@@ -110,12 +110,17 @@ class Ranks:
             raise RuntimeError(f"{text} again, and training goes on from {where}") from error
 
 
+def started() -> int:
+    """How many processes a launcher started, this one included; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def current(device: str = "auto") -> Ranks:
     """Where this process stands: alone, unless accelerate launch, torchrun or notebook_launcher started several.
 
     device: "cpu" to stay off CUDA devices. ImportError that says what to install: several without Accelerate.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if started() == 1:
         return Ranks()
     place = accelerate().Accelerator(cpu=devices.device(device).type == "cpu")
     return Ranks(place.process_index, place.num_processes, place)

@@ -22,7 +22,7 @@ from .data import Dataset, load_dataset
 from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
 from .multibit import ADAPTATION_SAMPLES, batch_norms, convert, evaluate
-from .ranks import Ranks, accelerate, current
+from .ranks import Ranks, accelerate, current, started
 from .sampling import CoresetConfig, generator
 from .training import train
 
@@ -125,7 +125,7 @@ def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True,
     runs, results_dir = list(dict.fromkeys(runs)), Path(results_dir)
     if not runs:
         raise checks.invalid("runs", runs, "at least one Run")
-    if checks.integer("processes", processes, 1) > 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if checks.integer("processes", processes, 1) > 1 and started() > 1:
         raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
     if processes > 1 and None in records:

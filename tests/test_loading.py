@@ -194,7 +194,7 @@ def test_a_batch_of_nothing_else_is_an_error(many: Path, damage: list[Path]) -> 
         list(loader(data, "train", CPU).epoch([torch.tensor([bad])], seeded()))
 
 
-def network(size: int = 16) -> torch.nn.Module:
+def network() -> torch.nn.Module:
     torch.manual_seed(0)
     return emq.convert(emq.models.resnet8(10, width=4), QuantSpec(bits=(2, 8)))
 
