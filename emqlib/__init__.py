@@ -9,8 +9,9 @@ Letters in shapes: B batch, N samples, C classes or channels, T observed epochs,
 from . import coreset, correction, models, quantizers
 from .config import TrainConfig
 from .data import Dataset, load_dataset
+from .evaluation import adapt_norm, evaluate
 from .layers import QuantSpec
-from .multibit import adapt_norm, at_bits, convert, evaluate, set_bits, summary
+from .multibit import at_bits, convert, set_bits, summary
 from .sampling import CoresetConfig
 from .training import train
 

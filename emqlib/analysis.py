@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .checks import bit_widths, integer, invalid
 from .correction import CORRECTIONS, correct_weight
 from .data import Dataset
+from .evaluation import Batches, batches, undisturbed
 from .layers import QuantConv2d, QuantLinear
-from .multibit import Batches, at_bits, batches, undisturbed
+from .multibit import at_bits
 from .norms import MultiBitBatchNorm
 
 SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins

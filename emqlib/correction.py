@@ -5,6 +5,8 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .checks import choice, flag, invalid
 
@@ -36,23 +38,47 @@ def correct_weight(w_q: Tensor, w: Tensor, mode: str = "mean_var", gradient: boo
         raise invalid("w_q, w shapes", (tuple(w_q.shape), tuple(w.shape)), "two equal shapes (O, ...), not empty")
     if mode == "none":
         return w_q
-    dims = tuple(range(1, w.dim()))
-    reference, source = (w, w_q) if gradient else (w.detach(), w_q.detach())
-    mean_w, mean_q = reference.mean(dims, keepdim=True), source.mean(dims, keepdim=True)
-    if mode == "mean":
-        return w_q - mean_q + mean_w
-    return _std_ratio(reference - mean_w, source - mean_q, source, dims) * (w_q - mean_q) + mean_w
+    return _Correct.apply(w_q, w, mode == "mean_var", gradient)
 
 
-def _std_ratio(deviation_w: Tensor, deviation_q: Tensor, w_q: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """std_o(w) / std_o(w_q), (O, 1, ...); 1 where w_q is constant, 0 where only w is."""
-    var_w, var_q = (d.square().mean(dims, keepdim=True) for d in (deviation_w, deviation_q))
-    # A constant channel's variance is rounding noise, not 0: it is measured against the channel's own size.
-    constant_q = var_q <= 1e-12 * w_q.square().mean(dims, keepdim=True)
-    constant_w = var_w <= 0
-    # sqrt has no finite gradient at 0, so the excluded channels never reach it
-    ratio = torch.where(constant_w | constant_q, 1.0, var_w) / torch.where(constant_w | constant_q, 1.0, var_q)
-    return torch.where(constant_w & ~constant_q, 0.0, ratio.sqrt())
+class _Correct(Function):
+    """`correct_weight`, with its gradient in closed form: of so small tensors every operation costs the same.
+
+    With G the gradient of w', K the weights of a channel, m, v and d = x - m a channel's mean, variance and deviation,
+    R = sqrt(v_w / v_q) (1 for "mean") and S = sum(G d_q) R / K (0 for "mean" and where a variance is no divisor):
+    dL/dw_q = R (G - mean(G)) - S d_q / v_q and dL/dw = mean(G) + S d_w / v_w.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, w_q: Tensor, w: Tensor, scaled: bool, gradient: bool) -> Tensor:
+        dims = tuple(range(1, w.dim()))
+        m_q, m_w = w_q.mean(dims, keepdim=True), w.mean(dims, keepdim=True)
+        d_q = w_q - m_q
+        ctx.scaled, ctx.gradient = scaled, gradient
+        if not scaled:
+            return d_q + m_w
+        d_w = w - m_w
+        v_q, v_w = d_q.square().mean(dims, keepdim=True), d_w.square().mean(dims, keepdim=True)
+        # A constant channel's variance is rounding noise, not 0: it is measured against the channel's own size.
+        constant_q = v_q <= 1e-12 * (v_q + m_q.square())
+        R = torch.where(constant_q, 1.0, (v_w / v_q).sqrt())
+        fixed = constant_q | (v_w <= 0)
+        ctx.save_for_backward(d_q, d_w, R, v_q.masked_fill(fixed, torch.inf), v_w.masked_fill(fixed, torch.inf))
+        return torch.addcmul(m_w, R, d_q)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.scaled:
+            mean = grad.mean(tuple(range(1, grad.dim())), keepdim=True)
+            return (grad - mean, mean.expand_as(grad), None, None) if ctx.gradient else (grad, None, None, None)
+        d_q, d_w, R, v_q, v_w = ctx.saved_tensors
+        if not ctx.gradient:
+            return R * grad, None, None, None
+        dims = tuple(range(1, grad.dim()))
+        mean, S = grad.mean(dims, keepdim=True), (grad * d_q).mean(dims, keepdim=True) * R
+        grad_q = torch.addcmul(-R * mean, R, grad).addcmul_(S / v_q, d_q, value=-1)
+        return grad_q, torch.addcmul(mean, S / v_w, d_w), None, None
 
 
 def output_shift(w_q: Tensor, w: Tensor, mean_input: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ class InputQuantizer(nn.Module):
         return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
 
     def _start(self, x: Tensor) -> None:
+        x = x if self.signed else x.clamp_min(0)  # which a ReLU did before it was left to the quantizer
         if self.method == "lsq":
             size = 2 * x.float().abs().mean()
             self.scale.start(ranks.mean(size) if self.across_ranks else size)
@@ -225,7 +226,7 @@ class _QuantizedLayer(nn.Module):
         with torch.no_grad():
             if self.training:
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
-                mean = some.mean(1, dtype=torch.float32).to(self.mean_input.dtype)
+                mean = some.mean(1, dtype=self.mean_input.dtype)
                 self.mean_input.lerp_(ranks.mean(mean) if self.across_ranks else mean, 0.1)
             shift = output_shift(weight, w, self.mean_input)
         return x, weight, -shift if self.bias is None else self.bias - shift

@@ -88,7 +88,11 @@ class _FakeQuantize(Function):
         x, *saved = ctx.saved_tensors
         scale, offset, q_min, q_max = (v if k is None else k for v, k in zip(saved, ctx.known, strict=True))
         place = _place(x, scale, offset, q_min, q_max)
-        grad_x = torch.ops.aten.hardtanh_backward(grad, place, 0.0, 1.0)
+        if torch.compiler.is_compiling():  # a mask would be kept from the forward pass, at 20 times the time on a CPU
+            c = place.clamp(0, 1)
+            grad_x = grad * (c.ceil() - c.floor())
+        else:
+            grad_x = torch.ops.aten.hardtanh_backward(grad, place, 0.0, 1.0)
         grad_scale = grad_offset = None
         if ctx.needs_input_grad[1]:
             u = x / scale if offset is None else (x - offset) / scale
@@ -159,6 +163,38 @@ def step(n: Number, scale: Number) -> Number:
     return _where(is_full(n), _FULL_SCALE, scale)
 
 
+class _DoReFaWeight(Function):
+    """`dorefa_weight`, whose gradient autograd would take three times as many small operations for.
+
+    Both outputs have the same slope, since rounding is straight through: d/dt = E. With M = max|tanh(w)| and g the sum
+    of their gradients, dL/dtanh(w) = E g / M - [|tanh(w)| = M] sign(w) sum(E g tanh(w)) / M**2.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        tanh, E = torch.tanh(w), w.abs().mean()
+        M = tanh.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
+        ctx.save_for_backward(tanh, M, E)
+        t = tanh / M
+        domain = E * t
+        w_q = _where(is_full(n), domain, E * (2 / n * torch.round(n / 2 * (t + 1)) - 1))
+        return w_q.clone() if w_q is domain else w_q, domain
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        tanh, M, E = ctx.saved_tensors
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return None, None
+        g = (given[0] + given[1] if len(given) == 2 else given[0]) * (E / M)
+        peak = tanh.abs() == M
+        g_M = (g * tanh).sum() / (M * peak.sum().clamp_min(1))
+        g = g.addcmul(peak, g_M * tanh.sign(), value=-1)
+        return torch.ops.aten.tanh_backward(g, tanh), None
+
+
 def dorefa_weight(w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
     """E (2 r(n (t/2 + 1/2)) / n - 1), and its own domain E t, with t = tanh(w) / max|tanh(w)| and E = mean|w|.
 
@@ -166,12 +202,7 @@ def dorefa_weight(w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
     maximum does. Source: Any-Precision-DNNs, models/quan_ops.py; DoReFa (arXiv 1606.06160), eq. 9. An all-zero weight
     gives zeros (NaN there).
     """
-    tanh = torch.tanh(w)
-    t = tanh / tanh.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
-    E = w.detach().abs().mean()
-    domain = E * t
-    w_q = E * (2 * round_ste(n * (t / 2 + 0.5)) / n - 1)
-    return _where(is_full(n), domain, w_q), domain
+    return _DoReFaWeight.apply(w, n)
 
 
 def minmax_weight(w: Tensor, n: Number, zero_level: bool = False) -> tuple[Tensor, Tensor]:

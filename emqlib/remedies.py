@@ -16,8 +16,9 @@ from .analysis import Moments
 from .checks import BIT_WIDTHS, bit_widths, integer, invalid
 from .correction import output_shift
 from .data import Dataset
+from .evaluation import batches, evaluate, undisturbed
 from .layers import QuantConv2d, QuantLinear, nearest
-from .multibit import at_bits, batches, evaluate, undisturbed
+from .multibit import at_bits
 from .norms import MultiBitBatchNorm, interpolation
 from .quantizers import levels
 

@@ -19,9 +19,10 @@ from torch import nn
 from . import checks, devices, files, models
 from .config import TrainConfig
 from .data import Dataset, load_dataset
+from .evaluation import ADAPTATION_SAMPLES, batch_norms, evaluate
 from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
-from .multibit import ADAPTATION_SAMPLES, batch_norms, convert, evaluate
+from .multibit import convert
 from .ranks import Ranks, accelerate, current, started
 from .sampling import CoresetConfig, generator
 from .training import train

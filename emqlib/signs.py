@@ -1,6 +1,10 @@
 """Which inputs can be negative: a walk over a network's graph, from each layer back to what its input went through."""
 
+from dataclasses import dataclass, field
+
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from .attention import MultiheadAttention
 
@@ -42,9 +46,23 @@ class _Tracer(fx.Tracer):
         return isinstance(module, MultiheadAttention) or super().is_leaf_module(module, name)
 
 
-def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str], set[str]]:
-    """(whether the module's input can be negative, by name; the names of those called, in the order of the calls; the
-    parameters that are read past their modules, as in `linear(x, self.qkv.weight)`).
+@dataclass(frozen=True)
+class Walk:
+    """What the graph of a network tells of its modules, by their names.
+
+    signed: whether a module's input can be negative. order: those called, in the order of the calls. read: parameters
+    that are read past their modules, as in `linear(x, self.qkv.weight)`. readers: of each ReLU, the modules that its
+    output goes to; "" among them stands for anything else.
+    """
+
+    signed: dict[str, bool]
+    order: list[str]
+    read: set[str] = field(default_factory=set)
+    readers: dict[str, set[str]] = field(default_factory=dict)
+
+
+def walk(net: nn.Module) -> Walk:
+    """The walk over `net`'s graph.
 
     A network that torch.fx cannot trace counts as signed everywhere, in the order its modules were registered: a
     signed quantizer wastes half a range where a wrong unsigned one would lose every negative input.
@@ -53,7 +71,7 @@ def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str], set[str]]:
     try:
         graph = _Tracer().trace(net)
     except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
-        return dict.fromkeys(names, True), names, set()
+        return Walk(dict.fromkeys(names, True), names)
     modules = dict(net.named_modules(remove_duplicate=False))
     nonnegative: dict[fx.Node, bool] = {}
     signs: dict[str, bool] = {}
@@ -69,7 +87,30 @@ def input_signs(net: nn.Module) -> tuple[dict[str, bool], list[str], set[str]]:
             for inner in modules[node.target].modules():  # such as a transformer layer's, which is not traced into
                 signs.setdefault(_first_name(names, modules, inner), True)
     read = {node.target for node in graph.nodes if node.op == "get_attr"}
-    return dict.fromkeys(names, True) | signs, list(signs), read
+    return Walk(dict.fromkeys(names, True) | signs, list(signs), read, _readers(graph, names, modules))
+
+
+def _readers(graph: fx.Graph, names: list[str], modules: dict[str, nn.Module]) -> dict[str, set[str]]:
+    """See `Walk.readers`."""
+
+    def name(node: fx.Node) -> str:
+        return _first_name(names, modules, modules[node.target]) if node.op == "call_module" else ""
+
+    readers: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and type(modules[node.target]) is nn.ReLU:
+            found = readers.setdefault(name(node), set())
+            found |= {name(user) for user in node.users}
+            if modules[node.target].inplace and not _is_only_reader(node, modules):
+                found.add("")
+    return readers
+
+
+def _is_only_reader(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether nothing else can read the values that a module in place overwrites."""
+    (source,) = node.all_input_nodes
+    fresh = source.op == "call_module" and isinstance(modules[source.target], (_ConvNd, _BatchNorm, nn.Linear))
+    return fresh and len(source.users) == 1
 
 
 def _first_name(names: list[str], modules: dict[str, nn.Module], module: nn.Module) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .checks import bit_widths, integer, invalid
 from .data import Dataset
-from .multibit import at_bits, batches, set_bits, undisturbed
+from .evaluation import batches, undisturbed
+from .multibit import at_bits, set_bits
 
 ALL = "all layers"
 

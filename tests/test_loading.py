@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 import emqlib as emq
 from emqlib import Dataset, QuantSpec, TrainConfig
 from emqlib.data import normalize
+from emqlib.evaluation import batches
 from emqlib.images import ImageFiles
 from emqlib.loading import FileLoader, MemoryLoader, loader
-from emqlib.multibit import batches
 from emqlib.ranks import Ranks
 
 CPU = torch.device("cpu")

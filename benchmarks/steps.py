@@ -1,0 +1,98 @@
+"""What a step at a bit-width costs: the converted network against the plain one, pair by pair in one process.
+
+`python benchmarks/steps.py` writes a row a pair of measurements to results/benchmarks/steps.csv and prints, for each
+network, precision and bit-width, how fast training and inference are where the plain network's speed is 1: eager
+against eager, and each at its faster setting. Claims, for training: at least 0.8 in eager, at least 0.9 at best.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import emqlib as emq
+from emqlib import devices, models, results, runs, training
+
+NETWORKS = {"resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/steps"
+CASE = ["phase", "network", "precision"]
+
+
+def measure(
+    data: emq.Dataset,
+    networks: dict[str, dict[str, int]] = NETWORKS,
+    precisions: tuple[str, ...] = ("none", "bfloat16"),
+    modes: tuple[str, ...] = ("eager", "compiled"),
+    bits: tuple[int, ...] = tuple(range(1, 9)),
+    repeats: int = 7,
+    batch: int = 128,
+) -> pd.DataFrame:
+    """Rows: phase, network, precision, mode, bits, repeat; seconds of a step of the plain and of our network."""
+    device, rows = devices.device("auto"), []
+    x = data.train.images[:batch].float().div(255).to(device).contiguous(memory_format=torch.channels_last)
+    y = data.train.labels[:batch].to(device)
+    for name, arguments in networks.items():
+        for precision in precisions:
+            for mode in modes:
+                torch.compiler.reset()
+                plain = models.build(name, data.num_classes, **arguments)
+                ours = emq.convert(plain, emq.QuantSpec(bits=bits))
+                for phase in ("training", "inference"):
+                    steps = [_step(net, x, y, phase, precision, mode) for net in (plain, ours)]
+                    for repeat, b in [(r, b) for r in range(-1, repeats) for b in bits]:
+                        emq.set_bits(ours, b)
+                        row = {"phase": phase, "network": name, "precision": precision, "mode": mode, "bits": b}
+                        seconds = dict(zip(("plain", "ours"), map(_seconds, steps), strict=True))
+                        rows += [row | {"repeat": repeat} | seconds] if repeat >= 0 else []  # the first ones compile
+    return pd.DataFrame(rows).assign(batch=batch, **runs.provenance(data, device))
+
+
+def _step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str) -> Callable:
+    """One training or inference step of `net` on images x (B, 3, H, W) and labels y (B,)."""
+    net = net.to(x.device, memory_format=devices.memory_format(net, True, x.device)).train(phase == "training")
+    forward = torch.compile(net) if mode == "compiled" else net
+    optimizer = training.optimizer(net, emq.TrainConfig(lr=0.01))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with devices.autocast(precision, x.device), torch.set_grad_enabled(phase == "training"):
+            loss = F.cross_entropy(forward(x).float(), y)
+        if phase == "training":
+            loss.backward()
+            optimizer.step()
+        float(loss.detach())  # waits for a GPU
+
+    return step
+
+
+def _seconds(step: Callable, steps: int = 3) -> float:
+    start = perf_counter()
+    for _ in range(steps):
+        step()
+    return (perf_counter() - start) / steps
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a phase, network, precision and bit-width: our speed in units of the plain network's.
+
+    eager: median, lowest and highest of the pairs; best: of the medians of the faster setting of each.
+    """
+    seconds = rows.groupby([*CASE, "bits", "mode"], sort=False)[["plain", "ours"]].median()
+    plain = seconds.plain.groupby(CASE, sort=False).min()
+    best = plain / seconds.ours.groupby([*CASE, "bits"], sort=False).min()
+    eager = rows[rows["mode"] == "eager"]
+    pairs = (eager.plain / eager.ours).groupby([eager[k] for k in (*CASE, "bits")], sort=False)
+    table = pairs.agg(["median", "min", "max"]).add_prefix("eager, ").assign(best=best)
+    faster = seconds.ours.unstack("mode").idxmin(axis=1)
+    rate = (rows.batch.iloc[0] / seconds.ours.groupby([*CASE, "bits"], sort=False).min()).round()
+    return table.round(3).assign(setting=faster, images_a_second=rate).reset_index()
+
+
+if __name__ == "__main__":
+    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    results.save(summary(measured), OUTPUT, measured)
+    print(summary(measured).to_string(index=False))
