@@ -42,16 +42,16 @@ def measure(
                 plain = models.build(name, data.num_classes, **arguments)
                 ours = emq.convert(plain, emq.QuantSpec(bits=bits))
                 for phase in ("training", "inference"):
-                    steps = [_step(net, x, y, phase, precision, mode) for net in (plain, ours)]
+                    pair = [step(net, x, y, phase, precision, mode) for net in (plain, ours)]
                     for repeat, b in [(r, b) for r in range(-1, repeats) for b in bits]:
                         emq.set_bits(ours, b)
                         row = {"phase": phase, "network": name, "precision": precision, "mode": mode, "bits": b}
-                        seconds = dict(zip(("plain", "ours"), map(_seconds, steps), strict=True))
+                        seconds = dict(zip(("plain", "ours"), map(timed, pair), strict=True))
                         rows += [row | {"repeat": repeat} | seconds] if repeat >= 0 else []  # the first ones compile
     return pd.DataFrame(rows).assign(batch=batch, **runs.provenance(data, device))
 
 
-def _step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str) -> Callable:
+def step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str) -> Callable:
     """One training or inference step of `net` on images x (B, 3, H, W) and labels y (B,)."""
     net = net.to(x.device, memory_format=devices.memory_format(net, True, x.device)).train(phase == "training")
     forward = torch.compile(net) if mode == "compiled" else net
@@ -69,7 +69,8 @@ def _step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precisio
     return step
 
 
-def _seconds(step: Callable, steps: int = 3) -> float:
+def timed(step: Callable, steps: int = 3) -> float:
+    """Seconds of one of `steps` steps, the mean."""
     start = perf_counter()
     for _ in range(steps):
         step()

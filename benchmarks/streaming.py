@@ -54,14 +54,14 @@ def _measured(name: str, data: emq.Dataset, model: str, size: int, threads: int)
     data = enlarged(data, size)
     network = emq.convert(emq.models.build(model, data.num_classes), emq.QuantSpec(bits=BITS))
     function, batch = ANALYSES[name]
-    before, start = _resident("VmRSS"), perf_counter()
+    before, start = resident("VmRSS"), perf_counter()
     function(network, data, batch)
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     row = {"analysis": name, "batch": batch, "seconds": round(perf_counter() - start, 1)}
     return row | {"network": round(_size(network)), "before": before, "peak": peak, "beyond": peak - before}
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     """VmRSS, what is resident now, or VmHWM, the most that ever was, in MB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return round(int(status[key].split()[0]) * 1024 / 1e6)

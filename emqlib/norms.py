@@ -122,7 +122,7 @@ class MultiBitBatchNorm(nn.Module):
         """Weight and bias (C,) in force."""
         pairs = (self.weight, self.bias)
         if not self.switchable:
-            return tuple(None if p is None else p[0] for p in pairs)
+            return tuple(None if p is None else p.view(-1) for p in pairs)
         # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
         return tuple(None if p is None else (p * self.affine_pick).sum(0) for p in pairs)
 

@@ -58,12 +58,12 @@ def test_streaming() -> None:
     assert row["peak"] == row["before"] + row["beyond"] and row["seconds"] > 0
     assert set(streaming.summary(pd.DataFrame([row])).columns) == {"analysis", "batch", "seconds", "network", "beyond"}
     assert streaming._size(nn.Sequential(nn.Linear(999, 250), nn.BatchNorm1d(250, affine=False))) == 1.002008
-    before = streaming._resident("VmRSS")
+    before = streaming.resident("VmRSS")
     kept = torch.ones(50_000_000)
-    grown = streaming._resident("VmRSS") - before
+    grown = streaming.resident("VmRSS") - before
     assert 100 <= grown <= 300 and kept.numel() * 4 == 200_000_000
     del kept
-    assert streaming._resident("VmHWM") >= before + grown
+    assert streaming.resident("VmHWM") >= before + grown
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")

@@ -1,0 +1,205 @@
+"""Time to one accuracy: the published Any-Precision code against ours, factor by factor, in one process.
+
+`EMQ_ANY_PRECISION=CHECKOUT python benchmarks/any_precision.py`, with a checkout of SHI-Labs/Any-Precision-DNNs, trains
+a pre-activation ResNet-20 of width 16 at 2, 4 and 8 bits on 10,000 images of CIFAR-10 in each way, and writes a row an
+epoch to results/benchmarks/any_precision.csv: training time so far, and top-1 accuracy, the mean over the bit-widths.
+The target is the best that the published code reaches; each further line of the table changes one thing. Claim: ours
+with coresets takes at least 8 times less time. A second call goes on after the runs that are in the file.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import emqlib as emq
+from emqlib import devices, methods, results, runs, training
+
+BITS = (2, 4, 8)
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/any_precision"
+# How long each way trains, in epochs: a schedule that ends at zero has to be tried at several lengths.
+LENGTHS = {
+    "published code": (12,),
+    "published code, our schedule": (8,),
+    "ours, joint": (8,),
+    "ours, joint, bfloat16": (8,),
+    "ours, bit by bit": (4, 6),
+    "ours, 80% pruned": (8, 12, 16),
+}
+ADAM_EPOCHS = 200  # of the published schedule, which a shorter run does not squeeze
+
+
+def published() -> SimpleNamespace:
+    """What of the checkout is used: networks, soft loss, optimizer, schedule and transforms. ValueError: none given."""
+    root = os.environ.get("EMQ_ANY_PRECISION", "")
+    if not (Path(root) / "models/resnet_quan.py").is_file():
+        raise ValueError(f"EMQ_ANY_PRECISION={root!r}: expected a checkout of SHI-Labs/Any-Precision-DNNs")
+    sys.path.insert(0, root)
+    try:
+        names = ("models.resnet_quan", "models.losses", "optimizer", "datasets.data")
+        nets, losses, optimizer, data = map(importlib.import_module, names)
+    finally:
+        sys.path.remove(root)
+    return SimpleNamespace(nets=nets, soft=losses.CrossEntropyLossSoft(), optimizer=optimizer, data=data)
+
+
+def published_network(code: SimpleNamespace, bits: tuple[int, ...] = BITS, factor: int = 1) -> nn.Module:
+    """Theirs for CIFAR-10, with 16, 32 and 64 times `factor` channels."""
+    return code.nets.PreActResNet(code.nets.PreActBasicBlockQ, [3, 3, 3], list(bits), num_classes=10, expand=factor)
+
+
+def set_published_bits(net: nn.Module, bits: int) -> None:
+    """As train.py does in every step."""
+    net.apply(lambda module: setattr(module, "wbit", bits))
+    net.apply(lambda module: setattr(module, "abit", bits))
+
+
+def published_gradients(
+    code: SimpleNamespace,
+    net: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    bits: tuple[int, ...],
+    forward: Any,
+) -> None:
+    """Gradients of a batch at every bit-width, highest first, each the teacher of the next."""
+    teacher = None
+    for b in sorted(bits, reverse=True):
+        set_published_bits(net, b)
+        logits = forward(images)
+        (F.cross_entropy(logits, labels) if teacher is None else code.soft(logits, teacher)).backward()
+        teacher = torch.softmax(logits.detach(), dim=1)
+
+
+class _Pictures(Dataset):
+    """A split as PIL images through the published transforms."""
+
+    def __init__(self, split: Any, transform: Any) -> None:
+        from torchvision.transforms.functional import to_pil_image
+
+        self.images, self.labels, self.transform = [to_pil_image(x) for x in split.images], split.labels, transform
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.images[index]), int(self.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _train_published(data: emq.Dataset, epochs: int, ours: bool, batch: int = 128) -> Iterator[dict[str, float]]:
+    """Rows of the published code; ours: by our optimizer and schedule instead of its own."""
+    code = published()
+    net, config = published_network(code), _base(epochs).config
+    pictures, plain = (_Pictures(getattr(data, s), code.data.get_transform("cifar10", t)) for s, t in _SPLITS)
+    loader = DataLoader(pictures, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(0))
+    optimizer = training.optimizer(net, config) if ours else code.optimizer.get_optimizer_config(net, "adam", 1e-3, 0.0)
+    milestones = [ADAM_EPOCHS // 2, ADAM_EPOCHS * 3 // 4, ADAM_EPOCHS * 9 // 10]
+    schedule = code.optimizer.get_lr_scheduler("adam", optimizer, milestones)
+    seconds = 0.0
+    for epoch in range(epochs):
+        start = perf_counter()
+        net.train()
+        for i, (images, labels) in enumerate(loader):
+            if ours:
+                for group in optimizer.param_groups:
+                    group["lr"] = training.learning_rate(epoch + (i + 1) / len(loader), config)
+            optimizer.zero_grad()
+            published_gradients(code, net, images, labels, BITS, net)
+            optimizer.step()
+        if not ours:
+            schedule.step()
+        seconds += perf_counter() - start
+        yield {"epoch": epoch + 1, "seconds": seconds, "top1": _published_accuracy(net, plain)}
+
+
+_SPLITS = (("train", "train"), ("test", "val"))
+
+
+def _published_accuracy(net: nn.Module, pictures: Dataset) -> float:
+    net.eval()
+    right = 0
+    with torch.no_grad():
+        for images, labels in DataLoader(pictures, batch_size=500):
+            for b in BITS:
+                set_published_bits(net, b)
+                right += int((net(images).argmax(1) == labels).sum())
+    return 100 * right / (len(BITS) * len(pictures))
+
+
+def _base(epochs: int, autocast: str = "none") -> runs.Run:
+    config = emq.TrainConfig(epochs=epochs, lr=0.1, warmup_epochs=0.5, autocast=autocast)
+    arguments = {"model": "preact_resnet20", "model_args": (("width_factor", 1),)}
+    return runs.Run(profile="small", dataset="cifar10", spec=emq.QuantSpec(bits=BITS), config=config, **arguments)
+
+
+def _ours(way: str, epochs: int) -> runs.Run:
+    if way == "ours, joint":
+        return methods.any_precision(_base(epochs))
+    fast = _base(epochs, "bfloat16")
+    ways = {"ours, joint, bfloat16": methods.any_precision, "ours, bit by bit": methods.ours}
+    return methods.redrawn(fast, 0.8) if way == "ours, 80% pruned" else ways[way](fast)
+
+
+def _train_ours(data: emq.Dataset, run: runs.Run) -> Iterator[dict[str, float]]:
+    net = runs.build(run, data.num_classes)
+    found: list[float] = []
+    history = emq.train(
+        net,
+        data,
+        run.config,
+        progress=False,
+        observe=lambda net: found.append(emq.evaluate(net, data, BITS).top1.mean()),
+    )
+    for epoch, seconds, top1 in zip(history.epoch, history.seconds.cumsum(), found, strict=True):
+        yield {"epoch": epoch, "seconds": seconds, "top1": top1}
+
+
+def measure(data: emq.Dataset, way: str, epochs: int) -> pd.DataFrame:
+    """Rows: way, epochs, epoch, seconds of training so far, top1 (%), the mean over the trained bit-widths."""
+    torch.manual_seed(0)
+    if way.startswith("published"):
+        rows = _train_published(data, epochs, ours="our schedule" in way)
+    else:
+        rows = _train_ours(data, _ours(way, epochs))
+    table = pd.DataFrame(rows).assign(way=way, epochs=epochs, train=len(data.train), test=len(data.test))
+    return table.assign(**runs.provenance(data, devices.device("auto")))
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a way: its best top-1 (%), seconds to the target and at how many epochs, how many times faster.
+
+    times faster: than the published code; step: than the line above.
+    """
+    target = rows[rows.way == "published code"].top1.max()
+    reached = rows[rows.top1 >= target].sort_values("seconds").drop_duplicates("way").set_index("way")
+    best = rows.groupby("way", sort=False).top1.max()
+    table = pd.DataFrame(
+        {"best top1": best.round(1), "seconds to target": reached.seconds.round(), "of epochs": reached.epochs}
+    )
+    table = table.loc[best.index]
+    seconds = table["seconds to target"]
+    table["times faster"] = (seconds["published code"] / seconds).round(1)
+    table["step"] = (seconds.shift() / seconds).round(2)
+    return table.assign(target=round(target, 1)).reset_index()
+
+
+if __name__ == "__main__":
+    published()
+    data, csv = emq.load_dataset("cifar10").subset(10000, 2000), OUTPUT.with_suffix(".csv")
+    rows = pd.read_csv(csv) if csv.exists() else pd.DataFrame(columns=["way", "epochs"])
+    for way, lengths in LENGTHS.items():
+        for epochs in lengths:
+            if not (rows.way.eq(way) & rows.epochs.eq(epochs)).any():
+                rows = pd.concat([rows, measure(data, way, epochs)], ignore_index=True)
+                results.save(summary(rows), OUTPUT, rows)
+    print(summary(rows).to_string(index=False))

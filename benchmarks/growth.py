@@ -1,0 +1,109 @@
+"""Training for one to eight bit-widths against training one network in full precision: seconds and peak memory.
+
+`python benchmarks/growth.py` trains a ResNet-20 of width 16, plain and by each scheme, alternating, each number of
+bit-widths in a process of its own (Linux), and writes a row each to results/benchmarks/growth.csv. Claim: eight
+bit-widths at 80 % pruning cost at most two trainings in full precision.
+"""
+
+import sys
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import emqlib as emq
+from emqlib import devices, methods, models, results, runs, training
+from emqlib.loading import loader
+
+sys.path.insert(0, str(Path(__file__).parent))
+from streaming import resident
+
+ORDER = (2, 4, 8, 6, 3, 5, 7, 1)
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/growth"
+
+
+def measure(
+    data: emq.Dataset, counts: tuple[int, ...] = (1, 2, 4, 8), repeats: int = 5, epochs: int = 12, width: int = 16
+) -> pd.DataFrame:
+    """Rows: scheme, bit_widths, repeat, sample_passes, seconds, peak (MB resident, beyond data and libraries)."""
+    rows, threads = [], torch.get_num_threads()
+    for repeat in range(repeats):
+        for count in (0, *counts):
+            for scheme in ("full precision",) if count == 0 else ("joint", "full data", "80% pruned"):
+                with get_context("spawn").Pool(1) as fresh:
+                    row = fresh.apply(_measured, (scheme, ORDER[:count], data, epochs, width, threads))
+                rows.append({"scheme": scheme, "bit_widths": max(count, 1), "repeat": repeat} | row)
+    return pd.DataFrame(rows).assign(
+        epochs=epochs, train=len(data.train), **runs.provenance(data, devices.device("cpu"))
+    )
+
+
+def _measured(
+    scheme: str, bits: tuple[int, ...], data: emq.Dataset, epochs: int, width: int, threads: int
+) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    config = emq.TrainConfig(epochs=epochs, lr=0.1, warmup_epochs=0.5)
+    before = resident("VmRSS")
+    if scheme == "full precision":
+        net = models.resnet20(data.num_classes, width=width)
+        _train_plain(net, data, replace(config, epochs=1))  # allocates
+        start = perf_counter()
+        passes = _train_plain(net, data, config)
+        seconds = perf_counter() - start
+    else:
+        history = _train_ours(scheme, bits, data, config, width)
+        passes, seconds = int(history.sample_passes.sum()), float(history.seconds.sum())
+    return {"sample_passes": passes, "seconds": seconds, "peak": resident("VmHWM") - before}
+
+
+def _train_ours(
+    scheme: str, bits: tuple[int, ...], data: emq.Dataset, config: emq.TrainConfig, width: int
+) -> pd.DataFrame:
+    arguments = {"model": "resnet20", "model_args": (("width", width),)}
+    spec = emq.QuantSpec(bits=tuple(sorted(bits)))
+    base = runs.Run(profile="small", dataset="cifar10", spec=spec, config=config, **arguments)
+    pruned = methods.bitwise_coreset(0.8) if scheme == "80% pruned" else None
+    run = methods.any_precision(base) if scheme == "joint" else methods.ours(base, pruned)
+    warm = replace(config, scheme="joint", epochs=1)
+    emq.train(runs.build(run, data.num_classes), data, warm, progress=False)  # allocates
+    return emq.train(runs.build(run, data.num_classes), data, run.config, progress=False)
+
+
+def _train_plain(net: nn.Module, data: emq.Dataset, config: emq.TrainConfig) -> int:
+    """Train a network that is not converted as `emq.train` would; returns the sample passes."""
+    device = torch.device("cpu")
+    memory_format = devices.memory_format(net, config.channels_last, device)
+    net.to(memory_format=memory_format).train()
+    optimizer, batches = training.optimizer(net, config), loader(data, "train", device)
+    for epoch in range(config.epochs):
+        chunks = torch.randperm(len(data.train)).tensor_split(-(-len(data.train) // config.batch_size))
+        found = batches.epoch(chunks, torch.Generator().manual_seed(epoch))
+        for i, (images, labels, _) in enumerate(found):
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate(epoch + (i + 1) / len(chunks), config)
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(net(images.contiguous(memory_format=memory_format)), labels).backward()
+            optimizer.step()
+    return config.epochs * len(data.train)
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a scheme and number of bit-widths: passes and seconds in trainings in full precision, and peak memory."""
+    plain = rows[rows.scheme == "full precision"].set_index("repeat")
+    relative = rows.assign(
+        passes=rows.sample_passes / plain.sample_passes.iloc[0], times=rows.seconds / rows.repeat.map(plain.seconds)
+    )
+    groups = relative.groupby(["scheme", "bit_widths"], sort=False)
+    table = groups.times.agg(["median", "min", "max"]).round(2).add_prefix("trainings, ")
+    return groups.passes.first().round(2).to_frame().join(table).assign(peak=groups.peak.median()).reset_index()
+
+
+if __name__ == "__main__":
+    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    results.save(summary(measured), OUTPUT, measured)
+    print(summary(measured).to_string(index=False))

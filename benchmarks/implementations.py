@@ -1,0 +1,138 @@
+"""A training step at 8 bits by each implementation, alternating in one process.
+
+`python benchmarks/implementations.py` trains the pre-activation ResNet-20 of width 16 and writes a row an
+implementation and repeat to results/benchmarks/implementations.csv: plain PyTorch, ours, brevitas and torchao's
+quantization-aware training (both of the extra `bench`), and, where EMQ_ANY_PRECISION names a checkout of
+SHI-Labs/Any-Precision-DNNs, the published code. Claim: ours is ahead of all that quantize.
+"""
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import emqlib as emq
+from emqlib import devices, models, results, runs, training
+
+sys.path.insert(0, str(Path(__file__).parent))
+import any_precision
+import steps
+
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/implementations"
+BITS = 8
+
+
+def ours(net: nn.Module) -> nn.Module:
+    """Converted, with weight bias correction."""
+    return emq.convert(net, emq.QuantSpec(bits=(2, 4, BITS)))
+
+
+def with_brevitas(net: nn.Module) -> nn.Module:
+    """Every ReLU, and every convolution but the first, replaced by brevitas' quantized twin."""
+    from brevitas import nn as qnn
+
+    net = copy.deepcopy(net)
+    named = [(name, m) for name, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.ReLU))]
+    for name, module in named[1:]:
+        if isinstance(module, nn.ReLU):
+            net.set_submodule(name, qnn.QuantReLU(bit_width=BITS))
+            continue
+        shape = (module.in_channels, module.out_channels, module.kernel_size)
+        twin = qnn.QuantConv2d(*shape, stride=module.stride, padding=module.padding, bias=False, weight_bit_width=BITS)
+        twin.weight.data.copy_(module.weight)
+        net.set_submodule(name, twin)
+    return net
+
+
+def with_torchao(net: nn.Module, x: torch.Tensor) -> nn.Module:
+    """torchao's quantization-aware training by graph, in the 8 bits of its CPU quantizer."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    return prepare_qat_pt2e(torch.export.export(copy.deepcopy(net).train(), (x,)).module(), quantizer)
+
+
+def implementations(data: emq.Dataset, x: torch.Tensor, only: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    """By name, the network as each library quantizes it; `only`: of these names. What is not installed is left out."""
+    net = models.preact_resnet20(data.num_classes, width_factor=1)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "plain": lambda: copy.deepcopy(net),
+        "ours": lambda: ours(net),
+        "published code": lambda: any_precision.published_network(any_precision.published(), (2, 4, BITS)),
+        "brevitas": lambda: with_brevitas(net),
+        "torchao": lambda: with_torchao(net, x),
+    }
+    made = {}
+    for name, maker in makers.items():
+        if only and name not in only:
+            continue
+        try:
+            made[name] = maker()
+        except (ImportError, ValueError) as error:
+            warnings.warn(f"{name}: not run ({error})", stacklevel=2)
+    return made
+
+
+def measure(
+    data: emq.Dataset,
+    precisions: tuple[str, ...] = ("none", "bfloat16"),
+    modes: tuple[str, ...] = ("eager", "compiled"),
+    only: tuple[str, ...] = (),
+    repeats: int = 7,
+    batch: int = 128,
+) -> pd.DataFrame:
+    """Rows: implementation, precision, mode, repeat, seconds of a training step. Only plain and ours are compiled too.
+
+    All are channels-last but the published code, which is measured as it is, and with nothing changed but that, too.
+    """
+    device = devices.device("auto")
+    x = data.train.images[:batch].float().div(255).to(device)
+    y = data.train.labels[:batch].to(device)
+    cases: dict[tuple[str, str, str], Callable[[], None]] = {}
+    for name, net in implementations(data, x, only).items():
+        for precision in precisions[:1] if name == "torchao" else precisions:  # its quantizers take no bfloat16
+            for mode in modes if name in ("plain", "ours", "published code") else modes[:1]:
+                cases[name, precision, mode] = steps.step(copy.deepcopy(net), x, y, "training", precision, mode)
+        if name == "published code":
+            cases["published code, contiguous", "none", "eager"] = _as_published(net, x, y)
+    rows = []
+    for repeat in range(-1, repeats):  # the first compiles
+        for (name, precision, mode), step in cases.items():
+            row = {"implementation": name, "precision": precision, "mode": mode, "repeat": repeat}
+            row["seconds"] = steps.timed(step)
+            rows += [row] if repeat >= 0 else []
+    return pd.DataFrame(rows).assign(bits=BITS, batch=batch, **runs.provenance(data, device))
+
+
+def _as_published(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    optimizer = training.optimizer(net.to(x.device), emq.TrainConfig(lr=0.01))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row an implementation and setting: images a second, median, lowest and highest, and the plain one's in ours."""
+    by = ["implementation", "precision", "mode"]
+    speed = (rows.batch / rows.seconds).groupby([rows[k] for k in by], sort=False).agg(["median", "min", "max"])
+    table = speed.round().reset_index()
+    fastest = table[table.implementation == "ours"]["median"].max()
+    return table.assign(ours_is_faster=(fastest / table["median"]).round(2))
+
+
+if __name__ == "__main__":
+    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    results.save(summary(measured), OUTPUT, measured)
+    print(summary(measured).to_string(index=False))

@@ -1,0 +1,55 @@
+"""What loading and augmentation take of a training step on small data: batches alone, and whole steps, alternating.
+
+`python benchmarks/loading.py` writes a row a network and repeat to results/benchmarks/loading.csv. Claim: below 5 %.
+"""
+
+from pathlib import Path
+from time import perf_counter
+
+import pandas as pd
+import torch
+
+import emqlib as emq
+from emqlib import devices, models, results, runs
+from emqlib.loading import loader
+
+NETWORKS = {"resnet8": {"width": 16}, "resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/loading"
+
+
+def measure(data: emq.Dataset, networks: dict[str, dict[str, int]] = NETWORKS, repeats: int = 5) -> pd.DataFrame:
+    """Rows: network, repeat; seconds of a batch of 128 augmented images and of a bfloat16 step with it; their ratio."""
+    device, rows = devices.device("auto"), []
+    config = emq.TrainConfig(scheme="joint", epochs=1, autocast="bfloat16")
+    for repeat in range(-1, repeats):  # the first one allocates
+        for name, arguments in networks.items():
+            model = emq.convert(models.build(name, data.num_classes, **arguments), emq.QuantSpec(bits=(8,)))
+            history = emq.train(model, data.to(device), config, progress=False)
+            step = float(history.seconds.sum() / history.steps.sum())
+            batch = _seconds(data.to(device), int(history.steps.sum()), device)
+            row = {"network": name, "repeat": repeat, "batch": batch, "step": step, "share": batch / step}
+            rows += [row] if repeat >= 0 else []
+    return pd.DataFrame(rows).assign(**runs.provenance(data, device))
+
+
+def _seconds(data: emq.Dataset, batches: int, device: torch.device) -> float:
+    chunks = torch.randperm(len(data.train)).tensor_split(batches)
+    start = perf_counter()
+    for images, _, _ in loader(data, "train", device).epoch(chunks, torch.Generator().manual_seed(0)):
+        last = images
+    float(last.sum())  # waits for a GPU
+    return (perf_counter() - start) / batches
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a network: milliseconds of a batch and of a step, and the share of the one in the other (%)."""
+    groups = rows.groupby("network", sort=False)
+    table = (1000 * groups[["batch", "step"]].median()).round(2).add_suffix(" (ms)")
+    share = (100 * groups.share.agg(["median", "min", "max"])).round(2).add_prefix("share (%), ")
+    return table.join(share).reset_index()
+
+
+if __name__ == "__main__":
+    measured = measure(emq.load_dataset("cifar10").subset(2560, 10))
+    results.save(summary(measured), OUTPUT, measured)
+    print(summary(measured).to_string(index=False))
