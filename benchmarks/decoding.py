@@ -12,8 +12,9 @@ from time import perf_counter
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 
-from emqlib import data, devices, results, runs
+from emqlib import data, devices, plots, results, runs
 from emqlib.files import digest
 from emqlib.images import ImageFiles, list_classes
 from emqlib.loading import loader
@@ -49,11 +50,18 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return rates.round(0).reset_index()
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """Images a second of each repeat, by worker processes."""
+    named = rows.assign(case=rows.workers.astype(str) + " workers")
+    return plots.ranges(named, "case", "images a second", "Decoded and cropped to 224 x 224", "images a second")
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(os.environ.get("EMQ_DATA", "data"), "imagenet-sample/val")
     if place.is_dir():
         measured = measure(place)
         results.save(summary(measured), OUTPUT, measured)
+        plots.save(figure(measured), OUTPUT)
         print(summary(measured).to_string(index=False))
     else:
         print(f"{place}: no such folder, decoding is not measured")

@@ -14,10 +14,11 @@ from time import perf_counter
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, methods, models, results, runs, training
+from emqlib import devices, methods, models, plots, results, runs, training
 from emqlib.loading import loader
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -103,7 +104,17 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return groups.passes.first().round(2).to_frame().join(table).assign(peak=groups.peak.median()).reset_index()
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """Training time of each repeat, a line a scheme and number of bit-widths."""
+    plain = rows[rows.scheme == "full precision"].set_index("repeat").seconds
+    relative = rows.assign(times=rows.seconds / rows.repeat.map(plain))
+    relative["run"] = relative.scheme + ", " + relative.bit_widths.astype(str) + " bit-width(s)"
+    relative = relative[relative.scheme != "full precision"]
+    return plots.ranges(relative, "run", "times", "Training time", "trainings of one network in full precision", mark=2)
+
+
 if __name__ == "__main__":
     measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
     results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

@@ -15,10 +15,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, models, results, runs, training
+from emqlib import devices, models, plots, results, runs, training
 
 sys.path.insert(0, str(Path(__file__).parent))
 import any_precision
@@ -132,7 +133,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(ours_is_faster=(fastest / table["median"]).round(2))
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """Images a second of each repeat, a line an implementation and setting."""
+    named = rows.implementation + ", " + rows.precision.replace("none", "float32") + ", " + rows["mode"]
+    speed = rows.assign(case=named, speed=rows.batch / rows.seconds)
+    return plots.ranges(speed, "case", "speed", "Training step at 8 bits, ResNet-20", "images a second")
+
+
 if __name__ == "__main__":
     measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
     results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

@@ -8,9 +8,10 @@ from time import perf_counter
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib import devices, models, results, runs
+from emqlib import devices, models, plots, results, runs
 from emqlib.loading import loader
 
 NETWORKS = {"resnet8": {"width": 16}, "resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
@@ -49,7 +50,20 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return table.join(share).reset_index()
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """The share of each repeat, a line a network."""
+    return plots.ranges(
+        rows.assign(percent=100 * rows.share),
+        "network",
+        "percent",
+        "Loading and augmentation",
+        "share of a training step (%)",
+        mark=5,
+    )
+
+
 if __name__ == "__main__":
     measured = measure(emq.load_dataset("cifar10").subset(2560, 10))
     results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

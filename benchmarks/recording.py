@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib import devices, results, runs
+from emqlib import devices, plots, results, runs
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/recording"
@@ -44,7 +45,14 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(["score", "classes"], sort=False).ratio.agg(["median", "min", "max"]).round(3).reset_index()
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """The ratio of each repeat, a line a score."""
+    title = "Training steps that record scores"
+    return plots.ranges(rows, "score", "ratio", title, "time, without recording = 1", mark=1.05)
+
+
 if __name__ == "__main__":
     measured = measure(emq.load_dataset("cifar10").subset(640, 10))
     results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

@@ -5,15 +5,20 @@ results/benchmarks/score_tables.csv. Claim: the table of probabilities, 2.6 GB i
 so that what a process must hold is under 100 MB, and an epoch takes seconds of a core where training takes hours.
 """
 
+import sys
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 
-from emqlib import devices, results, runs
+from emqlib import devices, plots, results, runs
 from emqlib.recorder import recorder
+
+sys.path.insert(0, str(Path(__file__).parent))
+from streaming import resident
 
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/score_tables"
 
@@ -42,10 +47,9 @@ def measure(
     )
 
 
-def _anonymous() -> float:
-    """Resident MB that no file backs, and that the system cannot drop when memory is short."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024 / 1e6
+def _anonymous() -> int:
+    """MB that no file backs, and that the system cannot drop when memory is short."""
+    return resident("RssAnon")
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -54,7 +58,14 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[columns].round(1)
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """Seconds of each epoch."""
+    named = rows.assign(case="epoch " + rows.epoch.astype(str))
+    return plots.ranges(named, "case", "seconds", "Recording TDDS scores at ImageNet's size", "seconds an epoch")
+
+
 if __name__ == "__main__":
     measured = measure()
     results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

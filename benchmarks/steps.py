@@ -12,10 +12,11 @@ from time import perf_counter
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, models, results, runs, training
+from emqlib import devices, models, plots, results, runs, training
 
 NETWORKS = {"resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/steps"
@@ -93,7 +94,19 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return table.round(3).assign(setting=faster, images_a_second=rate).reset_index()
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """Our speed in units of the plain network's, each at its faster setting: a dot a repeat and bit-width."""
+    medians = rows.groupby([*CASE, "bits", "mode"])[["plain", "ours"]].median().reset_index()
+    plain = medians.groupby(CASE).plain.min()
+    best = medians.loc[medians.groupby([*CASE, "bits"]).ours.idxmin(), [*CASE, "bits", "mode"]]
+    found = rows.merge(best).merge(plain.rename("fastest").reset_index())
+    found["speed"] = found.fastest / found.ours
+    found["case"] = found.phase + ", " + found.network + ", " + found.precision.replace("none", "float32")
+    return plots.ranges(found, "case", "speed", "A step at 1 to 8 bits", "speed, full precision = 1", mark=0.9)
+
+
 if __name__ == "__main__":
     measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
     results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

@@ -13,11 +13,12 @@ from time import perf_counter
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 import emqlib as emq
-from emqlib import analysis, devices, results, runs, transfer
+from emqlib import analysis, devices, plots, results, runs, transfer
 
 BITS = (2, 4, 8)
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/streaming"
@@ -62,7 +63,7 @@ def _measured(name: str, data: emq.Dataset, model: str, size: int, threads: int)
 
 
 def resident(key: str) -> int:
-    """VmRSS, what is resident now, or VmHWM, the most that ever was, in MB."""
+    """VmRSS, what is resident now, RssAnon, what of it no file backs, or VmHWM, the most that ever was, in MB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return round(int(status[key].split()[0]) * 1024 / 1e6)
 
@@ -76,7 +77,14 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[["analysis", "batch", "seconds", "network", "beyond"]]
 
 
+def figure(rows: pd.DataFrame) -> Axes:
+    """Memory beyond the network's own, a line an analysis."""
+    title = "Analyses of a ResNet-50 at 224 x 224"
+    return plots.ranges(rows, "analysis", "beyond", title, "memory beyond the network's own (MB)", mark=2000)
+
+
 if __name__ == "__main__":
     measured = measure(emq.load_dataset("cifar10").subset(64, 32))
     results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

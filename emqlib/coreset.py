@@ -14,13 +14,23 @@ EPS = 1e-8  # inside TDDS' logarithms, as its authors have it
 
 def entropy(probabilities: Tensor) -> Tensor:
     """H = -sum_c p_c log p_c in nats: (N, C) to (N,); high, uncertain, is kept. Source: Coleman et al. 2020."""
-    return torch.special.entr(_probabilities(probabilities, 2)).sum(1)
+    return entropy_of(_probabilities(probabilities, 2))
+
+
+def entropy_of(p: Tensor) -> Tensor:
+    """`entropy` of (N, C) known to be probabilities: looking would make a GPU wait in every step of training."""
+    return torch.special.entr(p).sum(1)
 
 
 def el2n(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Error norm ||p - e_y||_2: (N, C), (N,) to (N,); high, wrong, is kept. Source: Paul et al., arXiv 2107.07075."""
     p = _probabilities(probabilities, 2)
-    return (p - torch.nn.functional.one_hot(_labels(labels, p.shape), p.shape[1])).norm(dim=1)
+    return el2n_of(p, _labels(labels, p.shape))
+
+
+def el2n_of(p: Tensor, labels: Tensor) -> Tensor:
+    """`el2n` of (N, C), (N,) known to be probabilities and labels."""
+    return p.scatter_add(1, labels[:, None], p.new_full((len(p), 1), -1)).norm(dim=1)
 
 
 def grand(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
@@ -30,7 +40,13 @@ def grand(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
     is ||p - e_y|| sqrt(||h||^2 + 1), with no gradient built. features: h, the last layer's input.
     Source: Paul et al., arXiv 2107.07075, of the last layer instead of all.
     """
-    return el2n(probabilities, labels) * (_features(features, len(labels)).square().sum(1) + 1).sqrt()
+    p = _probabilities(probabilities, 2)
+    return grand_of(p, _labels(labels, p.shape), _features(features, len(labels)))
+
+
+def grand_of(p: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+    """`grand` of (N, C), (N,), (N, D) known to be probabilities, labels and features."""
+    return el2n_of(p, labels) * (features.square().sum(1) + 1).sqrt()
 
 
 def forgetting(correct: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend of many lines would cover some of them
 
 
-def _axes(ax: "Axes | None", title: str) -> "Axes":
+def axes(ax: "Axes | None", title: str) -> "Axes":
+    """`ax`, or new ones of the size and style that all figures share, under `title`."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -45,7 +46,7 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """
     import seaborn as sns
 
-    ax = _axes(ax, _setting(rows, "Accuracy by bit-width"))
+    ax = axes(ax, _setting(rows, "Accuracy by bit-width"))
     lines = spread(rows, [*SETTING, "adapted", "bits", "trained"])
     settings = list(dict.fromkeys(map(tuple, lines[SETTING].to_numpy())))
     colors, markers = sns.color_palette("colorblind", len(settings)), "osD^vP*Xhd<>"
@@ -81,7 +82,7 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes 
     import seaborn as sns
 
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
-    ax = _axes(ax, _setting(rows, "Accuracy against training cost"))
+    ax = axes(ax, _setting(rows, "Accuracy against training cost"))
     points = with_cost(rows, cost)
     groups = points.groupby(SETTING[:-1], sort=False, dropna=False)
     colors, markers = sns.color_palette("colorblind", groups.ngroups), "osD^vP*Xhd<>"
@@ -112,7 +113,7 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     rows: of `experiments.run_all`, those without adaptation; bars show the standard deviation over seeds.
     ValueError: no rows.
     """
-    ax = _axes(ax, _setting(rows, "Accuracy by pruning rate"))
+    ax = axes(ax, _setting(rows, "Accuracy by pruning rate"))
     by = ["coreset", "pruning_rate"]
     lines = spread(seed_means(rows, by), by)
     _error_lines(ax, lines.assign(percent=100 * lines.pruning_rate), "coreset", "percent", 0.4)
@@ -145,7 +146,7 @@ def accuracy_by_coreset(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """
     import seaborn as sns
 
-    ax = _axes(ax, _setting(rows, "Accuracy by coreset"))
+    ax = axes(ax, _setting(rows, "Accuracy by coreset"))
     seeds = seed_means(rows, ["method", "coreset"])
     pairs = zip(seeds.method, seeds.coreset, strict=True)
     names = [name + method.removeprefix("Ours") if method.startswith("Ours") else method for method, name in pairs]
@@ -170,7 +171,7 @@ def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = 
     import seaborn as sns
 
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
-    ax, table = _axes(ax, _setting(rows, "Training cost by number of bit-widths")), growth_table(rows)
+    ax, table = axes(ax, _setting(rows, "Training cost by number of bit-widths")), growth_table(rows)
     names = list(dict.fromkeys(table.scheme))
     colors, markers = sns.color_palette("colorblind", len(names)), "osD^"
     for i, name in enumerate(names):
@@ -233,7 +234,7 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     title = "Tokens before each layer norm, against the highest bit-width"
     if "wasserstein" in rows:
         title = "Mismatch with the shared batch norm, by layer"
-    ax = _axes(ax, _setting(rows, title))
+    ax = axes(ax, _setting(rows, title))
     layers = list(dict.fromkeys(rows.layer))
     for (correction, b), line in rows.groupby(["trained_with", "bits"], sort=False):
         look = {"color": bit_color(b), "ls": "--" if correction == "none" else "-", "marker": "o", "ms": 4, "lw": 1}
@@ -254,7 +255,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     rows: of `experiments.remedies`, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded band
     is 1.5 points wide. ValueError: no rows.
     """
-    ax = _axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
+    ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
     gaps = remedy_gaps(rows[rows.bits >= 2])
     ax.axhspan(-1.5, 0, color="0.9", zorder=0)
     _error_lines(ax, gaps, "remedy", "bits", 0.06)
@@ -271,7 +272,7 @@ def angles_by_layer(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     A line for each pair of bit-widths on the same images; dashed: one bit-width on other images. rows: the angles of
     `experiments.alignment`. ValueError: no rows.
     """
-    ax = _axes(ax, _setting(rows, "Angles between gradients, by layer"))
+    ax = axes(ax, _setting(rows, "Angles between gradients, by layer"))
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
     layers = list(dict.fromkeys(last.sort_values("depth").layer))
     _angle_lines(ax, last, "depth")
@@ -284,7 +285,7 @@ def angles_by_epoch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
 
     Lines as in `angles_by_layer`. rows: the angles of `experiments.alignment`. ValueError: no rows.
     """
-    ax = _axes(ax, _setting(rows, "Angles between gradients of all layers, over training"))
+    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"))
     _angle_lines(ax, rows[rows.depth < 0], "epoch")
     ax.set_xlabel("epochs trained")
     return ax
@@ -302,6 +303,31 @@ def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
     ax.set_ylim(bottom=0)
     ax.set_ylabel("angle (degrees)")
     ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
+
+
+def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> "Axes":
+    """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
+
+    label, value: columns; unit: what `value` is measured in; mark: where a dashed line shows what is claimed.
+    ValueError: no rows.
+    """
+    if rows.empty:
+        raise checks.invalid("rows", "none", "measurements, at least one")
+    import seaborn as sns
+
+    (dots, bar, *_), labels = sns.color_palette("colorblind"), list(dict.fromkeys(rows[label]))
+    ax = axes(None, title)
+    for place, name in enumerate(labels):
+        values = rows[rows[label] == name][value]
+        ax.plot(values, [place] * len(values), ls="", marker="o", ms=4, color=dots, alpha=0.5)
+        ax.plot([values.median()], [place], ls="", marker="|", ms=16, mew=2, color=bar)
+    if mark is not None:
+        ax.axvline(mark, ls="--", lw=1, color="0.3")
+    ax.set_yticks(range(len(labels)), labels, fontsize=7)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_xlim(left=0)
+    ax.set_xlabel(unit)
+    return ax
 
 
 def save(ax: "Axes", path: Path) -> None:

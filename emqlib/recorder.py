@@ -92,8 +92,11 @@ class MeanRecorder(Recorder):
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
-        arguments = {"entropy": (p,), "el2n": (p, labels), "grand": (p, labels, features)}[self.name]
-        self.total[indices] += getattr(coreset, self.name)(*arguments)
+        if self.name == "entropy":
+            found = coreset.entropy_of(p)
+        else:
+            found = coreset.el2n_of(p, labels) if self.name == "el2n" else coreset.grand_of(p, labels, features.float())
+        self.total[indices] += found
         self.count[indices] += 1
 
     def scores(self) -> Tensor:

@@ -1,12 +1,16 @@
 """The benchmarks still run; what they measure is never a test's business."""
 
-import importlib.util
+import importlib
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib
 import pandas as pd
 import pytest
 import torch
+from matplotlib import pyplot
 from torch import nn
 
 import emqlib as emq
@@ -15,11 +19,157 @@ from emqlib.data import write_class_folders
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+COMMITTED = sorted((FOLDER.parent / "results/benchmarks").glob("*.csv"))
+matplotlib.use("agg")
+
+
 def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def digits() -> emq.Dataset:
+    pytest.importorskip("sklearn")
+    return emq.load_dataset("digits").subset(40, 10)
+
+
+def test_every_benchmark_has_rows_a_table_and_a_figure_that_its_rows_give(tmp_path: Path) -> None:
+    names = {path.stem for path in FOLDER.glob("*.py")} - {"redraw"}
+    assert {path.stem for path in COMMITTED} == names
+    for path in COMMITTED:
+        shutil.copy(path, tmp_path)
+        assert path.with_suffix(".md").read_text().startswith("|")
+    assert benchmark("redraw").redraw(tmp_path) == sorted(names)
+    for path in COMMITTED:
+        assert (tmp_path / f"{path.stem}.png").read_bytes() == path.with_suffix(".png").read_bytes()
+    pyplot.close("all")
+
+
+def test_steps(digits: emq.Dataset) -> None:
+    steps = benchmark("steps")
+    asked = {"networks": {"resnet8": {"width": 4}}, "precisions": ("none", "bfloat16"), "modes": ("eager",)}
+    rows = steps.measure(digits, **asked, bits=(1, 8), repeats=2, batch=4)
+    assert len(rows) == 2 * 2 * 2 * 2 and (rows[["plain", "ours"]] > 0).all(axis=None)
+    table = steps.summary(rows)
+    assert len(table) == 8 and set(table.setting) == {"eager"}
+    case = rows[(rows.phase == "training") & (rows.precision == "none")]
+    best = case.plain.groupby(case.bits).median().min() / case[case.bits == 8].ours.median()
+    assert table.query("phase == 'training' and precision == 'none' and bits == 8").best.item() == round(best, 3)
+    pyplot.close(steps.figure(rows).figure)
+
+
+def test_implementations(digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    implementations = benchmark("implementations")
+    monkeypatch.delenv("EMQ_ANY_PRECISION", raising=False)
+    rows = implementations.measure(digits, ("none",), ("eager",), ("plain", "ours"), repeats=2, batch=4)
+    assert list(rows.implementation) == ["plain", "ours"] * 2 and (rows.seconds > 0).all()
+    table = implementations.summary(rows)
+    assert list(table.implementation) == ["plain", "ours"] and table.ours_is_faster.iloc[1] == 1
+    with pytest.warns(UserWarning, match="published code: not run .EMQ_ANY_PRECISION=''"):
+        assert implementations.implementations(digits, digits.train.images[:2].float(), ("published code",)) == {}
+
+
+def test_loading(digits: emq.Dataset) -> None:
+    loading = benchmark("loading")
+    rows = loading.measure(digits, {"resnet8": {"width": 4}}, repeats=2)
+    assert list(rows.repeat) == [0, 1] and (rows.share == rows.batch / rows.step).all()
+    assert list(loading.summary(rows).network) == ["resnet8"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_growth(digits: emq.Dataset) -> None:
+    growth = benchmark("growth")
+    threads = torch.get_num_threads()
+    schemes = {"full precision": (), "joint": (2, 4), "full data": (2, 4), "80% pruned": (2, 4)}
+    found = {scheme: growth._measured(scheme, bits, digits, 4, 4, threads) for scheme, bits in schemes.items()}
+    assert [found[scheme]["sample_passes"] for scheme in schemes] == [160, 320, 320, 2 * (3 * 11 + 8)]
+    rows = pd.DataFrame([{"scheme": s, "bit_widths": max(len(schemes[s]), 1), "repeat": 0} | found[s] for s in schemes])
+    table = growth.summary(rows).set_index("scheme")
+    assert table.passes.to_dict() == {"full precision": 1, "joint": 2, "full data": 2, "80% pruned": 0.51}
+    assert table["trainings, median"]["full precision"] == 1
+
+
+PUBLISHED = {  # what the benchmark uses of the checkout, in small
+    "models/__init__.py": "",
+    "models/resnet_quan.py": """
+import torch
+class PreActBasicBlockQ: ...
+class PreActResNet(torch.nn.Module):
+    def __init__(self, block, num_units, bit_list, num_classes, expand):
+        super().__init__()
+        self.wbit, self.seen, self.fc = bit_list[-1], [], torch.nn.Linear(3 * 32 * 32, num_classes)
+    def forward(self, x):
+        self.seen.append(self.wbit)
+        return self.fc(x.flatten(1))
+""",
+    "models/losses.py": """
+class CrossEntropyLossSoft:
+    def __call__(self, output, target):
+        return -(target * output.log_softmax(1)).sum(1).mean()
+""",
+    "optimizer.py": """
+import torch
+def get_optimizer_config(model, name, lr, weight_decay):
+    return torch.optim.Adam(model.parameters(), lr=lr)
+def get_lr_scheduler(name, optimizer, lr_decay):
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, lr_decay)
+""",
+    "datasets/__init__.py": "",
+    "datasets/data.py": """
+from torchvision import transforms
+def get_transform(dataset, split):
+    return transforms.ToTensor()
+""",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in PUBLISHED.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py").replace("/", "."), raising=False)
+    monkeypatch.setenv("EMQ_ANY_PRECISION", str(tmp_path))
+    return tmp_path
+
+
+def test_any_precision(digits: emq.Dataset, checkout: Path) -> None:
+    module = benchmark("any_precision")
+    rows = [module.measure(digits, way, 5 if "pruned" in way else 2) for way in module.LENGTHS]
+    assert [len(part) for part in rows] == [2, 2, 2, 2, 2, 5]
+    assert all((part.seconds.diff().dropna() > 0).all() and part.top1.between(0, 100).all() for part in rows)
+    table = module.summary(pd.concat(rows)).set_index("way")
+    assert list(table.index) == list(module.LENGTHS) and table["times faster"]["published code"] == 1
+    pyplot.close(module.figure(pd.concat(rows)).figure)
+
+
+def test_the_published_code_trains_every_bit_width_highest_first(digits: emq.Dataset, checkout: Path) -> None:
+    module = benchmark("any_precision")
+    code = module.published()
+    net, images = module.published_network(code), digits.train.images[:4].float()
+    module.published_gradients(code, net, images, digits.train.labels[:4], (2, 4, 8), net)
+    assert net.seen == [8, 4, 2] and net.fc.weight.grad.abs().sum() > 0
+
+
+def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EMQ_ANY_PRECISION", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^EMQ_ANY_PRECISION='.*': expected a checkout of SHI-Labs"):
+        benchmark("any_precision").published()
+
+
+def test_a_target_that_is_not_reached() -> None:
+    columns = ["way", "epochs", "epoch", "seconds", "top1"]
+    told = [["published code", 2, 1, 10.0, 30.0], ["published code", 2, 2, 20.0, 50.0], ["a", 1, 1, 4.0, 49.0]]
+    told += [["b", 1, 1, 5.0, 51.0], ["b", 2, 1, 3.0, 40.0], ["b", 2, 2, 6.0, 60.0]]
+    table = benchmark("any_precision").summary(pd.DataFrame(told, columns=columns)).set_index("way")
+    assert table["seconds to target"].to_dict() == {
+        "published code": 20,
+        "a": pytest.approx(float("nan"), nan_ok=True),
+        "b": 5,
+    }
+    assert table["times faster"]["b"] == 4 and table["best top1"]["b"] == 60 and set(table.target) == {50}
 
 
 def test_recording() -> None:
