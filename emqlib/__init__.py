@@ -7,6 +7,7 @@ Letters in shapes: B batch, N samples, C classes or channels, T observed epochs,
 """
 
 from . import coreset, correction, models, quantizers
+from .checkpoints import OutOfTime
 from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .evaluation import adapt_norm, evaluate
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CoresetConfig",
     "Dataset",
+    "OutOfTime",
     "QuantSpec",
     "TrainConfig",
     "adapt_norm",

@@ -1,9 +1,9 @@
-"""The places that choose a device, an autocast type and a memory format: one function each."""
+"""The places that choose a device, an autocast type and a memory format, and the noise drawn on a device."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checks
 
@@ -39,3 +39,16 @@ def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -
     if not channels_last or (device.type == "cpu" and unsafe):
         return torch.contiguous_format
     return torch.channels_last
+
+
+def noise(device: torch.device) -> list[Tensor]:
+    """The states (K,), in bytes, of the global generators that a network on `device` draws from: the CPU's first."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.default_generator.get_state(), *cuda]
+
+
+def set_noise(device: torch.device, states: list[Tensor]) -> None:
+    """Take over what `noise` gave, states (K,); a CUDA device leaves its own where they are a CPU's alone."""
+    torch.default_generator.set_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)

@@ -10,11 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from . import analysis, checks
+from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
 from .data import load_dataset, write_class_folders
 from .methods import any_precision, base, bitwise_coreset, dedicated, in_parts, in_setting, of_length, ours, redrawn
 from .profiles import Parameters, parameters
-from .ranks import current
+from .ranks import current, started
 from .remedies import compare
 from .runs import Run, coreset_rows, derived, followed, run_all
 from .sampling import SCORES, CoresetConfig
@@ -351,28 +352,46 @@ RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epo
 RUNS += [bias_correction, untrained, transfer]
 
 
-def main(arguments: list[str]) -> str:
+CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h
+
+
+def main(arguments: list[str]) -> int:
     """Finish the runs of one experiment from a shell, in one process or in all that a launcher started.
 
     arguments: its name, and parameters as `papermill` takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
-    Returns what to report. SystemExit: a wrong name. ValueError: a wrong parameter.
+    Prints a report and returns the exit status: CALL_AGAIN where the budget is spent and work is left, else 0; always 0
+    in each of several processes, whose launcher would take it for a failure. SystemExit: a wrong name, or a budget that
+    is no number. ValueError: a wrong parameter, or a budget that is not > 0.
     """
     names = {function.__name__: function for function in RUNS}
+    asked = _parser(list(names)).parse_args(arguments)
+    deadline, known = Deadline(asked.budget), inspect.signature(parameters).parameters
+    for name, _ in asked.p:
+        checks.choice("parameter", name, known)
+    p = parameters(**{name: int(value) if value.isdecimal() else value for name, value in asked.p})
+    status = 0
+    try:
+        rows = run_all(names[asked.name](p), p.results_dir, processes=p.processes, budget=deadline)
+        count = max(current().count, p.processes)
+        report = f"{rows.run.nunique()} runs, {len(rows)} rows below {p.results_dir / 'runs'}; {count} process(es)"
+    except OutOfTime as stop:
+        report, status = str(stop), CALL_AGAIN
+    if current().main:
+        print(report)
+    return status if started() == 1 else 0
+
+
+def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m emqlib.experiments")
     parser.add_argument("name", choices=names, help="the runs of one notebook")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("PARAMETER", "VALUE"))
-    asked = parser.parse_args(arguments)
-    known = inspect.signature(parameters).parameters
-    for name, _ in asked.p:
-        checks.choice("parameter", name, known)
-    numbers = {name: int(value) if value.isdecimal() else value for name, value in asked.p}
-    p = parameters(**numbers)
-    rows = run_all(names[asked.name](p), p.results_dir, processes=p.processes)
-    count = max(current().count, p.processes)
-    return f"{rows.run.nunique()} runs, {len(rows)} rows below {p.results_dir / 'runs'}; {count} process(es)"
+    profile = {"type": lambda name: ("profile", name), "help": "the same as -p profile NAME"}
+    parser.add_argument("--profile", dest="p", action="append", metavar="NAME", **profile)
+    text = "stop at the next step of training, or after an evaluation, once so many seconds have passed; the same call "
+    text += f"goes on from there. Exit status {CALL_AGAIN} where work is left (0 in processes that a launcher started)"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
+    return parser
 
 
 if __name__ == "__main__":
-    report = main(sys.argv[1:])
-    if current().main:
-        print(report)
+    sys.exit(main(sys.argv[1:]))

@@ -27,12 +27,15 @@ class MemoryLoader:
     def all_damaged(self) -> None:
         """Nothing that lies in memory is damaged."""
 
-    def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, chunks: Sequence[Tensor], generator: torch.Generator | None = None, first: int = 0
+    ) -> Iterator[Batch]:
         """This rank's part of each of `chunks` of sample indices (B,), on the data's device; augmented by a generator.
 
+        first: the number, from 0, of the chunk to begin with; the generator stands where the one before it left it.
         Every rank augments the whole batch, so that an image looks the same however many ranks there are.
         """
-        for chunk in chunks:
+        for chunk in chunks[first:]:
             indices = chunk.to(self.split.labels.device)
             images = self.split.images[indices]
             images = images if generator is None else augment(images, self.data, generator)
@@ -62,13 +65,17 @@ class FileLoader:
             generator=torch.Generator(),  # workers' seeds, which nothing uses: not from the global generator
         )
 
-    def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, chunks: Sequence[Tensor], generator: torch.Generator | None = None, first: int = 0
+    ) -> Iterator[Batch]:
         """This rank's part of each of `chunks`, without those of its samples whose files are damaged.
 
-        chunks: sample indices (B,). With a generator images are cropped, resized and mirrored at random, else resized
-        and cut out of the centre. ValueError: too many damaged files, or a chunk of nothing else.
+        chunks: sample indices (B,); first: the number, from 0, of the one to begin with. With a generator images are
+        cropped, resized and mirrored at random, else resized and cut out of the centre. ValueError: too many damaged
+        files, or a chunk of nothing else.
         """
-        self.keys.seed, self.keys.chunks = None if generator is None else generator.initial_seed(), chunks
+        self.keys.seed = None if generator is None else generator.initial_seed()
+        self.keys.chunks, self.keys.first = chunks, first
         for indices, images, damaged in self.batches:
             self._count(damaged)
             if len(indices) == 0:
@@ -118,13 +125,14 @@ class _Keys:
         self.place = place
         self.seed: int | None = None
         self.chunks: Sequence[Tensor] = ()
+        self.first = 0
 
     def __iter__(self) -> Iterator[list[_Key]]:
-        for n, chunk in enumerate(self.chunks):
+        for n, chunk in enumerate(self.chunks[self.first :], start=self.first):
             yield [(self.seed, n, i) for i in self.place.part(chunk).tolist()]
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self.chunks) - self.first
 
 
 class _Files(torch.utils.data.Dataset):

@@ -5,7 +5,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torchvision
 from torch import nn
 
 from . import checks, devices, files, models
+from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .evaluation import ADAPTATION_SAMPLES, batch_norms, evaluate
@@ -116,35 +117,63 @@ def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def run_all(runs: Iterable[Run], results_dir: str | Path, progress: bool = True, processes: int = 1) -> pd.DataFrame:
+def run_all(
+    runs: Iterable[Run],
+    results_dir: str | Path,
+    progress: bool = True,
+    processes: int = 1,
+    budget: float | Deadline | None = None,
+) -> pd.DataFrame:
     """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
 
     One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
     processes: how many to start, one a GPU, that train together, as `training.train` says; those that a launcher
-    started all call this with 1. ValueError: no runs, or a damaged or foreign file where the rows of a run should be.
+    started all call this with 1. budget: seconds after which it stops, by OutOfTime, at the next step of training (one
+    at least); a run whose last step is done is evaluated all the same. The next call goes on from there.
+    ValueError: no runs, or a damaged or foreign file where the rows of a run should be.
     """
-    runs, results_dir = list(dict.fromkeys(runs)), Path(results_dir)
+    runs, results_dir, deadline = list(dict.fromkeys(runs)), Path(results_dir), Deadline.of(budget)
     if not runs:
         raise checks.invalid("runs", runs, "at least one Run")
     if checks.integer("processes", processes, 1) > 1 and started() > 1:
         raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
-    if processes > 1 and None in records:
-        _launch(runs, results_dir, progress, processes)
-    frames, loaded = [], {}
+    launched = processes > 1 and None in records
+    if launched:
+        _launch(runs, results_dir, progress, processes, deadline)
+    try:
+        records = list(_finish(runs, records, results_dir, progress, deadline, launched))
+    except OutOfTime as stop:
+        finished = sum(_stored(run, results_dir) is not None for run in runs)
+        begun = f", of the next one {stop.done}" if stop.done else ""
+        raise OutOfTime(f"{finished} of {len(runs)} runs finished{begun}") from None
+    return pd.concat(map(_frame, runs, records), ignore_index=True)
+
+
+def _finish(
+    runs: list[Run],
+    records: list[dict[str, Any] | None],
+    results_dir: Path,
+    progress: bool,
+    deadline: Deadline,
+    worked: bool,
+) -> Iterator[dict[str, Any]]:
+    """The records of all `runs`; worked: whether this call has made a step already, and may stop where time is up."""
+    loaded: dict[tuple, Dataset] = {}
     for i, run in enumerate(runs):
         place = current(run.config.device)
         record = place.share(records[i] or _stored(run, results_dir))  # another job may have finished it meanwhile
         if record is None:
+            if worked and deadline.passed(place):
+                raise OutOfTime("")
             label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
             with place.first():  # a download is not for all at once
                 data = _data(run, loaded)
-            record = _execute(run, data, results_dir, progress and label, place)
-        frames.append(_frame(run, record))
-    return pd.concat(frames, ignore_index=True)
+            record, worked = _execute(run, data, results_dir, progress and label, place, deadline), True
+        yield record
 
 
-def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int) -> None:
+def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int, deadline: Deadline) -> None:
     """Finish `runs` in so many processes of their own, forked from this one: it must not have touched a GPU yet."""
     launch = accelerate().notebook_launcher
     loaded: dict[tuple, Dataset] = {}
@@ -152,14 +181,15 @@ def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int) 
         _data(run, loaded)  # an error about the data is better told here than by a process that dies of it
     with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate's own is the same for every notebook
         port = free.getsockname()[1]
-    launch(_forked, (runs, results_dir, progress), num_processes=processes, use_port=str(port))
+    launch(_forked, (runs, results_dir, progress, deadline), num_processes=processes, use_port=str(port))
 
 
-def _forked(runs: list[Run], results_dir: Path, progress: bool) -> None:
+def _forked(runs: list[Run], results_dir: Path, progress: bool, deadline: Deadline) -> None:
     """`run_all` in a forked process, which would wait for ever for threads that only its parent has."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    run_all(runs, results_dir, progress)
+    with suppress(OutOfTime):  # which the parent finds out for itself: an error would be shown with a traceback
+        run_all(runs, results_dir, progress, budget=deadline)
 
 
 def _data(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
@@ -183,10 +213,12 @@ def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[n
     return _train(run, data, Path(results_dir), progress)[0], data
 
 
-def _train(run: Run, data: Dataset, results_dir: Path, progress: bool | str) -> tuple[nn.Module, pd.DataFrame]:
+def _train(
+    run: Run, data: Dataset, results_dir: Path, progress: bool | str, deadline: Deadline | None = None
+) -> tuple[nn.Module, pd.DataFrame]:
     model = build(run, data.num_classes)
     checkpoint = results_dir / "checkpoints" / f"{run.hash}.pt"
-    return model, train(model, data, run.config, checkpoint=checkpoint, progress=progress)
+    return model, train(model, data, run.config, checkpoint=checkpoint, progress=progress, budget=deadline)
 
 
 def derived(
@@ -237,8 +269,10 @@ def _kept(path: Path) -> pd.DataFrame:
         raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
 
 
-def _execute(run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: Ranks) -> dict[str, Any]:
-    model, history = _train(run, data, results_dir, progress)
+def _execute(
+    run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: Ranks, deadline: Deadline
+) -> dict[str, Any]:
+    model, history = _train(run, data, results_dir, progress, deadline)
     rows = evaluate(model, data, bits=_served(run, model)).assign(adapted=False)
     if batch_norms(model):
         adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)

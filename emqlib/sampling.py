@@ -180,7 +180,7 @@ class Sampler:
         return self.config.pruning_rate == 0 or epoch >= self.epochs - self.config.full_epochs
 
     def selection(self, epoch: int) -> Selection:
-        """What each child trains on in `epoch` (from 0). Call it once for each epoch, in order."""
+        """What each child trains on in `epoch` (from 0). Call it for each in order; once more gives the same."""
         if self._is_full(epoch):
             return Selection(self.scheme, dict.fromkeys(self.bits, torch.arange(self.n)), {})
         if epoch < self.config.warmup:

@@ -1,13 +1,10 @@
 """One training loop for every scheme: a scheme is a plan, which says what child sees which batch in each step."""
 
-import hashlib
-import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,11 +16,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
-from . import checks, devices
+from . import checkpoints, checks, devices
+from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
 from .data import Dataset
-from .files import Telling, write_atomic
-from .layers import QuantSpec
 from .loading import Batch, FileLoader, MemoryLoader, loader
 from .multibit import set_bits
 from .ranks import Ranks, current, synchronized
@@ -102,9 +98,12 @@ class _LossWatch:
         while len(self.pending) > self.lag:
             self._check()
 
-    def mean(self) -> float:
+    def flush(self) -> None:
         while self.pending:
             self._check()
+
+    def mean(self) -> float:
+        self.flush()
         total, weight = self.place.sums(self.total, self.weight)
         return total / weight
 
@@ -132,7 +131,10 @@ class _Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     sampler: Sampler
+    path: Path | None = None  # of its checkpoint
+    deadline: Deadline = field(default_factory=lambda: Deadline(None))
     history: list[dict[str, Any]] = field(default_factory=list)
+    paused: dict[str, Any] | None = None  # where `_pause` stopped the epoch at hand
 
     @property
     def epoch(self) -> int:
@@ -147,6 +149,7 @@ def train(
     checkpoint: str | Path | None = None,
     progress: bool | str = True,
     observe: Callable[[nn.Module], Any] | None = None,
+    budget: float | Deadline | None = None,
 ) -> pd.DataFrame:
     """Train a converted `model` in place; returns the history, one row an epoch.
 
@@ -157,32 +160,41 @@ def train(
     checkpoint: a file, written after each epoch, atomically; if it is there, training goes on from it, and on a CPU
     ends with the very weights of an undisturbed run. progress: a bar on stderr; a text is its label.
     observe: called with the model after each epoch; what it returns, of JSON's types, goes into the history's column
-    "observed", and so into the checkpoint.
+    "observed", and so into the checkpoint. budget: seconds after which training stops at the next step, by OutOfTime,
+    with a checkpoint of that step, from which the next call goes on as exactly; each call makes one step at least.
     The bit-width is the highest trained one afterwards. Damaged files of streamed data are skipped; column damaged
-    counts them up to each epoch, attrs["damaged"] names those that this call met.
-    Several processes, which a launcher started and which all call this with the same arguments, share each batch:
-    gradients, batch-norm statistics and tracked ranges are those of all of it, so that they end with the weights of one
-    process (dropout and output correction's means are of each part). The first shows progress and writes checkpoints.
+    counts them up to each epoch, attrs["damaged"] names them. Several processes, which a launcher started and which all
+    call this with the same arguments, share each batch: gradients, batch-norm statistics and tracked ranges are those
+    of all of it, so that they end with the weights of one process (dropout and output correction's means are of each
+    part). The first shows progress and writes checkpoints.
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
-    where no checkpoint can be, or a checkpoint of another configuration, network or data. FloatingPointError: a loss or
-    weight that is not finite, named with step, bit-width and learning rate; the checkpoint of the epoch before stays.
+    where no checkpoint can be, a budget without one, or a checkpoint of another configuration, network or data.
+    FloatingPointError: a loss or weight that is not finite, named with step, bit-width and learning rate; the last
+    checkpoint stays.
     """
-    bits, path = _check(model, data, config), _checked_path(checkpoint)
     label = progress if isinstance(progress, str) else checks.flag("progress", progress) and "training"
-    run = _prepare(model, data, config, bits)
-    with run.place.joined(f"the checkpoint {path}" if path else "the beginning"):
-        found = run.place.share(str(path) if path is not None and path.exists() else "")
+    run = _prepare(model, data, config, checkpoint, budget)
+    with run.place.joined(f"the checkpoint {run.path}" if run.path else "the beginning"):
+        found = run.place.share(str(run.path) if run.path is not None and run.path.exists() else "")
         if found:
             _resume(run, Path(found))
-        _finish(run, path, label, observe)
-    set_bits(model, bits[-1])
+        _finish(run, label, observe)
+    return _history(run)
+
+
+def _history(run: _Run) -> pd.DataFrame:
     history = pd.DataFrame(run.history)
     history.attrs["coresets"] = run.sampler.rows
-    history.attrs["damaged"] = [str(data.train.path(i)) for i in sorted(run.loader.damaged)]
+    history.attrs["damaged"] = [str(run.data.train.path(i)) for i in sorted(run.loader.damaged)]
     return history
 
 
-def _prepare(model: nn.Module, data: Dataset, config: TrainConfig, bits: tuple[int, ...]) -> _Run:
+def _prepare(
+    model: nn.Module, data: Dataset, config: TrainConfig, checkpoint: Any, budget: float | Deadline | None
+) -> _Run:
+    bits, path, deadline = _check(model, data, config), checkpoints.checked(checkpoint), Deadline.of(budget)
+    if path is None and deadline.end is not None:
+        raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
     place = current(config.device)
     device = place.device(config.device)
     memory_format = devices.memory_format(model, config.channels_last, device)
@@ -193,8 +205,8 @@ def _prepare(model: nn.Module, data: Dataset, config: TrainConfig, bits: tuple[i
     forward = torch.compile(wrapped) if config.compile else wrapped
     batches = loader(data, "train", device, place)
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
-    step = optimizer(model, config)
-    return _Run(model, wrapped, forward, data, config, place, device, batches, memory_format, step, scaler, sampler)
+    parts = (batches, memory_format, optimizer(model, config), scaler, sampler, path, deadline)
+    return _Run(model, wrapped, forward, data, config, place, device, *parts)
 
 
 def _check_parts(sampler: Sampler, config: TrainConfig, place: Ranks) -> None:
@@ -208,18 +220,20 @@ def _check_parts(sampler: Sampler, config: TrainConfig, place: Ranks) -> None:
             raise checks.invalid("batch_size", config.batch_size, f"{expected}, where some have {smallest}")
 
 
-def _finish(run: _Run, path: Path | None, label: str | bool, observe: Callable[[nn.Module], Any] | None) -> None:
-    left = range(run.epoch, run.config.epochs)
-    total = sum(_count(run.sampler, run.config, epoch) for epoch in left)
+def _finish(run: _Run, label: str | bool, observe: Callable[[nn.Module], Any] | None) -> None:
+    epochs, done = run.config.epochs, run.paused["steps"] if run.paused else 0
+    total = sum(_count(run.sampler, run.config, epoch) for epoch in range(run.epoch, epochs))
     if label and run.place.count > 1:
         label = f"{label}, {run.place.count} processes"
-    hidden = not (label and run.place.main)
-    with tqdm(total=total, desc=label, unit="step", leave=False, disable=hidden, mininterval=1) as bar:
-        for _ in left:
+    shown = {"desc": label, "unit": "step", "leave": False, "mininterval": 1}
+    with tqdm(total=total, initial=done, disable=not (label and run.place.main), **shown) as bar:
+        while run.epoch < epochs:
             row = _epoch(run, bar)
             run.history.append(row | ({"observed": observe(run.model)} if observe else {}))
-            if path is not None and run.place.main:
-                _save(run, path)
+            _save(run)
+            if run.epoch < epochs and run.deadline.passed(run.place):
+                raise OutOfTime(f"epoch {run.epoch} of {epochs}")
+    set_bits(run.model, run.sampler.bits[-1])
 
 
 def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, ...]:
@@ -235,19 +249,9 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
     return spec.bits
 
 
-def _checked_path(checkpoint: Any) -> Path | None:
-    if checkpoint is None:
-        return None
-    path = Path(checkpoint) if isinstance(checkpoint, (str, Path)) else Path()
-    folder = next((folder for folder in path.absolute().parents if folder.exists()), path)
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise checks.invalid("checkpoint", checkpoint, "a file in a folder that can be written to, or None")
-    return path
-
-
 def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     run.model.train()
-    epoch, watch, passes, start = run.epoch, _LossWatch(run.place, run.device), 0, perf_counter()
+    epoch, watch, start = run.epoch, _LossWatch(run.place, run.device), perf_counter()
     selection = run.sampler.selection(epoch)
     steps = plan(selection, run.config, epoch)
     pixels = generator(run.config.seed, "augment", epoch)
@@ -256,22 +260,53 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
         run.sampler.recording(run.model, selection),
         synchronized(run.model, run.place, run.config.accumulate),
     ):
-        batches = run.loader.epoch([step.indices for step in steps], pixels)
-        for i, (step, batch) in enumerate(zip(steps, batches, strict=True)):
-            lr = learning_rate(epoch + (i + 1) / len(steps), run.config)
-            where = f"epoch {epoch + 1}, step {i + 1}"
+        done, before = _go_on(run, watch, pixels)
+        batches = run.loader.epoch([step.indices for step in steps], pixels, done)
+        for i, (step, batch) in enumerate(zip(steps[done:], batches, strict=True), start=done + 1):
+            lr = learning_rate(epoch + i / len(steps), run.config)
+            where = f"epoch {epoch + 1}, step {i}"
             _step(run, step, batch, lr, watch, where)
-            passes += len(step.indices) * len(step.bits)
+            where += f", {step.bits} bits, lr {lr:.3g}"
             bar.update()
+            if i < len(steps) and run.deadline.passed(run.place):
+                _pause(run, watch, pixels, i, before + perf_counter() - start, where)
+                raise OutOfTime(f"epoch {epoch + 1}, step {i} of {len(steps)}")
     loss = watch.mean()
-    for name, p in run.model.named_parameters():  # a last step can break them after a loss that was still finite
-        if not bool(p.isfinite().all()):
-            raise FloatingPointError(f"{name} is not finite after {where}, {step.bits} bits, lr {lr:.3g}: {_STOPPED}")
+    _check_weights(run, where)
     damaged = run.loader.all_damaged()
     bar.set_postfix(loss=f"{loss:.3f}")
+    passes = sum(len(step.indices) * len(step.bits) for step in steps)
     row = {"epoch": epoch + 1, "lr": lr, "loss": loss, "steps": len(steps), "sample_passes": passes}
-    row |= {"scoring_passes": passes if selection.scored else 0, "seconds": perf_counter() - start}
+    row |= {"scoring_passes": passes if selection.scored else 0, "seconds": before + perf_counter() - start}
     return row | ({} if damaged is None else {"damaged": damaged})
+
+
+def _check_weights(run: _Run, where: str) -> None:
+    for name, p in run.model.named_parameters():  # a step can break them after a loss that was still finite
+        if not bool(p.isfinite().all()):
+            raise FloatingPointError(f"{name} is not finite after {where}: {_STOPPED}")
+
+
+def _pause(run: _Run, watch: _LossWatch, pixels: torch.Generator, done: int, seconds: float, where: str) -> None:
+    """Write a checkpoint in the middle of an epoch, `done` steps and `seconds` after its beginning."""
+    watch.flush()
+    _check_weights(run, where)
+    run.loader.all_damaged()  # of all ranks, one of which writes
+    own = {"noise": devices.noise(run.device), "losses": [watch.total, watch.weight]}
+    run.paused = {"steps": done, "seconds": seconds, "pixels": pixels.get_state(), "ranks": run.place.collect(own)}
+    _save(run)
+
+
+def _go_on(run: _Run, watch: _LossWatch, pixels: torch.Generator) -> tuple[int, float]:
+    """The steps and the seconds after which `_pause` stopped the epoch at hand, and all as it was there; else none."""
+    if run.paused is None:
+        return 0, 0.0
+    paused, run.paused = run.paused, None
+    own = paused["ranks"][run.place.rank]
+    watch.total, watch.weight = own["losses"]
+    devices.set_noise(run.device, own["noise"])
+    pixels.set_state(paused["pixels"])
+    return paused["steps"], paused["seconds"]
 
 
 @contextmanager
@@ -339,54 +374,27 @@ def _loss(logits: Tensor, target: Tensor, step: Step, indices: Tensor, config: T
     return (losses * step.weights[indices.cpu()].to(losses)).mean()
 
 
-def _identity(run: _Run) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
-    config = {k: v for k, v in asdict(run.config).items() if k != "device"}
-    shapes = {name: list(p.shape) for name, p in run.model.named_parameters()}
-    net = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    spec = {f"spec.{k}": v for k, v in asdict(run.model.quant_spec).items()}
-    return config | spec | {"net": net, "data": run.data.sha256}
-
-
-def _defaults() -> dict[str, Any]:
-    spec = {f"spec.{f.name}": f.default for f in fields(QuantSpec)}
-    return spec | {f.name: f.default for f in fields(TrainConfig)}
-
-
-def _save(run: _Run, path: Path) -> None:
+def _save(run: _Run) -> None:
+    """Write the run's checkpoint, if it is to have one and this is the rank that writes."""
+    if run.path is None or not run.place.main:
+        return
     state = {
-        "identity": json.dumps(_identity(run)),
-        "history": json.dumps(run.history),
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "sampler": run.sampler.state(),
+        "damaged": run.loader.damaged,
+        "paused": run.paused,
     }
-    write_atomic(path, lambda file: _write(state, Telling(file)))
-
-
-def _write(state: dict[str, Any], file: Telling) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError:  # torch's own, which does not say that a disk is full
-        if file.error is not None:
-            raise file.error from None
-        raise
+    checkpoints.save(run.path, checkpoints.identity(run.model, run.data, run.config), run.history, state)
 
 
 def _resume(run: _Run, path: Path) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # score tables need not fit a GPU
-        theirs, history, drawn = json.loads(state["identity"]), json.loads(state["history"]), state["sampler"]
-    except Exception as error:  # torch.load raises whatever the broken part of the file leads to
-        raise checks.invalid("checkpoint", str(path), f"a whole checkpoint of this library ({error})") from error
-    ours = json.loads(json.dumps(_identity(run)))
-    theirs = _defaults() | theirs  # an option of a later version is at its default where it is not named
-    differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
-    if differing:
-        raise checks.invalid("checkpoint", str(path), "one of the same run, but " + "; ".join(differing))
+    own = checkpoints.identity(run.model, run.data, run.config)
+    run.history, state = checkpoints.load(path, own, run.place.count)
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
-    run.sampler.load(drawn, run.device)
-    run.history = history
+    run.sampler.load(state["sampler"], run.device)
+    run.loader.damaged = state.get("damaged", {})  # as `paused`, not in the checkpoints of earlier versions
+    run.paused = state.get("paused")

@@ -69,3 +69,16 @@ def test_every_builder_has_a_format() -> None:
     formats = {name: devices.memory_format(build(), True, CPU) for name, build in models.MODELS.items()}
     assert set(formats.values()) == {torch.channels_last}
     assert devices.memory_format(models.resnet8(width=8), True, CPU) == torch.contiguous_format
+
+
+def test_noise_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device its own generator too, if its state is among those kept."""
+    own = {"cuda": torch.arange(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: own[device.type])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: own.update({device.type: state}))
+    with torch.random.fork_rng(devices=[]):
+        on_cpu, on_cuda = devices.noise(CPU), devices.noise(torch.device("cuda"))
+        drawn, own["cuda"] = torch.rand(3), torch.arange(5)
+        for kept, device, expected in ((on_cuda, "cpu", 5), (on_cpu, "cuda", 5), (on_cuda, "cuda", 3)):
+            devices.set_noise(torch.device(device), kept)
+            assert torch.equal(torch.rand(3), drawn) and len(own["cuda"]) == expected

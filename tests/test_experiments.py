@@ -1,5 +1,6 @@
 """Experiments: runs by their hashes, stored rows by stopping and damaging."""
 
+import itertools
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ from torch import nn
 from emqlib import (
     CoresetConfig,
     Dataset,
+    OutOfTime,
     QuantSpec,
     TrainConfig,
+    checkpoints,
     evaluate,
     experiments,
     files,
@@ -707,9 +710,9 @@ def test_an_interrupted_run_goes_on(
     runs, saved, epochs = tiny_runs()[:4], [], []
     save, epoch = training._save, training._epoch
 
-    def save_and_stop(run: Any, path: Path) -> None:
-        save(run, path)
-        saved.append(path.stem)
+    def save_and_stop(run: Any) -> None:
+        save(run)
+        saved.append(run.path.stem)
         if len(saved) == 2 * EPOCHS + 1:
             raise KeyboardInterrupt
 
@@ -821,18 +824,134 @@ def test_imagenet_is_missed_before_any_work(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "results").exists()
 
 
-def in_a_shell(folder: Path, *command: str) -> str:
+# From a shell
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time it is: a second later after each step of training, and else as late as before."""
+    now, step = [0.0], training._step
+
+    def timed(*args: Any) -> None:
+        step(*args)
+        now[0] += 1
+
+    monkeypatch.setattr(training, "_step", timed)
+    monkeypatch.setattr(checkpoints, "monotonic", lambda: now[0])
+    return now
+
+
+QUICK = ("-p", "bits", "[4]", "-p", "results_dir")  # of quickstart: two runs of four epochs of ten steps
+
+
+@pytest.fixture(scope="module")
+def quick_rows(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    folder = str(tmp_path_factory.mktemp("quick"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emqlib.runs.load_dataset", load_dataset)
+        assert experiments.main(["quickstart", "--profile", "smoke", *QUICK, folder]) == 0
+    return run_all(quickstart(parameters("smoke", [4])), folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ("25", [(0, "epoch 3, step 5 of 10"), (1, "epoch 1 of 4"), (1, "epoch 4, step 5 of 10")]),
+        ("40", [(1, "")]),  # the first run is evaluated, and the second one not begun
+        ("79.5", []),
+    ],
+)
+def test_a_budget_is_spent_call_by_call(
+    budget: str,
+    expected: list[tuple[int, str]],
+    tmp_path: Path,
+    quick_rows: pd.DataFrame,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("emqlib.runs.load_dataset", load_dataset)
+    call = ["quickstart", "--profile", "smoke", *QUICK, str(tmp_path), "--budget", budget]
+    for finished, begun in expected:
+        assert experiments.main(call) == experiments.CALL_AGAIN == os.EX_TEMPFAIL
+        done = f"{finished} of 2 runs finished" + (f", of the next one {begun}" if begun else "")
+        assert capsys.readouterr().out == f"{done}; time is up, call again to go on\n"
+        assert len(list((tmp_path / "runs").glob("*.json"))) == finished
+    for _ in range(2):  # and then there is nothing left to do
+        assert experiments.main(call) == 0
+        assert capsys.readouterr().out == f"2 runs, {len(quick_rows)} rows below {tmp_path / 'runs'}; 1 process(es)\n"
+    assert clock[0] == 80
+    assert_same(run_all(quickstart(parameters("smoke", [4])), tmp_path, progress=False), quick_rows)
+
+
+def test_what_is_trained_but_not_evaluated_is_a_step_forward(
+    tmp_path: Path, quick_rows: pd.DataFrame, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short the budget: a call evaluates it, and leaves the next run to the next call."""
+    monkeypatch.setattr("emqlib.runs.load_dataset", load_dataset)
+    runs = quickstart(parameters("smoke", [4]))
+    trained(runs[0], tmp_path, progress=False)
+    clock[:] = [0]
+    monkeypatch.setattr(checkpoints, "monotonic", itertools.count().__next__)  # time is always up
+    with pytest.raises(OutOfTime, match=r"^1 of 2 runs finished; "):
+        run_all(runs, tmp_path, progress=False, budget=1)
+    assert clock == [0]
+    with pytest.raises(OutOfTime, match=r"^1 of 2 runs finished, of the next one epoch 1, step 1 of 10; "):
+        run_all(runs, tmp_path, progress=False, budget=1)
+
+
+def test_a_shell_sees_the_exit_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "emqlib.experiments", "quickstart", "--profile", "smoke", *QUICK, str(tmp_path)]
+    out = in_a_shell(tmp_path, *command, "--budget", "1e-9", status=75)
+    assert out == "0 of 2 runs finished, of the next one epoch 1, step 1 of 10; time is up, call again to go on\n"
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, "60", True, float("nan"), float("inf"), [60]])
+def test_wrong_budgets(budget: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"^budget=.*: expected a number of seconds > 0, or None$"):
+        run_all(tiny_runs(), tmp_path, budget=budget)
+    if isinstance(budget, (int, float)) and budget is not True:
+        with pytest.raises(ValueError, match=r"^budget="):
+            experiments.main(["quickstart", f"--budget={budget}"])
+    for text in ("soon", "", "1s"):
+        with pytest.raises(SystemExit):
+            experiments.main(["quickstart", "--budget", text])
+        assert "argument --budget: invalid float value" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_a_profile_is_a_parameter_and_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def note(runs: list[Run], *_: object, **__: object) -> pd.DataFrame:
+        asked.append(runs[0].profile)
+        return pd.DataFrame({"run": []})
+
+    monkeypatch.setattr(experiments, "run_all", note)
+    for options in (["--profile", "smoke"], ["-p", "profile", "paper", "--profile", "smoke"], ["-p", "seed", "3"]):
+        experiments.main(["quickstart", *options])
+    experiments.main(["quickstart", "--profile", "paper", "-p", "profile", "smoke"])
+    assert asked == ["smoke", "smoke", parameters().profile.name, "smoke"]
+    with pytest.raises(ValueError, match=r"^profile='tiny': expected one of auto, paper, small, smoke$"):
+        experiments.main(["quickstart", "--profile", "tiny"])
+
+
+def in_a_shell(folder: Path, *command: str, status: int = 0) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("EMQ_")} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
 
 ASKED = ("-p", "profile", "smoke", "-p", "bits", "[2,8]", "-p", "pruning_rates", "[0]", "-p", "results_dir")
 NOTEBOOK = """
-from emqlib import experiments, profiles
+from emqlib import OutOfTime, experiments, profiles
 if __name__ == "__main__":
     p = profiles.parameters("smoke", [2, 8], pruning_rates=[0], results_dir={place!r}, processes=2)
+    try:
+        experiments.run_all(experiments.imagenet(p), p.results_dir, processes=p.processes, budget=1e-9)
+    except OutOfTime as stop:
+        print(stop)
     print(len(experiments.run_all(experiments.imagenet(p), p.results_dir, processes=p.processes)))
 """
 
@@ -840,7 +959,10 @@ if __name__ == "__main__":
 def test_two_processes_from_a_shell_and_from_a_notebook_train_one_network(tmp_path: Path) -> None:
     """Runs of the first are read by the second, but for one that is deleted, which two other processes run again."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    out = in_a_shell(tmp_path, *launch, "-m", "emqlib.experiments", "imagenet", *ASKED, str(tmp_path / "made"))
+    command = [*launch, "-m", "emqlib.experiments", "imagenet", *ASKED, str(tmp_path / "made")]
+    out = in_a_shell(tmp_path, *command, "--budget", "1e-9")
+    assert out.strip() == "0 of 2 runs finished, of the next one epoch 1, step 1 of 10; time is up, call again to go on"
+    out = in_a_shell(tmp_path, *command)
     assert out.strip() == f"2 runs, 26 rows below {tmp_path / 'made/runs'}; 2 process(es)"
     rows = run_all(runs := experiments.imagenet(smoke_imagenet(tmp_path)), tmp_path / "made", progress=False)
     assert set(rows.device) == {"2 x cpu, 1 threads"} and len(rows) == 26
@@ -848,7 +970,8 @@ def test_two_processes_from_a_shell_and_from_a_notebook_train_one_network(tmp_pa
     (tmp_path / f"made/checkpoints/{runs[1].hash}.pt").unlink()
     script = tmp_path / "notebook.py"
     script.write_text(NOTEBOOK.format(place=str(tmp_path / "made")))
-    assert in_a_shell(tmp_path, sys.executable, str(script)).split()[-1] == "26"
+    out = in_a_shell(tmp_path, sys.executable, str(script)).splitlines()
+    assert out[-1] == "26" and "1 of 2 runs finished; time is up, call again to go on" in out
     again = run_all(runs, tmp_path / "made", progress=False)
     assert_same(again, rows)
 

@@ -19,6 +19,7 @@ from emqlib.evaluation import batches
 from emqlib.images import ImageFiles
 from emqlib.loading import FileLoader, MemoryLoader, loader
 from emqlib.ranks import Ranks
+from emqlib.sampling import Sampler
 
 CPU = torch.device("cpu")
 
@@ -112,6 +113,24 @@ def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_ranks(
     assert not torch.equal(twice[0][0], twice[1][0])  # a child's sample is not another child's, augmented alike
     plain, _, _ = next(loader(data, "train", CPU).epoch(parts))
     assert not torch.equal(plain, first[0][0])
+
+
+@pytest.mark.parametrize("first", [0, 3, 7])
+def test_an_epoch_begins_with_any_of_its_chunks(first: int, folder: Path) -> None:
+    data, parts = streamed(folder), chunks(60)
+    memory = emq.load_dataset("digits", image_size=16).subset(60, 10)
+    for made in (lambda: loader(data, "train", CPU), lambda: loader(streamed(folder, workers=2), "train", CPU)):
+        whole, rest = list(made().epoch(parts, seeded())), list(made().epoch(parts, seeded(), first))
+        assert len(rest) == 8 - first
+        for ours, theirs in zip(rest, whole[first:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    draws = seeded()
+    whole = loader(memory, "train", CPU).epoch(parts, draws)
+    for _ in range(first):
+        next(whole)
+    rest = list(loader(memory, "train", CPU).epoch(parts, torch.Generator().set_state(draws.get_state()), first))
+    for ours, theirs in zip(rest, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_workers_live_as_long_as_their_loader(folder: Path) -> None:
@@ -235,6 +254,30 @@ def test_damaged_files_are_named_in_the_history(many: Path, damage: list[Path]) 
     with pytest.warns(UserWarning, match="not a readable image"):
         history = emq.train(network(), streamed(many), TrainConfig(epochs=1, batch_size=256), progress=False)
     assert history.attrs["damaged"] == [str(damage[0])] and history.damaged.tolist() == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*not a readable image")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_in_slices_of_a_step_takes_streamed_data(
+    workers: int, many: Path, damage: list[Path], tmp_path: Path
+) -> None:
+    """What is damaged counts to the end, also where the last slices did not come across it."""
+    damage[0].write_bytes(b"")
+    data, path = streamed(many, workers, size=8), tmp_path / "run.pt"
+    config = TrainConfig(epochs=2, batch_size=64, lr=0.05, seed=6, coreset=emq.CoresetConfig(pruning_rate=0.8))
+    bad = next(i for i in range(len(data.train)) if data.train.path(i) == damage[0])
+    drawn = Sampler(config.coreset, config.scheme, config.seed, (2, 8), data.train.labels, 2)
+    assert [bad in torch.cat(list(drawn.selection(epoch).subsets.values())) for epoch in (0, 1)] == [True, False]
+    models = [network(), network()]
+    history = emq.train(models[0], data, config, progress=False)
+    for _ in range(history.steps.sum() - 1):
+        with pytest.raises(emq.OutOfTime):
+            emq.train(network(), data, config, path, progress=False, budget=1e-9)
+    found = emq.train(models[1], data, config, path, progress=False, budget=1e-9)
+    assert found.attrs == history.attrs
+    assert found.drop(columns="seconds").equals(history.drop(columns="seconds"))
+    assert history.damaged.tolist() == [1, 1] and history.attrs["damaged"] == [str(damage[0])]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
 def test_images_are_mirrored_only_where_that_makes_sense(folder: Path) -> None:

@@ -35,7 +35,7 @@ def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found in every case, trained one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = launch(folder, *rank_worker.CASES)
+    done = launch(folder, *rank_worker.CASES, "sliced")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -54,6 +54,12 @@ def test_two_processes_train_as_one(case: str, together: Path) -> None:
                 {"rel": 1e-6, "abs": 1e-6} if case == "learned" else {"rel": 1e-9, "abs": 1e-12}
             )  # LSQ starts in float32
             assert first["state"][name] == pytest.approx(values, **close), name
+
+
+def test_ranks_stop_together_when_time_is_up_and_end_as_if_they_had_not(together: Path) -> None:
+    """To the bit, with the dropout of each; two epochs of eight steps, two of four, all but the last of which stop."""
+    for found_by in found(together, "sliced"):
+        assert found_by["same"] and found_by["stops"] == 23
 
 
 def test_a_killed_rank_ends_the_job_and_all_go_on_together(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ LAYERS = [
     ["layers"],
     ["norms"],
     ["multibit"],
-    ["evaluation"],
+    ["evaluation", "checkpoints"],
     ["training"],
     ["profiles"],
     ["analysis", "transfer"],
@@ -337,10 +337,11 @@ def test_the_library_is_small() -> None:
     """Raised from 16 and 3,500: coresets brought sampling, recorder; 400 lines a file config, profiles, runs; notebooks
 
     06 and 08 to 10 analysis, remedies and transfer, which measure; `make figures` figures; transformers attention,
-    streamed files images and loading, several processes ranks, and 400 lines a file norms, methods and evaluation.
+    streamed files images and loading, several processes ranks, and 400 lines a file norms, methods and evaluation;
+    training that stops when time is up checkpoints, and 200 lines.
     """
-    assert len(MODULES) <= 32
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 6700
+    assert len(MODULES) <= 33
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 6900
 
 
 def test_only_commands_print() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import emqlib as emq
-from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, loading, training
+from emqlib import CoresetConfig, Dataset, OutOfTime, QuantSpec, TrainConfig, checkpoints, loading, training
+from emqlib.checkpoints import Deadline
 from emqlib.files import Telling
 from emqlib.layers import NORMS, InputQuantizer
 from emqlib.norms import MultiBitBatchNorm
@@ -777,7 +779,7 @@ def test_a_checkpoint_holds_no_objects(digits: Dataset, tmp_path: Path) -> None:
     train(tiny(weight="lsq", activation="lsq", norm="switchable"), digits, quick(autocast="float16"), path)
     with torch.serialization.safe_globals([]):
         state = torch.load(path, weights_only=True)
-    assert set(state) == {"identity", "history", "model", "optimizer", "scaler", "sampler"}
+    assert set(state) == {"identity", "history", "model", "optimizer", "scaler", "sampler", "damaged", "paused"}
 
 
 @pytest.mark.parametrize(
@@ -922,15 +924,225 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint_says_so() -> None:
             return super().write(data)
 
     with pytest.raises(OSError, match="No space left on device") as caught:
-        training._write({"model": torch.ones(10_000)}, Telling(Full()))
+        checkpoints._write({"model": torch.ones(10_000)}, Telling(Full()))
     assert caught.value.errno == 28
     with pytest.raises(RuntimeError, match="its own"):
-        training._write({"model": Unwritable()}, Telling(io.BytesIO()))
+        checkpoints._write({"model": Unwritable()}, Telling(io.BytesIO()))
 
 
 class Unwritable:
     def __reduce__(self) -> tuple:
         raise RuntimeError("its own")
+
+
+# Stopped when time is up
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time it is: a second later after each step, and else as late as before."""
+    now, step = [0.0], training._step
+
+    def timed(*args: Any) -> None:
+        step(*args)
+        now[0] += 1
+
+    monkeypatch.setattr(training, "_step", timed)
+    monkeypatch.setattr(checkpoints, "monotonic", lambda: now[0])
+    return now
+
+
+def in_slices(
+    make: Callable[..., nn.Module], data: Dataset, config: TrainConfig, path: Path, budget: float
+) -> tuple[nn.Module, pd.DataFrame, list[str]]:
+    """The network and the history of a run in calls of so many seconds, and what those that did not end it said."""
+    said: list[str] = []
+    for init in itertools.count():
+        model = make(init=init)
+        torch.manual_seed(init)  # dropout must not depend on where the global generator stands
+        try:
+            return model, emq.train(model, data, config, path, progress=False, budget=budget), said
+        except OutOfTime as stop:
+            said.append(str(stop))
+
+
+EL2N = CoresetConfig(score="el2n", pruning_rate=0.5, scoring="joint", candidates=0.7, full_epochs=1)
+SLICED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bitwise": ({}, {}),
+    "joint": ({"scheme": "joint", "distillation": True, "clip_grad_norm": 0.5}, {"norm": "switchable"}),
+    "dedicated": ({"scheme": "dedicated", "warmup_epochs": 0.5}, {"bits": (4,), "weight": "minmax"}),
+    "accumulated": ({"accumulate": 2}, {"norm": "shared_affine"}),
+    "learned scales": ({"optimizer": "adamw", "lr": 0.01}, {"weight": "lsq", "activation": "lsq"}),
+    "tracked": ({"autocast": "bfloat16"}, {"activation_range": "tracked", "output_correction": True}),
+    "float16": ({"autocast": "float16"}, {"activation": "pact"}),
+    "random": ({"coreset": CoresetConfig(pruning_rate=0.5)}, {}),
+    "weighted": ({"scheme": "joint", "coreset": replace(WEIGHTED, score="el2n")}, {}),
+    "jointly scored": ({"coreset": EL2N}, {}),
+    "features": ({"coreset": CoresetConfig(score="grand", pruning_rate=0.5, rescore=True)}, {}),
+    "tdds": ({"epochs": 5, "coreset": CoresetConfig(pruning_rate=0.5, **SCORED["tdds"])}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_a_run_in_slices_of_a_step_ends_where_the_undisturbed_one_does(
+    name: str, digits: Dataset, tmp_path: Path, clock: list[float]
+) -> None:
+    fields, spec = SLICED[name]
+    config, data = quick(**{"epochs": 3, "batch_size": 20} | fields), replace(digits.subset(40, 10), flip=True)
+    assert data.crop_padding > 0
+
+    def make(init: int = 0) -> nn.Module:
+        return tiny(**{"init": init, "dropout": 0.3} | spec)
+
+    undisturbed, path, before = make(), tmp_path / "run.pt", torch.get_rng_state()
+    history = train(undisturbed, data, config, tmp_path / "undisturbed.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+    model, found, said = in_slices(make, data, config, path, budget=1)
+    assert_same_history(found, history)
+    assert found.attrs["coresets"] == history.attrs["coresets"]
+    assert_same_state(model, undisturbed)
+    steps = [(e, i, n) for e, n in enumerate(history.steps, start=1) for i in range(1, n + 1)]
+    text = [f"epoch {e}, step {i} of {n}" if i < n else f"epoch {e} of {len(history)}" for e, i, n in steps]
+    assert said == [f"{done}; time is up, call again to go on" for done in text[:-1]]
+    ours, theirs = (torch.load(p, weights_only=True) for p in (path, tmp_path / "undisturbed.pt"))
+    assert ours["paused"] is theirs["paused"] is None and ours["scaler"] == theirs["scaler"]
+    assert_same_tensors(ours["optimizer"], theirs["optimizer"])
+    for state in (ours, theirs):
+        del state["sampler"]["shape"]  # that of the recorders, where there are any
+    assert_same_tensors(ours["sampler"], theirs["sampler"])
+    assert sorted(os.listdir(tmp_path)) == ["run.pt", "undisturbed.pt"]
+
+
+def assert_same_tensors(ours: Any, theirs: Any) -> None:
+    """Equal containers of equal tensors and numbers."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        assert_same_tensors(list(ours.values()), list(theirs.values()))
+    elif isinstance(ours, (list, tuple)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same_tensors(a, b)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(("budget", "calls"), [(0.01, 24), (1.5, 12), (12, 2), (12.5, 2), (24, 1), (1000, 1)])
+def test_a_budget_is_used_up_and_never_less_than_a_step(
+    budget: float, calls: int, digits: Dataset, tmp_path: Path, clock: list[float]
+) -> None:
+    """Of two epochs of twelve steps; after the last step of all there is nothing to come back for."""
+    undisturbed = tiny(dropout=0.3)
+    history = train(undisturbed, digits, quick())
+    model, found, said = in_slices(
+        lambda init: tiny(init=init, dropout=0.3), digits, quick(), tmp_path / "r.pt", budget
+    )
+    assert len(said) + 1 == calls
+    assert_same_history(found, history)
+    assert_same_state(model, undisturbed)
+
+
+def test_a_deadline_is_for_several_calls_together(digits: Dataset, tmp_path: Path, clock: list[float]) -> None:
+    deadline = Deadline(13)
+    emq.train(tiny(), digits, quick(epochs=1), tmp_path / "first.pt", progress=False, budget=deadline)
+    with pytest.raises(OutOfTime, match=r"^epoch 1, step 1 of 12; time is up, call again to go on$"):
+        emq.train(tiny(), digits, quick(), tmp_path / "second.pt", progress=False, budget=deadline)
+    assert Deadline.of(deadline) is deadline and not Deadline(None).passed(Ranks()) and deadline.passed(Ranks())
+
+
+def test_what_was_stopped_in_the_middle_of_an_epoch_goes_on_without_a_budget_too(
+    digits: Dataset, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in that same epoch it goes on from its middle again, and later on from the epoch's end."""
+    config, path, seconds = quick(epochs=3), tmp_path / "run.pt", iter(range(1000))
+    monkeypatch.setattr(training, "perf_counter", lambda: next(seconds))
+    undisturbed, steps = tiny(dropout=0.3), []
+    history = train(undisturbed, digits, config)
+    assert history.seconds.tolist() == [1, 1, 1]  # it is looked at twice an epoch
+    with pytest.raises(OutOfTime):
+        emq.train(tiny(dropout=0.3), digits, config, path, progress=False, budget=15)
+    for where, first in (("epoch 2, step 9", "epoch 2, step 4"), ("epoch 3, step 2", "epoch 2, step 4")):
+        steps.clear()
+        with stopped_at(monkeypatch, where), noted(monkeypatch, steps), pytest.raises(Stop):
+            train(tiny(init=1, dropout=0.3), digits, config, path)
+        assert steps[0] == first
+    with noted(monkeypatch, steps):
+        steps.clear()
+        found = train(model := tiny(init=2, dropout=0.3), digits, config, path)
+    assert len(steps) == 12 and found.seconds.tolist() == [1, 2, 1]
+    assert_same_history(found, history)
+    assert_same_state(model, undisturbed)
+
+
+@contextmanager
+def noted(monkeypatch: pytest.MonkeyPatch, steps: list[str]) -> Iterator[None]:
+    """Append what is trained to `steps`."""
+    step = training._step
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", lambda *args: steps.append(args[-1]) or step(*args))
+        yield
+
+
+def test_losses_that_wait_to_be_looked_at_are_not_forgotten(
+    digits: Dataset, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA they are looked at some steps late: here as well."""
+    history, see = train(tiny(), digits, quick()), training._LossWatch.see
+
+    def late(self: training._LossWatch, *args: Any) -> None:
+        self.lag = 16
+        see(self, *args)
+
+    monkeypatch.setattr(training._LossWatch, "see", late)
+    assert_same_history(in_slices(tiny, digits, quick(), tmp_path / "run.pt", budget=5)[1], history)
+
+
+def test_weights_that_break_before_time_is_up_do_not_reach_the_checkpoint(
+    digits: Dataset, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, step = tmp_path / "run.pt", training._step
+
+    def broken(run: Any, *args: Any) -> None:
+        step(run, *args)
+        if args[-1] == "epoch 1, step 6":
+            spoil(run)
+
+    with pytest.raises(OutOfTime):
+        emq.train(tiny(), digits, quick(), path, progress=False, budget=5)
+    content = path.read_bytes()
+    monkeypatch.setattr(training, "_step", broken)
+    message = r"^4\.weight is not finite after epoch 1, step 6, \(2,\) bits, lr "
+    with pytest.raises(FloatingPointError, match=message):
+        emq.train(tiny(), digits, quick(), path, progress=False, budget=1)
+    assert path.read_bytes() == content
+
+
+def test_other_ranks_do_not_go_on_in_the_middle_of_an_epoch(
+    digits: Dataset, tmp_path: Path, clock: list[float]
+) -> None:
+    path, model = tmp_path / "run.pt", tiny(init=1)
+    with pytest.raises(OutOfTime):
+        emq.train(tiny(), digits, quick(), path, progress=False, budget=5)
+    state = torch.load(path, weights_only=True)
+    state["paused"]["ranks"] *= 2
+    torch.save(state, path)
+    message = r"^checkpoint=.*: expected one of 1 process\(es\), or of a whole epoch: it is 2 that stopped"
+    with pytest.raises(ValueError, match=message):
+        train(model, digits, quick(), path)
+    assert_same_state(model, tiny(init=1))
+
+
+def test_a_checkpoint_from_before_there_were_budgets_is_taken(digits: Dataset, tmp_path: Path) -> None:
+    undisturbed, resumed, path = tiny(), tiny(init=1), tmp_path / "run.pt"
+    train(undisturbed, digits, quick())
+    with pytest.raises(OutOfTime, match=r"^epoch 1 of 2; "), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "monotonic", lambda: float(path.exists()))
+        emq.train(tiny(), digits, quick(), path, progress=False, budget=1)
+    state = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in state.items() if k not in ("damaged", "paused")}, path)
+    train(resumed, digits, quick(), path)
+    assert_same_state(resumed, undisturbed)
 
 
 # Losses and weights that are not finite
@@ -1137,6 +1349,7 @@ def test_numpy_numbers_become_plain_ones(digits: Dataset, tmp_path: Path) -> Non
             for value in (3, True, b"run.pt", "", ".", "/", "FOLDER", "FILE/run.pt", "FILE/a/run.pt")
         ),
         *(("progress", value) for value in (None, 1, 2.5)),
+        *(("budget", value) for value in (0, 0.0, -1, "60", True, NAN, INF, [60], 60)),  # 60: without a checkpoint
     ],
 )
 def test_wrong_arguments(name: str, value: object, digits: Dataset, tmp_path: Path) -> None:
