@@ -30,12 +30,12 @@ BITS = (2, 4, 8)
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/any_precision"
 # How long each way trains, in epochs: a schedule that ends at zero has to be tried at several lengths.
 LENGTHS = {
-    "published code": (12,),
+    "published code": (10,),
     "published code, our schedule": (8,),
     "ours, joint": (8,),
     "ours, joint, bfloat16": (8,),
     "ours, bit by bit": (4, 6),
-    "ours, 80% pruned": (8, 12, 16),
+    "ours, 80% pruned": (8, 12, 16, 20, 28),
 }
 # One epoch on all data, then a fifth drawn anew each epoch: what loses least (notebook 07).
 SCORED = {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}

@@ -1,5 +1,6 @@
 """What a training run is asked for, checked before it starts."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,9 +8,6 @@ from . import checks, devices
 from .sampling import CoresetConfig
 
 SCHEMES = ("dedicated", "joint", "bitwise")
-# Of ResNet-20 on two cores, compiling takes two seconds a layer and saves a step 0.4 ms a layer (benchmarks/steps.py):
-# even after some 270 steps a layer in float32, fewer on a GPU. Counted, not timed: a run is to be repeatable.
-COMPILE_STEPS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +20,8 @@ class TrainConfig:
     (times gamma at each of milestones, epochs). weight_decay: on convolution and linear weights alone.
     distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
     clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". compile: run the
-    network through torch.compile, or "auto": where the run has COMPILE_STEPS steps or more for each layer to compile,
-    which costs more than it saves before. device: "auto" takes CUDA if there is one. coreset: None for the full data.
+    network through torch.compile, or "auto": where the run has 500 steps or more for each layer, since compiling
+    costs more than it saves before. device: "auto" takes CUDA if there is one. coreset: None for the full data.
     batch_size: of a step, of all ranks together. accumulate: in how many parts, one after the other, a rank takes its
     share of a step, for less memory; batch norm sees one part at a time.
     """
@@ -97,3 +95,13 @@ class TrainConfig:
         if not isinstance(self.milestones, (tuple, list)):
             raise checks.invalid("milestones", self.milestones, "a tuple of epochs, for example (100, 150)")
         self._take("milestones", tuple(checks.integer("milestones", m, 1) for m in self.milestones))
+
+
+def learning_rate(progress: float, config: TrainConfig) -> float:
+    """The learning rate after `progress` epochs, a fraction of one included."""
+    if progress < config.warmup_epochs:
+        return config.lr * progress / config.warmup_epochs
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(progress >= m for m in config.milestones)
+    span = config.epochs - config.warmup_epochs
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup_epochs) / span))

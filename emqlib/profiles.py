@@ -115,6 +115,7 @@ PROFILES = {
             schedule="step",
             milestones=(100, 150, 180),
             autocast="bfloat16",
+            compile="auto",
         ),
         repeats=1,
         lengths=(50, 100, 200),
@@ -132,6 +133,7 @@ PROFILES = {
                 warmup_epochs=5,
                 label_smoothing=0.1,
                 autocast="bfloat16",
+                compile="auto",
             ),
         ),
         # Any-Precision's schedule for ImageNet, on torchvision's network
@@ -145,6 +147,7 @@ PROFILES = {
                 schedule="step",
                 milestones=(45, 60, 70),
                 autocast="bfloat16",
+                compile="auto",
             ),
             image_size=224,
         ),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import checkpoints, checks, devices
 from .checkpoints import Deadline, OutOfTime
-from .config import TrainConfig
+from .config import TrainConfig, learning_rate
 from .data import Dataset
 from .loading import Batch, FileLoader, MemoryLoader, loader
 from .multibit import set_bits
@@ -43,10 +43,10 @@ def _chunks(indices: Tensor, batch_size: int, gen: torch.Generator) -> tuple[Ten
     return shuffled.tensor_split(-(-len(indices) // batch_size))
 
 
-def plan(selection: Selection, config: TrainConfig, epoch: int) -> list[Step]:
-    """The steps of one epoch over what was selected for it."""
+def plan(selection: Selection, config: TrainConfig, epoch: int, device: torch.device | str = "cpu") -> list[Step]:
+    """The steps of one epoch over what was selected for it, loss weights on `device`."""
     subsets, bits = selection.subsets, tuple(sorted(selection.subsets, reverse=True))
-    weights = selection.weights
+    weights = {b: w.to(device) for b, w in selection.weights.items()}
     if selection.scheme == "joint":
         chunks = _chunks(subsets[bits[0]], config.batch_size, generator(config.seed, "shuffle", epoch))
         return [Step(chunk, bits, weights[bits[0]] if weights else None) for chunk in chunks]
@@ -60,16 +60,6 @@ def _count(sampler: Sampler, config: TrainConfig, epoch: int) -> int:
     """How many steps `plan` will have in `epoch`."""
     children = 1 if sampler.scheme_of(epoch) == "joint" else len(sampler.bits)
     return children * -(-sampler.size(epoch) // config.batch_size)
-
-
-def learning_rate(progress: float, config: TrainConfig) -> float:
-    """The learning rate after `progress` epochs, a fraction of one included."""
-    if progress < config.warmup_epochs:
-        return config.lr * progress / config.warmup_epochs
-    if config.schedule == "step":
-        return config.lr * config.gamma ** sum(progress >= m for m in config.milestones)
-    span = config.epochs - config.warmup_epochs
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup_epochs) / span))
 
 
 def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -202,7 +192,8 @@ def _prepare(
     sampler = Sampler(config.coreset, config.scheme, config.seed, bits, data.train.labels, config.epochs, place)
     _check_parts(sampler, config, place)
     wrapped, data = place.wrap(model), data.to(device)
-    forward = torch.compile(wrapped) if config.compile else wrapped
+    forwards = len(bits) * sum(-(-sampler.size(epoch) // config.batch_size) for epoch in range(config.epochs))
+    forward = devices.compiled(wrapped, config.compile, forwards)
     batches = loader(data, "train", device, place)
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
     parts = (batches, memory_format, optimizer(model, config), scaler, sampler, path, deadline)
@@ -253,7 +244,7 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     run.model.train()
     epoch, watch, start = run.epoch, _LossWatch(run.place, run.device), perf_counter()
     selection = run.sampler.selection(epoch)
-    steps = plan(selection, run.config, epoch)
+    steps = plan(selection, run.config, epoch, run.device)
     pixels = generator(run.config.seed, "augment", epoch)
     with (
         _seeded(run, epoch),
@@ -371,7 +362,7 @@ def _loss(logits: Tensor, target: Tensor, step: Step, indices: Tensor, config: T
     if step.weights is None:
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
     losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-    return (losses * step.weights[indices.cpu()].to(losses)).mean()
+    return (losses * step.weights[indices].to(losses)).mean()
 
 
 def _save(run: _Run) -> None:

@@ -427,6 +427,22 @@ def test_float16_gradients_are_scaled_back_before_they_are_clipped(largest: floa
     assert nn.functional.cosine_similarity(*moved, dim=0) > 0.9
 
 
+def test_auto_compiles_where_a_run_is_long_enough(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole run, so that one that is resumed does as it did; forward passes count, joint or not."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    model = tiny()
+    layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+    for scheme in ("joint", "bitwise"):
+        config = quick(compile="auto", scheme=scheme)
+        forwards = len(model.quant_spec.bits) * config.epochs * -(-len(digits.train) // config.batch_size)
+        for steps, times in ((forwards / layers + 1, 0), (forwards / layers, 1)):
+            monkeypatch.setattr(training.devices, "COMPILE_STEPS", steps)
+            compiled.clear()
+            train(tiny(), digits, config)
+            assert len(compiled) == times
+
+
 def test_compile_hands_the_network_to_torch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
