@@ -25,7 +25,7 @@ from .multibit import set_bits
 from .ranks import Ranks, current, synchronized
 from .sampling import Sampler, Selection, generator
 
-_STOPPED = "training stopped; a checkpoint keeps the epoch before"
+_STOPPED = "training stopped; the last checkpoint stays"
 
 
 @dataclass(frozen=True)
