@@ -1,6 +1,6 @@
 """Training for one to eight bit-widths against training one network in full precision: seconds and peak memory.
 
-`python benchmarks/growth.py` trains a ResNet-20 of width 16, plain and by each scheme, alternating, each number of
+`python benchmarks/growth.py` trains a ResNet-20 of width 16, plain and on coresets, alternating, each number of
 bit-widths in a process of its own (Linux), and writes a row each to results/benchmarks/growth.csv. Claim: eight
 bit-widths at 80 % pruning cost at most two trainings in full precision.
 """
@@ -34,11 +34,10 @@ def measure(
     """Rows: scheme, bit_widths, repeat, sample_passes, seconds, peak (MB resident, beyond data and libraries)."""
     rows, threads = [], torch.get_num_threads()
     for repeat in range(repeats):
-        for count in (0, *counts):
-            for scheme in ("full precision",) if count == 0 else ("joint", "full data", "80% pruned"):
-                with get_context("spawn").Pool(1) as fresh:
-                    row = fresh.apply(_measured, (scheme, ORDER[:count], data, epochs, width, threads))
-                rows.append({"scheme": scheme, "bit_widths": max(count, 1), "repeat": repeat} | row)
+        for scheme, count in [("full precision", 1), *(("80% pruned", count) for count in counts)]:
+            with get_context("spawn").Pool(1) as fresh:
+                row = fresh.apply(_measured, (scheme, ORDER[:count], data, epochs, width, threads))
+            rows.append({"scheme": scheme, "bit_widths": count, "repeat": repeat} | row)
     return pd.DataFrame(rows).assign(
         epochs=epochs, train=len(data.train), **runs.provenance(data, devices.device("cpu"))
     )
@@ -57,20 +56,17 @@ def _measured(
         passes = _train_plain(net, data, config)
         seconds = perf_counter() - start
     else:
-        history = _train_ours(scheme, bits, data, config, width)
+        history = _train_ours(bits, data, config, width)
         passes, seconds = int(history.sample_passes.sum()), float(history.seconds.sum())
     return {"sample_passes": passes, "seconds": seconds, "peak": resident("VmHWM") - before}
 
 
-def _train_ours(
-    scheme: str, bits: tuple[int, ...], data: emq.Dataset, config: emq.TrainConfig, width: int
-) -> pd.DataFrame:
+def _train_ours(bits: tuple[int, ...], data: emq.Dataset, config: emq.TrainConfig, width: int) -> pd.DataFrame:
     arguments = {"model": "resnet20", "model_args": (("width", width),)}
     spec = emq.QuantSpec(bits=tuple(sorted(bits)))
     base = runs.Run(profile="small", dataset="cifar10", spec=spec, config=config, **arguments)
-    pruned = methods.bitwise_coreset(0.8) if scheme == "80% pruned" else None
-    run = methods.any_precision(base) if scheme == "joint" else methods.ours(base, pruned)
-    warm = replace(config, scheme="joint", epochs=1)
+    run = methods.ours(base, methods.bitwise_coreset(0.8))
+    warm = replace(run.config, epochs=1, coreset=None)
     emq.train(runs.build(run, data.num_classes), data, warm, progress=False)  # allocates
     return emq.train(runs.build(run, data.num_classes), data, run.config, progress=False)
 
@@ -114,7 +110,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
     results.save(summary(measured), OUTPUT, measured)
     plots.save(figure(measured), OUTPUT)
     print(summary(measured).to_string(index=False))

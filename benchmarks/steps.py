@@ -29,7 +29,7 @@ def measure(
     precisions: tuple[str, ...] = ("none", "bfloat16"),
     modes: tuple[str, ...] = ("eager", "compiled"),
     bits: tuple[int, ...] = tuple(range(1, 9)),
-    repeats: int = 7,
+    repeats: int = 5,
     batch: int = 128,
 ) -> pd.DataFrame:
     """Rows: phase, network, precision, mode, bits, repeat; seconds of a step of the plain and of our network."""

@@ -14,6 +14,7 @@ from .evaluation import adapt_norm, evaluate
 from .layers import QuantSpec
 from .multibit import at_bits, convert, set_bits, summary
 from .sampling import CoresetConfig
+from .saving import load, save
 from .training import train
 
 __version__ = "0.1.0"
@@ -30,9 +31,11 @@ __all__ = [
     "coreset",
     "correction",
     "evaluate",
+    "load",
     "load_dataset",
     "models",
     "quantizers",
+    "save",
     "set_bits",
     "summary",
     "train",

@@ -66,6 +66,11 @@ class Dataset:
         """Number of classes, C."""
         return len(self.classes)
 
+    def about(self) -> dict[str, Any]:
+        """What a trained network has to say of its data: name, checksum, number of classes, mean and std of pixels."""
+        about = {"name": self.name, "sha256": self.sha256, "num_classes": self.num_classes}
+        return about | {"mean": list(self.mean), "std": list(self.std)}
+
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its tensors on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))

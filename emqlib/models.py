@@ -9,6 +9,7 @@ Deep Residual Networks" (pre-activation); Any-Precision: Yu et al. 2021, code at
 Dosovitskiy et al. 2021, in the sizes of DeiT, Touvron et al. 2021 (arXiv 2012.12877).
 """
 
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -98,6 +99,21 @@ def _cifar_resnet(blocks: int, num_classes: int, width: int) -> nn.Module:
     return _resnet((width, 2 * width, 4 * width), blocks, classes)
 
 
+def _recorded(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The builder, whose networks say in `recipe` how to build them again, as `saving` writes it down."""
+
+    @functools.wraps(builder)
+    def recorded(*args: int, **kwargs: int) -> nn.Module:
+        given = inspect.signature(builder).bind(*args, **kwargs)
+        given.apply_defaults()
+        net = builder(*args, **kwargs)
+        net.recipe = {"name": builder.__name__} | {name: int(value) for name, value in given.arguments.items()}
+        return net
+
+    return recorded
+
+
+@_recorded
 def resnet8(num_classes: int = 10, width: int = 16) -> nn.Module:
     """He's CIFAR ResNet with n = 1, so 6n + 2 = 8 layers: (N, 3, 32, 32) -> (N, num_classes); 78,042 parameters.
 
@@ -107,6 +123,7 @@ def resnet8(num_classes: int = 10, width: int = 16) -> nn.Module:
     return _cifar_resnet(1, num_classes, width)
 
 
+@_recorded
 def resnet20(num_classes: int = 10, width: int = 16) -> nn.Module:
     """He's CIFAR ResNet with n = 3, so 6n + 2 = 20 layers: (N, 3, 32, 32) -> (N, num_classes); 272,474 parameters.
 
@@ -116,6 +133,7 @@ def resnet20(num_classes: int = 10, width: int = 16) -> nn.Module:
     return _cifar_resnet(3, num_classes, width)
 
 
+@_recorded
 def resnet18(num_classes: int = 10, width: int = 64) -> nn.Module:
     """ResNet-18 for CIFAR: (N, 3, 32, 32) -> (N, num_classes); 11,173,962 parameters.
 
@@ -127,6 +145,7 @@ def resnet18(num_classes: int = 10, width: int = 64) -> nn.Module:
     return _resnet((width, 2 * width, 4 * width, 8 * width), 2, classes)
 
 
+@_recorded
 def preact_resnet20(num_classes: int = 10, width_factor: int = 5) -> nn.Module:
     """Any-Precision's CIFAR network: (N, 3, 32, 32) -> (N, num_classes); 6,758,810 parameters.
 
@@ -140,6 +159,7 @@ def preact_resnet20(num_classes: int = 10, width_factor: int = 5) -> nn.Module:
     return nn.Sequential(OrderedDict({"conv1": _conv3x3(3, widths[0]), **_stages(PreActBlock, widths, 3), **tail}))
 
 
+@_recorded
 def resnet50(num_classes: int = 1000) -> nn.Module:
     """torchvision's ResNet-50, untrained: (N, 3, 224, 224) -> (N, num_classes); 25,557,032 parameters.
 
@@ -163,6 +183,7 @@ def _vit(num_classes: int, image_size: int, patch_size: int, width: int, depth: 
     return net
 
 
+@_recorded
 def vit_tiny(
     num_classes: int = 10, image_size: int = 32, patch_size: int = 4, width: int = 192, depth: int = 12, heads: int = 3
 ) -> nn.Module:
@@ -176,6 +197,7 @@ def vit_tiny(
     return _vit(num_classes, image_size, patch_size, width, depth, heads)
 
 
+@_recorded
 def vit_small(
     num_classes: int = 10, image_size: int = 32, patch_size: int = 4, width: int = 384, depth: int = 12, heads: int = 6
 ) -> nn.Module:

@@ -56,6 +56,7 @@ class MultiBitBatchNorm(nn.Module):
         self.register_buffer("affine_pick", torch.zeros(sets, 1, device=device), persistent=False)
         self.register_buffer("stats_pick", torch.zeros(self.SHARED + 1, 1, device=device), persistent=False)
         self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
+        self.picked: tuple[int, int, dict[int, float]] | None = None
         self.set_bits(self.bits)
 
     @property
@@ -70,14 +71,18 @@ class MultiBitBatchNorm(nn.Module):
     def set_bits(self, bits: int) -> None:
         """Use the affine and the statistics of `bits` from now on (`serves` says whether they are there)."""
         self.bits = bits
+        affine = self.trained.index(nearest(self.trained, bits)) if self.switchable else 0
+        row, rows = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED, self._rows(bits)
+        if (affine, row, rows) == self.picked:  # as in every step under a shared norm: a GPU need not be told
+            return
+        self.picked = (affine, row, rows)
         self.affine_pick.zero_()
-        self.affine_pick[self.trained.index(nearest(self.trained, bits)) if self.switchable else 0] = 1
+        self.affine_pick[affine] = 1
         self.stats_pick.zero_()
-        for row, share in self._rows(bits).items():
-            self.stats_pick[row] = share
-        row = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED
+        for source, share in rows.items():
+            self.stats_pick[source] = share
         self.stats_row.fill_(row)
-        self.row = row if self._rows(bits) == {row: 1.0} else None  # unless they come from other rows than they go to
+        self.row = row if rows == {row: 1.0} else None  # unless they come from other rows than they go to
 
     def _rows(self, bits: int) -> dict[int, float]:
         """The rows of the table that the statistics of `bits` come from, each with its share."""

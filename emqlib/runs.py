@@ -2,9 +2,7 @@
 
 import json
 import os
-import platform
 import socket
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -13,10 +11,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torchvision
 from torch import nn
 
-from . import checks, devices, files, models
+from . import checks, devices, models
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
 from .data import Dataset, load_dataset
@@ -24,6 +21,7 @@ from .evaluation import ADAPTATION_SAMPLES, batch_norms, evaluate
 from .files import canonical_json, digest, write_text
 from .layers import QuantSpec
 from .multibit import convert
+from .provenance import provenance
 from .ranks import Ranks, accelerate, current, started
 from .sampling import CoresetConfig, generator
 from .training import train
@@ -295,29 +293,6 @@ def _execute(
 def _served(run: Run, model: nn.Module) -> tuple[int, ...]:
     """The bit-widths that need no adaptation first: a switchable norm, where there is one, knows the trained alone."""
     return run.spec.bits if run.spec.norm == "switchable" and batch_norms(model) else run.eval_bits
-
-
-def provenance(data: Dataset, device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Where a number came from: commit, versions, device, data."""
-    several = f"{processes} x " if processes > 1 else ""
-    cpu = f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "emqlib")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "device": several + (cpu if device.type == "cpu" else torch.cuda.get_device_name(device)),
-        "data_sha256": data.sha256,
-    }
-
-
-def _git(*arguments: str) -> str:
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit
-        if (files.CHECKOUT / ".git").exists():  # not where this was installed, maybe inside somebody else's checkout
-            command = ["git", "-C", str(files.CHECKOUT), *arguments]
-            return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    return ""
 
 
 def _path(run: Run, results_dir: Path) -> Path:

@@ -225,6 +225,7 @@ def _finish(run: _Run, label: str | bool, observe: Callable[[nn.Module], Any] | 
             if run.epoch < epochs and run.deadline.passed(run.place):
                 raise OutOfTime(f"epoch {run.epoch} of {epochs}")
     set_bits(run.model, run.sampler.bits[-1])
+    run.model.trained_on = run.data.about()  # for `saving.save`
 
 
 def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, ...]:

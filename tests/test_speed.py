@@ -237,3 +237,12 @@ def test_ranges_start_as_if_the_relu_were_there(activation: str) -> None:
     found, expected = model.state_dict(), with_relus.state_dict()
     for name in found:  # `low` is not used where inputs are never negative
         assert name.endswith(".low") or torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name]))
+
+
+def test_switching_under_a_shared_norm_touches_no_norm() -> None:
+    """A GPU is told the levels of each layer, and nothing else."""
+    model = build("resnet8", bits=(2, 4, 8))
+    layers = sum(isinstance(m, emq.layers.QuantConv2d) for m in model.modules())
+    with _Waits() as switched:
+        emq.set_bits(model, 2)
+    assert switched.calls == layers

@@ -1174,9 +1174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     config, path, undisturbed, resumed = quick(epochs=3), tmp_path / "run.pt", tiny(), tiny(init=1)
     train(undisturbed, digits, config)
     lr = training.learning_rate(1 + 5 / 12, config)
-    message = (
-        rf"^loss=nan at epoch 2, step 5, 4 bits, lr {lr:.3g}: training stopped; the last checkpoint stays"
-    )
+    message = rf"^loss=nan at epoch 2, step 5, 4 bits, lr {lr:.3g}: training stopped; the last checkpoint stays"
     with stopped_at(monkeypatch, "epoch 2, step 5", spoil), pytest.raises(FloatingPointError, match=message):
         train(tiny(), digits, config, path)
     assert len(json.loads(torch.load(path, weights_only=True)["history"])) == 1

@@ -1,0 +1,126 @@
+"""A trained network in one file: safetensors for numbers, JSON for what they mean. Nothing in a file is ever run."""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
+from torch import Tensor, nn
+
+from . import checks, models
+from .files import canonical_json, write_atomic
+from .layers import QuantSpec
+from .multibit import convert, converted
+from .provenance import software
+
+VERSION = 1
+_KEYS = {"version", "network", "spec", "trained_on", "provenance", "sha256"}
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a converted `model`, at every bit-width, to `path`, atomically: what `load` needs to make it again.
+
+    The file is safetensors; its header holds, as JSON, a version, the network (where `emqlib.models` built it), the
+    QuantSpec, name, checksum and statistics of the data set `train` saw last, this software's versions, and a checksum
+    of all tensors. ValueError: not a converted network, or a path that is a folder. OSError: it cannot be written.
+    """
+    network, path = converted(model), _file(path)
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
+    about = {
+        "version": VERSION,
+        "network": getattr(network, "recipe", None),
+        "spec": asdict(network.quant_spec),
+        "trained_on": getattr(network, "trained_on", None),
+        "provenance": software(),
+        "sha256": _digest(tensors),
+    }
+    data = serialized(tensors, {"emqlib": canonical_json(about)})
+    write_atomic(path, lambda file: file.write(data))
+
+
+def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
+    """The network that `save` wrote to `path`, in evaluation mode, at its highest trained bit-width.
+
+    On the CPU, or where `net` lies. net: the plain network that was converted, of which the parameters do not matter,
+    where it is not one of `emqlib.models`. ValueError that names path or net: no such file, not whole, edited, of
+    another version or of another network.
+    """
+    path = _file(path)
+    about, tensors = _read(path)
+    spec = _spec(about["spec"], path)
+    model = convert(_network(about["network"], net, path), spec)
+    _refuse_another(model, tensors, path if net is None else None)
+    model.load_state_dict(tensors)
+    model.trained_on = about["trained_on"]
+    return model.eval()
+
+
+def _file(path: Any) -> Path:
+    if not isinstance(path, (str, Path)) or not str(path) or Path(path).is_dir():
+        raise checks.invalid("path", path, "the name of a file")
+    return Path(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    expected = "a whole file that emqlib.save wrote"
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["emqlib"])
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise checks.invalid("path", str(path), f"{expected} ({error})") from error
+    if isinstance(about, dict) and about.get("version") != VERSION:
+        raise checks.invalid("path", str(path), f"version {VERSION} of the format, not {about.get('version')!r}")
+    if not isinstance(about, dict) or set(about) != _KEYS:
+        raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
+    if about["sha256"] != _digest(tensors):
+        raise checks.invalid("path", str(path), f"{expected}: the numbers are not those that were saved")
+    return about, tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _spec(told: Any, path: Path) -> QuantSpec:
+    if not isinstance(told, dict) or set(told) != {f.name for f in fields(QuantSpec)}:
+        raise checks.invalid("path", str(path), f"a spec with the fields of QuantSpec, not {told!r}")
+    try:
+        return QuantSpec(**told)
+    except (TypeError, ValueError) as error:
+        raise checks.invalid("path", str(path), f"a QuantSpec ({error})") from error
+
+
+def _network(recipe: Any, net: nn.Module | None, path: Path) -> nn.Module:
+    if net is not None:
+        return net
+    if recipe is None:
+        raise checks.invalid("net", net, f"the plain network that {path} is of: it is not one of emqlib.models")
+    try:
+        arguments = dict(recipe)
+        name = arguments.pop("name")
+        if name not in models.MODELS:  # another library's builder may read files that an argument names
+            raise checks.invalid("name", name, f"one of {', '.join(models.MODELS)}")
+        return models.build(name, **arguments)
+    except (TypeError, ValueError, KeyError) as error:
+        raise checks.invalid("path", str(path), f"a network of emqlib.models ({error})") from error
+
+
+def _refuse_another(model: nn.Module, tensors: dict[str, Tensor], path: Path | None) -> None:
+    """ValueError if the tensors are those of another network; what has a size of its own is left to its module."""
+    own = {name: list(t.shape) for name, t in model.state_dict().items() if not name.endswith("_extra_state")}
+    theirs = {name: list(t.shape) for name, t in tensors.items() if not name.endswith("_extra_state")}
+    differing = next((name for name in (*own, *theirs) if own.get(name) != theirs.get(name)), None)
+    if differing or set(model.state_dict()) != set(tensors):
+        place = ("net", type(model).__name__) if path is None else ("path", str(path))
+        there, here = (shapes.get(differing, "none") for shapes in (theirs, own))
+        raise checks.invalid(*place, f"the network that was saved: {differing} is {there} in the file, {here} in it")
