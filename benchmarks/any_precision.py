@@ -34,8 +34,8 @@ OUTPUT = Path(__file__).parents[1] / "results/benchmarks/any_precision"
 LENGTHS = {
     "published code": (10,),
     "published code, our schedule": (5,),
-    "ours, joint": (5,),
-    "ours, joint, bfloat16": (5,),
+    "ours, joint": (5, 7),
+    "ours, joint, bfloat16": (5, 7),
     "ours, bit by bit": (2, 3),
     "ours, 80% pruned": (5, 6, 8),
 }
