@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, models, plots, results, runs, training
+from emqlib import devices, models, plots, results, runs
 
 sys.path.insert(0, str(Path(__file__).parent))
 import any_precision
@@ -108,7 +107,10 @@ def measure(
             phase, precision, mode = case
             cases[phase, name, precision, mode] = steps.step(copy.deepcopy(net), x, y, phase, precision, mode)
         if name == "published code":
-            cases["training", "published code, contiguous", "none", "eager"] = _as_published(net, x, y)
+            case = ("training", "none", "eager")
+            cases["training", "published code, contiguous", "none", "eager"] = steps.step(
+                net, x, y, *case, channels_last=False
+            )
     rows = []
     for repeat in range(-1, repeats):  # the first compiles
         for (phase, name, precision, mode), step in cases.items():
@@ -116,17 +118,6 @@ def measure(
             row["seconds"] = steps.timed(step)
             rows += [row] if repeat >= 0 else []
     return pd.DataFrame(rows).assign(bits=BITS, batch=batch, **runs.provenance(data, device))
-
-
-def _as_published(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    optimizer = training.optimizer(net.to(x.device), emq.TrainConfig(lr=0.01))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

@@ -52,9 +52,11 @@ def measure(
     return pd.DataFrame(rows).assign(batch=batch, **runs.provenance(data, device))
 
 
-def step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str) -> Callable:
+def step(
+    net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str, channels_last: bool = True
+) -> Callable:
     """One training or inference step of `net` on images x (B, 3, H, W) and labels y (B,)."""
-    net = net.to(x.device, memory_format=devices.memory_format(net, True, x.device)).train(phase == "training")
+    net = net.to(x.device, memory_format=devices.memory_format(net, channels_last, x.device)).train(phase == "training")
     forward = torch.compile(net) if mode == "compiled" else net
     optimizer = training.optimizer(net, emq.TrainConfig(lr=0.01))
 

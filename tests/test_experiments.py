@@ -827,20 +827,6 @@ def test_imagenet_is_missed_before_any_work(tmp_path: Path, monkeypatch: pytest.
 # From a shell
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What time it is: a second later after each step of training, and else as late as before."""
-    now, step = [0.0], training._step
-
-    def timed(*args: Any) -> None:
-        step(*args)
-        now[0] += 1
-
-    monkeypatch.setattr(training, "_step", timed)
-    monkeypatch.setattr(checkpoints, "monotonic", lambda: now[0])
-    return now
-
-
 QUICK = ("-p", "bits", "[4]", "-p", "results_dir")  # of quickstart: two runs of four epochs of ten steps
 
 

@@ -954,20 +954,6 @@ class Unwritable:
 # Stopped when time is up
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What time it is: a second later after each step, and else as late as before."""
-    now, step = [0.0], training._step
-
-    def timed(*args: Any) -> None:
-        step(*args)
-        now[0] += 1
-
-    monkeypatch.setattr(training, "_step", timed)
-    monkeypatch.setattr(checkpoints, "monotonic", lambda: now[0])
-    return now
-
-
 def in_slices(
     make: Callable[..., nn.Module], data: Dataset, config: TrainConfig, path: Path, budget: float
 ) -> tuple[nn.Module, pd.DataFrame, list[str]]:
