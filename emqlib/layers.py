@@ -129,7 +129,8 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
         """x (any shape) at n levels (scalar)."""
-        n = n.float() if isinstance(n, Tensor) else n  # cast to float16, the constants of 32 bits would not fit
+        if isinstance(n, Tensor):  # in float16 the constants of 32 bits would not fit
+            n = n.to(torch.promote_types(n.dtype, torch.float32))
         if not self.started:
             self._start(x.detach())
         elif self.tracked and self.training:
@@ -137,7 +138,7 @@ class InputQuantizer(nn.Module):
         if self.method == "none":
             return x
         if self.method == "dorefa":
-            unit = not self.tracked and not isinstance(n, Tensor)
+            unit = not self.tracked
             return quantizers.dorefa_activation(x, n, 1.0 if unit else self.high, self.low if self.signed else None)
         if self.method == "pact":
             return quantizers.pact_activation(x, n, self.scale(), self.signed)
@@ -202,10 +203,14 @@ class _QuantizedLayer(nn.Module):
         self.set_bits(self.bits)
         return self.train(plain.training)
 
-    def set_bits(self, bits: int) -> None:
-        """Run at `bits` from now on."""
+    def set_bits(self, bits: int, levels: Tensor | None = None) -> None:
+        """Run at `bits` from now on; levels: a scalar of their number that other layers share, by default one's own.
+
+        By a shared one a compiled graph sees that two layers which read one activation quantize it alike: once does.
+        """
         self.bits, self.known_levels = bits, quantizers.levels(bits)
-        self.levels.fill_(self.known_levels)
+        if levels is not self.levels:
+            self.levels = torch.full_like(self.levels, self.known_levels) if levels is None else levels
         for module in self.modules():
             if isinstance(module, LearnedScale):
                 module.set_bits(bits)

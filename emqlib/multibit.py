@@ -14,6 +14,7 @@ from .attention import open_attention
 from .checks import bit_width, invalid
 from .layers import InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
 from .norms import MultiBitBatchNorm
+from .quantizers import levels
 from .signs import walk
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
@@ -60,6 +61,7 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     }
     model = _replace(model, new, spec, absorbed)
     model.quant_spec, model.kept = spec, kept
+    set_bits(model, spec.bits[-1])
     return model
 
 
@@ -139,8 +141,20 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
             raise invalid("bits", plan[name], built)
         if plan[name] == 1 and getattr(model.quant_spec, "zero_level", False):
             raise invalid("bits", 1, "2 or more with zero_level, since one level cannot be both zero and not")
-    for name, module in modules.items():
-        module.set_bits(plan[name])
+    _switch({module: plan[name] for name, module in modules.items()})
+
+
+def _switch(plan: Mapping[nn.Module, int]) -> None:
+    """Run each module at its bit-width; layers that all have one share the tensor of its levels."""
+    layers = [module for module in plan if not isinstance(module, MultiBitBatchNorm)]
+    shared = layers[0].levels if len({plan[layer] for layer in layers}) == 1 else None
+    if shared is not None:
+        shared.fill_(levels(plan[layers[0]]))
+    for module, bits in plan.items():
+        if isinstance(module, MultiBitBatchNorm):
+            module.set_bits(bits)
+        else:
+            module.set_bits(bits, shared)
 
 
 def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
@@ -166,8 +180,7 @@ def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        for module, b in before.items():
-            module.set_bits(b)
+        _switch(before)
 
 
 def converted(model: nn.Module) -> nn.Module:
