@@ -36,7 +36,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[distributed,notebook,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[deploy,distributed,notebook,test]"
 	touch $@
 
 demo: install

@@ -1,10 +1,11 @@
-"""What a step at a bit-width costs: the converted network against the plain one, pair by pair in one process.
+"""What a step at a bit-width costs: the converted network against the plain one, taking turns in one process.
 
 `python benchmarks/steps.py` writes a row a pair of measurements to results/benchmarks/steps.csv and prints, for each
 network, precision and bit-width, how fast training and inference are where the plain network's speed is 1: eager
 against eager, and each at its faster setting. Claims, for training: at least 0.8 in eager, at least 0.9 at best.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -36,19 +37,17 @@ def measure(
     device, rows = devices.device("auto"), []
     x = data.train.images[:batch].float().div(255).to(device).contiguous(memory_format=torch.channels_last)
     y = data.train.labels[:batch].to(device)
-    for name, arguments in networks.items():
-        for precision in precisions:
-            for mode in modes:
-                torch.compiler.reset()
-                plain = models.build(name, data.num_classes, **arguments)
-                ours = emq.convert(plain, emq.QuantSpec(bits=bits))
-                for phase in ("training", "inference"):
-                    pair = [step(net, x, y, phase, precision, mode) for net in (plain, ours)]
-                    for repeat, b in [(r, b) for r in range(-1, repeats) for b in bits]:
-                        emq.set_bits(ours, b)
-                        row = {"phase": phase, "network": name, "precision": precision, "mode": mode, "bits": b}
-                        seconds = dict(zip(("plain", "ours"), map(timed, pair), strict=True))
-                        rows += [row | {"repeat": repeat} | seconds] if repeat >= 0 else []  # the first ones compile
+    for (name, arguments), precision in itertools.product(networks.items(), precisions):
+        torch.compiler.reset()
+        plain = models.build(name, data.num_classes, **arguments)
+        ours = emq.convert(plain, emq.QuantSpec(bits=bits))
+        for phase in ("training", "inference"):
+            pairs = {mode: [step(net, x, y, phase, precision, mode) for net in (plain, ours)] for mode in modes}
+            for repeat, b, mode in itertools.product(range(-1, repeats), bits, modes):
+                emq.set_bits(ours, b)
+                row = {"phase": phase, "network": name, "precision": precision, "mode": mode, "bits": b}
+                seconds = dict(zip(("plain", "ours"), map(timed, pairs[mode]), strict=True))
+                rows += [row | {"repeat": repeat} | seconds] if repeat >= 0 else []  # the first ones compile
     return pd.DataFrame(rows).assign(batch=batch, **runs.provenance(data, device))
 
 
@@ -81,16 +80,16 @@ def timed(step: Callable, steps: int = 3) -> float:
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of our faster setting, a network, precision and bit-width; speed: ours, where the plain network's is 1.
+    """The rows of our faster setting, by network, precision and bit-width; speed: ours, where the plain network's is 1.
 
-    Pair by pair, since a machine's own speed drifts. Where the plain network is faster in the other setting, by the
-    median of all its measurements, its pairs count as so much faster.
+    Each repeat is against the plain network's in the setting that is faster for it, since a machine's own speed drifts.
     """
-    seconds = rows.groupby([*CASE, "mode"]).plain.transform("median")
-    fastest = seconds.groupby([rows[k] for k in CASE]).transform("min")
-    medians = rows.groupby([*CASE, "bits", "mode"], sort=False).ours.median()
-    chosen = medians[medians.groupby([*CASE, "bits"], sort=False).idxmin()].index.to_frame(index=False)
-    return chosen.merge(rows.assign(speed=rows.plain * fastest / seconds / rows.ours))
+    plain = rows.groupby([*CASE, "mode"]).plain.median()
+    theirs = plain[plain.groupby(CASE).idxmin()].index.to_frame(index=False).merge(rows)
+    ours = rows.groupby([*CASE, "bits", "mode"], sort=False).ours.median()
+    chosen = ours[ours.groupby([*CASE, "bits"], sort=False).idxmin()].index.to_frame(index=False).merge(rows)
+    fastest = theirs[[*CASE, "bits", "repeat", "plain"]].rename(columns={"plain": "fastest"})
+    return chosen.merge(fastest).assign(speed=lambda t: t.fastest / t.ours)
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

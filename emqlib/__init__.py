@@ -11,8 +11,10 @@ from .checkpoints import OutOfTime
 from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .evaluation import adapt_norm, evaluate
+from .export import export_onnx
 from .layers import QuantSpec
 from .multibit import at_bits, convert, set_bits, summary
+from .packing import pack
 from .sampling import CoresetConfig
 from .saving import load, save
 from .training import train
@@ -31,9 +33,11 @@ __all__ = [
     "coreset",
     "correction",
     "evaluate",
+    "export_onnx",
     "load",
     "load_dataset",
     "models",
+    "pack",
     "quantizers",
     "save",
     "set_bits",

@@ -5,19 +5,30 @@ import inspect
 import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pandas as pd
 
-from . import analysis, checks
+from . import analysis, checks, deployment
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
-from .data import load_dataset, write_class_folders
-from .methods import any_precision, base, bitwise_coreset, dedicated, in_parts, in_setting, of_length, ours, redrawn
+from .methods import (
+    any_precision,
+    as_files,
+    base,
+    bitwise_coreset,
+    coreset_base,
+    dedicated,
+    in_parts,
+    in_setting,
+    of_length,
+    ours,
+    redrawn,
+    vit_base,
+)
 from .profiles import Parameters, parameters
 from .ranks import current, started
 from .remedies import compare
-from .runs import Run, coreset_rows, derived, followed, run_all
+from .runs import Run, coreset_rows, derived, followed, run_all, trained
 from .sampling import SCORES, CoresetConfig
 from .transfer import gradient_angles, linear_probes
 
@@ -32,6 +43,7 @@ __all__ = [
     "coreset_rows",
     "curves",
     "dedicated",
+    "deploy",
     "distributions",
     "equal_epochs",
     "growth",
@@ -121,7 +133,7 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
-        shared = _coreset_base(p, seed, dataset)
+        shared = coreset_base(p, seed, dataset)
         for rate in rates:
             middle = rate == rates[len(rates) // 2]
             scores = [score for score in SCORES[1:] if middle or score in ("tdds", "el2n")]
@@ -159,7 +171,7 @@ def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: floa
     options += [random | {"across_bits": way} for way in ways]
     first, runs = p.profile.training, []
     trainings = [{"batch_size": first.batch_size // 2}, {"lr": 2 * first.lr}, {"weight_decay": first.weight_decay / 5}]
-    for start in (_coreset_base(p, seed, dataset) for seed in p.seeds):
+    for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
         runs += [ours(start, bitwise_coreset(pruning_rate, **option)) for option in options]
         changed = (replace(start, config=replace(start.config, **training)) for training in trainings)
         runs += [ours(start, bitwise_coreset(pruning_rate)) for start in changed]
@@ -170,7 +182,7 @@ def table2(p: Parameters) -> list[Run]:
     """The other small data sets, CIFAR-100 and TinyImageNet: Any-Precision, and ours at several pruning rates."""
     runs = []
     for dataset, seed in product(("cifar100", "tinyimagenet"), p.seeds):
-        shared = _coreset_base(p, seed, dataset)
+        shared = coreset_base(p, seed, dataset)
         coresets = [bitwise_coreset(rate) for rate in p.pruning_rates or (0.6, 0.8)]
         runs += [any_precision(shared), *(ours(shared, coreset) for coreset in coresets)]
     return runs
@@ -185,7 +197,7 @@ def vit(p: Parameters) -> list[Run]:
     """
     runs = []
     for dataset, seeds in (("cifar10", p.seeds), ("tinyimagenet", p.seeds[:1])):
-        for shared in (_vit_base(p, seed, dataset) for seed in seeds):
+        for shared in (vit_base(p, seed, dataset) for seed in seeds):
             runs += [ours(shared, correction=correction) for correction in ("none", "mean_var")]
             runs += [ours(shared, bitwise_coreset(rate)) for rate in p.pruning_rates or (0.8,)]
             runs += [any_precision(shared), *dedicated(shared)]
@@ -197,20 +209,10 @@ def layer_norms(p: Parameters) -> pd.DataFrame:
 
     Rows of `analysis.layer_norms`, of the first seed on CIFAR-10, at the trained bit-widths.
     """
-    shared = _vit_base(p, p.seeds[0], "cifar10")
+    shared = vit_base(p, p.seeds[0], "cifar10")
     both = [ours(shared, correction=correction) for correction in ("none", "mean_var")]
     tables = [derived(run, "norms", p.results_dir, lambda *net: analysis.layer_norms(*net, p.bits)) for run in both]
     return pd.concat(tables, ignore_index=True)
-
-
-def _vit_base(p: Parameters, seed: int, dataset: str) -> Run:
-    """As many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32."""
-    shared = in_setting(base(p, seed, dataset), p.profile.vit)
-    args = dict(shared.model_args)
-    if shared.dataset == "tinyimagenet":
-        args |= {"image_size": 64, "patch_size": 2 * args["patch_size"]}
-    spec = replace(shared.spec, weight="minmax", activation="lsq")
-    return replace(shared, model_args=tuple(args.items()), spec=spec)
 
 
 def imagenet(p: Parameters) -> list[Run]:
@@ -222,24 +224,12 @@ def imagenet(p: Parameters) -> list[Run]:
     if p.dataset not in ("", "imagenet") and not p.dataset.startswith("imagefolder:"):
         raise checks.invalid("dataset", p.dataset, "imagenet, or imagefolder:PATH for class folders")
     shared = base(p, p.seeds[0], "imagenet")
-    dataset = p.dataset or (_as_files(shared, p.results_dir) if p.profile.dataset else "imagenet")
+    dataset = p.dataset or (as_files(shared, p.results_dir) if p.profile.dataset else "imagenet")
     shared = replace(in_setting(shared, p.profile.imagenet), dataset=dataset, stream=dataset.startswith("imagefolder:"))
     if p.model:
         shared = replace(shared, model=p.model, model_args=())
     rates = p.pruning_rates or (0.6, 0.8)
     return [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in dict.fromkeys((0.0, *rates)))]
-
-
-def _as_files(run: Run, results_dir: Path) -> str:
-    """The name of the run's data set as class folders of files below `results_dir`, which are written if need be."""
-    folder = results_dir / "images" / run.dataset
-    write_class_folders(load_dataset(run.dataset).subset(*run.subset), folder)
-    return f"imagefolder:{folder}"
-
-
-def _coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
-    """What runs that compare coresets share: more epochs, on as much of the data as they can then afford."""
-    return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
 
 def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
@@ -253,6 +243,18 @@ def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
         shared = replace(shared, subset=p.profile.cost_subset, eval_bits=Run.eval_bits)
         runs += [*dedicated(shared), any_precision(shared), ours(shared), ours(shared, bitwise_coreset(pruning_rate))]
     return runs
+
+
+def deploy(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What Table 1's network, ours on the full data, costs where it is served, and what a switch of bit-width costs.
+
+    Tables of `deployment.served`, beside a network trained alike in full precision, and of `deployment.switching`.
+    """
+    run, kept = ours(base(p, p.seeds[0], dataset)), p.results_dir
+    (full,) = dedicated(base(replace(p, bits=(32,)), p.seeds[0], dataset))
+    bits, repeats = (p.bits, 1) if p.profile.name == "smoke" else (run.eval_bits, 5)
+    served = derived(run, "served", kept, lambda *net: deployment.served(*net, trained(full, kept)[0], bits, repeats))
+    return served, derived(run, "switching", kept, lambda *net: deployment.switching(*net, bits))
 
 
 def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -329,7 +331,7 @@ def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     if len(p.bits) < 2:
         raise checks.invalid("bits", p.bits, "two bit-widths at least")
     runs = []
-    for start in (_coreset_base(p, seed, dataset) for seed in p.seeds):
+    for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
         children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
         runs += [ours(start, bits=bits, **UNCALIBRATED) for bits in children]
         runs += dedicated(start)

@@ -43,6 +43,8 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", lambda rows: plots.accuracy_by_bits(_fewest_trained(rows))),
     "11_training_cost": ("11_training_cost", lambda rows: plots.growth(rows, "sample_passes")),
     "11_training_time": ("11_training_cost", lambda rows: plots.growth(rows, "seconds")),
+    "12_deploy": ("12_deploy", plots.accuracy_by_size),
+    "12_deploy_latency": ("12_deploy", plots.latency),
 }
 
 

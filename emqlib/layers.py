@@ -137,12 +137,18 @@ class InputQuantizer(nn.Module):
             self._follow(x.detach(), momentum=0.1)
         if self.method == "none":
             return x
+        if self.method == "lsq":
+            return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
+        return quantizers.fake_quantize(x, *self.grid(n), learn_step=False)
+
+    def grid(self, n: quantizers.Number) -> quantizers.Grid:
+        """(scale, q_min, q_max, offset) in force at n levels (scalar), of any method but "none"."""
         if self.method == "dorefa":
-            unit = not self.tracked
-            return quantizers.dorefa_activation(x, n, 1.0 if unit else self.high, self.low if self.signed else None)
-        if self.method == "pact":
-            return quantizers.pact_activation(x, n, self.scale(), self.signed)
-        return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
+            high = self.high if self.tracked else 1.0
+            return quantizers.dorefa_grid(n, high, self.low if self.signed else None)
+        scale = self.scale()
+        scale = quantizers.pact_step(n, scale, self.signed) if self.method == "pact" else scale
+        return quantizers.learned_grid(n, scale, self.signed)
 
     def _start(self, x: Tensor) -> None:
         x = x if self.signed else x.clamp_min(0)  # which a ReLU did before it was left to the quantizer
@@ -223,18 +229,24 @@ class _QuantizedLayer(nn.Module):
         w_q, w = self.weight_and_domain()
         return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient), w
 
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (O, ...), quantized and corrected, and the bias (O,) that the layer adds."""
+        weight, w = self._corrected_and_domain()
+        if not self.spec.output_correction:
+            return weight, self.bias
+        with torch.no_grad():
+            shift = output_shift(weight, w, self.mean_input)
+        return weight, -shift if self.bias is None else self.bias - shift
+
     def _operands(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized and corrected weight, and bias; channel: which dimension of x has the channels."""
-        x, (weight, w) = self.input_quantizer(x, self._n()), self._corrected_and_domain()
-        if not self.spec.output_correction:
-            return x, weight, self.bias
-        with torch.no_grad():
-            if self.training:
+        x = self.input_quantizer(x, self._n())
+        if self.spec.output_correction and self.training:
+            with torch.no_grad():
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
                 mean = some.mean(1, dtype=self.mean_input.dtype)
                 self.mean_input.lerp_(ranks.mean(mean) if self.across_ranks else mean, 0.1)
-            shift = output_shift(weight, w, self.mean_input)
-        return x, weight, -shift if self.bias is None else self.bias - shift
+        return x, *self.weight_and_bias()
 
     def weight_and_domain(self) -> tuple[Tensor, Tensor]:
         """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...)."""

@@ -1,8 +1,10 @@
 """A method of the paper's tables as a `Run`: what it shares with the others, and what sets it apart."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from .data import load_dataset, write_class_folders
 from .layers import QuantSpec
 from .profiles import Parameters, Setting
 from .runs import Run
@@ -37,6 +39,21 @@ def in_setting(base: Run, setting: Setting) -> Run:
         image_size=setting.image_size,
         config=replace(setting.training, seed=base.config.seed),
     )
+
+
+def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
+    """What runs of a ViT share, with as many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32."""
+    shared = in_setting(base(p, seed, dataset), p.profile.vit)
+    args = dict(shared.model_args)
+    if shared.dataset == "tinyimagenet":
+        args |= {"image_size": 64, "patch_size": 2 * args["patch_size"]}
+    spec = replace(shared.spec, weight="minmax", activation="lsq")
+    return replace(shared, model_args=tuple(args.items()), spec=spec)
+
+
+def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
+    """What runs that compare coresets share: more epochs, on as much of the data as they can then afford."""
+    return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
 
 def dedicated(base: Run) -> list[Run]:
@@ -86,3 +103,10 @@ def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> R
 def in_parts(run: Run, parts: int) -> Run:
     """`run` with each batch in as many smaller ones."""
     return replace(run, config=replace(run.config, batch_size=run.config.batch_size // parts))
+
+
+def as_files(run: Run, results_dir: Path) -> str:
+    """The name of the run's data set as class folders of files below `results_dir`, which are written if need be."""
+    folder = results_dir / "images" / run.dataset
+    write_class_folders(load_dataset(run.dataset).subset(*run.subset), folder)
+    return f"imagefolder:{folder}"

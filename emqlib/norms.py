@@ -113,7 +113,7 @@ class MultiBitBatchNorm(nn.Module):
             mean, var = self.running_mean[self.row], self.running_var[self.row]
         else:
             mean, var = self.statistics()
-        weight, bias = self._affine()
+        weight, bias = self.affine()
         if self.training and self.across_ranks:
             y = self._over_ranks(x, mean, var, weight, bias)
         else:
@@ -123,7 +123,7 @@ class MultiBitBatchNorm(nn.Module):
             self.running_var.index_copy_(0, self.stats_row, var[None])
         return y
 
-    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias (C,) in force."""
         pairs = (self.weight, self.bias)
         if not self.switchable:

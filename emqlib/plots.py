@@ -305,6 +305,38 @@ def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
     ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
 
 
+def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
+    """Top-1 accuracy (%) against the size of a file (KB, logarithmic), a point a bit-width, a line a kind of file.
+
+    rows: of `deployment.served`. ValueError: no rows.
+    """
+    import seaborn as sns
+
+    if rows.empty:
+        raise checks.invalid("rows", "none", "rows of deployment.served, at least one")
+    ax = axes(None, f"One checkpoint, served at each bit-width\n{rows.dataset[0]}, {rows.model[0]}")
+    files = {("onnxruntime", "file"): "ONNX", ("onnxruntime", "packed"): "packed", ("PyTorch", "file"): "TorchScript"}
+    colors = sns.color_palette("colorblind", len(files))
+    for color, marker, ((runtime, column), label) in zip(colors, "osD", files.items(), strict=True):
+        points = rows[rows.runtime == runtime].drop_duplicates(["weights", "bits"]).sort_values(column)
+        ax.plot(points[column] / 1e3, points.top1, color=color, marker=marker, ms=5, lw=1, label=label)
+        for point in points.itertuples():
+            name = point.weights if runtime == "PyTorch" or point.bits == 32 else str(point.bits)
+            place = {"textcoords": "offset points", "xytext": (3, 5), "fontsize": 6, "color": color}
+            ax.annotate(name, (getattr(point, column) / 1e3, point.top1), **place)
+    ax.set_xscale("log")
+    ax.set_xlabel("size of the file (KB, logarithmic; beside the points: bits)")
+    ax.set_ylabel("top-1 accuracy (%)")
+    ax.legend(fontsize=7)
+    return ax
+
+
+def latency(rows: pd.DataFrame) -> "Axes":
+    """Milliseconds for one image, a line a runtime and bit-width, a dot a repeat; rows: of `deployment.served`."""
+    named = rows.runtime + ", " + rows.weights + rows.bits.map(lambda b: "" if b == 32 else f", {b} bits")
+    return ranges(rows.assign(case=named, ms=1e3 * rows.latency), "case", "ms", "One image at a time", "milliseconds")
+
+
 def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> "Axes":
     """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
 

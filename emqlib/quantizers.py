@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .checks import bit_width, choice, flag, invalid
 
 Number = Tensor | float  # a scalar tensor, or what Python knows already
+Grid = tuple[Number, Number, Number, Tensor | None]  # (scale, q_min, q_max, offset), as `fake_quantize` takes them
 
 WEIGHT_METHODS = ("dorefa", "minmax", "lsq")
 ACTIVATION_METHODS = ("dorefa", "pact", "lsq", "none")
@@ -150,12 +151,8 @@ def signed_grid(n: Number, scale: Tensor) -> tuple[Number, Number, Tensor | None
     full = is_full(n)
     q_min = _where(full, -_FULL_LEVELS, -half)
     q_max = _where(full, _FULL_LEVELS, half - 1)
-    return q_min, q_max, _where(n == 1, scale / 2, _zero(n, scale))
-
-
-def _zero(n: Number, like: Tensor) -> Tensor | None:
-    """No offset: none at all where Python knows it."""
-    return torch.zeros_like(like) if isinstance(n, Tensor) else None
+    none = torch.zeros_like(scale) if isinstance(n, Tensor) else None  # no offset at all where Python knows it
+    return q_min, q_max, _where(n == 1, scale / 2, none)
 
 
 def step(n: Number, scale: Number) -> Number:
@@ -212,14 +209,19 @@ def minmax_weight(w: Tensor, n: Number, zero_level: bool = False) -> tuple[Tenso
     s r(m w/s) / m, m = (n - 1) / 2, the restricted range of n levels around zero that integer kernels want.
     w: (O, ...); n: scalar levels; returns two (O, ...). s is a statistic and carries no gradient.
     """
-    s = w.detach().abs().reshape(len(w), -1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
-    s = s.view(-1, *[1] * (w.dim() - 1))
+    s = _largest(w)
     if zero_level:
         m = (n - 1) / 2
         w_q = s * round_ste(m * w / s) / m
     else:
         w_q = s * (2 * round_ste(n * (w / (2 * s) + 0.5)) / n - 1)
     return _where(is_full(n), w, w_q), w
+
+
+def _largest(w: Tensor) -> Tensor:
+    """max|w_o| of each output channel o of w (O, ...): (O, 1, ...), never zero."""
+    s = w.detach().abs().reshape(len(w), -1).amax(1).clamp_min(torch.finfo(w.dtype).tiny)
+    return s.view(-1, *[1] * (w.dim() - 1))
 
 
 def lsq_weight(w: Tensor, n: Number, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,8 +250,8 @@ def scale_gradient(scale: Tensor, numel: int, q_max: Number) -> Tensor:
     return (scale - scale * g).detach() + scale * g
 
 
-def affine_grid(n: Number, low: Tensor, high: Tensor) -> tuple[Number, Number, Number, Tensor | None]:
-    """(scale, q_min, q_max, offset) of n + 1 levels over [low, high], low < 0 < high, one of them zero; all scalar.
+def affine_grid(n: Number, low: Tensor, high: Tensor) -> Grid:
+    """The grid of n + 1 levels over [low, high], low < 0 < high, one of them zero; all scalar.
 
     At 1 bit a zero level would leave one side without any, so there the two levels are low and high themselves.
     """
@@ -258,8 +260,23 @@ def affine_grid(n: Number, low: Tensor, high: Tensor) -> tuple[Number, Number, N
     # not low / scale: rounded twice, a range symmetric about zero would miss its tie and tip over to either side
     q_min = _where(binary, 0.0, torch.round(low * n / (high - low)))
     q_max = q_min + n
-    offset = _where(binary, low, _zero(n, low))
+    offset = _where(binary, low, torch.zeros_like(low) if isinstance(n, Tensor) else None)
     return step(n, scale), _where(full, -_FULL_LEVELS, q_min), _where(full, _FULL_LEVELS, q_max), offset
+
+
+def dorefa_grid(n: Number, high: Number, low: Tensor | None = None) -> Grid:
+    """The grid of `dorefa_activation`: n + 1 levels over [0, high], or with a negative `low` [low, high]; all scalar."""
+    return (step(n, high / n), *unsigned_grid(n)) if low is None else affine_grid(n, low, high)
+
+
+def learned_grid(n: Number, scale: Number, signed: bool) -> Grid:
+    """The grid of `pact_activation` and `lsq_activation`, whose step is the scalar `scale`."""
+    return step(n, scale), *(signed_grid(n, scale) if signed else unsigned_grid(n))
+
+
+def pact_step(n: Number, alpha: Number, signed: bool) -> Number:
+    """The step of n levels above the lowest one over [0, alpha], or [-alpha, alpha]; all scalar."""
+    return (2 * alpha if signed else alpha) / n
 
 
 def dorefa_activation(x: Tensor, n: Number, high: Number, low: Tensor | None = None) -> Tensor:
@@ -268,10 +285,7 @@ def dorefa_activation(x: Tensor, n: Number, high: Number, low: Tensor | None = N
     x: any shape; n, high, low: scalar; returns the shape of x. No gradient to the range. 32 bits: x above zero
     (with `low`: x). Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
     """
-    if low is None:
-        return fake_quantize(x, step(n, high / n), *unsigned_grid(n))
-    scale, q_min, q_max, offset = affine_grid(n, low, high)
-    return fake_quantize(x, scale, q_min, q_max, offset)
+    return fake_quantize(x, *dorefa_grid(n, high, low))
 
 
 def pact_activation(x: Tensor, n: Number, alpha: Tensor, signed: bool) -> Tensor:
@@ -281,10 +295,7 @@ def pact_activation(x: Tensor, n: Number, alpha: Tensor, signed: bool) -> Tensor
     outermost level of the side, in units of a); 32 bits: x above zero (signed: x). Source: PACT, eq. 1-3
     (arXiv 1805.06085).
     """
-    if signed:
-        scale = 2 * alpha / n
-        return fake_quantize(x, step(n, scale), *signed_grid(n, scale), learn_step=False)
-    return fake_quantize(x, step(n, alpha / n), *unsigned_grid(n), learn_step=False)
+    return fake_quantize(x, *learned_grid(n, pact_step(n, alpha, signed), signed), learn_step=False)
 
 
 def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int = 1) -> Tensor:
@@ -296,8 +307,7 @@ def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int
     """
     q_max = signed_grid(n, scale)[1] if signed else n
     s = scale_gradient(scale, x.numel() * parts, q_max)
-    grid = signed_grid(n, s) if signed else unsigned_grid(n)
-    return fake_quantize(x, step(n, s), *grid)
+    return fake_quantize(x, *learned_grid(n, s, signed))
 
 
 def quantize_weight(
@@ -356,6 +366,23 @@ def quantize_activation(
     if method == "pact":
         return pact_activation(x, n, c, signed)
     return dorefa_activation(x, n, c, -c if signed else None)
+
+
+def weight_grid(
+    w: Tensor, n: float, method: str, scale: Tensor | None = None, zero_level: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(low, step) of the grid low + step r, r = 0, 1, ..., n, on which w (O, ...) is quantized by `method`.
+
+    Both scalar or (O, 1, ...); arguments as `quantize_weight`'s, n levels.
+    """
+    if method == "dorefa":
+        E = w.abs().mean()
+        return -E, 2 * E / n
+    if method == "minmax":
+        s = _largest(w)
+        return -s, 2 * s / (n - 1 if zero_level else n)
+    q_min, _, offset = signed_grid(n, scale)
+    return q_min * scale + (0.0 if offset is None else offset), scale
 
 
 def _checked_levels(name: str, x: Tensor, bits: int) -> Tensor:

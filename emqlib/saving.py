@@ -13,27 +13,31 @@ from torch import Tensor, nn
 
 from . import checks, models
 from .files import canonical_json, write_atomic
-from .layers import QuantSpec
+from .layers import QuantConv2d, QuantLinear, QuantSpec
 from .multibit import convert, converted
+from .packing import pack_as_set
 from .provenance import software
 
-VERSION = 1
-_KEYS = {"version", "network", "spec", "trained_on", "provenance", "sha256"}
+VERSION = 2
+_KEYS = {"version", "network", "spec", "packed", "trained_on", "provenance", "sha256"}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write a converted `model`, at every bit-width, to `path`, atomically: what `load` needs to make it again.
+    """Write a converted `model`, or what `pack` made of one, to `path`, atomically: what `load` needs to make it again.
 
     The file is safetensors; its header holds, as JSON, a version, the network (where `emqlib.models` built it), the
-    QuantSpec, name, checksum and statistics of the data set `train` saw last, this software's versions, and a checksum
-    of all tensors. ValueError: not a converted network, or a path that is a folder. OSError: it cannot be written.
+    QuantSpec, the bit-widths of packed layers, name, checksum and statistics of the data set `train` saw last, this
+    software's versions, and a checksum of all tensors. ValueError: neither a converted network nor a packed one, or a
+    path that is a folder. OSError: it cannot be written.
     """
-    network, path = converted(model), _file(path)
+    packed, path = getattr(model, "packed_bits", None), _file(path)
+    network = converted(model) if packed is None else model
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
     about = {
         "version": VERSION,
         "network": getattr(network, "recipe", None),
-        "spec": asdict(network.quant_spec),
+        "spec": asdict(network.quant_spec if packed is None else network.packed_spec),
+        "packed": packed,
         "trained_on": getattr(network, "trained_on", None),
         "provenance": software(),
         "sha256": _digest(tensors),
@@ -43,7 +47,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
-    """The network that `save` wrote to `path`, in evaluation mode, at its highest trained bit-width.
+    """The network that `save` wrote to `path`, in evaluation mode: packed, or at its highest trained bit-width.
 
     On the CPU, or where `net` lies. net: the plain network that was converted, of which the parameters do not matter,
     where it is not one of `emqlib.models`. ValueError that names path or net: no such file, not whole, edited, of
@@ -53,6 +57,8 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     about, tensors = _read(path)
     spec = _spec(about["spec"], path)
     model = convert(_network(about["network"], net, path), spec)
+    if about["packed"] is not None:
+        model = _packed(model, about["packed"], path)
     _refuse_another(model, tensors, path if net is None else None)
     model.load_state_dict(tensors)
     model.trained_on = about["trained_on"]
@@ -113,6 +119,19 @@ def _network(recipe: Any, net: nn.Module | None, path: Path) -> nn.Module:
         return models.build(name, **arguments)
     except (TypeError, ValueError, KeyError) as error:
         raise checks.invalid("path", str(path), f"a network of emqlib.models ({error})") from error
+
+
+def _packed(model: nn.Module, bits: Any, path: Path) -> nn.Module:
+    """A packed network of the shapes of `model`'s, each layer at its own of `bits`."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    if not isinstance(bits, dict) or set(bits) != set(layers):
+        raise checks.invalid("path", str(path), f"a bit-width for each of {', '.join(layers)}")
+    try:
+        for name, layer in layers.items():
+            layer.set_bits(checks.bit_width(name, bits[name]))
+    except ValueError as error:
+        raise checks.invalid("path", str(path), f"bit-widths of packed layers ({error})") from error
+    return pack_as_set(model)
 
 
 def _refuse_another(model: nn.Module, tensors: dict[str, Tensor], path: Path | None) -> None:

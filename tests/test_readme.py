@@ -13,12 +13,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) == 1 and "emq.convert(" in BLOCKS[0]
+    assert len(BLOCKS) == 2 and "emq.convert(" in BLOCKS[0] and "emq.export_onnx(" in BLOCKS[1]
 
 
-def test_your_own_network_in_ten_lines(
+def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     digits = emq.load_dataset("digits").subset(600, 200)
@@ -29,6 +30,10 @@ def test_your_own_network_in_ten_lines(
     assert (tmp_path / "digits.pt").exists() and "top1" in capsys.readouterr().out
     assert table.bits.tolist() == list(range(1, 9)) and table[table.trained].top1.max() > 25
     assert names["logits"].shape == (1, 10)
+    assert BLOCKS[1].count("\n") <= 10
+    exec(BLOCKS[1], names)
+    assert (tmp_path / "digits_4bit.onnx").exists() and names["agreement"] > 0.99
+    assert re.search(r"\d+\.\d% of the answers agree", capsys.readouterr().out)
 
 
 def test_links_and_paths_exist() -> None:

@@ -96,7 +96,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     emq.save(model, path)
     about = json.loads(header(path)["__metadata__"]["emqlib"])
-    assert about["version"] == 1 and about["network"] == {"name": "resnet8", "num_classes": 10, "width": 4}
+    assert about["version"] == 2 and about["network"] == {"name": "resnet8", "num_classes": 10, "width": 4}
     assert about["spec"]["bits"] == [2, 4] and about["spec"]["activation_range"] == "unit"
     assert about["trained_on"] == {
         "name": "digits",
@@ -128,8 +128,8 @@ def test_a_network_of_ones_own_is_given(tmp_path: Path) -> None:
 
 
 EDITS: dict[str, tuple[Any, str]] = {
-    "another version": (lambda a: a.update(version=2), r"version 1 of the format, not 2"),
-    "no version": (lambda a: a.pop("version"), r"version 1 of the format, not None"),
+    "another version": (lambda a: a.update(version=1), r"version 2 of the format, not 1"),
+    "no version": (lambda a: a.pop("version"), r"version 2 of the format, not None"),
     "a key less": (lambda a: a.pop("spec"), r"a whole file that emqlib.save wrote, with network"),
     "a key more": (lambda a: a.update(code="import os"), r"a whole file that emqlib.save wrote, with network"),
     "another spec": (lambda a: a["spec"].update(weight="eval"), r"a QuantSpec \(weight='eval': expected one of dorefa"),

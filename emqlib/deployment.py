@@ -1,0 +1,152 @@
+"""What one checkpoint costs where it is served: accuracy, size, memory and time at each bit-width, and of a switch."""
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from . import saving, serving
+from .data import Dataset
+from .evaluation import batches
+from .export import export_onnx, native
+from .multibit import at_bits, set_bits
+from .packing import pack, packed_bytes
+
+CALIBRATION = 500  # training images that PyTorch's own int8 takes its ranges from
+
+
+def served(
+    model: nn.Module, data: Dataset, full: nn.Module, bits: Iterable[int] = range(1, 9), repeats: int = 5
+) -> pd.DataFrame:
+    """What each child of a converted `model` costs as an ONNX file, beside another network in full precision and int8.
+
+    full: a converted network trained at 32 bits, of which PyTorch's own static quantization makes the int8 one; both on
+    the CPU. One row a runtime, bit-width and repeat, each measured in a process of its own by `serving.cost`, the
+    runtimes taking turns. Columns: runtime, weights (their type in the file), bits, repeat, those of `serving.cost`,
+    top1 (%), agreement (% of the test images on which the file answers as the network in training), difference (of
+    logits, the largest), file and packed (bytes of that file and of what `saving.save` writes of a packed network), and
+    arithmetic (bytes that the numbers of the packed network take).
+    """
+    pairs = list(batches(data, "test", torch.device("cpu"), 500))
+    images, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / "images.npy", images.numpy())
+        cases = [_onnx(network, b, images, folder) for network, b in (*((model, b) for b in bits), (full, 32))]
+        cases += _torchs_own(full, data, images, folder)
+        rows = []
+        for repeat, case in itertools.product(range(repeats), cases):
+            found = _costs(case["path"], folder)
+            answers = np.load(case["path"].with_suffix(".npy"))
+            rows.append({"repeat": repeat} | case | found | _quality(answers, case["expected"], labels.numpy()))
+    return pd.DataFrame(rows).drop(columns=["path", "expected"])
+
+
+def _logits(network: nn.Module, images: Tensor) -> np.ndarray:
+    """Logits (N, C) of images (N, 3, H, W), in evaluation mode."""
+    with torch.no_grad():
+        return torch.cat([network.eval()(part) for part in images.split(500)]).numpy()
+
+
+def _onnx(model: nn.Module, bits: int, images: Tensor, folder: Path) -> dict[str, Any]:
+    """The child as an ONNX file, what the network itself answers, and what both kinds of file take."""
+    path, child = folder / f"{bits}.onnx", pack(model, bits)
+    export_onnx(model, path, bits, images[:2])
+    saving.save(child, path.with_suffix(".safetensors"))
+    with at_bits(model, bits):
+        expected = _logits(model, images)
+    case = {"runtime": "onnxruntime", "weights": "float32" if bits == 32 else f"int{native(bits)}", "bits": bits}
+    case |= {"file": path.stat().st_size, "packed": path.with_suffix(".safetensors").stat().st_size}
+    return case | {"arithmetic": packed_bytes(child), "path": path, "expected": expected}
+
+
+def _torchs_own(full: nn.Module, data: Dataset, images: Tensor, folder: Path) -> list[dict[str, Any]]:
+    """The network in full precision, and what PyTorch's own static quantization to int8 makes of it, as TorchScript."""
+    plain, cases = pack(full, 32), []
+    some = torch.cat([x for x, _ in batches(data, "train", torch.device("cpu"), 100, CALIBRATION)])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # that its successor lives in a library of its own
+        for weights, network in (("float32", plain), ("int8", _int8(plain, some))):
+            path = folder / f"{weights}.pt"
+            torch.jit.save(torch.jit.freeze(torch.jit.trace(network, images[:2]).eval()), path)
+            case = {"runtime": "PyTorch", "weights": weights, "bits": 8 if weights == "int8" else 32}
+            cases.append(case | {"file": path.stat().st_size, "path": path, "expected": _logits(plain, images)})
+    return cases
+
+
+def _int8(plain: nn.Module, images: Tensor) -> nn.Module:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    prepared = prepare_fx(copy.deepcopy(plain), get_default_qconfig_mapping("x86"), (images[:1],))
+    prepared(images)
+    return convert_fx(prepared)
+
+
+def _costs(path: Path, folder: Path) -> dict[str, float]:
+    """`serving.cost` in a process that holds no more than the runtime; logits of all images go beside `path`."""
+    threads, out = torch.get_num_threads(), path.with_suffix(".npy")
+    if path.suffix == ".pt":
+        with get_context("spawn").Pool(1) as fresh:
+            return fresh.apply(_torch_cost, (path, folder / "images.npy", threads, out))
+    arguments = [sys.executable, serving.__file__, path, folder / "images.npy", str(threads), out]
+    return json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+
+
+def _torch_cost(path: Path, images: Path, threads: int, out: Path) -> dict[str, float]:
+    torch.set_num_threads(threads)
+
+    def load() -> serving.Network:
+        network = torch.jit.load(path)
+        return lambda x: network(torch.from_numpy(x)).numpy()
+
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        x = np.load(images)
+        found = serving.cost(load, x)
+        np.save(out, serving.logits(load(), x))
+    return found
+
+
+def _quality(found: np.ndarray, expected: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    answers = found.argmax(1)
+    agreement = 100 * float((answers == expected.argmax(1)).mean())
+    difference = float(np.abs(found - expected).max())
+    return {"top1": 100 * float((answers == labels).mean()), "agreement": agreement, "difference": difference}
+
+
+def switching(model: nn.Module, data: Dataset, bits: Iterable[int] = range(1, 9), repeats: int = 20) -> pd.DataFrame:
+    """Milliseconds until a converted `model`, one of `emqlib.models` on the CPU, answers at another bit-width.
+
+    One row a way, bit-width and repeat. "set_bits": of the trained network in memory. "packed file": `saving.load` of a
+    packed network. "ONNX file": a new session of onnxruntime. model is left at another bit-width.
+    """
+    bits, example, rows = tuple(bits), data.test.images[:2].float(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for b in bits:
+            export_onnx(model, Path(folder, f"{b}.onnx"), b, example)
+            saving.save(pack(model, b), Path(folder, f"{b}.safetensors"))
+        ways = {
+            "set_bits": lambda b: set_bits(model, b),
+            "packed file": lambda b: saving.load(Path(folder, f"{b}.safetensors")),
+            "ONNX file": lambda b: serving.load(Path(folder, f"{b}.onnx"), torch.get_num_threads()),
+        }
+        for repeat, b, way in itertools.product(range(-1, repeats), bits, ways):
+            start = perf_counter()
+            ways[way](b)
+            row = {"way": way, "bits": b, "repeat": repeat, "milliseconds": 1e3 * (perf_counter() - start)}
+            rows += [row] if repeat >= 0 else []  # the first ones import and allocate
+    return pd.DataFrame(rows)

@@ -1,0 +1,297 @@
+"""Integers for deployment: the weights of one child in 1 to 8 bits each, a scale and an offset for each channel."""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import quantizers
+from .attention import MultiheadAttention
+from .checks import invalid
+from .correction import correct_weight
+from .layers import InputQuantizer, QuantConv2d, QuantLinear
+from .multibit import Bits, at_bits, converted
+from .norms import MultiBitBatchNorm
+
+
+def pack_integers(codes: Tensor, bits: int) -> Tensor:
+    """N integers in [0, 2**bits), of any shape, one after the other, lowest bit first: uint8 (ceil(N bits / 8),).
+
+    >>> pack_integers(torch.tensor([1, 2, 3, 0]), bits=2)
+    tensor([57], dtype=torch.uint8)
+    """
+    places = torch.arange(bits, device=codes.device)
+    stream = (codes.reshape(-1, 1) >> places & 1).flatten()
+    octets = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
+    return (octets << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+
+def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first N = `count` integers of what `pack_integers` packed, uint8 (ceil(N bits / 8),): int64 (N,).
+
+    >>> unpack_integers(torch.tensor([57], dtype=torch.uint8), bits=2, count=4)
+    tensor([1, 2, 3, 0])
+    """
+    stream = (packed.long().unsqueeze(1) >> torch.arange(8, device=packed.device) & 1).flatten()
+    return (stream[: count * bits].view(count, bits) << torch.arange(bits, device=packed.device)).sum(1)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """gain y + shift for each channel, (C,) in float64: what a batch norm is in evaluation mode."""
+
+    gain: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, norm: MultiBitBatchNorm) -> "Affine":
+        """That of `norm` at the bit-width it is set to."""
+        (mean, var), (weight, bias) = norm.statistics(), norm.affine()
+        gain = (var.double() + norm.eps).rsqrt()
+        gain = gain if weight is None else gain * weight.double()
+        shift = -mean.double() * gain
+        return cls(gain, shift if bias is None else shift + bias.double())
+
+
+class ChannelAffine(nn.Module):
+    """gain x + shift for each channel: a batch norm that no layer could take in. (N, C, ...) -> (N, C, ...)."""
+
+    def __init__(self, affine: Affine, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("gain", affine.gain.to(dtype))
+        self.register_buffer("shift", affine.shift.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) -> (N, C, ...)."""
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return torch.addcmul(self.shift.view(shape), x, self.gain.view(shape))
+
+
+class FixedQuantizer(nn.Module):
+    """An input quantizer at one bit-width, whose grid is four numbers: scale, q_min, q_max and offset."""
+
+    def __init__(self, quantizer: InputQuantizer, bits: int) -> None:
+        super().__init__()
+        scale, q_min, q_max, offset = quantizer.grid(quantizers.levels(bits))
+        self.shifted = offset is not None
+        numbers = [float(v) for v in (scale, q_min, q_max, 0.0 if offset is None else offset)]
+        self.register_buffer("numbers", quantizer.high.new_tensor(numbers))
+        self.read()
+        self.register_load_state_dict_post_hook(lambda module, _: module.read())
+
+    def read(self) -> None:
+        """Take the grid from the buffer, once: a forward pass must not wait for a device to tell it."""
+        self.scale, self.q_min, self.q_max, self.offset = self.numbers.tolist()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (any shape) on the grid."""
+        offset = self.numbers[3].to(x.dtype) if self.shifted else None
+        return quantizers.fake_quantize(x, self.scale, self.q_min, self.q_max, offset)
+
+
+class _PackedLayer(nn.Module):
+    """What PackedConv2d and PackedLinear share: `codes`, and `affine`, which holds scale, offset and, if any, bias.
+
+    PyTorch multiplies with no integers of few bits: weight and bias are unpacked once, and are no part of the state.
+    """
+
+    codes: Tensor
+    affine: Tensor
+
+    def _adopt(self, layer: QuantConv2d | QuantLinear, norm: Affine | None) -> Self:
+        bias, (codes, scale, offset) = layer.weight_and_bias()[1], _integers(layer)
+        if norm is not None:
+            scale, offset = scale * norm.gain, offset * norm.gain
+            bias = norm.shift + (0 if bias is None else bias * norm.gain)
+        # -1 - c is -(c + 1/2) - 1/2, and runtimes want steps above zero
+        codes = torch.where(_per_channel(scale < 0, codes), -1 - codes, codes)
+        rows = [scale.abs(), offset] if bias is None else [scale.abs(), offset, bias]
+        del self.weight, self.bias
+        self.bits, self.shape = layer.bits, codes.shape
+        self.register_buffer("codes", pack_integers(codes + 2 ** (self.bits - 1), self.bits))
+        self.register_buffer("affine", torch.stack(rows).to(layer.weight.dtype))
+        self.register_buffer("weight", None, persistent=False)
+        self.register_buffer("bias", None, persistent=False)
+        fixed = layer.input_quantizer.method != "none"
+        self.input_quantizer = FixedQuantizer(layer.input_quantizer, self.bits) if fixed else nn.Identity()
+        self.unpack()
+        self.register_load_state_dict_post_hook(lambda module, _: module.unpack())
+        return self.eval().requires_grad_(False)
+
+    def integers(self) -> Tensor:
+        """The weight's integers in [-2**(bits - 1), 2**(bits - 1)): int64 (O, ...)."""
+        return unpack_integers(self.codes, self.bits, self.shape.numel()).view(self.shape) - 2 ** (self.bits - 1)
+
+    def unpack(self) -> None:
+        """weight = scale (integers + 1/2) + offset, (O, ...), rounded once."""
+        centred = self.integers().double() + 0.5
+        scale, offset = (_per_channel(row.double(), centred) for row in self.affine[:2])
+        self.weight = (scale * centred + offset).to(self.affine.dtype)
+        self.bias = self.affine[2].clone() if len(self.affine) == 3 else None
+
+    def extra_repr(self) -> str:
+        """The plain layer's, with the bit-width."""
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class PackedConv2d(_PackedLayer, nn.Conv2d):
+    """A QuantConv2d at one bit-width, its weights integers. (N, I, H, W) -> (N, O, H', W')."""
+
+    @classmethod
+    @torch.no_grad()
+    def from_quantized(cls, conv: QuantConv2d, affine: Affine | None) -> "PackedConv2d":
+        """That of `conv` at the bit-width it is set to, with what comes after it folded in."""
+        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        layer = cls(*sizes, groups=conv.groups, padding_mode=conv.padding_mode, device="meta")
+        return layer._adopt(conv, affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, H, W) -> (N, O, H', W')."""
+        return super().forward(self.input_quantizer(x))
+
+
+class PackedLinear(_PackedLayer, nn.Linear):
+    """A QuantLinear at one bit-width, its weights integers. (..., I) -> (..., O)."""
+
+    @classmethod
+    @torch.no_grad()
+    def from_quantized(cls, linear: QuantLinear, affine: Affine | None) -> "PackedLinear":
+        """That of `linear` at the bit-width it is set to, with what comes after it folded in."""
+        return cls(linear.in_features, linear.out_features, device="meta")._adopt(linear, affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return super().forward(self.input_quantizer(x))
+
+
+_PACKED = {QuantConv2d: PackedConv2d, QuantLinear: PackedLinear}
+
+
+def pack(model: nn.Module, bits: Bits) -> nn.Module:
+    """One child of a converted `model` as a network of integers, for inference: a copy, in evaluation mode.
+
+    bits: 1 to 8 or 32, or a dict as for `set_bits`. A weight quantized to b bits is w_q = low + step r with integers r
+    from 0 to n = 2^b - 1. Weight bias correction is affine for each output channel o, w' = R_o (w_q - m_q) + m_w with
+    the means m and R_o = std(w) / std(w_q) (1 for "mean"), and so is a batch norm after a convolution, g_o y + h_o. So
+
+        g_o w' = scale_o (c + 1/2) + offset_o, scale_o = g_o R_o step, offset_o = g_o (R_o (low + n/2 step - m_q) + m_w)
+
+    with integers c = r - 2^(b-1), which take b bits each; the layer's bias becomes g_o bias_o + h_o. A batch norm after
+    anything else becomes a gain and a shift for each channel. What was kept in full precision stays so, as does all at
+    32 bits. Unpacked to float32, a weight is off by one unit in the last place of its channel's
+    largest at most, 2^-23 of that and a step, where the training layer's own float32 arithmetic is off by up to four.
+    Size: N b / 8 bytes for N weights of a layer, 12 for each of its output channels, 16 for its input.
+    `saving.save` writes it, `export.export_onnx` makes it a file for other runtimes.
+    ValueError: as `set_bits`, or an input quantizer that has seen no images yet.
+    """
+    network = converted(model)
+    with at_bits(network, bits):
+        for name, layer in network.named_modules():
+            if isinstance(layer, InputQuantizer) and not layer.started:
+                raise invalid("model", name, "a network that has seen images, from which its input ranges start")
+        return pack_as_set(network)
+
+
+def pack_as_set(network: nn.Module) -> nn.Module:
+    """`pack`, at the bit-widths that `network` is set to, unchecked."""
+    packed = copy.deepcopy(network).eval()
+    layers = {name: m.bits for name, m in packed.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    folded = _folded(packed)
+    with torch.no_grad():
+        new = {norm: nn.Identity() for norm in folded.values()}
+        for module in packed.modules():
+            if isinstance(module, MultiBitBatchNorm) and module not in new:
+                new[module] = ChannelAffine(Affine.of(module), module.running_mean.dtype)
+            elif type(module) in _PACKED or module in folded:
+                new[module] = _packed(module, Affine.of(folded[module]) if module in folded else None)
+    for module in list(packed.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = new.get(child, child)
+    packed = new.get(packed, packed)
+    packed.packed_spec, packed.packed_bits = network.quant_spec, layers
+    for name in ("quant_spec", "kept"):
+        packed.__dict__.pop(name, None)
+    return packed.requires_grad_(False)
+
+
+def packed_bytes(network: nn.Module) -> int:
+    """Bytes that the numbers of a packed network take, whatever file they lie in."""
+    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
+
+
+def _packed(layer: nn.Module, affine: Affine | None) -> nn.Module:
+    if type(layer) in _PACKED and layer.bits != 32:
+        return _PACKED[type(layer)].from_quantized(layer, affine)
+    weight, bias = layer.weight_and_bias() if type(layer) in _PACKED else (layer.weight, layer.bias)
+    if affine is not None:
+        weight = weight.double() * _per_channel(affine.gain, weight)
+        bias = affine.shift + (0 if bias is None else bias.double() * affine.gain)
+    plain = _plain(layer, bias is not None)
+    plain.weight = nn.Parameter(weight.to(layer.weight.dtype))
+    plain.bias = None if bias is None else nn.Parameter(bias.to(layer.weight.dtype))
+    quantizer = getattr(layer, "input_quantizer", None)
+    clips = quantizer is not None and not quantizer.signed and quantizer.method != "none"
+    return nn.Sequential(nn.ReLU(), plain) if clips else plain  # which conversion left to the quantizer
+
+
+def _plain(layer: nn.Module, bias: bool) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, layer.out_features, bias=bias, device="meta").eval()
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    groups, mode = layer.groups, layer.padding_mode
+    return nn.Conv2d(*sizes, groups=groups, bias=bias, padding_mode=mode, device="meta").eval()
+
+
+def _integers(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers c in [-2**(b-1), 2**(b-1)) (O, ...), and scale and offset (O,) in float64, of the weight of a layer.
+
+    Two points would do for an affine map; least squares take all, whichever of them a channel has.
+    """
+    twin, spec, n = copy.deepcopy(layer).double(), layer.spec, layer.known_levels
+    scale = layer.weight_scale() if spec.weight == "lsq" else None
+    grids = (quantizers.weight_grid(w, n, spec.weight, scale, spec.zero_level) for w in (layer.weight, twin.weight))
+    (low, step), (low_64, step_64) = grids
+    r = ((layer.weight_and_domain()[0] - low) / step).round().nan_to_num().double()  # all zero: a step of zero
+    w = correct_weight(low_64 + step_64 * r, twin.weight_and_domain()[1], spec.correction).flatten(1)
+    x = (r - n / 2).flatten(1)
+    d = x - x.mean(1, keepdim=True)
+    slope = (d * w).sum(1) / d.square().sum(1)
+    slope = torch.where(slope.isnan(), step_64.flatten().double(), slope)  # one level: any slope fits
+    return (r - 2 ** (layer.bits - 1)).long(), slope, w.mean(1) - slope * x.mean(1)
+
+
+def _per_channel(v: Tensor, like: Tensor) -> Tensor:
+    """v (O,) as (O, 1, ...), against `like` (O, ...)."""
+    return v.view(-1, *[1] * (like.dim() - 1))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        own = (MultiheadAttention, QuantConv2d, QuantLinear, MultiBitBatchNorm)
+        return isinstance(module, own) or super().is_leaf_module(module, name)
+
+
+def _folded(network: nn.Module) -> dict[nn.Module, MultiBitBatchNorm]:
+    """Of each convolution whose output goes to a batch norm and nowhere else, that batch norm.
+
+    None where torch.fx cannot trace the network.
+    """
+    try:
+        graph = _Tracer().trace(network)
+    except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
+        return {}
+    modules = dict(network.named_modules(remove_duplicate=False))
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(modules[node.target] for node in called)
+    found = {}
+    for node in called:
+        norm, source = modules[node.target], node.args[0] if node.args else None
+        if not isinstance(norm, MultiBitBatchNorm) or source not in called or len(source.users) > 1:
+            continue
+        layer = modules[source.target]
+        if type(layer) in (nn.Conv2d, QuantConv2d) and calls[layer] == calls[norm] == 1:
+            found[layer] = norm
+    return found
