@@ -265,7 +265,7 @@ def affine_grid(n: Number, low: Tensor, high: Tensor) -> Grid:
 
 
 def dorefa_grid(n: Number, high: Number, low: Tensor | None = None) -> Grid:
-    """The grid of `dorefa_activation`: n + 1 levels over [0, high], or with a negative `low` [low, high]; all scalar."""
+    """The grid of `dorefa_activation`: n + 1 levels over [0, high], or with a negative `low` over both; all scalar."""
     return (step(n, high / n), *unsigned_grid(n)) if low is None else affine_grid(n, low, high)
 
 
