@@ -70,6 +70,10 @@ class ChannelAffine(nn.Module):
         return torch.addcmul(self.shift.view(shape), x, self.gain.view(shape))
 
 
+def _unpack(module: nn.Module, _: object) -> None:
+    module.unpack()
+
+
 class FixedQuantizer(nn.Module):
     """An input quantizer at one bit-width, whose grid is four numbers: scale, q_min, q_max and offset."""
 
@@ -79,10 +83,10 @@ class FixedQuantizer(nn.Module):
         self.shifted = offset is not None
         numbers = [float(v) for v in (scale, q_min, q_max, 0.0 if offset is None else offset)]
         self.register_buffer("numbers", quantizer.high.new_tensor(numbers))
-        self.read()
-        self.register_load_state_dict_post_hook(lambda module, _: module.read())
+        self.unpack()
+        self.register_load_state_dict_post_hook(_unpack)
 
-    def read(self) -> None:
+    def unpack(self) -> None:
         """Take the grid from the buffer, once: a forward pass must not wait for a device to tell it."""
         self.scale, self.q_min, self.q_max, self.offset = self.numbers.tolist()
 
@@ -118,7 +122,7 @@ class _PackedLayer(nn.Module):
         fixed = layer.input_quantizer.method != "none"
         self.input_quantizer = FixedQuantizer(layer.input_quantizer, self.bits) if fixed else nn.Identity()
         self.unpack()
-        self.register_load_state_dict_post_hook(lambda module, _: module.unpack())
+        self.register_load_state_dict_post_hook(_unpack)
         return self.eval().requires_grad_(False)
 
     def integers(self) -> Tensor:
@@ -181,10 +185,10 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
 
     with integers c = r - 2^(b-1), which take b bits each; the layer's bias becomes g_o bias_o + h_o. A batch norm after
     anything else becomes a gain and a shift for each channel. What was kept in full precision stays so, as does all at
-    32 bits. Unpacked to float32, a weight is off by one unit in the last place of its channel's
-    largest at most, 2^-23 of that and a step, where the training layer's own float32 arithmetic is off by up to four.
-    Size: N b / 8 bytes for N weights of a layer, 12 for each of its output channels, 16 for its input.
-    `saving.save` writes it, `export.export_onnx` makes it a file for other runtimes.
+    32 bits. Unpacked to float32, a weight is off by one unit in the last place of its channel's largest at most, which
+    is 2^-23 of that and a step; the training layer's own float32 arithmetic is off by up to four. Size: N b / 8 bytes
+    for N weights of a layer, 8 for each of its output channels, 12 with a bias, and 16 for its input. `saving.save`
+    writes it, `export.export_onnx` makes a file for other runtimes.
     ValueError: as `set_bits`, or an input quantizer that has seen no images yet.
     """
     network = converted(model)

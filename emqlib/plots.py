@@ -306,7 +306,7 @@ def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
 
 
 def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
-    """Top-1 accuracy (%) against the size of a file (KB, logarithmic), a point a bit-width, a line a kind of file.
+    """Top-1 accuracy (%) against the size of a file (KB, logarithmic), a point a bit-width and kind of file.
 
     rows: of `deployment.served`. ValueError: no rows.
     """
@@ -315,19 +315,23 @@ def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
     if rows.empty:
         raise checks.invalid("rows", "none", "rows of deployment.served, at least one")
     ax = axes(None, f"One checkpoint, served at each bit-width\n{rows.dataset[0]}, {rows.model[0]}")
-    files = {("onnxruntime", "file"): "ONNX", ("onnxruntime", "packed"): "packed", ("PyTorch", "file"): "TorchScript"}
+    files = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
     colors = sns.color_palette("colorblind", len(files))
-    for color, marker, ((runtime, column), label) in zip(colors, "osD", files.items(), strict=True):
-        points = rows[rows.runtime == runtime].drop_duplicates(["weights", "bits"]).sort_values(column)
-        ax.plot(points[column] / 1e3, points.top1, color=color, marker=marker, ms=5, lw=1, label=label)
-        for point in points.itertuples():
-            name = point.weights if runtime == "PyTorch" or point.bits == 32 else str(point.bits)
-            place = {"textcoords": "offset points", "xytext": (3, 5), "fontsize": 6, "color": color}
-            ax.annotate(name, (getattr(point, column) / 1e3, point.top1), **place)
+    for color, marker, (label, (runtime, size)) in zip(colors, "sxD", files.items(), strict=True):
+        points = rows[rows.runtime == runtime].drop_duplicates(["weights", "bits"]).sort_values(size)
+        ax.plot(points[size] / 1e3, points.top1, ls="", color=color, marker=marker, ms=5, label=label)
+        for point in points.itertuples() if label != "ONNX" else ():  # several bit-widths share a file's integers
+            name = "float32" if point.bits == 32 else f"{point.bits}" if label == "packed" else point.weights
+            place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 7, "color": color}
+            if (label, name) != ("TorchScript", "float32"):  # all three have one size
+                ax.annotate(name, (getattr(point, size) / 1e3, point.top1), **place)
     ax.set_xscale("log")
-    ax.set_xlabel("size of the file (KB, logarithmic; beside the points: bits)")
+    for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")
+    ax.margins(y=0.1)
+    ax.set_xlabel("size of the file (KB, logarithmic; above the points: bits)")
     ax.set_ylabel("top-1 accuracy (%)")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="lower right")
     return ax
 
 
