@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emqlib as emq
 from emqlib import data, models, multibit, training
+from emqlib.norms import MultiBitBatchNorm
 from emqlib.sampling import SCORES
 
 NETWORKS: dict[str, dict[str, int]] = {
@@ -63,6 +64,31 @@ def test_one_graph_without_a_break_serves_eight_bit_widths(
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:  # rounding differs where a value lies within an ulp of a tie
             assert (p.grad - q.grad).norm() <= 0.02 * q.grad.norm() + 1e-6
+
+
+@pytest.mark.parametrize(("name", "norm"), [("resnet8", "shared"), ("preact_resnet20", "switchable")])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_one_graph_in_bfloat16_with_the_kernel_of_batch_norm(
+    name: str, norm: str, memory_format: torch.memory_format, compiler: CompileCounterWithBackend
+) -> None:
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(memory_format=memory_format)
+    model = build(name, norm=norm, activation="none", weight="minmax").to(memory_format=memory_format)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    for bits in (2, 8):
+        for network, forward in ((model, compiled), (twin, twin)):
+            emq.set_bits(network, bits)
+            network.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = forward(x).float().square().mean()
+            loss.backward()
+        assert (compiler.frame_count, len(compiler.graphs)) == (1, 1)
+        found, expected = (torch.cat([p.grad.flatten() for p in net.parameters()]) for net in (model, twin))
+        assert (found - expected).norm() <= 0.02 * expected.norm()
+    for (key, value), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0.02, atol=0.01, msg=key)
+    kinds = [str(node.target) for node in compiler.graphs[0].graph.nodes]
+    assert kinds.count("emqlib.batch_norm.default") == sum(isinstance(m, MultiBitBatchNorm) for m in model.modules())
 
 
 def test_mixed_precision_adds_one_graph_for_all_mixtures(compiler: CompileCounterWithBackend) -> None:
