@@ -193,6 +193,7 @@ class _QuantizedLayer(nn.Module):
     weight: nn.Parameter
     levels: Tensor
     across_ranks = False  # whether the mean input is that of all ranks
+    prepared: tuple[Tensor, Tensor] | None = None  # the weight of the forward pass at hand, and its domain
 
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
@@ -225,7 +226,14 @@ class _QuantizedLayer(nn.Module):
         """The weight the layer multiplies with, quantized and corrected: (O, ...)."""
         return self._corrected_and_domain()[0]
 
+    def prepare(self) -> None:
+        """Quantize and correct the weight now, for all uses until `prepared` is None again."""
+        self.prepared = None
+        self.prepared = self._corrected_and_domain()
+
     def _corrected_and_domain(self) -> tuple[Tensor, Tensor]:
+        if self.prepared is not None:
+            return self.prepared
         w_q, w = self.weight_and_domain()
         return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient), w
 

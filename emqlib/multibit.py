@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pandas as pd
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,10 +60,33 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     absorbed = {
         id(model.get_submodule(name)): nn.Identity() for name, readers in found.readers.items() if readers <= unsigned
     }
-    model = _replace(model, new, spec, absorbed)
+    return _ready(_replace(model, new, spec, absorbed), spec, kept)
+
+
+def _ready(model: nn.Module, spec: QuantSpec, kept: dict[str, str]) -> nn.Module:
     model.quant_spec, model.kept = spec, kept
     set_bits(model, spec.bits[-1])
+    model.register_forward_pre_hook(_prepare)
+    model.register_forward_hook(_forget, always_call=True)
     return model
+
+
+def _prepare(model: nn.Module, _: object) -> None:
+    """Quantize all weights of a training step at its start: one by one, between activations, they take twice as long.
+
+    Small tensors leave the cache there. A compiled graph has an order of its own.
+    """
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for module in model.modules():
+            if isinstance(module, (QuantConv2d, QuantLinear)):
+                module.prepare()
+
+
+def _forget(model: nn.Module, *_: object) -> None:
+    if not torch.compiler.is_compiling():
+        for module in model.modules():
+            if isinstance(module, (QuantConv2d, QuantLinear)):
+                module.prepared = None
 
 
 def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:

@@ -615,6 +615,61 @@ def test_layers_share_the_tensor_of_their_levels_while_they_run_at_one_bit_width
     assert found() == [3, 15, *[3] * (len(layers) - 2)]
 
 
+class Twice(nn.Module):
+    """A layer used twice, and a forward pass that may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(torch.relu(self.middle(torch.relu(self.first(x)))))
+        if x.shape[0] == 3:
+            raise RuntimeError("three")
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize("correct_output", [False, True])
+def test_a_training_step_quantizes_each_weight_once_and_all_at_its_start(
+    correct_output: bool, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    model = emq.convert(Twice(), spec(full_precision=(), output_correction=correct_output)).train()
+    twin, x, seen = copy.deepcopy(model), torch.randn(5, 4, generator=rng), []
+    quantize = QuantLinear.weight_and_domain
+    monkeypatch.setattr(QuantLinear, "weight_and_domain", lambda self: (seen.append("weight"), quantize(self))[1])
+    model.first.register_forward_pre_hook(lambda *_: seen.append("first"))
+    losses = [forward(x).square().sum() for forward in (model, twin.forward)]  # without hooks each use quantizes
+    assert seen == ["weight"] * 3 + ["first"] + ["weight"] * 4
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_no_weight_outlives_its_step(rng: torch.Generator) -> None:
+    model, x = emq.convert(Twice(), spec()).train(), torch.randn(5, 4, generator=rng)
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    model(x)
+    assert [layer.prepared for layer in layers] == [None]
+    with pytest.raises(RuntimeError, match="three"):
+        model(x[:3])
+    assert [layer.prepared for layer in layers] == [None]
+    y = torch.randn(5, 8, generator=rng)
+    before = model.middle(y)
+    with torch.no_grad():
+        model.middle.weight.mul_(-1)
+    assert not torch.allclose(model.middle(y), before)
+    held = []
+    model.middle.register_forward_pre_hook(lambda layer, _: held.append(layer.prepared is not None))
+    model(x)
+    model.eval()(x)
+    with torch.no_grad():
+        model.train()(x)
+    assert held == [True, True, False, False, False, False]
+
+
 def test_at_bits_restores() -> None:
     model = emq.convert(build("resnet8"), spec())
     emq.set_bits(model, {"layer3.*": 2, "*": 4})

@@ -343,7 +343,7 @@ def test_the_library_is_small() -> None:
     deployment packing, export, serving and deployment.
     """
     assert len(MODULES) <= 39
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 8000
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 8100
 
 
 def test_only_commands_print() -> None:
