@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checks import invalid
 from .files import write_atomic
 from .multibit import Bits
-from .packing import FixedQuantizer, PackedConv2d, PackedLinear, pack
+from .packing import FixedQuantizer, PackedConv2d, PackedLinear, pack, replaced
 
 OPSET = 25  # the first with integers of two bits
 NATIVE = (2, 4, 8)  # the integers that ONNX has
@@ -152,11 +152,7 @@ class _Linear(_Layer):
 def _spelled_out(network: nn.Module) -> nn.Module:
     """A packed `network` whose layers say in ONNX's own words what they do; changed in place."""
     twins = {PackedConv2d: _Conv2d, PackedLinear: _Linear}
-    new = {m: twins[type(m)](m) for m in network.modules() if type(m) in twins}
-    for module in list(network.modules()):
-        for name, child in module._modules.items():
-            module._modules[name] = new.get(child, child)
-    return new.get(network, network)
+    return replaced(network, {m: twins[type(m)](m) for m in network.modules() if type(m) in twins})
 
 
 def _narrow(onnx: Any, proto: Any, bits: dict[str, int]) -> None:

@@ -211,14 +211,19 @@ def pack_as_set(network: nn.Module) -> nn.Module:
                 new[module] = ChannelAffine(Affine.of(module), module.running_mean.dtype)
             elif type(module) in _PACKED or module in folded:
                 new[module] = _packed(module, Affine.of(folded[module]) if module in folded else None)
-    for module in list(packed.modules()):
-        for name, child in module._modules.items():
-            module._modules[name] = new.get(child, child)
-    packed = new.get(packed, packed)
+    packed = replaced(packed, new)
     packed.packed_spec, packed.packed_bits = network.quant_spec, layers
     for name in ("quant_spec", "kept"):
         packed.__dict__.pop(name, None)
     return packed.requires_grad_(False)
+
+
+def replaced(network: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`network`, changed in place: each module that has an entry in `new`, under all its names, by that one."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = new.get(child, child)
+    return new.get(network, network)
 
 
 def packed_bytes(network: nn.Module) -> int:

@@ -94,14 +94,18 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes 
         for epochs in lengths.index if points.epochs.nunique() > 1 else ():
             place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6, "color": look["color"]}
             ax.annotate(f"{epochs}", (x[epochs], y[epochs]), **place)
-    ax.set_xscale("log")
-    for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")  # the others would overlap
+    _logarithmic(ax)
     ax.tick_params(axis="x", which="both", length=0, labelsize=8, pad=4)
     ax.set_xlabel(f"{label}, logarithmic")
     ax.set_ylabel("mean top-1 accuracy (%)")
     ax.legend(fontsize=7)
     return ax
+
+
+def _logarithmic(ax: "Axes") -> None:
+    ax.set_xscale("log")
+    for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")  # the others would overlap
 
 
 _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
@@ -325,9 +329,7 @@ def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
             place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 7, "color": color}
             if (label, name) != ("TorchScript", "float32"):  # all three have one size
                 ax.annotate(name, (getattr(point, size) / 1e3, point.top1), **place)
-    ax.set_xscale("log")
-    for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")
+    _logarithmic(ax)
     ax.margins(y=0.1)
     ax.set_xlabel("size of the file (KB, logarithmic; above the points: bits)")
     ax.set_ylabel("top-1 accuracy (%)")
