@@ -79,7 +79,7 @@ def _torchs_own(full: nn.Module, data: Dataset, images: Tensor, folder: Path) ->
     some = torch.cat([x for x, _ in batches(data, "train", torch.device("cpu"), 100, CALIBRATION)])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that its successor lives in a library of its own
-        for weights, network in (("float32", plain), ("int8", _int8(plain, some))):
+        for weights, network in {"float32": plain, **_int8(plain, some)}.items():
             path = folder / f"{weights}.pt"
             torch.jit.save(torch.jit.freeze(torch.jit.trace(network, images[:2]).eval()), path)
             case = {"runtime": "PyTorch", "weights": weights, "bits": 8 if weights == "int8" else 32}
@@ -87,13 +87,16 @@ def _torchs_own(full: nn.Module, data: Dataset, images: Tensor, folder: Path) ->
     return cases
 
 
-def _int8(plain: nn.Module, images: Tensor) -> nn.Module:
-    from torch.ao.quantization import get_default_qconfig_mapping
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
+def _int8(plain: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+    """{"int8": what PyTorch's own static quantization makes of `plain`}, or nothing in a PyTorch that has none."""
+    try:
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    except ImportError:  # announced: it moves to a library of its own
+        return {}
     prepared = prepare_fx(copy.deepcopy(plain), get_default_qconfig_mapping("x86"), (images[:1],))
     prepared(images)
-    return convert_fx(prepared)
+    return {"int8": convert_fx(prepared)}
 
 
 def _costs(path: Path, folder: Path) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """What serving costs: rows against what is known of the network, with a clock and a memory of our own."""
 
 import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -43,7 +45,7 @@ def test_served(digits: emq.Dataset) -> None:
     accuracies = [*emq.evaluate(model, digits, (2, 8)).top1, *2 * [emq.evaluate(full, digits, (32,)).top1.item()]]
     assert list(rows.top1[:4]) == pytest.approx(accuracies, abs=0.5)  # one of 200 images
     assert (rows.agreement[:4] >= 99.5).all() and (rows.difference[:4] < 0.1).all()
-    assert 80 < rows.agreement[4] <= 100 and rows.difference[4] > rows.difference[3]
+    assert 50 < rows.agreement[4] <= 100 and rows.difference[4] > rows.difference[3]
     assert (rows.packed[:3] > rows.arithmetic[:3]).all() and (rows.packed[:3] < rows.arithmetic[:3] + 5000).all()
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, emq.layers.QuantConv2d))
     assert rows.arithmetic[1] - rows.arithmetic[0] == weights * 6 / 8
@@ -52,6 +54,17 @@ def test_served(digits: emq.Dataset) -> None:
     assert (rows.peak_batch >= rows.peak).all()
     table = results.deployment_table(rows)
     assert len(table) == 5 and table.file[0] == round(rows.file[0] / 1000, 1)
+
+
+def test_a_pytorch_without_quantization_of_its_own(
+    digits: emq.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = emq.convert(models.resnet8(10, width=4), emq.QuantSpec(bits=(32,)))
+    images = torch.rand(4, 3, 32, 32)
+    for missing, weights in ((False, ["float32", "int8"]), (True, ["float32"])):
+        if missing:
+            monkeypatch.setitem(sys.modules, "torch.ao.quantization.quantize_fx", None)
+        assert [case["weights"] for case in deployment._torchs_own(full, digits, images, tmp_path)] == weights
 
 
 def test_switching(digits: emq.Dataset) -> None:
