@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
@@ -65,6 +66,13 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise invalid(name, value, "True or False")
     return value
+
+
+def file_name(name: str, value: Any) -> Path:
+    """The file that `value`, a str or Path, names; ValueError for anything else, and for a folder."""
+    if not isinstance(value, (str, Path)) or not str(value) or Path(value).is_dir():
+        raise invalid(name, value, "the name of a file")
+    return Path(value)
 
 
 def bit_width(name: str, value: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import invalid
+from .checks import file_name, invalid
 from .files import write_atomic
 from .multibit import Bits
 from .packing import FixedQuantizer, PackedConv2d, PackedLinear, pack, replaced
@@ -37,7 +37,7 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
     ValueError: as `pack`, a path that is a folder, inputs that are no tensors. ImportError that says what to install.
     """
     onnx = _library()
-    path, inputs = _checked(path), _batches(example_inputs)
+    path, inputs = file_name("path", path), _batches(example_inputs)
     network = _spelled_out(pack(model, bits))
     names = ["images"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     batch, *others = torch.export.Dim("batch"), *[torch.export.Dim.AUTO for _ in inputs[1:]]
@@ -66,12 +66,6 @@ def _library() -> Any:
     except ImportError as error:
         raise ImportError('ONNX files need more libraries: pip install "emqlib[deploy]"') from error
     return onnx
-
-
-def _checked(path: Any) -> Path:
-    if not isinstance(path, (str, Path)) or not str(path) or Path(path).is_dir():
-        raise invalid("path", path, "the name of a file")
-    return Path(path)
 
 
 def _batches(inputs: Any) -> tuple[Tensor, ...]:

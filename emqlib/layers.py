@@ -6,7 +6,7 @@ attribute is for reading only; `set_bits` keeps both equal.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -276,24 +276,19 @@ class _QuantizedLayer(nn.Module):
         return f"{super().extra_repr()}, bits={self.bits}, weight={self.spec.weight}, correction={self.spec.correction}"
 
 
+def geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    """The arguments of another convolution like `conv`, but for its bias."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names}
+
+
 class QuantConv2d(_QuantizedLayer, nn.Conv2d):
     """A Conv2d (any groups, stride, padding) whose weight and input are quantized. (N, I, H, W) -> (N, O, H', W')."""
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, spec: QuantSpec, signed: bool) -> "QuantConv2d":
         """Take over `conv`, its parameters included. signed: whether its input can be negative."""
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            device="meta",
-        )
-        return layer._adopt(conv, spec, signed)
+        return cls(**geometry(conv), device="meta")._adopt(conv, spec, signed)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W') at the bit-width in force."""

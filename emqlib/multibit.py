@@ -77,16 +77,14 @@ def _prepare(model: nn.Module, _: object) -> None:
     Small tensors leave the cache there. A compiled graph has an order of its own.
     """
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        for module in model.modules():
-            if isinstance(module, (QuantConv2d, QuantLinear)):
-                module.prepare()
+        for layer in quantized_layers(model).values():
+            layer.prepare()
 
 
 def _forget(model: nn.Module, *_: object) -> None:
     if not torch.compiler.is_compiling():
-        for module in model.modules():
-            if isinstance(module, (QuantConv2d, QuantLinear)):
-                module.prepared = None
+        for layer in quantized_layers(model).values():
+            layer.prepared = None
 
 
 def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
@@ -142,6 +140,11 @@ def _norm_twin(norm: _BatchNorm, spec: QuantSpec) -> nn.Module:
     if isinstance(getattr(norm, "drop", None), nn.Module) and isinstance(getattr(norm, "act", None), nn.Module):
         return nn.Sequential(twin, norm.drop, norm.act)  # timm's BatchNormAct2d
     raise invalid("net", repr(norm), "batch norms of PyTorch's own types, or timm's with an activation")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+    """The quantized layers of `model`, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
 
 
 def _switchable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:

@@ -12,8 +12,8 @@ from . import quantizers
 from .attention import MultiheadAttention
 from .checks import invalid
 from .correction import correct_weight
-from .layers import InputQuantizer, QuantConv2d, QuantLinear
-from .multibit import Bits, at_bits, converted
+from .layers import InputQuantizer, QuantConv2d, QuantLinear, geometry
+from .multibit import Bits, at_bits, converted, quantized_layers
 from .norms import MultiBitBatchNorm
 
 
@@ -55,6 +55,10 @@ class Affine:
         shift = -mean.double() * gain
         return cls(gain, shift if bias is None else shift + bias.double())
 
+    def after(self, bias: Tensor | None) -> Tensor:
+        """The bias (C,) of a layer with `bias` and this after it."""
+        return self.shift if bias is None else self.shift + bias.double() * self.gain
+
 
 class ChannelAffine(nn.Module):
     """gain x + shift for each channel: a batch norm that no layer could take in. (N, C, ...) -> (N, C, ...)."""
@@ -88,7 +92,7 @@ class FixedQuantizer(nn.Module):
 
     def unpack(self) -> None:
         """Take the grid from the buffer, once: a forward pass must not wait for a device to tell it."""
-        self.scale, self.q_min, self.q_max, self.offset = self.numbers.tolist()
+        self.scale, self.q_min, self.q_max = self.numbers[:3].tolist()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (any shape) on the grid."""
@@ -109,7 +113,7 @@ class _PackedLayer(nn.Module):
         bias, (codes, scale, offset) = layer.weight_and_bias()[1], _integers(layer)
         if norm is not None:
             scale, offset = scale * norm.gain, offset * norm.gain
-            bias = norm.shift + (0 if bias is None else bias * norm.gain)
+            bias = norm.after(bias)
         # -1 - c is -(c + 1/2) - 1/2, and runtimes want steps above zero
         codes = torch.where(_per_channel(scale < 0, codes), -1 - codes, codes)
         rows = [scale.abs(), offset] if bias is None else [scale.abs(), offset, bias]
@@ -148,9 +152,7 @@ class PackedConv2d(_PackedLayer, nn.Conv2d):
     @torch.no_grad()
     def from_quantized(cls, conv: QuantConv2d, affine: Affine | None) -> "PackedConv2d":
         """That of `conv` at the bit-width it is set to, with what comes after it folded in."""
-        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        layer = cls(*sizes, groups=conv.groups, padding_mode=conv.padding_mode, device="meta")
-        return layer._adopt(conv, affine)
+        return cls(**geometry(conv), device="meta")._adopt(conv, affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W')."""
@@ -202,7 +204,7 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
 def pack_as_set(network: nn.Module) -> nn.Module:
     """`pack`, at the bit-widths that `network` is set to, unchecked."""
     packed = copy.deepcopy(network).eval()
-    layers = {name: m.bits for name, m in packed.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    layers = {name: layer.bits for name, layer in quantized_layers(packed).items()}
     folded = _folded(packed)
     with torch.no_grad():
         new = {norm: nn.Identity() for norm in folded.values()}
@@ -237,7 +239,7 @@ def _packed(layer: nn.Module, affine: Affine | None) -> nn.Module:
     weight, bias = layer.weight_and_bias() if type(layer) in _PACKED else (layer.weight, layer.bias)
     if affine is not None:
         weight = weight.double() * _per_channel(affine.gain, weight)
-        bias = affine.shift + (0 if bias is None else bias.double() * affine.gain)
+        bias = affine.after(bias)
     plain = _plain(layer, bias is not None)
     plain.weight = nn.Parameter(weight.to(layer.weight.dtype))
     plain.bias = None if bias is None else nn.Parameter(bias.to(layer.weight.dtype))
@@ -249,9 +251,7 @@ def _packed(layer: nn.Module, affine: Affine | None) -> nn.Module:
 def _plain(layer: nn.Module, bias: bool) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, layer.out_features, bias=bias, device="meta").eval()
-    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    groups, mode = layer.groups, layer.padding_mode
-    return nn.Conv2d(*sizes, groups=groups, bias=bias, padding_mode=mode, device="meta").eval()
+    return nn.Conv2d(**geometry(layer), bias=bias, device="meta").eval()
 
 
 def _integers(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor, Tensor]:

@@ -315,7 +315,7 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
 def deployment_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a runtime and bit-width, medians over repeats; rows: of `deployment.served`.
 
-    top1 and agreement in %; sizes in KB (1,000 bytes), memory in MB, load and latency in milliseconds.
+    top1 and agreement in %; sizes in KB (1,000 bytes), memory in MiB, load and latency in milliseconds.
     """
     units = {"file": 1e3, "packed": 1e3, "arithmetic": 1e3, "load": 1e-3, "latency": 1e-3}
     columns = ["top1", "agreement", "difference", *units, "images_a_second", "peak", "peak_batch"]

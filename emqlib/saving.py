@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import checks, models
 from .files import canonical_json, write_atomic
-from .layers import QuantConv2d, QuantLinear, QuantSpec
-from .multibit import convert, converted
+from .layers import QuantSpec
+from .multibit import convert, converted, quantized_layers
 from .packing import pack_as_set
 from .provenance import software
 
@@ -30,7 +30,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     software's versions, and a checksum of all tensors. ValueError: neither a converted network nor a packed one, or a
     path that is a folder. OSError: it cannot be written.
     """
-    packed, path = getattr(model, "packed_bits", None), _file(path)
+    packed, path = getattr(model, "packed_bits", None), checks.file_name("path", path)
     network = converted(model) if packed is None else model
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
     about = {
@@ -53,7 +53,7 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     where it is not one of `emqlib.models`. ValueError that names path or net: no such file, not whole, edited, of
     another version or of another network.
     """
-    path = _file(path)
+    path = checks.file_name("path", path)
     about, tensors = _read(path)
     spec = _spec(about["spec"], path)
     model = convert(_network(about["network"], net, path), spec)
@@ -63,12 +63,6 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     model.load_state_dict(tensors)
     model.trained_on = about["trained_on"]
     return model.eval()
-
-
-def _file(path: Any) -> Path:
-    if not isinstance(path, (str, Path)) or not str(path) or Path(path).is_dir():
-        raise checks.invalid("path", path, "the name of a file")
-    return Path(path)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -123,7 +117,7 @@ def _network(recipe: Any, net: nn.Module | None, path: Path) -> nn.Module:
 
 def _packed(model: nn.Module, bits: Any, path: Path) -> nn.Module:
     """A packed network of the shapes of `model`'s, each layer at its own of `bits`."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    layers = quantized_layers(model)
     if not isinstance(bits, dict) or set(bits) != set(layers):
         raise checks.invalid("path", str(path), f"a bit-width for each of {', '.join(layers)}")
     try:

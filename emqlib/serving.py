@@ -49,7 +49,7 @@ def seconds(network: Network, images: np.ndarray, least: float = 0.5) -> float:
 
 
 def resident(name: str = "VmRSS") -> float:
-    """Megabytes of this process in memory: "VmRSS" now, "VmHWM" at most so far; not a number except on Linux."""
+    """Mebibytes of this process in memory: "VmRSS" now, "VmHWM" at most so far; not a number except on Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), float("nan"))
@@ -59,7 +59,7 @@ def cost(load: Callable[[], Network], images: np.ndarray, batch: int = 128) -> d
     """What a network costs this process, which has not asked before.
 
     load: makes it, in "load" seconds. latency: seconds for one image; images_a_second: with `batch` at a time. peak and
-    peak_batch: the most memory so far, MB beyond what the process held before, after the ones and after the batches.
+    peak_batch: the most memory so far, MiB beyond what the process held before, after the ones and after the batches.
     """
     before, start = resident(), perf_counter()
     network = load()

@@ -34,7 +34,12 @@ def trained(data: emq.Dataset, bits: tuple[int, ...]) -> nn.Module:
 
 def test_served(digits: emq.Dataset) -> None:
     model, full = trained(digits, (2, 4)), trained(digits, (32,))
-    rows = deployment.served(model, digits, full, bits=(2, 8), repeats=1)
+    rows, again = (
+        part.reset_index(drop=True)
+        for _, part in deployment.served(model, digits, full, bits=(2, 8), repeats=2).groupby("repeat")
+    )
+    known = ["runtime", "weights", "bits", "file", "top1", "agreement", "difference"]
+    pd.testing.assert_frame_equal(rows[known], again[known])
     assert list(zip(rows.runtime, rows.weights, rows.bits, strict=True)) == [
         ("onnxruntime", "int2", 2),
         ("onnxruntime", "int8", 8),
