@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import checks
+from . import checks, container
 from .config import TrainConfig
 from .data import Dataset
-from .files import Telling, write_atomic
+from .files import can_hold_files
 from .layers import QuantSpec
 from .ranks import Ranks
+
+VERSION = 2
+_STATE = {"model", "optimizer", "scaler", "sampler", "damaged", "paused"}
 
 
 class OutOfTime(Exception):
@@ -57,8 +58,7 @@ def checked(checkpoint: Any) -> Path | None:
     if checkpoint is None:
         return None
     path = Path(checkpoint) if isinstance(checkpoint, (str, Path)) else Path()
-    folder = next((folder for folder in path.absolute().parents if folder.exists()), path)
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if path.is_dir() or not can_hold_files(path.absolute().parent):
         raise checks.invalid("checkpoint", checkpoint, "a file in a folder that can be written to, or None")
     return path
 
@@ -74,41 +74,42 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
 
 def _defaults() -> dict[str, Any]:
     spec = {f"spec.{f.name}": f.default for f in fields(QuantSpec)}
-    return spec | {f.name: f.default for f in fields(TrainConfig)}
+    return spec | {f.name: f.default for f in fields(TrainConfig) if f.name != "device"}
 
 
 def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: dict[str, Any]) -> None:
     """Write `state`, plain containers of tensors and numbers, with the run's own `identity` and history, atomically."""
-    whole = {"identity": json.dumps(own), "history": json.dumps(history)} | state
-    write_atomic(path, lambda file: _write(whole, Telling(file)))
-
-
-def _write(state: dict[str, Any], file: Telling) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError:  # torch's own, which does not say that a disk is full
-        if file.error is not None:
-            raise file.error from None
-        raise
+    tensors: dict[str, Tensor] = {}
+    told = {"identity": json.dumps(own), "history": json.dumps(history)}  # which may hold what is not a number
+    container.write(path, told | {"version": VERSION, "state": container.flattened(state, tensors)}, tensors)
 
 
 def load(path: Path, own: dict[str, Any], ranks: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The history and the state that `save` was given, for a run of this `identity` on so many ranks.
 
-    ValueError: a damaged file, another run's, or one stopped in the middle of an epoch that more or fewer ranks shared.
+    ValueError: a file that is damaged or of another version, another run's, or one stopped in the middle of an epoch
+    that more or fewer ranks shared.
     """
+    expected = "a whole checkpoint of this library"
+    about, tensors = container.read(path, VERSION, expected, "checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # score tables need not fit a GPU
-        theirs, history, _ = json.loads(state["identity"]), json.loads(state["history"]), state["sampler"]
-    except Exception as error:  # torch.load raises whatever the broken part of the file leads to
-        raise checks.invalid("checkpoint", str(path), f"a whole checkpoint of this library ({error})") from error
-    theirs = _defaults() | theirs  # an option of a later version is at its default where it is not named
-    ours = json.loads(json.dumps(own))
-    differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
-    if differing:
-        raise checks.invalid("checkpoint", str(path), "one of the same run, but " + "; ".join(differing))
-    parts = len(state["paused"]["ranks"]) if state.get("paused") else ranks
+        theirs, history = json.loads(about["identity"]), json.loads(about["history"])
+        state = container.restored(about["state"], tensors)
+        missing = _STATE - set(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checks.invalid("checkpoint", str(path), f"{expected} ({error!r})") from error
+    if missing:
+        raise checks.invalid("checkpoint", str(path), f"{expected}, which has {', '.join(sorted(missing))} too")
+    _refuse_another(path, _defaults() | theirs, json.loads(json.dumps(own)))  # what is not named is at its default
+    parts = len(state["paused"]["ranks"]) if state["paused"] else ranks
     if parts != ranks:  # each has random numbers and losses of its own
         expected = f"one of {ranks} process(es), or of a whole epoch: it is {parts} that stopped in the middle of one"
         raise checks.invalid("checkpoint", str(path), expected)
     return history, state
+
+
+def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
+    differing += [f"{k}: {v!r} there, not known here" for k, v in theirs.items() if k not in ours]  # a later version's
+    if differing:
+        raise checks.invalid("checkpoint", str(path), "one of the same run, but " + "; ".join(differing))

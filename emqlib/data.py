@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from . import checks, files
-from .images import ImageFiles, Labelled, list_classes, load_images, pixels
+from .images import ImageFiles, Labelled, list_annotated, list_classes, load_images, pixels
 
 Triple = tuple[float, float, float]
 
@@ -320,9 +320,7 @@ def _tiny_imagenet(folder: Path, source: Source, how: Reading) -> Contents:
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise FileNotFoundError(f"{annotations}: no such file")
-    rows = (line.split("\t") for line in annotations.read_text("utf-8").splitlines() if line.strip())
-    val = [(folder / "val" / "images" / row[0], row[1]) for row in rows]
-    return _splits(folder, train, val, source, how)
+    return _splits(folder, train, list_annotated(annotations, folder / "val" / "images", "\t"), source, how)
 
 
 def _kaggle(folder: Path, source: Source, how: Reading) -> Contents:
@@ -330,8 +328,7 @@ def _kaggle(folder: Path, source: Source, how: Reading) -> Contents:
     answers = folder.parents[2] / "LOC_val_solution.csv"  # beside ILSVRC/
     if not (folder / "val").is_dir() or not answers.is_file():
         raise FileNotFoundError(f"{folder / 'val'} with {answers}: not both there")
-    rows = (line.split(",", 1) for line in answers.read_text("utf-8").splitlines()[1:])
-    val = [(folder / "val" / f"{image}.JPEG", told.split()[0]) for image, told in sorted(rows)]
+    val = sorted(list_annotated(answers, folder / "val", ",", suffix=".JPEG", skip=1))
     return _splits(folder, list_classes(folder / "train"), val, source, how)
 
 

@@ -1,11 +1,17 @@
 """The places that choose a device, an autocast type and a memory format, and the noise drawn on a device."""
 
-from contextlib import AbstractContextManager, nullcontext
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
+
+# How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
+_NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
 
 AUTOCAST = ("none", "bfloat16", "float16")
 
@@ -50,6 +56,22 @@ def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
     layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
     pays = how == "auto" and steps >= COMPILE_STEPS * layers
     return torch.compile(model) if how is True or pays else model
+
+
+@contextmanager
+def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
+    """Within the block, too little memory is a MemoryError that names a parameter and says what to try instead.
+
+    What was computed until then is let go: a traceback that is kept, as Jupyter does, would keep all of it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).partition("\n")[0]
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(told):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        raise MemoryError(f"{name}={value}: out of memory ({told}); try {advice}") from None
 
 
 def noise(device: torch.device) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What to ask of a converted network: `evaluate` at any bit-width, and `adapt_norm`, which gives one its statistics."""
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .checks import bit_widths, flag, integer, invalid
 from .data import Dataset, augment, normalize
+from .devices import enough_memory
 from .images import ImageFiles
 from .layers import InputQuantizer
 from .loading import loader
@@ -76,7 +78,7 @@ def evaluate(
     Columns: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient steps), n (images).
     adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back afterwards. The model
     is left as it was. ValueError: as `set_bits`; no images; adapt_norm without a batch norm, or without a Dataset to
-    take training images from.
+    take training images from. FloatingPointError: a loss that is not finite. MemoryError: names the batch size to try.
     """
     wanted = bit_widths("bits", bits)
     flag("adapt_norm", adapt_norm)
@@ -86,7 +88,8 @@ def evaluate(
         raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
     if not adapt_norm:
         _refuse_unserved(network, wanted)
-    with undisturbed(network, data, batch_size) as device:
+    smaller = f"batch_size={max(1, batch_size // 2)}"
+    with enough_memory("batch_size", batch_size, smaller), undisturbed(network, data, batch_size) as device:
         if adapt_norm:
             _adapt(network, data, wanted, ADAPTATION_SAMPLES, batch_size)
         rows = _scores(model, batches(data, "test", device, batch_size), wanted)
@@ -112,6 +115,9 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...]) -> list[d
             loss[b] += float(F.cross_entropy(logits, labels, reduction="sum"))
     if n == 0:
         raise invalid("data", "no images", "at least one image to evaluate on")
+    for b in wanted:
+        if not math.isfinite(loss[b]):
+            raise FloatingPointError(f"loss={loss[b]} at {b} bits: weights, norms or images are not finite")
     return [{"bits": b, "top1": 100 * correct[b] / n, "loss": loss[b] / n, "n": n} for b in wanted]
 
 
@@ -180,14 +186,16 @@ def adapt_norm(
     samples forward passes a bit-width. Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv
     2006.16971).
     Input ranges that have seen no data yet start from the first batch. On an exception all is as it was.
-    ValueError: not a converted network, bad bits, no batch norm, no images.
+    ValueError: not a converted network, bad bits, no batch norm, no images. FloatingPointError: images or weights that
+    are not finite. MemoryError: names the batch size to try.
     """
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 2)
     _norms(model)
     model = converted(model)
-    with _restored(model, always=False), _evaluating(model):
+    smaller = f"batch_size={max(2, batch_size // 2)}"
+    with enough_memory("batch_size", batch_size, smaller), _restored(model, always=False), _evaluating(model):
         _start_ranges(model, data, batch_size)
         _adapt(model, data, wanted, samples, batch_size)
 
@@ -213,6 +221,8 @@ def _adapt(model: nn.Module, data: Dataset | Batches, bits: tuple[int, ...], sam
                     model(images)
             if not calls:
                 raise invalid("data", "no images", "at least one batch of images to adapt to")
+        if not all(bool(x.isfinite().all()) for m in norms for x in m.buffers()):
+            raise FloatingPointError("statistics of a batch norm: weights or images are not finite")
     finally:
         for m, hook, value in zip(norms, hooks, momentum, strict=True):
             hook.remove()

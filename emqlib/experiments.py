@@ -11,6 +11,7 @@ import pandas as pd
 from . import analysis, checks, deployment
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
+from .derived import derived, followed
 from .methods import (
     any_precision,
     as_files,
@@ -28,7 +29,7 @@ from .methods import (
 from .profiles import Parameters, parameters
 from .ranks import current, started
 from .remedies import compare
-from .runs import Run, coreset_rows, derived, followed, run_all, trained
+from .runs import Run, coreset_rows, run_all, trained
 from .sampling import SCORES, CoresetConfig
 from .transfer import gradient_angles, linear_probes
 

@@ -1,12 +1,16 @@
 """Files that are either whole or absent, and hashes that name them."""
 
+import glob
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -41,24 +45,40 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-class Telling:
-    """A binary file for a library that hides why writing it failed: `error` holds what the file itself said."""
+def can_hold_files(folder: Path) -> bool:
+    """Whether files can be written to `folder`, which is there or can be made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
-        """Write `data`; OSError as the file raises it."""
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+class Busy(RuntimeError):
+    """Another process is at work on a file, which only one may write."""
 
-    def flush(self) -> None:
-        """Pass on what is buffered."""
-        self.file.flush()
+
+@contextmanager
+def alone(path: Path, patience: float = 0) -> Iterator[None]:
+    """Within the block no other process is in such a block for `path`; a killed one is out of it, whatever it left.
+
+    Parts of the file that a killed process left behind are removed. The same thread may enter again within the block.
+    patience: seconds to wait for another process, -1 for as long as it takes. Busy: it has not finished by then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise Busy(f"{path}: another process is at work on it") from None
+    try:
+        remove_parts(path)
+        yield
+    finally:
+        lock.release()
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what killed processes left of `path` when they wrote it; nobody may be writing it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -74,11 +74,39 @@ def list_classes(folder: Path, inner: str = "") -> Labelled:
     found: Labelled = []
     for entry in classes:
         names = sorted(os.listdir(entry / inner)) if (entry / inner).is_dir() else []
-        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        images = [name for name in names if _is_image(name)]
         if not images:
             raise ValueError(f"{entry / inner}: expected images of this class, found none")
         found += [(entry / inner / name, entry.name) for name in images]
     return found
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def list_annotated(table: Path, folder: Path, separator: str, suffix: str = "", skip: int = 0) -> Labelled:
+    """The image files in `folder` that the lines of `table` name, each before a separator, and their classes after it.
+
+    suffix: of files, not in the names; skip: lines of a header. ValueError: a line without both, a name that leads out
+    of the folder, is there twice or has no file; an image in the folder that no line names, as of a table cut short.
+    """
+    found: dict[Path, str] = {}
+    for n, line in enumerate(table.read_text("utf-8", errors="replace").splitlines()):
+        if n < skip or not line.strip():
+            continue
+        name, _, told = line.partition(separator)
+        path = folder / f"{name}{suffix}"
+        inside = name and "\0" not in name and Path(name).name == name and name != ".."
+        if not inside or not told.strip() or path in found or not path.is_file():
+            expected = f"an image that lies in {folder}, once, then {separator!r} and its class"
+            raise ValueError(f"{table}, line {n + 1}: {line[:80]!r}: expected {expected}")
+        found[path] = told.split()[0]
+    there = (folder / name for name in sorted(os.listdir(folder)) if _is_image(name))
+    unnamed = next((path for path in there if path not in found), None)
+    if unnamed is not None:
+        raise ValueError(f"{table}: expected a line for each image of {folder}, found none for {unnamed.name}")
+    return list(found.items())
 
 
 def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
@@ -92,7 +120,9 @@ def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> 
     for cache in caches:
         # no cache, or a damaged one: make it anew
         with contextlib.suppress(OSError, ValueError), cache.open("rb") as file:
-            return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False))
+            found = np.lib.format.read_array(file, allow_pickle=False)
+            if found.dtype == np.uint8 and found.ndim == 4 and len(found) == len(paths):
+                return torch.from_numpy(found)
     images = _decode_all(paths, image_size)
     for cache in caches:
         with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without

@@ -14,7 +14,7 @@ from . import checks
 from .config import TrainConfig
 from .data import check_name as check_data
 from .devices import has_cuda
-from .files import home
+from .files import can_hold_files, home
 from .models import check_name as check_model
 
 
@@ -254,8 +254,7 @@ def _results_dir(value: str | Path, profile: Profile) -> Path:
         raise checks.invalid("results_dir", value, "auto, or a folder")
     auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
     folder = auto if value == "auto" else Path(os.path.expanduser(value)).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not can_hold_files(folder):
         raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
     return folder
 

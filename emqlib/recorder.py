@@ -1,5 +1,6 @@
 """Importance scores while training: what the forward passes of a training epoch give away, kept in bounded memory."""
 
+import os
 import tempfile
 
 import torch
@@ -77,8 +78,20 @@ def _table(n: int, num_classes: int, dtype: torch.dtype) -> Tensor:
     if _bytes(n, num_classes, dtype) <= MAPPED_BYTES:
         return torch.zeros(n, num_classes, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="emqlib-") as file:  # its pages live as long as the mapping
-        file.truncate(_bytes(n, num_classes, dtype))
+        _reserve(file.fileno(), _bytes(n, num_classes, dtype), file.name)
         return torch.from_file(file.name, shared=True, size=n * num_classes, dtype=dtype).view(n, num_classes)
+
+
+def _reserve(handle: int, size: int, name: str) -> None:
+    """Take so many bytes of the disk now: writing to mapped pages that the disk has no room for kills the process."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        os.truncate(handle, size)
+        return
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        text = f"{error.strerror}: a table of scores of {size / 1e9:.1f} GB; TMPDIR names the folder"
+        raise OSError(error.errno, text, name) from None
 
 
 class MeanRecorder(Recorder):

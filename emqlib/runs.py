@@ -3,8 +3,9 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from . import checks, devices, models
+from . import checks, models
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
 from .data import Dataset, load_dataset
 from .evaluation import ADAPTATION_SAMPLES, batch_norms, evaluate
-from .files import canonical_json, digest, write_text
+from .files import Busy, alone, can_hold_files, canonical_json, digest, remove_parts, write_text
 from .layers import QuantSpec
 from .multibit import convert
 from .provenance import provenance
@@ -124,11 +126,13 @@ def run_all(
 ) -> pd.DataFrame:
     """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
 
-    One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
+    One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in. Jobs
+    that share a folder share the work: a run that another one is at work on comes last, and is waited for.
     processes: how many to start, one a GPU, that train together, as `training.train` says; those that a launcher
     started all call this with 1. budget: seconds after which it stops, by OutOfTime, at the next step of training (one
     at least); a run whose last step is done is evaluated all the same. The next call goes on from there.
-    ValueError: no runs, or a damaged or foreign file where the rows of a run should be.
+    ValueError: no runs; a folder that cannot be written to; a damaged or foreign file where the rows of a run should
+    be; rows of other images than there are now.
     """
     runs, results_dir, deadline = list(dict.fromkeys(runs)), Path(results_dir), Deadline.of(budget)
     if not runs:
@@ -136,11 +140,16 @@ def run_all(
     if checks.integer("processes", processes, 1) > 1 and started() > 1:
         raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
+    if None in records and not all(can_hold_files(results_dir.absolute() / name) for name in ("runs", "checkpoints")):
+        raise checks.invalid(
+            "results_dir", str(results_dir), "a folder that can be written to, runs/ and checkpoints/ too"
+        )
+    _refuse_other_data(runs, records)
     launched = processes > 1 and None in records
     if launched:
         _launch(runs, results_dir, progress, processes, deadline)
     try:
-        records = list(_finish(runs, records, results_dir, progress, deadline, launched))
+        records = _finish(runs, records, results_dir, progress, deadline, launched)
     except OutOfTime as stop:
         finished = sum(_stored(run, results_dir) is not None for run in runs)
         begun = f", of the next one {stop.done}" if stop.done else ""
@@ -155,20 +164,66 @@ def _finish(
     progress: bool,
     deadline: Deadline,
     worked: bool,
-) -> Iterator[dict[str, Any]]:
-    """The records of all `runs`; worked: whether this call has made a step already, and may stop where time is up."""
+) -> list[dict[str, Any]]:
+    """The records of all `runs`; worked: whether this call has made a step already, and may stop where time is up.
+
+    A run that another job is at work on comes last, and is waited for.
+    """
     loaded: dict[tuple, Dataset] = {}
-    for i, run in enumerate(runs):
-        place = current(run.config.device)
-        record = place.share(records[i] or _stored(run, results_dir))  # another job may have finished it meanwhile
-        if record is None:
+    left, patience = [i for i, record in enumerate(records) if record is None], 0
+    while left:
+        for i in tuple(left):
+            run, place = runs[i], current(runs[i].config.device)
             if worked and deadline.passed(place):
                 raise OutOfTime("")
-            label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
             with place.first():  # a download is not for all at once
-                data = _data(run, loaded)
-            record, worked = _execute(run, data, results_dir, progress and label, place, deadline), True
-        yield record
+                data = data_of(run, loaded)
+            _refuse_other_data(runs, records, run, data)
+            label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
+            with _claimed(run, results_dir, place, patience) as ours:
+                if not ours:
+                    _tell_of_waiting(label, progress and place.main and patience == 0)
+                    continue
+                records[i] = place.share(_stored(run, results_dir))  # another job may have finished it meanwhile
+                if records[i] is None:
+                    records[i] = _execute(run, data, results_dir, progress and label, place, deadline)
+                    worked = True
+            left.remove(i)
+        patience, worked = 10, True  # from now on this call waits, which a budget does not allow for ever
+    return records
+
+
+def _refuse_other_data(
+    runs: list[Run], records: list[dict[str, Any] | None], run: Run | None = None, data: Dataset | None = None
+) -> None:
+    """ValueError if the images of a data set are not the same in all records, and in `data`, to be used for `run`."""
+    seen = {_data_key(run): (data.sha256, "the images there are now")} if run and data else {}
+    for other, record in zip(runs, records, strict=True):
+        if record is not None:
+            found = record["provenance"]["data_sha256"]
+            sha256, where = seen.setdefault(_data_key(other), (found, f"runs/{other.hash}.json"))
+            if sha256 != found:
+                expected = f"rows of the same images as {where}: those of runs/{other.hash}.json were others"
+                raise checks.invalid("dataset", other.dataset, f"{expected}; delete the rows of one of them")
+
+
+@contextmanager
+def _claimed(run: Run, results_dir: Path, place: Ranks, patience: float) -> Iterator[bool]:
+    """Whether this job, of one rank or several, is the only one at work on `run`, and stays so within the block."""
+    with ExitStack() as stack:
+        ours = True
+        if place.main:
+            try:
+                stack.enter_context(alone(checkpoint_file(run, results_dir), patience))
+                remove_parts(rows_file(run, results_dir))
+            except Busy:
+                ours = False
+        yield place.share(ours)
+
+
+def _tell_of_waiting(label: str, asked: bool) -> None:
+    if asked:
+        tqdm.write(f"{label}: another process is at work on it; the others first", file=sys.stderr)
 
 
 def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int, deadline: Deadline) -> None:
@@ -176,7 +231,7 @@ def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int, 
     launch = accelerate().notebook_launcher
     loaded: dict[tuple, Dataset] = {}
     for run in runs:
-        _data(run, loaded)  # an error about the data is better told here than by a process that dies of it
+        data_of(run, loaded)  # an error about the data is better told here than by a process that dies of it
     with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate's own is the same for every notebook
         port = free.getsockname()[1]
     launch(_forked, (runs, results_dir, progress, deadline), num_processes=processes, use_port=str(port))
@@ -190,8 +245,13 @@ def _forked(runs: list[Run], results_dir: Path, progress: bool, deadline: Deadli
         run_all(runs, results_dir, progress, budget=deadline)
 
 
-def _data(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
-    key = (run.dataset, run.image_size, run.stream, run.subset)
+def _data_key(run: Run) -> tuple:
+    return run.dataset, run.image_size, run.stream, run.subset
+
+
+def data_of(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
+    """The data set of `run`, as `loaded` has it already or has it from now on."""
+    key = _data_key(run)
     if key not in loaded:
         data = load_dataset(run.dataset, image_size=run.image_size or None, stream=run.stream or None)
         loaded[key] = data.subset(*run.subset) if any(run.subset) else data
@@ -207,64 +267,22 @@ def build(run: Run, num_classes: int) -> nn.Module:
 
 def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:
     """The network of `run` and its data: trained, or read where a checkpoint is there, as `run_all` leaves one."""
-    data = _data(run, {})
-    return _train(run, data, Path(results_dir), progress)[0], data
+    data = data_of(run, {})
+    with alone(checkpoint_file(run, results_dir), patience=-1):
+        return _train(run, data, results_dir, progress)[0], data
 
 
 def _train(
-    run: Run, data: Dataset, results_dir: Path, progress: bool | str, deadline: Deadline | None = None
+    run: Run, data: Dataset, results_dir: str | Path, progress: bool | str, deadline: Deadline | None = None
 ) -> tuple[nn.Module, pd.DataFrame]:
     model = build(run, data.num_classes)
-    checkpoint = results_dir / "checkpoints" / f"{run.hash}.pt"
+    checkpoint = checkpoint_file(run, results_dir)
     return model, train(model, data, run.config, checkpoint=checkpoint, progress=progress, budget=deadline)
 
 
-def derived(
-    run: Run, name: str, results_dir: str | Path, measure: Callable[[nn.Module, Dataset], pd.DataFrame]
-) -> pd.DataFrame:
-    """What `measure` finds in the trained network of `run`: read where it is there, else trained and measured.
-
-    A tidy table, each row with what the run was asked for and its provenance; kept as runs/<hash>-<name>.json.
-    ValueError: a damaged file there.
-    """
-    path = Path(results_dir) / "runs" / f"{run.hash}-{name}.json"
-    if not path.exists():
-        model, data = trained(run, results_dir)
-        _keep(path, run, data, measure(model, data))
-    return _kept(path)
-
-
-def followed(
-    run: Run, name: str, results_dir: str | Path, measure: Callable[[nn.Module, Dataset], pd.DataFrame]
-) -> pd.DataFrame:
-    """What `measure` finds in the network of `run` before training, column epoch 0, and after each epoch of it.
-
-    Read, kept and failing as `derived`. A killed call loses at most the epoch it was in.
-    """
-    path = Path(results_dir) / "runs" / f"{run.hash}-{name}.json"
-    if not path.exists():
-        data = _data(run, {})
-        model, checkpoint = build(run, data.num_classes), Path(results_dir) / "checkpoints" / f"{run.hash}-{name}.pt"
-        tables = [measure(model, data)]
-        history = train(model, data, run.config, checkpoint, observe=lambda m: measure(m, data).to_dict("list"))
-        tables += map(pd.DataFrame, history.observed)
-        _keep(path, run, data, pd.concat([t.assign(epoch=e) for e, t in enumerate(tables)], ignore_index=True))
-    return _kept(path)
-
-
-def _keep(path: Path, run: Run, data: Dataset, table: pd.DataFrame) -> None:
-    asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
-    asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
-    asked |= {"profile": run.profile, "run": run.hash} | provenance(data, devices.device(run.config.device))
-    write_text(path, json.dumps({"asked": asked, "table": table.to_dict("list")}) + "\n")
-
-
-def _kept(path: Path) -> pd.DataFrame:
-    try:
-        record = json.loads(path.read_text())
-        return pd.DataFrame(record["table"]).assign(**record["asked"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
+def checkpoint_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
+    """Where the checkpoint of `run` lies, or that of a training of it with a name of its own."""
+    return Path(results_dir) / "checkpoints" / f"{run.hash}{name}.safetensors"
 
 
 def _execute(
@@ -286,7 +304,7 @@ def _execute(
         "rows": rows.to_dict("records"),
     }
     if place.main:
-        write_text(_path(run, results_dir), json.dumps(record, indent=1) + "\n")
+        write_text(rows_file(run, results_dir), json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -295,13 +313,14 @@ def _served(run: Run, model: nn.Module) -> tuple[int, ...]:
     return run.spec.bits if run.spec.norm == "switchable" and batch_norms(model) else run.eval_bits
 
 
-def _path(run: Run, results_dir: Path) -> Path:
-    return results_dir / "runs" / f"{run.hash}.json"
+def rows_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
+    """Where the record of `run` lies, or a table made of its network."""
+    return Path(results_dir) / "runs" / f"{run.hash}{name}.json"
 
 
 def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
     """The finished record, if there is one; ValueError if it is another config's, whose defaults were others then."""
-    path = _path(run, results_dir)
+    path = rows_file(run, results_dir)
     if not path.exists():
         return None
     try:

@@ -1,38 +1,31 @@
-"""A trained network in one file: safetensors for numbers, JSON for what they mean. Nothing in a file is ever run."""
+"""A trained network in one file, in which nothing can be run: see `container`."""
 
-import hashlib
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from . import checks, models
-from .files import canonical_json, write_atomic
+from . import checks, container, models
 from .layers import QuantSpec
 from .multibit import convert, converted, quantized_layers
 from .packing import pack_as_set
 from .provenance import software
 
-VERSION = 2
-_KEYS = {"version", "network", "spec", "packed", "trained_on", "provenance", "sha256"}
+VERSION = 3
+_KEYS = {"version", "network", "spec", "packed", "trained_on", "provenance"}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a converted `model`, or what `pack` made of one, to `path`, atomically: what `load` needs to make it again.
 
     The file is safetensors; its header holds, as JSON, a version, the network (where `emqlib.models` built it), the
-    QuantSpec, the bit-widths of packed layers, name, checksum and statistics of the data set `train` saw last, this
-    software's versions, and a checksum of all tensors. ValueError: neither a converted network nor a packed one, or a
-    path that is a folder. OSError: it cannot be written.
+    QuantSpec, the bit-widths of packed layers, name, checksum and statistics of the data set `train` saw last, and this
+    software's versions; and a checksum of that and of all tensors. ValueError: neither a converted network nor a packed
+    one, or a path that is a folder. OSError: it cannot be written.
     """
     packed, path = getattr(model, "packed_bits", None), checks.file_name("path", path)
     network = converted(model) if packed is None else model
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
     about = {
         "version": VERSION,
         "network": getattr(network, "recipe", None),
@@ -40,10 +33,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         "packed": packed,
         "trained_on": getattr(network, "trained_on", None),
         "provenance": software(),
-        "sha256": _digest(tensors),
     }
-    data = serialized(tensors, {"emqlib": canonical_json(about)})
-    write_atomic(path, lambda file: file.write(data))
+    container.write(path, about, network.state_dict())
 
 
 def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
@@ -53,8 +44,10 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     where it is not one of `emqlib.models`. ValueError that names path or net: no such file, not whole, edited, of
     another version or of another network.
     """
-    path = checks.file_name("path", path)
-    about, tensors = _read(path)
+    path, expected = checks.file_name("path", path), "a whole file that emqlib.save wrote"
+    about, tensors = container.read(path, VERSION, expected)
+    if set(about) != _KEYS:
+        raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
     spec = _spec(about["spec"], path)
     model = convert(_network(about["network"], net, path), spec)
     if about["packed"] is not None:
@@ -63,32 +56,6 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     model.load_state_dict(tensors)
     model.trained_on = about["trained_on"]
     return model.eval()
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    expected = "a whole file that emqlib.save wrote"
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["emqlib"])
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise checks.invalid("path", str(path), f"{expected} ({error})") from error
-    if isinstance(about, dict) and about.get("version") != VERSION:
-        raise checks.invalid("path", str(path), f"version {VERSION} of the format, not {about.get('version')!r}")
-    if not isinstance(about, dict) or set(about) != _KEYS:
-        raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
-    if about["sha256"] != _digest(tensors):
-        raise checks.invalid("path", str(path), f"{expected}: the numbers are not those that were saved")
-    return about, tensors
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def _spec(told: Any, path: Path) -> QuantSpec:

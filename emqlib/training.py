@@ -1,7 +1,5 @@
 """One training loop for every scheme: a scheme is a plan, which says what child sees which batch in each step."""
 
-import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,12 +18,12 @@ from . import checkpoints, checks, devices
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig, learning_rate
 from .data import Dataset
+from .files import alone
+from .finite import LossWatch, check_weights
 from .loading import Batch, FileLoader, MemoryLoader, loader
 from .multibit import set_bits
 from .ranks import Ranks, current, synchronized
 from .sampling import Sampler, Selection, generator
-
-_STOPPED = "training stopped; the last checkpoint stays"
 
 
 @dataclass(frozen=True)
@@ -73,36 +71,6 @@ def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     if config.optimizer == "adamw":
         return AdamW(groups, lr=config.lr)
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-
-
-class _LossWatch:
-    """Stops a run at the first loss that is not finite; on CUDA some steps late, so as not to wait for each one."""
-
-    def __init__(self, place: Ranks, device: torch.device) -> None:
-        self.pending: deque[tuple[Tensor, float, str]] = deque()
-        self.place, self.lag = place, 16 if device.type == "cuda" else 0
-        self.total, self.weight = 0.0, 0.0
-
-    def see(self, loss: Tensor, weight: float, where: str) -> None:
-        self.pending.append((loss.detach(), weight, where))
-        while len(self.pending) > self.lag:
-            self._check()
-
-    def flush(self) -> None:
-        while self.pending:
-            self._check()
-
-    def mean(self) -> float:
-        self.flush()
-        total, weight = self.place.sums(self.total, self.weight)
-        return total / weight
-
-    def _check(self) -> None:
-        loss, weight, where = self.pending.popleft()
-        value = float(loss)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"loss={value} at {where}: {_STOPPED}")
-        self.total, self.weight = self.total + value * weight, self.weight + weight
 
 
 @dataclass
@@ -160,16 +128,29 @@ def train(
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
     where no checkpoint can be, a budget without one, or a checkpoint of another configuration, network or data.
     FloatingPointError: a loss or weight that is not finite, named with step, bit-width and learning rate; the last
-    checkpoint stays.
+    checkpoint stays. MemoryError: names the batch size to try. files.Busy: another process trains with the checkpoint.
     """
     label = progress if isinstance(progress, str) else checks.flag("progress", progress) and "training"
     run = _prepare(model, data, config, checkpoint, budget)
-    with run.place.joined(f"the checkpoint {run.path}" if run.path else "the beginning"):
+    with run.place.joined(f"the checkpoint {run.path}" if run.path else "the beginning"), _safe(run):
         found = run.place.share(str(run.path) if run.path is not None and run.path.exists() else "")
         if found:
             _resume(run, Path(found))
         _finish(run, label, observe)
     return _history(run)
+
+
+@contextmanager
+def _safe(run: _Run) -> Iterator[None]:
+    """Within the block no other process writes the checkpoint, and running out of memory says what to try."""
+    config, own = run.config, run.path is not None and run.place.main
+    halved = f"batch_size={config.batch_size // 2}" if config.batch_size > 1 else "smaller images"
+    advice = f"{halved}, or accumulate={2 * config.accumulate}, for the same steps in smaller parts"
+    with (
+        alone(run.path) if own else nullcontext(),
+        devices.enough_memory("batch_size", config.batch_size, f"{advice}; the last checkpoint stays"),
+    ):
+        yield
 
 
 def _history(run: _Run) -> pd.DataFrame:
@@ -243,7 +224,7 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
 
 def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     run.model.train()
-    epoch, watch, start = run.epoch, _LossWatch(run.place, run.device), perf_counter()
+    epoch, watch, start = run.epoch, LossWatch(run.place, run.model, run.device), perf_counter()
     selection = run.sampler.selection(epoch)
     steps = plan(selection, run.config, epoch, run.device)
     pixels = generator(run.config.seed, "augment", epoch)
@@ -264,7 +245,7 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
                 _pause(run, watch, pixels, i, before + perf_counter() - start, where)
                 raise OutOfTime(f"epoch {epoch + 1}, step {i} of {len(steps)}")
     loss = watch.mean()
-    _check_weights(run, where)
+    check_weights(run.model, run.scaler, where)
     damaged = run.loader.all_damaged()
     bar.set_postfix(loss=f"{loss:.3f}")
     passes = sum(len(step.indices) * len(step.bits) for step in steps)
@@ -273,23 +254,17 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     return row | ({} if damaged is None else {"damaged": damaged})
 
 
-def _check_weights(run: _Run, where: str) -> None:
-    for name, p in run.model.named_parameters():  # a step can break them after a loss that was still finite
-        if not bool(p.isfinite().all()):
-            raise FloatingPointError(f"{name} is not finite after {where}: {_STOPPED}")
-
-
-def _pause(run: _Run, watch: _LossWatch, pixels: torch.Generator, done: int, seconds: float, where: str) -> None:
+def _pause(run: _Run, watch: LossWatch, pixels: torch.Generator, done: int, seconds: float, where: str) -> None:
     """Write a checkpoint in the middle of an epoch, `done` steps and `seconds` after its beginning."""
     watch.flush()
-    _check_weights(run, where)
+    check_weights(run.model, run.scaler, where)
     run.loader.all_damaged()  # of all ranks, one of which writes
     own = {"noise": devices.noise(run.device), "losses": [watch.total, watch.weight]}
     run.paused = {"steps": done, "seconds": seconds, "pixels": pixels.get_state(), "ranks": run.place.collect(own)}
     _save(run)
 
 
-def _go_on(run: _Run, watch: _LossWatch, pixels: torch.Generator) -> tuple[int, float]:
+def _go_on(run: _Run, watch: LossWatch, pixels: torch.Generator) -> tuple[int, float]:
     """The steps and the seconds after which `_pause` stopped the epoch at hand, and all as it was there; else none."""
     if run.paused is None:
         return 0, 0.0
@@ -315,7 +290,7 @@ def _seeded(run: _Run, epoch: int) -> Iterator[None]:
         yield
 
 
-def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: _LossWatch, where: str) -> None:
+def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: LossWatch, where: str) -> None:
     """One optimizer step on this rank's part of the samples of `step`, itself in `accumulate` parts."""
     config, images = run.config, batch[0].contiguous(memory_format=run.memory_format)
     run.optimizer.zero_grad(set_to_none=True)
@@ -388,5 +363,4 @@ def _resume(run: _Run, path: Path) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.sampler.load(state["sampler"], run.device)
-    run.loader.damaged = state.get("damaged", {})  # as `paused`, not in the checkpoints of earlier versions
-    run.paused = state.get("paused")
+    run.loader.damaged, run.paused = state["damaged"], state["paused"]

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 import socket
 import sys
 import urllib.request
@@ -276,6 +277,42 @@ def test_tinyimagenet_without_annotations_is_not_the_data(tmp_path):
         load_dataset("tinyimagenet", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("../../../secret.png\tn00000001", "secret"),
+        ("..\tn00000001", ".."),
+        ("/etc/passwd\tn00000001", "passwd"),
+        ("a\0b.JPEG\tn00000001", "b.JPEG"),
+        ("\tn00000001", "n00000001"),
+        ("missing.JPEG\tn00000001\t0\t0", "missing"),
+        ("val_0.JPEG\tn00000001", "val_0.JPEG"),  # twice
+        ("other.JPEG", "other"),
+        ("other.JPEG\t ", "other"),
+        ("\xff\xfe garbage", "garbage"),
+    ],
+)
+def test_annotations_name_each_image_of_their_folder_once_and_nothing_else(line, found, tmp_path):
+    folder, _ = write_tiny_imagenet(tmp_path)
+    (tmp_path / "secret.png").write_bytes((folder / "val" / "images" / "val_0.JPEG").read_bytes())
+    (folder / "val" / "images" / "other.JPEG").write_bytes(b"")
+    table = folder / "val" / "val_annotations.txt"
+    table.write_bytes(table.read_bytes() + line.encode("latin-1"))
+    message = (
+        rf"val_annotations\.txt, line 6: .*{re.escape(found)}.*: expected an image that lies in .*images, once, then"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_dataset("tinyimagenet", tmp_path)
+
+
+def test_annotations_cut_short_are_no_smaller_test_set(tmp_path):
+    folder, _ = write_tiny_imagenet(tmp_path)
+    table = folder / "val" / "val_annotations.txt"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(ValueError, match=r"expected a line for each image of .*images, found none for val_3\.JPEG$"):
+        load_dataset("tinyimagenet", tmp_path)
+
+
 def test_a_named_data_set_has_its_number_of_classes(tmp_path):
     write_tiny_imagenet(tmp_path, classes=6)
     with pytest.raises(ValueError, match=r"tiny-imagenet-200.*expected 200 classes, found 6"):
@@ -472,6 +509,16 @@ def test_a_damaged_cache_is_made_anew(tmp_path, decoded, keep):
     decoded.clear()
     assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
     assert decoded and cache.read_bytes() == whole
+
+
+@pytest.mark.parametrize("other", [pixels(7, 3, 8, 8), pixels(8, 3, 8), np.ones((8, 3, 8, 8), np.float32)])
+def test_a_cache_of_something_else_is_made_anew(tmp_path, other):
+    written = write_folders(tmp_path)
+    load_dataset(f"imagefolder:{tmp_path}")
+    (cache,) = (tmp_path / ".emqlib").iterdir()
+    with cache.open("wb") as file:
+        np.save(file, other)
+    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
 
 
 def test_a_pickle_in_the_cache_is_never_run(tmp_path):

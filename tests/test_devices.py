@@ -1,7 +1,9 @@
 """Devices, autocast types and memory formats."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -82,3 +84,34 @@ def test_noise_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         for kept, device, expected in ((on_cuda, "cpu", 5), (on_cpu, "cuda", 5), (on_cuda, "cuda", 3)):
             devices.set_noise(torch.device(device), kept)
             assert torch.equal(torch.rand(3), drawn) and len(own["cuda"]) == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("could not create a memory object"),
+        MemoryError("Unable to allocate 9 GiB for an array"),
+    ],
+)
+def test_too_little_memory_names_what_to_try_and_lets_go_of_what_was_computed(error: Exception) -> None:
+    def work() -> None:
+        held = torch.ones(3)
+        kept.append(weakref.ref(held))
+        raise error
+
+    kept: list[weakref.ref] = []
+    with pytest.raises(MemoryError) as caught, devices.enough_memory("batch_size", 128, "batch_size=64"):
+        work()
+    told = str(error).splitlines()[0]
+    assert str(caught.value) == f"batch_size=128: out of memory ({told}); try batch_size=64"
+    gc.collect()
+    assert kept[0]() is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("bad_alloc"), KeyboardInterrupt()])
+def test_other_errors_are_what_they_are(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, devices.enough_memory("batch_size", 128, "batch_size=64"):
+        raise error
+    assert caught.value is error

@@ -30,10 +30,11 @@ from emqlib import (
     training,
 )
 from emqlib.analysis import BINS, SPAN
+from emqlib.derived import derived, followed
 from emqlib.experiments import UNCALIBRATED, bias_correction, quickstart, table1
 from emqlib.profiles import PROFILES, Parameters, parameters
 from emqlib.remedies import ACTIVATIONS, RULES
-from emqlib.runs import Run, build, derived, followed, provenance, run_all, trained
+from emqlib.runs import Run, build, provenance, run_all, trained
 from emqlib.transfer import gradient_angles
 
 
@@ -677,7 +678,7 @@ def test_a_second_call_trains_nothing(
 def test_progress_names_the_run_on_stderr(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_runs()[2]
     (finished / f"runs/{run.hash}.json").unlink()
-    (finished / f"checkpoints/{run.hash}.pt").unlink()
+    (finished / f"checkpoints/{run.hash}.safetensors").unlink()
     run_all([run], finished)
     out, err = capsys.readouterr()
     assert not out and "run 1 of 1: Any-Precision" in err  # tables are on the other stream
@@ -690,7 +691,7 @@ def test_a_deleted_run_alone_is_run_again(
     run, trained = tiny_runs()[1], []
     (finished / f"runs/{run.hash}.json").unlink()
     if checkpoint == "deleted":
-        (finished / f"checkpoints/{run.hash}.pt").unlink()
+        (finished / f"checkpoints/{run.hash}.safetensors").unlink()
     epoch = training._epoch
 
     def counted(run: Any, *arguments: Any) -> dict[str, Any]:
@@ -953,7 +954,7 @@ def test_two_processes_from_a_shell_and_from_a_notebook_train_one_network(tmp_pa
     rows = run_all(runs := experiments.imagenet(smoke_imagenet(tmp_path)), tmp_path / "made", progress=False)
     assert set(rows.device) == {"2 x cpu, 1 threads"} and len(rows) == 26
     (tmp_path / f"made/runs/{runs[1].hash}.json").unlink()
-    (tmp_path / f"made/checkpoints/{runs[1].hash}.pt").unlink()
+    (tmp_path / f"made/checkpoints/{runs[1].hash}.safetensors").unlink()
     script = tmp_path / "notebook.py"
     script.write_text(NOTEBOOK.format(place=str(tmp_path / "made")))
     out = in_a_shell(tmp_path, sys.executable, str(script)).splitlines()

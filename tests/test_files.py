@@ -120,6 +120,59 @@ def test_a_reader_sees_whole_files_only(tmp_path: Path) -> None:
     assert set(seen) <= contents
 
 
+HOLDER = """
+import runpy, sys, time
+from pathlib import Path
+alone = runpy.run_path(sys.argv[1])["alone"]
+path = Path(sys.argv[2])
+with alone(path):
+    path.with_name(f".{path.name}.half.tmp").write_text("half")
+    print("alone", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def hold(path: Path, seconds: float) -> subprocess.Popen[str]:
+    """A process that is alone with a file for so long, and leaves a part of it behind."""
+    command = [sys.executable, "-c", HOLDER, files.__file__, str(path), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "alone\n"
+    return process
+
+
+def test_one_process_at_a_time_until_it_is_killed(tmp_path: Path) -> None:
+    path, other = tmp_path / "a[1]*", tmp_path / ".a[1]*.b.half.tmp.old"
+    other.write_text("another's")
+    with hold(path, 60) as process:
+        with pytest.raises(files.Busy, match=r"a\[1\]\*: another process is at work on it$"), files.alone(path):
+            raise AssertionError
+        assert (tmp_path / ".a[1]*.half.tmp").exists()
+        with files.alone(tmp_path / "b"):  # another file is nobody's
+            process.kill()
+    with files.alone(path, patience=5), files.alone(path):  # again, in the same thread
+        assert not (tmp_path / ".a[1]*.half.tmp").exists() and other.exists()
+
+
+def test_who_is_patient_is_next(tmp_path: Path) -> None:
+    with hold(tmp_path / "a", 0.5), files.alone(tmp_path / "a", patience=30):
+        assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_error_ends_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), files.alone(tmp_path / "a"):
+        raise KeyboardInterrupt
+    with hold(tmp_path / "a", 0) as process:
+        assert process.wait(10) == 0
+
+
+def test_folders_that_can_hold_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    assert files.can_hold_files(tmp_path) and files.can_hold_files(tmp_path / "a" / "b")
+    assert not files.can_hold_files(tmp_path / "file") and not files.can_hold_files(tmp_path / "file" / "a")
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    assert not files.can_hold_files(tmp_path) and not files.can_hold_files(tmp_path / "a" / "b")
+
+
 def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()

@@ -12,7 +12,7 @@ import pytest
 import rank_worker
 import torch
 
-from emqlib import ranks
+from emqlib import checkpoints, container, ranks
 from emqlib.ranks import Ranks
 
 
@@ -67,8 +67,8 @@ def test_a_killed_rank_ends_the_job_and_all_go_on_together(tmp_path: Path) -> No
     assert killed.returncode != 0 and not list(tmp_path.glob("*.json"))
     message = "rank 0 of 2: another rank has stopped, see its own error; start all of them again, and training goes on"
     assert f"{message} from the checkpoint {tmp_path / 'run.pt'}" in killed.stderr
-    state = torch.load(tmp_path / "run.pt", weights_only=True)
-    assert 1 <= len(json.loads(state["history"])) < 4
+    about, _ = container.read(tmp_path / "run.pt", checkpoints.VERSION, "a checkpoint")
+    assert 1 <= len(json.loads(about["history"])) < 4
     resumed = launch(tmp_path, "resumed")
     assert resumed.returncode == 0, resumed.stderr
     alone, (first, second) = rank_worker.run("bitwise"), found(tmp_path, "resumed")

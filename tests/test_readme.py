@@ -27,7 +27,7 @@ def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     names: dict[str, object] = {}
     exec(BLOCKS[0], names)  # the README's own text, nobody else's
     table = emq.evaluate(names["model"], digits)
-    assert (tmp_path / "digits.pt").exists() and "top1" in capsys.readouterr().out
+    assert (tmp_path / "digits.checkpoint").exists() and "top1" in capsys.readouterr().out
     assert table.bits.tolist() == list(range(1, 9)) and table[table.trained].top1.max() > 25
     assert names["logits"].shape == (1, 10)
     assert BLOCKS[1].count("\n") <= 10

@@ -1,6 +1,10 @@
 """Scores kept while training against those of the whole log at once, for any batches and with any gaps."""
 
 import io
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,3 +248,26 @@ def test_saved_and_loaded_between_two_epochs(
         log.into(record, range(5, T))
     close(resumed.scores(), first.scores(), atol)
     assert not torch.allclose(resumed.scores(), log.into(make(), range(5, T)).scores())
+
+
+FULL = """
+import resource, signal
+from emqlib import recorder
+recorder.MAPPED_BYTES = 0
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+recorder.TDDSRecorder(1000, 40, window=3, decay=0.9).previous.fill_(1)
+recorder.TDDSRecorder(1000, 60, window=3, decay=0.9).previous.fill_(1)
+"""
+
+
+def test_a_disk_too_small_for_a_table_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    """Pages of a sparse file that the disk has no room for would kill the process where they are written to."""
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(recorder.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True)
+    assert result.returncode == 1 and "line 8" in result.stderr, result.stderr
+    message = (
+        rf"OSError: \[Errno 27\] File too large: a table of scores of 0.0 GB; TMPDIR names the folder: '{tmp_path}"
+    )
+    assert re.search(message, result.stderr.splitlines()[-1])
+    assert not list(tmp_path.iterdir())

@@ -149,7 +149,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Waits]:
     monkeypatch.setattr(training, "_step", inside)
     # as on CUDA, where losses are looked at some steps later
     see = lambda self, loss, *more: self.pending.append((loss.detach(), *more))  # noqa: E731
-    monkeypatch.setattr(training._LossWatch, "see", see)
+    monkeypatch.setattr(training.LossWatch, "see", see)
     yield waits
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import emqlib as emq
-from emqlib import CoresetConfig, Dataset, OutOfTime, QuantSpec, TrainConfig, checkpoints, loading, training
+from emqlib import CoresetConfig, Dataset, OutOfTime, QuantSpec, TrainConfig, checkpoints, container, loading, training
 from emqlib.checkpoints import Deadline
-from emqlib.files import Telling
+from emqlib.finite import LossWatch
 from emqlib.layers import NORMS, InputQuantizer
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.ranks import Ranks
@@ -468,7 +468,7 @@ def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> N
     batches = loading.loader(digits.to(meta), "train", meta)
     parts = (torch.contiguous_format, optimizer, scaler, sampler(digits.train.labels, BITS, config))
     run = training._Run(model, model, model, digits.to(meta), config, Ranks(), meta, batches, *parts)
-    watch = training._LossWatch(Ranks(), meta)
+    watch = LossWatch(Ranks(), model, meta)
     watch.lag = 100  # a loss without a value cannot be looked at
     steps = plans(digits.train.labels, BITS, config)[0][:3]
     for step, batch in zip(steps, batches.epoch([step.indices for step in steps], torch.Generator()), strict=True):
@@ -705,9 +705,15 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(
     resumed = tiny(init=9, dropout=0.3, **spec)
     assert_same_history(train(resumed, digits, config, path), history)
     assert_same_state(resumed, undisturbed)
-    scalers = [torch.load(p, weights_only=True)["scaler"] for p in (path, tmp_path / "undisturbed.pt")]
+    scalers = [kept(p)[1]["scaler"] for p in (path, tmp_path / "undisturbed.pt")]
     assert scalers[0] == scalers[1] and bool(scalers[0]) == (name == "float16")
-    assert os.listdir(path.parent) == ["run.pt"]
+    assert sorted(os.listdir(path.parent)) == [".run.pt.lock", "run.pt"]
+
+
+def kept(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The history and the state in a checkpoint."""
+    about, tensors = container.read(path, checkpoints.VERSION, "a checkpoint")
+    return json.loads(about["history"]), container.restored(about["state"], tensors)
 
 
 SCORED = {
@@ -790,14 +796,6 @@ def test_a_finished_run_is_returned_without_a_step(
     assert path.stat().st_mtime_ns == stamp and again[4].bits == 8
 
 
-def test_a_checkpoint_holds_no_objects(digits: Dataset, tmp_path: Path) -> None:
-    path = tmp_path / "run.pt"
-    train(tiny(weight="lsq", activation="lsq", norm="switchable"), digits, quick(autocast="float16"), path)
-    with torch.serialization.safe_globals([]):
-        state = torch.load(path, weights_only=True)
-    assert set(state) == {"identity", "history", "model", "optimizer", "scaler", "sampler", "damaged", "paused"}
-
-
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -851,15 +849,28 @@ def test_a_checkpoint_of_another_coreset_option_is_refused(options: dict, digits
 def test_a_checkpoint_from_before_an_option_counts_as_at_its_default(digits: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     history = train(tiny(), digits, quick(), path)
-    state = torch.load(path, weights_only=True)
-    identity = json.loads(state["identity"])
+    about, tensors = container.read(path, checkpoints.VERSION, "a checkpoint")
+    identity = json.loads(about["identity"])
     del identity["spec.output_correction"], identity["clip_grad_norm"]
-    torch.save(state | {"identity": json.dumps(identity)}, path)
+    container.write(path, about | {"identity": json.dumps(identity)}, tensors)
     pd.testing.assert_frame_equal(train(tiny(init=1), digits, quick(), path), history)
     with pytest.raises(ValueError, match=r"but spec.output_correction: False there, True here$"):
         train(tiny(output_correction=True), digits, quick(), path)
     with pytest.raises(ValueError, match=r"but clip_grad_norm: 0.0 there, 1.0 here$"):
         train(tiny(), digits, quick(clip_grad_norm=1.0), path)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    """Of the format, or with an option that this one does not know and so cannot follow."""
+    path = tmp_path / "run.pt"
+    train(tiny(), digits, quick(), path)
+    about, tensors = container.read(path, checkpoints.VERSION, "a checkpoint")
+    container.write(path, about | {"identity": json.dumps(json.loads(about["identity"]) | {"depth": 2})}, tensors)
+    with pytest.raises(ValueError, match=r"^checkpoint=.*one of the same run, but depth: 2 there, not known here$"):
+        train(tiny(), digits, quick(), path)
+    container.write(path, about | {"version": checkpoints.VERSION + 1}, tensors)
+    with pytest.raises(ValueError, match=r"^checkpoint=.*, of version 2 of the format, not 3$"):
+        train(tiny(), digits, quick(), path)
 
 
 def test_a_device_is_no_difference(digits: Dataset, tmp_path: Path) -> None:
@@ -883,16 +894,27 @@ def broken_checkpoints(good: bytes, folder: Path) -> Iterator[bytes]:
     yield bytes(range(256)) * 4
     yield from (good[: int(len(good) * part)] for part in (0.01, 0.5, 0.999))
     yield pickle.dumps(Hostile(folder / "executed"))
-    for content in (
-        torch.ones(3),
-        [],
-        {"identity": "{}"},
-        {"identity": "{", "history": "[]"},
-        Hostile(folder / "executed"),
-    ):
+    for content in (torch.ones(3), {"identity": "{}"}, Hostile(folder / "executed")):
         whole = io.BytesIO()
         torch.save(content, whole)
         yield whole.getvalue()
+    path, tensors = folder / "other", {"x": torch.ones(3)}
+    state = {"dict": [[name, {"dict": []}] for name in ("model", "optimizer", "scaler", "sampler", "damaged")]}
+    told = {"identity": "{}", "history": "[]", "state": state}
+    for wrong in (
+        {},
+        {"identity": 3},
+        {"identity": "{"},
+        {"history": None},
+        {"state": "eval"},
+        {"state": {}},
+        {"state": {"tensor": "y"}},
+        {"state": {"__reduce__": ["os.system", "true"]}},
+    ):
+        container.write(path, {"version": checkpoints.VERSION} | told | wrong, tensors)
+        content = path.read_bytes()
+        path.unlink()
+        yield content
 
 
 def test_a_broken_or_hostile_checkpoint_is_refused_and_not_run(digits: Dataset, tmp_path: Path) -> None:
@@ -902,7 +924,7 @@ def test_a_broken_or_hostile_checkpoint_is_refused_and_not_run(digits: Dataset, 
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"^checkpoint='.*run\.pt': expected a whole checkpoint of this library"):
             train(model, digits, quick(), path)
-        assert path.read_bytes() == content and os.listdir(tmp_path) == ["run.pt"]
+        assert path.read_bytes() == content and sorted(os.listdir(tmp_path)) == [".run.pt.lock", "run.pt"]
     assert_same_state(model, tiny())
 
 
@@ -918,37 +940,16 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*run\.pt"):
         patch.setattr(os, "fsync", full)
         train(tiny(), digits, quick(), path)
-    assert not os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == [".run.pt.lock"]
     with (
         monkeypatch.context() as patch,
         stopped_at(patch, "epoch 2, step 1", lambda run: patch.setattr(os, "fsync", full)),
         pytest.raises(OSError, match=r"No space left on device: .*run\.pt"),
     ):
         train(tiny(), digits, quick(), path)
-    assert os.listdir(tmp_path) == ["run.pt"]
+    assert sorted(os.listdir(tmp_path)) == [".run.pt.lock", "run.pt"]
     assert train(resumed, digits, quick(), path).epoch.tolist() == [1, 2]
     assert_same_state(resumed, undisturbed)
-
-
-def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint_says_so() -> None:
-    """torch.save raises a RuntimeError of its own then, about positions in a file."""
-
-    class Full(io.BytesIO):
-        def write(self, data: bytes) -> int:
-            if self.tell() > 1000:
-                raise OSError(28, "No space left on device")
-            return super().write(data)
-
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        checkpoints._write({"model": torch.ones(10_000)}, Telling(Full()))
-    assert caught.value.errno == 28
-    with pytest.raises(RuntimeError, match="its own"):
-        checkpoints._write({"model": Unwritable()}, Telling(io.BytesIO()))
-
-
-class Unwritable:
-    def __reduce__(self) -> tuple:
-        raise RuntimeError("its own")
 
 
 # Stopped when time is up
@@ -1006,13 +1007,13 @@ def test_a_run_in_slices_of_a_step_ends_where_the_undisturbed_one_does(
     steps = [(e, i, n) for e, n in enumerate(history.steps, start=1) for i in range(1, n + 1)]
     text = [f"epoch {e}, step {i} of {n}" if i < n else f"epoch {e} of {len(history)}" for e, i, n in steps]
     assert said == [f"{done}; time is up, call again to go on" for done in text[:-1]]
-    ours, theirs = (torch.load(p, weights_only=True) for p in (path, tmp_path / "undisturbed.pt"))
+    ours, theirs = (kept(p)[1] for p in (path, tmp_path / "undisturbed.pt"))
     assert ours["paused"] is theirs["paused"] is None and ours["scaler"] == theirs["scaler"]
     assert_same_tensors(ours["optimizer"], theirs["optimizer"])
     for state in (ours, theirs):
         del state["sampler"]["shape"]  # that of the recorders, where there are any
     assert_same_tensors(ours["sampler"], theirs["sampler"])
-    assert sorted(os.listdir(tmp_path)) == ["run.pt", "undisturbed.pt"]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["run.pt", "undisturbed.pt"]
 
 
 def assert_same_tensors(ours: Any, theirs: Any) -> None:
@@ -1090,13 +1091,13 @@ def test_losses_that_wait_to_be_looked_at_are_not_forgotten(
     digits: Dataset, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CUDA they are looked at some steps late: here as well."""
-    history, see = train(tiny(), digits, quick()), training._LossWatch.see
+    history, see = train(tiny(), digits, quick()), LossWatch.see
 
-    def late(self: training._LossWatch, *args: Any) -> None:
+    def late(self: LossWatch, *args: Any) -> None:
         self.lag = 16
         see(self, *args)
 
-    monkeypatch.setattr(training._LossWatch, "see", late)
+    monkeypatch.setattr(LossWatch, "see", late)
     assert_same_history(in_slices(tiny, digits, quick(), tmp_path / "run.pt", budget=5)[1], history)
 
 
@@ -1126,25 +1127,13 @@ def test_other_ranks_do_not_go_on_in_the_middle_of_an_epoch(
     path, model = tmp_path / "run.pt", tiny(init=1)
     with pytest.raises(OutOfTime):
         emq.train(tiny(), digits, quick(), path, progress=False, budget=5)
-    state = torch.load(path, weights_only=True)
+    history, state = kept(path)
     state["paused"]["ranks"] *= 2
-    torch.save(state, path)
+    checkpoints.save(path, checkpoints.identity(model, digits, quick()), history, state)
     message = r"^checkpoint=.*: expected one of 1 process\(es\), or of a whole epoch: it is 2 that stopped"
     with pytest.raises(ValueError, match=message):
         train(model, digits, quick(), path)
     assert_same_state(model, tiny(init=1))
-
-
-def test_a_checkpoint_from_before_there_were_budgets_is_taken(digits: Dataset, tmp_path: Path) -> None:
-    undisturbed, resumed, path = tiny(), tiny(init=1), tmp_path / "run.pt"
-    train(undisturbed, digits, quick())
-    with pytest.raises(OutOfTime, match=r"^epoch 1 of 2; "), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "monotonic", lambda: float(path.exists()))
-        emq.train(tiny(), digits, quick(), path, progress=False, budget=1)
-    state = torch.load(path, weights_only=True)
-    torch.save({k: v for k, v in state.items() if k not in ("damaged", "paused")}, path)
-    train(resumed, digits, quick(), path)
-    assert_same_state(resumed, undisturbed)
 
 
 # Losses and weights that are not finite
@@ -1161,11 +1150,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     train(undisturbed, digits, config)
     lr = training.learning_rate(1 + 5 / 12, config)
     message = rf"^loss=nan at epoch 2, step 5, 4 bits, lr {lr:.3g}: training stopped; the last checkpoint stays"
-    with stopped_at(monkeypatch, "epoch 2, step 5", spoil), pytest.raises(FloatingPointError, match=message):
+
+    def spoil_images(run: Any) -> None:
+        monkeypatch.setattr(training.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
+
+    with stopped_at(monkeypatch, "epoch 2, step 5", spoil_images), pytest.raises(FloatingPointError, match=message):
         train(tiny(), digits, config, path)
-    assert len(json.loads(torch.load(path, weights_only=True)["history"])) == 1
+    monkeypatch.undo()
+    assert len(kept(path)[0]) == 1
     train(resumed, digits, config, path)
     assert_same_state(resumed, undisturbed)
+
+
+@pytest.mark.parametrize("spec", [{}, {"weight": "lsq", "activation": "lsq"}])
+def test_a_gradient_that_is_not_finite_is_named_by_the_step_it_broke(spec: dict, digits: Dataset) -> None:
+    """The loss before it was finite, and in the first forward pass after it, which may be of another child, is not."""
+    model, calls = tiny(**spec), []
+
+    def fourth(grad: torch.Tensor) -> torch.Tensor | None:
+        calls.append(grad)
+        return grad * torch.nan if len(calls) == 4 else None
+
+    model[4].weight.register_hook(fourth)
+    message = r"^loss=nan at epoch 1, step 5, 4 bits, lr \S+: 4\.weight was not finite before it, so a gradient of"
+    with pytest.raises(FloatingPointError, match=message):
+        train(model, digits, quick())
+
+
+def test_float16_without_a_finite_gradient_is_no_training(digits: Dataset, tmp_path: Path) -> None:
+    """The scaler leaves such steps out, so that losses and weights stay finite, and nothing is learned."""
+    model = tiny()
+    model[4].weight.register_hook(lambda grad: grad * torch.inf)
+    message = r"^no gradient is finite in float16, .* and no step is made, up to epoch 4, step 12, .* checkpoint"
+    with pytest.raises(FloatingPointError, match=message):
+        train(model, digits, quick(epochs=9, autocast="float16"), tmp_path / "run.pt")
+    assert len(kept(tmp_path / "run.pt")[0]) == 3  # 40 steps in epochs of 12
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -1209,9 +1228,8 @@ def test_weights_that_break_in_the_last_step_do_not_reach_the_checkpoint(
     message = r"^4\.weight is not finite after epoch 2, step 12, \(2,\) bits, lr "
     with pytest.raises(FloatingPointError, match=message):
         train(tiny(), digits, quick(epochs=3), path)
-    state = torch.load(path, weights_only=True)
-    assert len(json.loads(state["history"])) == 1
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    history, state = kept(path)
+    assert len(history) == 1 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 # Killed
@@ -1382,5 +1400,5 @@ def test_a_network_needs_an_output_for_each_class(digits: Dataset, tmp_path: Pat
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=r"^model='9 outputs': expected 10 or more, one a class"):
         train(model, digits, quick(), tmp_path / "run.pt")
-    assert same_state(model, before) and not os.listdir(tmp_path)
+    assert same_state(model, before) and os.listdir(tmp_path) == [".run.pt.lock"]
     train(emq.convert(tiny_net(classes=11), QuantSpec(bits=BITS)), digits, quick())
