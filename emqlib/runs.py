@@ -174,6 +174,10 @@ def _finish(
     while left:
         for i in tuple(left):
             run, place = runs[i], current(runs[i].config.device)
+            records[i] = place.share(_stored(run, results_dir))  # another job may have finished it meanwhile
+            if records[i] is not None:
+                left.remove(i)
+                continue
             if worked and deadline.passed(place):
                 raise OutOfTime("")
             with place.first():  # a download is not for all at once
@@ -184,7 +188,7 @@ def _finish(
                 if not ours:
                     _tell_of_waiting(label, progress and place.main and patience == 0)
                     continue
-                records[i] = place.share(_stored(run, results_dir))  # another job may have finished it meanwhile
+                records[i] = place.share(_stored(run, results_dir))
                 if records[i] is None:
                     records[i] = _execute(run, data, results_dir, progress and label, place, deadline)
                     worked = True
