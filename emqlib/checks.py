@@ -2,11 +2,17 @@
 
 import math
 import operator
+import os
 from collections.abc import Collection, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from torch import Tensor
+
 BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
+_LARGEST = 2**63 - 1  # of what tensors, files and seeds hold
 
 
 def invalid(name: str, value: object, expected: str) -> ValueError:
@@ -15,7 +21,15 @@ def invalid(name: str, value: object, expected: str) -> ValueError:
     >>> str(invalid("bits", 9, "one of 1 to 8, or 32"))
     'bits=9: expected one of 1 to 8, or 32'
     """
-    return ValueError(f"{name}={value!r}: expected {expected}")
+    return ValueError(f"{name}={_shown(value)}: expected {expected}")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python writes, lists nested too deep, a __repr__ that fails
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 1000 else f"{text[:800]} ... {text[-100:]}"
 
 
 def choice(name: str, value: Any, allowed: Collection[str]) -> str:
@@ -32,10 +46,12 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         raise invalid(name, value, span)
     try:
         number = operator.index(value)
-    except TypeError:
+    except Exception:  # whatever an object's own __index__ raises
         raise invalid(name, value, span) from None
     if number < low or (high is not None and number > high):
         raise invalid(name, value, span)
+    if number > _LARGEST:
+        raise invalid(name, value, f"{span}, of 64 bits")
     return number
 
 
@@ -45,7 +61,7 @@ def real(name: str, value: Any, expected: str, low: float = -math.inf, high: flo
         raise invalid(name, value, expected)
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+    except Exception:  # whatever an object's own __float__ raises
         raise invalid(name, value, expected) from None
     if not math.isfinite(number) or not low <= number <= high:
         raise invalid(name, value, expected)
@@ -68,11 +84,50 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def path(name: str, value: Any, expected: str = "the name of a file or folder") -> Path:
+    """`value`, a str or Path, there or not; ValueError for anything else, and for what no file can be called."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise invalid(name, value, expected)
+    try:
+        os.stat(value)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError):  # too long, a loop of links, a null byte
+        raise invalid(name, value, expected) from None
+    return Path(value)
+
+
 def file_name(name: str, value: Any) -> Path:
     """The file that `value`, a str or Path, names; ValueError for anything else, and for a folder."""
-    if not isinstance(value, (str, Path)) or not str(value) or Path(value).is_dir():
+    file = path(name, value, "the name of a file")
+    if file.is_dir():
         raise invalid(name, value, "the name of a file")
-    return Path(value)
+    return file
+
+
+def instance(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> Any:
+    """`value`, if it is of that `kind`; ValueError otherwise."""
+    if not isinstance(value, kind):
+        raise invalid(name, value, expected)
+    return value
+
+
+def tensor(name: str, value: Any, expected: str, dims: int | None = None) -> Tensor:
+    """`value`, if it is a real tensor, of `dims` dimensions where they are given (any shape else); else ValueError."""
+    if not isinstance(value, Tensor) or value.is_complex() or dims not in (None, value.dim()):
+        raise invalid(name, value, expected)
+    return value
+
+
+def table(name: str, value: Any, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """`value`, if it is a DataFrame that has a row at least, and these columns; ValueError otherwise."""
+    expected = "a DataFrame of one row at least"
+    if instance(name, value, pd.DataFrame, expected).empty:
+        raise invalid(name, "none", expected)
+    missing = next((column for column in columns if column not in value), None)
+    if missing is not None:
+        raise invalid(name, list(value.columns), f"the column {missing!r} too")
+    return value
 
 
 def bit_width(name: str, value: Any) -> int:
@@ -92,11 +147,11 @@ def bit_widths(name: str, value: Any) -> tuple[int, ...]:
     expected = "bit-widths out of 1 to 8 and 32, none twice, for example (2, 4, 8)"
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
         raise invalid(name, value, expected)
-    items = list(value)
     try:
+        items = list(islice(value, len(BIT_WIDTHS) + 1))  # no more are needed to see that some stand twice
         bits = tuple(sorted(bit_width(name, item) for item in items))
-    except ValueError:
-        raise invalid(name, items, expected) from None
+    except Exception:  # whatever iterating raises
+        raise invalid(name, value, expected) from None
     if not bits or len(set(bits)) < len(bits):
         raise invalid(name, items, expected)
     return bits

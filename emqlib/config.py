@@ -8,6 +8,7 @@ from . import checks, devices
 from .sampling import CoresetConfig
 
 SCHEMES = ("dedicated", "joint", "bitwise")
+MOST_EPOCHS = 100_000  # all are planned before the first one starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,13 @@ class TrainConfig:
         checks.choice("schedule", self.schedule, ("cosine", "step"))
         checks.choice("autocast", self.autocast, devices.AUTOCAST)
         for name, low in {"epochs": 1, "batch_size": 1, "accumulate": 1, "seed": 0}.items():
-            self._take(name, checks.integer(name, getattr(self, name), low))
+            most = MOST_EPOCHS if name == "epochs" else None
+            self._take(name, checks.integer(name, getattr(self, name), low, most))
         for name in ("nesterov", "distillation", "channels_last"):
             checks.flag(name, getattr(self, name))
-        if not isinstance(self.compile, bool) and self.compile != "auto":
+        if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile == "auto"):
             raise checks.invalid("compile", self.compile, 'True, False or "auto"')
+        checks.instance("device", self.device, str, "the name of a device, for example auto, cpu or cuda")
         self._check_numbers()
         if self.accumulate > self.batch_size:
             raise checks.invalid("accumulate", self.accumulate, f"at most batch_size={self.batch_size} parts")

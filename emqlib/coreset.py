@@ -65,9 +65,10 @@ def moderate(features: Tensor, labels: Tensor) -> Tensor:
 
     Neither end is kept but the middle: select by `centrality` of it. Source: Xia et al., ICLR 2023.
     """
-    h = _features(features, len(labels))
-    distance = h.new_zeros(len(h))
-    for label in _labels(labels, (len(h), 1 << 62)).unique():
+    n = len(checks.tensor("labels", labels, "an int64 tensor (N,) of classes", dims=1))
+    h = _features(features, n)
+    distance = h.new_zeros(n)
+    for label in _labels(labels, (n, 1 << 62)).unique():
         own = labels == label
         ordered, count = h[own].sort(0).values, int(own.sum())
         median = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
@@ -86,7 +87,7 @@ def ranks(scores: Tensor) -> Tensor:
     >>> ranks(torch.tensor([0.3, 0.1, 0.2])).tolist()
     [2.0, 0.0, 1.0]
     """
-    order = scores.argsort(stable=True)
+    order = checks.tensor("scores", scores, "a tensor (N,)", dims=1).argsort(stable=True)
     return torch.empty(len(scores)).index_copy_(0, order.cpu(), torch.arange(float(len(scores)))).to(scores.device)
 
 
@@ -112,7 +113,7 @@ def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
 
 
 def spread(deltas: Tensor, dim: int) -> Tensor:
-    """||d - mean d||_2 along `dim`, (..., J - 1, ...) to (...): TDDS' variation within one window."""
+    """||d - mean d||_2 along `dim`, (..., J - 1, ...) to (...), known to be such: TDDS' variation in one window."""
     return (deltas - deltas.mean(dim, keepdim=True)).norm(dim=dim)
 
 
@@ -121,7 +122,7 @@ def check_window(window: int, decay: float) -> tuple[int, float]:
     expected = "a number in (0, 1]"
     if checks.real("decay", decay, expected, low=0, high=1) == 0:
         raise checks.invalid("decay", decay, expected)
-    return checks.integer("window", window, 3), float(decay)
+    return checks.integer("window", window, 3, 10_000), float(decay)
 
 
 def _probabilities(p: Tensor, dims: int) -> Tensor:
@@ -140,7 +141,7 @@ def _labels(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _features(features: Tensor, n: int) -> Tensor:
-    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != n:
+    if not isinstance(features, Tensor) or features.is_complex() or features.dim() != 2 or len(features) != n:
         raise checks.invalid("features", features, f"a tensor ({n}, D)")
     return features if features.dtype == torch.float64 else features.float()
 
@@ -174,7 +175,7 @@ def select(
 
 def kept(n: int, pruning_rate: float) -> int:
     """K = round((1 - pruning_rate) n), at least one."""
-    return max(1, round((1 - pruning_rate) * n))
+    return max(1, round((1 - checks.pruning_rate(pruning_rate)) * checks.integer("n", n, 0)))
 
 
 def choose(
@@ -186,6 +187,9 @@ def choose(
     cut: float = 0.0,
 ) -> Tensor:
     """`select` on scores (N,), with the number of samples to keep in place of a rate: sorted indices (keep,)."""
+    checks.choice("how", how, HOW)
+    checks.integer("keep", keep, 0, len(checks.tensor("scores", scores, "a tensor (N,)", dims=1)))
+    checks.real("cut", cut, "a fraction in [0, 1]", low=0, high=1)
     if how != "top" and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
         raise checks.invalid("generator", generator, f'a torch.Generator of the CPU when how="{how}"')
     if labels is None:
@@ -208,12 +212,12 @@ def _choose(scores: Tensor, keep: int, how: str, generator: torch.Generator | No
 
 def _classes(labels: Tensor, n: int, keep: int) -> list[tuple[Tensor, int]]:
     """For each class its samples' indices and how many of them to keep: proportional, by largest remainder."""
-    sizes = _labels(labels, (n, 1 << 62)).bincount()
+    classes, sizes = _labels(labels, (n, 1 << 62)).unique(return_counts=True)
     shares = sizes.double() * keep / n
     quota = shares.floor().long()
     largest = (shares - quota).argsort(descending=True, stable=True)[: keep - int(quota.sum())]
     quota[largest] += 1
-    return [((labels == c).nonzero().flatten(), int(q)) for c, q in enumerate(quota)]
+    return [((labels == c).nonzero().flatten(), int(q)) for c, q in zip(classes, quota, strict=True)]
 
 
 def inclusion(weights: Tensor, keep: int, labels: Tensor | None = None) -> Tensor:
@@ -224,12 +228,13 @@ def inclusion(weights: Tensor, keep: int, labels: Tensor | None = None) -> Tenso
     >>> inclusion(torch.tensor([1.0, 1.0, 2.0, 6.0]), keep=2)
     tensor([0.2500, 0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
+    checks.integer("keep", keep, 0, len(checks.tensor("weights", weights, "a tensor (N,)", dims=1)))
     if labels is not None:
         probabilities = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
         for own, quota in _classes(labels, len(weights), keep):
             probabilities[own] = inclusion(weights[own], quota)
         return probabilities
-    if bool((weights < 0).any()) or int((weights > 0).sum()) < keep:
+    if bool((weights < 0).any()) or not bool(weights.isfinite().all()) or int((weights > 0).sum()) < keep:
         raise checks.invalid("scores", weights, f"weights >= 0, at least {keep} of them positive")
     w, certain = weights.double(), torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
     while True:  # what would pass 1 is certain, and the rest shares what is left: a few rounds

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .checks import choice, flag, invalid
+from .checks import choice, flag, invalid, tensor
 
 CORRECTIONS = ("none", "mean", "mean_var")
 
@@ -31,9 +31,9 @@ def correct_weight(w_q: Tensor, w: Tensor, mode: str = "mean_var", gradient: boo
     """
     choice("mode", mode, CORRECTIONS)
     flag("gradient", gradient)
-    for name, tensor in (("w_q", w_q), ("w", w)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise invalid(name, tensor, "a floating-point tensor (O, ...)")
+    for name, given in (("w_q", w_q), ("w", w)):
+        if not tensor(name, given, "a floating-point tensor (O, ...)").is_floating_point():
+            raise invalid(name, given, "a floating-point tensor (O, ...)")
     if w_q.shape != w.shape or w.dim() < 2 or w.numel() == 0:
         raise invalid("w_q, w shapes", (tuple(w_q.shape), tuple(w.shape)), "two equal shapes (O, ...), not empty")
     if mode == "none":
@@ -86,11 +86,18 @@ def output_shift(w_q: Tensor, w: Tensor, mean_input: Tensor) -> Tensor:
 
     w_q, w: (O, I / groups, ...) of equal shape; mean_input E[x]: (I,), the mean of each input channel; returns (O,).
     Weight bias correction makes this 0 where all input channels have one mean, and only there. Zero padding counts as
-    if it were input. Source: bias correction, Nagel et al. 2019 (arXiv 1906.04721), section 4.2.
+    if it were input. Source: bias correction, Nagel et al. 2019 (arXiv 1906.04721), section 4.2. ValueError: shapes
+    that do not fit together.
 
     >>> output_shift(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([2.0, 1.0]))
     tensor([0.5000])
     """
+    if tensor("w", w, "a tensor (O, I / groups, ...), not empty").dim() < 2 or w.numel() == 0:
+        raise invalid("w", w, "a tensor (O, I / groups, ...), not empty")
+    if tensor("w_q", w_q, "a tensor of the shape of w").shape != w.shape:
+        raise invalid("w_q", w_q, f"a tensor of the shape of w, {tuple(w.shape)}")
+    groups, left = divmod(len(tensor("mean_input", mean_input, "a tensor (I,)", dims=1)), w.shape[1])
+    if left or groups == 0 or len(w) % groups:
+        raise invalid("mean_input", mean_input, f"a tensor (I,), I a multiple of {w.shape[1]}")
     error = (w_q - w).reshape(*w.shape[:2], -1).sum(2)
-    groups = len(mean_input) // w.shape[1]
     return (error * mean_input.view(groups, -1).repeat_interleave(len(w) // groups, 0)).sum(1)

@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from . import saving, serving
+from . import checks, saving, serving
 from .data import Dataset
 from .evaluation import batches
 from .export import export_onnx, native
-from .multibit import at_bits, set_bits
+from .multibit import at_bits, converted, set_bits
 from .packing import pack, packed_bytes
 
 CALIBRATION = 500  # training images that PyTorch's own int8 takes its ranges from
@@ -38,8 +38,10 @@ def served(
     runtimes taking turns. Columns: runtime, weights (their type in the file), bits, repeat, those of `serving.cost`,
     top1 (%), agreement (% of the test images on which the file answers as the network in training), difference (of
     logits, the largest), file and packed (bytes of that file and of what `saving.save` writes of a packed network), and
-    arithmetic (bytes that the numbers of the packed network take).
+    arithmetic (bytes that the numbers of the packed network take). ValueError: networks not converted, bad bits.
     """
+    bits = _checked(model, data, bits, repeats)
+    converted(full, "full")
     pairs = list(batches(data, "test", torch.device("cpu"), 500))
     images, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     with tempfile.TemporaryDirectory() as name:
@@ -53,6 +55,13 @@ def served(
             logits = np.load(case["path"].with_suffix(".npy"))
             rows.append({"repeat": repeat} | case | found | _quality(logits, case["expected"], labels.numpy()))
     return pd.DataFrame(rows).drop(columns=["path", "expected"])
+
+
+def _checked(model: nn.Module, data: Dataset, bits: Iterable[int], repeats: int) -> tuple[int, ...]:
+    converted(model)
+    checks.instance("data", data, Dataset, "a Dataset, for example load_dataset('cifar10')")
+    checks.integer("repeats", repeats, 1)
+    return checks.bit_widths("bits", bits)
 
 
 def _logits(network: nn.Module, images: Tensor) -> np.ndarray:
@@ -136,9 +145,13 @@ def switching(model: nn.Module, data: Dataset, bits: Iterable[int] = range(1, 9)
     """Milliseconds until a converted `model`, one of `emqlib.models` on the CPU, answers at another bit-width.
 
     One row a way, bit-width and repeat. "set_bits": of the trained network in memory. "packed file": `saving.load` of a
-    packed network. "ONNX file": a new session of onnxruntime. model is left at another bit-width.
+    packed network. "ONNX file": a new session of onnxruntime. model is left at another bit-width. ValueError: another
+    network, bad bits.
     """
-    bits, example, rows = tuple(bits), data.test.images[:2].float(), []
+    bits = _checked(model, data, bits, repeats)
+    if getattr(converted(model), "recipe", None) is None:
+        raise checks.invalid("model", type(model).__name__, "a converted network of emqlib.models")
+    example, rows = data.test.images[:2].float(), []
     with tempfile.TemporaryDirectory() as folder:
         for b in bits:
             export_onnx(model, Path(folder, f"{b}.onnx"), b, example)

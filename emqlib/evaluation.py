@@ -5,13 +5,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import bit_widths, flag, integer, invalid
+from .checks import bit_widths, choice, flag, integer, invalid
 from .data import Dataset, augment, normalize
 from .devices import enough_memory
 from .images import ImageFiles
@@ -32,12 +33,15 @@ def batches(
 
     split: "test", or "train", whose images are augmented as in training, the same way each time: statistics of plain
     images are not what the network was trained under, and cost it points. limit: at most this many samples.
-    ValueError: an iterator, which a second bit-width would find empty.
+    ValueError: an iterator, which a second bit-width would find empty; pairs that are none.
     """
+    choice("split", split, ("train", "test"))
+    integer("batch_size", batch_size, 1)
+    integer("limit", 1 if limit is None else limit, 1)
     if not isinstance(data, Dataset):
-        if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        if not isinstance(data, Iterable) or isinstance(data, (Iterator, str, Tensor)):
             raise invalid("data", type(data).__name__, "a Dataset, or an iterable of (images, labels) to go over again")
-        return ((images.to(device), labels.to(device)) for images, labels in data)
+        return ((images.to(device), labels.to(device)) for images, labels in map(_pair, data))
     generator, whole = torch.Generator().manual_seed(0), getattr(data, split)
     chosen = torch.arange(len(whole))
     if limit is not None and limit < len(whole):  # the same random images each time: data sets lie class by class
@@ -51,6 +55,13 @@ def batches(
     images = augment(part.images, data, generator) if split == "train" else part.images
     parts = zip(images.tensor_split(count), part.labels.tensor_split(count), strict=True)
     return ((normalize(x.to(device), data), y.to(device)) for x, y in parts)
+
+
+def _pair(given: Any) -> tuple[Tensor, Tensor]:
+    pair = given if isinstance(given, (tuple, list)) and len(given) == 2 else (None, None)
+    if not all(isinstance(x, Tensor) and x.dim() for x in pair) or len(pair[0]) != len(pair[1]):
+        raise invalid("data", given, "an iterable of (images, labels), two tensors (B, ...) and (B,)")
+    return tuple(pair)
 
 
 @contextmanager
@@ -77,8 +88,9 @@ def evaluate(
 
     Columns: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient steps), n (images).
     adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back afterwards. The model
-    is left as it was. ValueError: as `set_bits`; no images; adapt_norm without a batch norm, or without a Dataset to
-    take training images from. FloatingPointError: a loss that is not finite. MemoryError: names the batch size to try.
+    is left as it was. ValueError: as `set_bits`; no images; more classes than outputs; adapt_norm without a batch norm,
+    or without a Dataset to take training images from. FloatingPointError: a loss that is not finite. MemoryError: names
+    the batch size to try.
     """
     wanted = bit_widths("bits", bits)
     flag("adapt_norm", adapt_norm)
@@ -111,6 +123,8 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...]) -> list[d
         for b in wanted:
             with at_bits(model, b):
                 logits = model(images).float()
+            if len(labels) and int(labels.max()) >= logits.shape[1]:
+                raise invalid("model", f"{logits.shape[1]} outputs", f"{int(labels.max()) + 1} or more, one a class")
             correct[b] += int((logits.argmax(1) == labels).sum())
             loss[b] += float(F.cross_entropy(logits, labels, reduction="sum"))
     if n == 0:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import file_name, invalid
+from .checks import file_name, integer, invalid
 from .files import write_atomic
 from .multibit import Bits
 from .packing import FixedQuantizer, PackedConv2d, PackedLinear, pack, replaced
@@ -22,7 +22,7 @@ def native(bits: int) -> int:
     >>> [native(b) for b in (1, 2, 3, 4, 5, 8)]
     [2, 2, 4, 4, 8, 8]
     """
-    return next(size for size in NATIVE if size >= bits)
+    return next(size for size in NATIVE if size >= integer("bits", bits, 1, 8))
 
 
 def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: Tensor | Sequence[Tensor]) -> None:
@@ -34,11 +34,12 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
     so that rounding apart the file computes what the network does. What a runtime makes of it, integer arithmetic
     included, is its own choice. example_inputs: what the network takes, one tensor (B, ...) or several; the first
     dimension of each is the batch. The file takes "images" (several: "input_0", ...) and gives "logits".
-    ValueError: as `pack`, a path that is a folder, inputs that are no tensors. ImportError that says what to install.
+    ValueError: as `pack`, a path that is a folder, inputs that the network does not take. ImportError that says
+    what to install.
     """
     onnx = _library()
     path, inputs = file_name("path", path), _batches(example_inputs)
-    network = _spelled_out(pack(model, bits))
+    network = _spelled_out(_tried(pack(model, bits), inputs))
     names = ["images"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     batch, *others = torch.export.Dim("batch"), *[torch.export.Dim.AUTO for _ in inputs[1:]]
     program = torch.onnx.export(
@@ -77,6 +78,17 @@ def _batches(inputs: Any) -> tuple[Tensor, ...]:
     if not all(len(x) for x in given):
         raise invalid("example_inputs", [tuple(x.shape) for x in given], f"{expected}, not empty")
     return tuple(x[:1].expand(2, *x.shape[1:]) for x in given)
+
+
+def _tried(network: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """`network`, if it takes the inputs: the exporter would find out much later that it does not."""
+    try:
+        with torch.no_grad():
+            network(*inputs)
+            return network
+    except Exception as error:  # whatever the network's own forward raises
+        shapes = [(tuple(x.shape), x.dtype) for x in inputs]
+        raise invalid("example_inputs", shapes, f"what the network takes ({error})") from error
 
 
 class _Quantizer(nn.Module):

@@ -71,19 +71,25 @@ def _fewest_trained(rows: pd.DataFrame) -> pd.DataFrame:
 def draw(path: Path) -> "Axes":
     """Draw the figure that `path` names, without suffix, from its CSV in the same folder; write `path`.png.
 
-    The same CSV gives the same bytes. ValueError: no such figure, or no CSV of it there.
+    The same CSV gives the same bytes. ValueError: no such figure, or no whole CSV of it there.
     """
-    csv, function = FIGURES[checks.choice("figure", path.name, FIGURES)]
+    path = checks.path("path", path)
+    csv, function = FIGURES[checks.choice("path", path.name, FIGURES)]
     rows = path.with_name(f"{csv}.csv")
     if not rows.exists():
-        raise checks.invalid("figure", str(path), f"{rows.name} beside it, which the notebook writes")
-    ax = function(pd.read_csv(rows))
+        raise checks.invalid("path", str(path), f"{rows.name} beside it, which the notebook writes")
+    try:
+        table = pd.read_csv(rows)
+    except ValueError as error:
+        raise checks.invalid("path", str(path), f"a whole {rows.name} beside it ({error})") from error
+    ax = function(checks.table("rows", table))
     plots.save(ax, path)
     return ax
 
 
 def main(folder: Path) -> int:
     """Redraw all figures below `folder`; returns how many."""
+    folder = checks.path("folder", folder)
     import matplotlib.pyplot as plt
 
     paths = [rows.with_name(name) for name, (csv, _) in FIGURES.items() for rows in sorted(folder.rglob(f"{csv}.csv"))]

@@ -4,8 +4,8 @@ In a compiled graph a layer's bit-width is the number of levels in a tensor buff
 attribute is for reading only; `set_bits` keeps both equal.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -56,10 +56,12 @@ class QuantSpec:
         flag("zero_level", self.zero_level)
         flag("correction_gradient", self.correction_gradient)
         flag("output_correction", self.output_correction)
-        kept = self.full_precision
-        kept = tuple(kept) if isinstance(kept, Iterable) and not isinstance(kept, str) else (None,)
+        expected = 'a tuple of "first", "last" and name patterns, for example ("first",), or () for none'
+        try:
+            kept = (None,) if isinstance(self.full_precision, str) else tuple(islice(self.full_precision, 10_000))
+        except Exception:  # whatever iterating raises
+            kept = (None,)
         if not all(isinstance(name, str) and name for name in kept):
-            expected = 'a tuple of "first", "last" and name patterns, for example ("first",), or () for none'
             raise invalid("full_precision", self.full_precision, expected)
         object.__setattr__(self, "full_precision", kept)
         if self.zero_level and (self.weight != "minmax" or 1 in self.bits):

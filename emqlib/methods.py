@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .data import load_dataset, write_class_folders
+from . import checks
+from .data import check_name, load_dataset, write_class_folders
 from .layers import QuantSpec
 from .profiles import Parameters, Setting
 from .runs import Run
@@ -16,6 +17,8 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
 
     epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated.
     """
+    checks.instance("p", p, Parameters, "what profiles.parameters gives")
+    check_name("dataset", checks.instance("dataset", dataset, str, "the name of a data set"))
     config = replace(p.profile.training, seed=seed, epochs=epochs or p.profile.training.epochs)
     return Run(
         profile=p.profile.name,
@@ -32,8 +35,8 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
 def in_setting(base: Run, setting: Setting) -> Run:
     """`base` with the network, the training and the images of `setting`, and its own seed."""
     return replace(
-        base,
-        model=setting.model,
+        _run("base", base),
+        model=checks.instance("setting", setting, Setting, "a Setting, such as a profile's vit").model,
         model_args=setting.model_args,
         subset=setting.subset,
         image_size=setting.image_size,
@@ -56,22 +59,26 @@ def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
     return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
 
+def _run(name: str, value: Any) -> Run:
+    return checks.instance(name, value, Run, "a Run, as base makes one")
+
+
 def dedicated(base: Run) -> list[Run]:
     """One network for each bit-width, on the full data, without correction."""
-    config = replace(base.config, scheme="dedicated", coreset=None)
+    config = replace(_run("base", base).config, scheme="dedicated", coreset=None)
     specs = (replace(base.spec, bits=(b,), correction="none") for b in base.spec.bits)
     return [replace(base, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
 
 
 def any_precision(base: Run) -> Run:
     """Any-Precision: joint training with recursive distillation, a batch norm for each bit-width."""
-    spec = replace(base.spec, norm="switchable", correction="none")
+    spec = replace(_run("base", base).spec, norm="switchable", correction="none")
     return replace(base, spec=spec, config=replace(base.config, scheme="joint", distillation=True, coreset=None))
 
 
 def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
     """Bit-wise training under one shared batch norm; `spec`: fields of the `QuantSpec` that differ from the base's."""
-    config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
+    config = replace(_run("base", base).config, scheme="bitwise", distillation=False, coreset=coreset)
     return replace(base, spec=replace(base.spec, **spec), config=config)
 
 
@@ -81,7 +88,7 @@ def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None
     Cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs at
     least, and so spends on them the price of one epoch more of its coreset.
     """
-    if not pruning_rate:
+    if not checks.pruning_rate(pruning_rate):
         return None
     usual = {"score": "tdds", "scoring_epochs": 3, "candidates": min(1.0, (1 - pruning_rate) * 4 / 3)}
     return CoresetConfig(**{"pruning_rate": pruning_rate} | usual | options)
@@ -102,7 +109,8 @@ def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> R
 
 def in_parts(run: Run, parts: int) -> Run:
     """`run` with each batch in as many smaller ones."""
-    return replace(run, config=replace(run.config, batch_size=run.config.batch_size // parts))
+    count = checks.integer("parts", parts, 1, _run("run", run).config.batch_size)
+    return replace(run, config=replace(run.config, batch_size=run.config.batch_size // count))
 
 
 def as_files(run: Run, results_dir: Path) -> str:

@@ -18,7 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from .checks import integer, invalid
+from .checks import instance, integer, invalid
+
+_MOST = 4096  # of what a size counts, depth apart: where a file asks for more, it is no network of ours
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -95,7 +97,7 @@ def _resnet(widths: Sequence[int], depth: int, num_classes: int) -> nn.Module:
 
 
 def _cifar_resnet(blocks: int, num_classes: int, width: int) -> nn.Module:
-    classes, width = integer("num_classes", num_classes, 1), integer("width", width, 1)
+    classes, width = integer("num_classes", num_classes, 1, 10**6), integer("width", width, 1, _MOST)
     return _resnet((width, 2 * width, 4 * width), blocks, classes)
 
 
@@ -141,7 +143,7 @@ def resnet18(num_classes: int = 10, width: int = 64) -> nn.Module:
     (TDDS) use it. `width`: channels of the first of four stages; each further one doubles them.
     ValueError: `num_classes` or `width` is not a positive integer.
     """
-    classes, width = integer("num_classes", num_classes, 1), integer("width", width, 1)
+    classes, width = integer("num_classes", num_classes, 1, 10**6), integer("width", width, 1, _MOST)
     return _resnet((width, 2 * width, 4 * width, 8 * width), 2, classes)
 
 
@@ -153,7 +155,7 @@ def preact_resnet20(num_classes: int = 10, width_factor: int = 5) -> nn.Module:
     stands before the mean, and PyTorch's default initialisation is kept.
     ValueError: `num_classes` or `width_factor` is not a positive integer.
     """
-    classes, factor = integer("num_classes", num_classes, 1), integer("width_factor", width_factor, 1)
+    classes, factor = integer("num_classes", num_classes, 1, 10**6), integer("width_factor", width_factor, 1, 256)
     widths = (16 * factor, 32 * factor, 64 * factor)
     tail = {"bn": nn.BatchNorm2d(widths[-1]), **_head(widths[-1], classes)}
     return nn.Sequential(OrderedDict({"conv1": _conv3x3(3, widths[0]), **_stages(PreActBlock, widths, 3), **tail}))
@@ -165,13 +167,15 @@ def resnet50(num_classes: int = 1000) -> nn.Module:
 
     ValueError: `num_classes` is not a positive integer.
     """
-    return torchvision_models.resnet50(weights=None, num_classes=integer("num_classes", num_classes, 1))
+    return torchvision_models.resnet50(weights=None, num_classes=integer("num_classes", num_classes, 1, 10**6))
 
 
 def _vit(num_classes: int, image_size: int, patch_size: int, width: int, depth: int, heads: int) -> nn.Module:
-    sizes = {"image_size": image_size, "patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
-    for name, size in {"num_classes": num_classes, **sizes}.items():
-        integer(name, size, 1)
+    integer("num_classes", num_classes, 1, 10**6)
+    integer("depth", depth, 1, 100)
+    sizes = {"image_size": image_size, "patch_size": patch_size, "width": width, "heads": heads}
+    for name, size in sizes.items():
+        integer(name, size, 1, _MOST)
     if image_size % patch_size:
         raise invalid("patch_size", patch_size, f"a divisor of image_size={image_size}")
     if width % heads:
@@ -221,11 +225,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 def check_name(parameter: str, name: Any) -> str:
     """`name`, if `build` knows such a network; ValueError, which names the parameter, otherwise."""
-    library, dot, inner = str(name).partition(".")
     expected = f"one of {', '.join(sorted(MODELS))}, torchvision.NAME or timm.NAME"
+    library, dot, inner = instance(parameter, name, str, expected).partition(".")
     if dot and library in _LISTS and inner not in _LISTS[library]():
         raise invalid(parameter, name, f"{expected}; {library} has no {inner!r}")
-    if not isinstance(name, str) or (name not in MODELS and not (dot and library in _LISTS)):
+    if name not in MODELS and not (dot and library in _LISTS):
         raise invalid(parameter, name, expected)
     return name
 
@@ -247,19 +251,21 @@ _LISTS: dict[str, Callable[[], list[str]]] = {
 def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     """The network of that name in `MODELS`, or "torchvision.NAME" or "timm.NAME" for one of theirs, untrained.
 
-    kwargs: its builder's, for example `width=8`. ValueError: unknown `name`, an argument that a builder of ours does
-    not take, or a value that it does not allow. ImportError that says what to install: no timm.
+    kwargs: its builder's, for example `width=8`. ValueError: unknown `name`, an argument that its builder does not
+    take, or a value that one of ours does not allow. ImportError that says what to install: no timm.
 
     >>> build("resnet8", num_classes=100, width=4).fc
     Linear(in_features=16, out_features=100, bias=True)
     """
     library, _, inner = check_name("name", name).partition(".")
-    if library == "torchvision":
-        return torchvision_models.get_model(
-            inner, weights=None, num_classes=integer("num_classes", num_classes, 1), **kwargs
-        )
-    if library == "timm":
-        return _timm().create_model(inner, num_classes=integer("num_classes", num_classes, 1), **kwargs)
+    if library in _LISTS:
+        classes = integer("num_classes", num_classes, 1, 10**6)
+        try:
+            if library == "timm":
+                return _timm().create_model(inner, num_classes=classes, **kwargs)
+            return torchvision_models.get_model(inner, weights=None, num_classes=classes, **kwargs)
+        except TypeError as error:
+            raise invalid("kwargs", kwargs, f"arguments that {name} takes ({error})") from error
     builder = MODELS[name]
     known = list(inspect.signature(builder).parameters)
     for key, value in kwargs.items():

@@ -210,14 +210,14 @@ def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
         _switch(before)
 
 
-def converted(model: nn.Module) -> nn.Module:
+def converted(model: nn.Module, name: str = "model") -> nn.Module:
     """The converted network itself, also of torch.compile's wrapper, which would put a prefix before every name.
 
-    ValueError: not a network made by `convert`.
+    ValueError, which gives the parameter by `name`: not a network made by `convert`.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "quant_spec", None), QuantSpec):
-        raise invalid("model", type(model).__name__, "a network made by emqlib.convert")
+        raise invalid(name, type(model).__name__, "a network made by emqlib.convert")
     return model
 
 

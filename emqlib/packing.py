@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from . import quantizers
 from .attention import MultiheadAttention
-from .checks import invalid
+from .checks import instance, integer, invalid
 from .correction import correct_weight
 from .layers import InputQuantizer, QuantConv2d, QuantLinear, geometry
 from .multibit import Bits, at_bits, converted, quantized_layers
@@ -23,6 +23,10 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
     >>> pack_integers(torch.tensor([1, 2, 3, 0]), bits=2)
     tensor([57], dtype=torch.uint8)
     """
+    integer("bits", bits, 1, 8)
+    whole = isinstance(codes, Tensor) and not (codes.is_floating_point() or codes.is_complex())
+    if not whole or bool(((codes < 0) | (codes >= 2**bits)).any()):
+        raise invalid("codes", codes, f"a tensor of integers in [0, {2**bits})")
     places = torch.arange(bits, device=codes.device)
     stream = (codes.reshape(-1, 1) >> places & 1).flatten()
     octets = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
@@ -35,6 +39,9 @@ def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
     >>> unpack_integers(torch.tensor([57], dtype=torch.uint8), bits=2, count=4)
     tensor([1, 2, 3, 0])
     """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise invalid("packed", packed, "a uint8 tensor (ceil(N bits / 8),)")
+    integer("count", count, 0, 8 * len(packed) // integer("bits", bits, 1, 8))
     stream = (packed.long().unsqueeze(1) >> torch.arange(8, device=packed.device) & 1).flatten()
     return (stream[: count * bits].view(count, bits) << torch.arange(bits, device=packed.device)).sum(1)
 
@@ -230,6 +237,7 @@ def replaced(network: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
 
 def packed_bytes(network: nn.Module) -> int:
     """Bytes that the numbers of a packed network take, whatever file they lie in."""
+    instance("network", network, nn.Module, "a network that pack made")
     return sum(t.numel() * t.element_size() for t in network.state_dict().values())
 
 

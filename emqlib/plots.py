@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_OF_ANGLES = ("epoch", "depth", "bits", "other_bits", "other_images", "angle")
 _OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend of many lines would cover some of them
 
 
@@ -22,6 +23,7 @@ def axes(ax: "Axes | None", title: str) -> "Axes":
     import matplotlib.pyplot as plt
     import seaborn as sns
 
+    checks.instance("ax", ax, (type(None), plt.Axes), "axes of matplotlib, or None for new ones")
     if ax is None:
         with sns.axes_style("whitegrid"):
             ax = plt.subplots(figsize=(6.4, 4.0), dpi=100, layout="constrained")[1]
@@ -31,8 +33,7 @@ def axes(ax: "Axes | None", title: str) -> "Axes":
 
 def _setting(rows: pd.DataFrame, title: str) -> str:
     """The title, and what the figure was made with."""
-    if rows.empty:
-        raise checks.invalid("rows", "none", "rows of run_all, at least one")
+    checks.table("rows", rows, ("epochs", "seed", "dataset", "model", "profile"))
     first, seeds = rows.iloc[0], rows.groupby("epochs").seed.nunique()
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {count} seed(s)"
@@ -193,7 +194,7 @@ def bit_color(bits: int) -> tuple[float, float, float]:
     """The color of a bit-width, the same in every figure that tells bit-widths apart by color."""
     import seaborn as sns
 
-    return sns.color_palette("colorblind", 9)[min(bits, 9) - 1]
+    return sns.color_palette("colorblind", 9)[min(checks.bit_width("bits", bits), 9) - 1]
 
 
 def distributions(histograms: pd.DataFrame) -> "Axes":
@@ -206,6 +207,7 @@ def distributions(histograms: pd.DataFrame) -> "Axes":
     import matplotlib.pyplot as plt
     import seaborn as sns
 
+    checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
     if histograms.layer.nunique() != 1:
         raise checks.invalid("histograms", sorted(set(histograms.layer)), "the rows of one layer")
     part, layer = histograms, histograms.layer.iloc[0]
@@ -235,6 +237,7 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     A line for each bit-width, dashed without correction; rows: the mismatch of `experiments.distributions`, with the
     running mean of a batch norm, or `experiments.layer_norms`, with the highest bit-width. ValueError: no rows.
     """
+    checks.table("rows", rows, ("layer", "trained_with", "bits", "mean_shift"))
     title = "Tokens before each layer norm, against the highest bit-width"
     if "wasserstein" in rows:
         title = "Mismatch with the shared batch norm, by layer"
@@ -259,6 +262,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     rows: of `experiments.remedies`, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded band
     is 1.5 points wide. ValueError: no rows.
     """
+    checks.table("rows", rows, ("bits",))
     ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
     gaps = remedy_gaps(rows[rows.bits >= 2])
     ax.axhspan(-1.5, 0, color="0.9", zorder=0)
@@ -276,6 +280,7 @@ def angles_by_layer(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     A line for each pair of bit-widths on the same images; dashed: one bit-width on other images. rows: the angles of
     `experiments.alignment`. ValueError: no rows.
     """
+    checks.table("rows", rows, ("layer", *_OF_ANGLES))
     ax = axes(ax, _setting(rows, "Angles between gradients, by layer"))
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
     layers = list(dict.fromkeys(last.sort_values("depth").layer))
@@ -289,6 +294,7 @@ def angles_by_epoch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
 
     Lines as in `angles_by_layer`. rows: the angles of `experiments.alignment`. ValueError: no rows.
     """
+    checks.table("rows", rows, _OF_ANGLES)
     ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"))
     _angle_lines(ax, rows[rows.depth < 0], "epoch")
     ax.set_xlabel("epochs trained")
@@ -316,8 +322,7 @@ def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
     """
     import seaborn as sns
 
-    if rows.empty:
-        raise checks.invalid("rows", "none", "rows of deployment.served, at least one")
+    checks.table("rows", rows, ("dataset", "model", "runtime", "weights", "bits", "top1", "packed", "file"))
     ax = axes(None, f"One checkpoint, served at each bit-width\n{rows.dataset[0]}, {rows.model[0]}")
     files = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
     colors = sns.color_palette("colorblind", len(files))
@@ -339,6 +344,7 @@ def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
 
 def latency(rows: pd.DataFrame) -> "Axes":
     """Milliseconds for one image, a line a runtime and bit-width, a dot a repeat; rows: of `deployment.served`."""
+    checks.table("rows", rows, ("runtime", "weights", "bits", "latency"))
     named = rows.runtime + ", " + rows.weights + rows.bits.map(lambda b: "" if b == 32 else f", {b} bits")
     return ranges(rows.assign(case=named, ms=1e3 * rows.latency), "case", "ms", "One image at a time", "milliseconds")
 
@@ -349,8 +355,7 @@ def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, ma
     label, value: columns; unit: what `value` is measured in; mark: where a dashed line shows what is claimed.
     ValueError: no rows.
     """
-    if rows.empty:
-        raise checks.invalid("rows", "none", "measurements, at least one")
+    checks.table("rows", rows, (label, value))
     import seaborn as sns
 
     (dots, bar, *_), labels = sns.color_palette("colorblind"), list(dict.fromkeys(rows[label]))
@@ -370,5 +375,7 @@ def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, ma
 
 def save(ax: "Axes", path: Path) -> None:
     """Write the figure of `ax` as `path`.png, without date or version: the same rows give the same bytes."""
-    figure = ax.figure
+    from matplotlib.axes import Axes
+
+    figure, path = checks.instance("ax", ax, Axes, "axes of matplotlib").figure, checks.path("path", path)
     write_atomic(path.with_suffix(".png"), lambda f: figure.savefig(f, format="png", metadata={"Software": None}))

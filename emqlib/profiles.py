@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checks
-from .config import TrainConfig
+from .config import MOST_EPOCHS, TrainConfig
 from .data import check_name as check_data
 from .devices import has_cuda
 from .files import can_hold_files, home
@@ -201,7 +201,7 @@ def parameters(
     chosen = PROFILES[_profile_name(profile)]
     trained = checks.bit_widths("bits", _listed("bits", bits))
     first = checks.integer("seed", seed, 0)
-    count = checks.integer("repeats", repeats, 0) or chosen.repeats
+    count = checks.integer("repeats", repeats, 0, 1000) or chosen.repeats
     return Parameters(
         profile=chosen,
         bits=trained,
@@ -210,14 +210,15 @@ def parameters(
         pruning_rates=_rates(pruning_rates),
         lengths=_lengths(lengths) or chosen.lengths,
         dataset=_dataset(dataset),
-        model=model if model == "" or check_model("model", model) else "",
-        processes=checks.integer("processes", processes, 1),
+        model="" if isinstance(model, str) and not model else check_model("model", model),
+        processes=checks.integer("processes", processes, 1, 1024),
     )
 
 
 def _profile_name(profile: str) -> str:
-    asked = os.environ.get("EMQ_PROFILE") or "auto" if profile == "auto" else profile
-    name = checks.choice("profile", asked, [*PROFILES, "auto"])
+    name = checks.choice("profile", profile, [*PROFILES, "auto"])
+    if name == "auto":
+        name = checks.choice("profile", os.environ.get("EMQ_PROFILE") or "auto", [*PROFILES, "auto"])
     return ("paper" if has_cuda() else "small") if name == "auto" else name
 
 
@@ -243,17 +244,16 @@ def _rates(value: Any) -> tuple[float, ...]:
 def _lengths(value: Any) -> tuple[int, ...]:
     items = _listed("lengths", value)
     with suppress(ValueError):
-        lengths = tuple(sorted(checks.integer("lengths", item, 1) for item in items))
+        lengths = tuple(sorted(checks.integer("lengths", item, 1, MOST_EPOCHS) for item in items))
         if len(set(lengths)) == len(lengths):
             return lengths
     raise checks.invalid("lengths", items, "numbers of epochs, none twice, for example [4, 12]")
 
 
 def _results_dir(value: str | Path, profile: Profile) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise checks.invalid("results_dir", value, "auto, or a folder")
     auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
-    folder = auto if value == "auto" else Path(os.path.expanduser(value)).absolute()
+    given = checks.path("results_dir", value, "auto, or a folder")
+    folder = auto if value == "auto" else Path(os.path.expanduser(given)).absolute()
     if not can_hold_files(folder):
         raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
     return folder
@@ -261,11 +261,13 @@ def _results_dir(value: str | Path, profile: Profile) -> Path:
 
 def _dataset(value: Any) -> str:
     """The name of a data set; a folder by its absolute path, which names it from wherever the notebook is run."""
-    if value == "":
+    if checks.instance("dataset", value, str, "the name of a data set, or imagefolder:PATH") == "":
         return value
     check_data("dataset", value)
     kind, colon, path = value.partition(":")
-    return f"{kind}:{Path(path).expanduser().absolute()}" if colon else value
+    if colon:
+        checks.path("dataset", path, "imagefolder:PATH of a folder")
+    return f"{kind}:{Path(os.path.expanduser(path)).absolute()}" if colon else value
 
 
 def _refuse_misspelt(known: set[str]) -> None:

@@ -5,6 +5,9 @@ gradient (dr/dx = 1). A bit-width enters as the number n: in a compiled graph as
 every bit-width, else as a float, which costs fewer passes over memory and gives the same values. 32 bits mean "not
 quantized": the identity of the quantizer's own domain.
 
+`levels`, `quantize_weight` and `quantize_activation` check their arguments; the others run in every step of training,
+and take values that are known to be right.
+
 Sources: DoReFa as used by Any-Precision (arXiv 1911.07346), LSQ (arXiv 1902.08153), PACT (arXiv 1805.06085).
 """
 
@@ -393,6 +396,7 @@ def _checked_levels(name: str, x: Tensor, bits: int) -> Tensor:
 
 
 def _check_scale(scale: Tensor | None) -> None:
-    if scale is None or (isinstance(scale, Tensor) and scale.dim() == 0 and (scale.is_meta or scale > 0)):
+    scalar = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.is_complex()
+    if scale is None or (scalar and (scale.is_meta or 0 < scale < torch.inf)):
         return
     raise invalid("scale", scale, "a positive scalar tensor, for example torch.tensor(0.1)")

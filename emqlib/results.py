@@ -14,18 +14,21 @@ SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epo
 
 def paper(table: str) -> pd.DataFrame:
     """What the paper reports, one row a number: method, pruning_rate, metric, value, source; empty where unknown."""
+    checks.path("table", checks.instance("table", table, str, "the name of a table, for example table1"))
     path = home() / "results" / "paper" / f"{table}.csv"
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["method", "pruning_rate", "metric", "value"])
 
 
 def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFrame:
     """Mean, sample standard deviation (empty for one seed) and number of seeds of `value` for each group of `by`."""
-    groups = rows.groupby(by, sort=False, dropna=False)[value]
+    checks.instance("by", by, list, "a list of columns")
+    groups = checks.table("rows", rows, [*by, value]).groupby(by, sort=False, dropna=False)[value]
     return groups.agg(mean="mean", std="std", seeds="count").reset_index()
 
 
 def seed_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """One row a group of `by` and seed: top1, the mean (%) over the trained bit-widths, without adaptation."""
+    checks.table("rows", rows, [*by, "seed", "top1", "trained", "adapted"])
     part = rows[rows.trained & ~rows.adapted]
     return part.groupby([*by, "seed"], sort=False, dropna=False).top1.mean().reset_index()
 
@@ -41,6 +44,7 @@ def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     rows: of `experiments.run_all`. Trained bit-widths are marked with *; an empty cell was not run.
     """
+    checks.table("rows", rows, ("trained",))
     index = [*SETTING, "adapted"]
     cells = spread(rows, [*index, "bits"])
     cells["text"] = _texts(cells["mean"], cells["std"])
@@ -62,7 +66,9 @@ def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     "calibration" are the images that went forward in batch-norm adaptation of the bit-widths of `rows` that cannot be
     served without, as those that a switchable norm was not trained for.
     """
-    runs = rows.drop_duplicates("run")
+    parts = ["adapted", "bits", "calibration_passes"] if "calibration" in columns else []
+    needed = [*SETTING, "run", "seed", *parts, *(name for name in columns if name != "calibration")]
+    runs = checks.table("rows", rows, needed).drop_duplicates("run")
     if "calibration" in columns:
         runs = runs.assign(calibration=runs.run.map(_calibration(rows)).fillna(0))
     return runs.groupby([*SETTING, "seed"], sort=False)[columns].sum()
@@ -81,6 +87,7 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     passes and seconds than Any-Precision at as many epochs; all are means over seeds, and the paper's numbers have
     columns of their own. rows: of `experiments.run_all`; table: whose numbers of the paper, for example "table1".
     """
+    checks.table("rows", rows, ("trained", "adapted", "top1"))
     trained = rows[rows.trained]
     cost = training_cost(rows, COST).groupby(SETTING, sort=False).mean()
     columns = {
@@ -132,6 +139,7 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     and the share of the gap that each correction closes with no adaptation (%), all means over seeds. The share is
     empty where the gap is below one point: that is within the noise of seeds. ValueError: `rows` lack such runs.
     """
+    checks.table("rows", rows, ("method", "pruning_rate", "correction", "bits", "trained", "adapted", "top1"))
     part = rows[(rows.method == "Ours") & (rows.pruning_rate == 0)]
     if "none" not in set(part.correction):
         raise checks.invalid("rows", sorted(set(rows.method)), "runs of ours on the full data, without correction too")
@@ -165,7 +173,8 @@ def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     and of the commonest class. draws: of `experiments.coreset_rows`.
     """
     values = ["size", "union", "overlap", "drift", "rank_correlation", "clipped", "rarest_class", "commonest_class"]
-    means = draws.groupby(["pruning_rate", "coreset", "candidates"], sort=False)[values].mean()
+    by = ["pruning_rate", "coreset", "candidates"]
+    means = checks.table("draws", draws, [*by, *values]).groupby(by, sort=False)[values].mean()
     return means.round(3).reset_index()
 
 
@@ -183,6 +192,7 @@ def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
     Ours is the longest of the runs there are that costs no more; empty where all cost more. cost: "seconds" or
     "sample_passes"; rows: of `experiments.curves`.
     """
+    checks.choice("cost", cost, ("seconds", "sample_passes"))
     points = with_cost(rows, cost).groupby(SETTING, sort=False)[["top1", cost]].mean().reset_index()
     ours, table = points[points.method.str.startswith("Ours")], []
     for baseline in points[points.method == "Any-Precision"].itertuples():
@@ -202,9 +212,11 @@ def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:
 
     more: other columns whose values belong to the name where they are not the most frequent one.
     """
+    asked = ("batch_size", "lr", "weight_decay", *more)
+    checks.table("rows", rows, ("coreset", "candidates", "scoring_epochs", *asked))
     some = rows.candidates.lt(1) | rows.scoring_epochs.eq(0)
     name = rows.coreset.where(some, rows.coreset + ", all candidates")
-    for option in ("batch_size", "lr", "weight_decay", *more):
+    for option in asked:
         differs = rows[option] != rows[option].mode()[0]
         name = name.where(~differs, name + f", {option}=" + rows[option].map("{:g}".format))
     return rows.assign(coreset=name)
@@ -212,6 +224,7 @@ def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:
 
 def option_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a coreset of `named` rows: mean top-1 (%) without and with adaptation, sample passes (thousands)."""
+    checks.table("rows", rows, ("coreset", "trained", "adapted", "seed", "top1", "run", "sample_passes"))
     trained = rows[rows.trained]
     cost = rows.drop_duplicates("run").groupby("coreset", sort=False).sample_passes.mean()
     means = [trained[trained.adapted == adapted] for adapted in (False, True)]
@@ -225,6 +238,7 @@ def remedy_gaps(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns: remedy, bits, trained, mean, std, seeds. rows: of `experiments.remedies`.
     """
+    checks.table("rows", rows, ("remedy", "bits", "trained", "top1", "adapted_top1"))
     return spread(rows.assign(gap=rows.top1 - rows.adapted_top1), ["remedy", "bits", "trained"], "gap")
 
 
@@ -235,6 +249,7 @@ def remedy_table(rows: pd.DataFrame) -> pd.DataFrame:
     adapted network's own top-1 (%), of the run that the most remedies start from. Trained bit-widths are marked with *.
     rows: of `experiments.remedies`.
     """
+    checks.table("rows", rows, ("run", "seed"))
     gaps = remedy_gaps(rows)
     worst = gaps[gaps.bits >= 2].groupby("remedy")["mean"].min().sort_values(ascending=False)
     gaps["text"] = _texts(gaps["mean"], gaps["std"])
@@ -248,6 +263,7 @@ def remedy_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def served(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each run and bit-width the row that a user gets: without adaptation, or with it where there is no other."""
+    checks.table("rows", rows, ("adapted", "run", "bits"))
     return rows.sort_values("adapted", kind="stable").drop_duplicates(["run", "bits"]).sort_index()
 
 
@@ -257,6 +273,7 @@ def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
     Any-Precision is calibrated where it was not trained, ours nowhere. passes: of training, in millions; calibration:
     forward passes, in thousands; means ± std over seeds. rows: of `experiments.untrained`.
     """
+    checks.table("rows", rows, ("sample_passes", "calibration_passes", "seconds"))
     index = ["trained_bits", "method", "correction"]
     cells = spread(served(rows), [*index, "bits"])
     cells["text"] = _texts(cells["mean"], cells["std"])
@@ -276,6 +293,7 @@ def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
     All are after batch-norm adaptation, so that what is compared are weights; "gained" is what the others' steps add to
     its own. rows: of `experiments.transfer`.
     """
+    checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "top1"))
     adapted = rows[rows.adapted]
     every = max(adapted.trained_bits, key=len)
     kinds = adapted.trained_bits.map({every: "all steps"}).where(adapted.scheme != "dedicated", "own steps alone")
@@ -296,6 +314,7 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
     images and E epochs: B N E; ours with coresets B N (c S + (1 - r) (E - S)), where S scoring epochs see the fraction
     c, and r is the pruning rate.
     """
+    checks.table("rows", rows, (*SETTING, "run", "trained_bits", "scoring_epochs", "n_train"))
     runs = rows.drop_duplicates("run")
     table = []
     for widths in runs.trained_bits[runs.method == "Any-Precision"]:
@@ -319,7 +338,8 @@ def deployment_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     units = {"file": 1e3, "packed": 1e3, "arithmetic": 1e3, "load": 1e-3, "latency": 1e-3}
     columns = ["top1", "agreement", "difference", *units, "images_a_second", "peak", "peak_batch"]
-    table = rows.groupby(["runtime", "weights", "bits"], sort=False)[columns].median()
+    by = ["runtime", "weights", "bits"]
+    table = checks.table("rows", rows, [*by, *columns]).groupby(by, sort=False)[columns].median()
     digits = {"difference": 5, "latency": 3, "images_a_second": 0, "peak": 0, "peak_batch": 0}
     scaled = table.assign(**{name: table[name] / unit for name, unit in units.items()})
     return scaled.round(
@@ -329,6 +349,7 @@ def deployment_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def switching_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a way to another bit-width: milliseconds of all bit-widths and repeats of `deployment.switching`."""
+    checks.table("rows", rows, ("way", "milliseconds"))
     return rows.groupby("way", sort=False).milliseconds.agg(["median", "min", "max"]).round(2).reset_index()
 
 
@@ -339,6 +360,9 @@ def ratio_definitions(bits: range = range(2, 6), epochs: int = 200) -> pd.DataFr
     on the full data: k E / (B (S + (1 - r) (E - S))). Rows: for each reported ratio the three nearest of all k up to 9
     (8 and full precision) and S in 0, 5, 10, 20. Where the pruning rate is not known to us, 60 and 80 % are tried.
     """
+    for count in checks.instance("bits", bits, (range, tuple, list), "numbers of bit-widths, for example range(2, 6)"):
+        checks.integer("bits", count, 1, 9)
+    checks.integer("epochs", epochs, 20)
     reported = [(7.88, "CIFAR-10", (0.8,)), (5.75, "ImageNet-1K", (0.6, 0.8)), (8.41, "TinyImageNet", (0.6,))]
     table = []
     for ratio, data, rates in reported:
@@ -352,7 +376,9 @@ def ratio_definitions(bits: range = range(2, 6), epochs: int = 200) -> pd.DataFr
 
 def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:
     """Write `table` as `path`.md, and the tidy `rows` it was made of as `path`.csv, each file whole or not at all."""
+    path, table = checks.path("path", path), checks.instance("table", table, pd.DataFrame, "a DataFrame")
     if rows is not None:
+        checks.instance("rows", rows, pd.DataFrame, "a DataFrame, or None")
         write_text(path.with_suffix(".csv"), rows.to_csv(index=False))
     cells = table.astype(object).where(table.notna(), None)  # missing is empty, not "nan"
     write_text(path.with_suffix(".md"), cells.to_markdown(index=False) + "\n")

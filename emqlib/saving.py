@@ -49,11 +49,19 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     if set(about) != _KEYS:
         raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
     spec = _spec(about["spec"], path)
-    model = convert(_network(about["network"], net, path), spec)
+    plain = _network(about["network"], tensors, path) if net is None else net
+    place = ("path", str(path)) if net is None else ("net", type(net).__name__)
+    try:
+        model = convert(plain, spec)
+    except ValueError as error:
+        raise checks.invalid(*place, f"the plain network that was saved ({error})") from error
     if about["packed"] is not None:
         model = _packed(model, about["packed"], path)
-    _refuse_another(model, tensors, path if net is None else None)
-    model.load_state_dict(tensors)
+    _refuse_another(model, tensors, place)
+    try:
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, ValueError) as error:  # of what has a size of its own
+        raise checks.invalid("path", str(path), f"a whole state of the network ({error})") from error
     model.trained_on = about["trained_on"]
     return model.eval()
 
@@ -67,18 +75,21 @@ def _spec(told: Any, path: Path) -> QuantSpec:
         raise checks.invalid("path", str(path), f"a QuantSpec ({error})") from error
 
 
-def _network(recipe: Any, net: nn.Module | None, path: Path) -> nn.Module:
-    if net is not None:
-        return net
+def _network(recipe: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """The network of a recipe, first on no device: one that has more weights than the file has bits is never built."""
     if recipe is None:
-        raise checks.invalid("net", net, f"the plain network that {path} is of: it is not one of emqlib.models")
+        raise checks.invalid("net", None, f"the plain network that {path} is of: it is not one of emqlib.models")
     try:
         arguments = dict(recipe)
         name = arguments.pop("name")
         if name not in models.MODELS:  # another library's builder may read files that an argument names
             raise checks.invalid("name", name, f"one of {', '.join(models.MODELS)}")
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in models.build(name, **arguments).parameters())
+        if weights > 8 * sum(t.numel() * t.element_size() for t in tensors.values()):
+            raise checks.invalid("network", recipe, f"a network whose weights are in the file, not {weights} of them")
         return models.build(name, **arguments)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: more weights than can be counted
         raise checks.invalid("path", str(path), f"a network of emqlib.models ({error})") from error
 
 
@@ -95,12 +106,11 @@ def _packed(model: nn.Module, bits: Any, path: Path) -> nn.Module:
     return pack_as_set(model)
 
 
-def _refuse_another(model: nn.Module, tensors: dict[str, Tensor], path: Path | None) -> None:
+def _refuse_another(model: nn.Module, tensors: dict[str, Tensor], place: tuple[str, str]) -> None:
     """ValueError if the tensors are those of another network; what has a size of its own is left to its module."""
     own = {name: list(t.shape) for name, t in model.state_dict().items() if not name.endswith("_extra_state")}
     theirs = {name: list(t.shape) for name, t in tensors.items() if not name.endswith("_extra_state")}
     differing = next((name for name in (*own, *theirs) if own.get(name) != theirs.get(name)), None)
     if differing or set(model.state_dict()) != set(tensors):
-        place = ("net", type(model).__name__) if path is None else ("path", str(path))
         there, here = (shapes.get(differing, "none") for shapes in (theirs, own))
         raise checks.invalid(*place, f"the network that was saved: {differing} is {there} in the file, {here} in it")

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import bit_widths, integer, invalid
+from .checks import bit_widths, instance, integer, invalid, tensor
 from .data import Dataset
 from .evaluation import batches, undisturbed
-from .multibit import at_bits, set_bits
+from .multibit import at_bits, converted, set_bits
 
 ALL = "all layers"
 
@@ -21,8 +21,10 @@ def angle(a: Tensor, b: Tensor) -> float:
     """The angle in degrees between the directions u and v of a and b: 2 atan2(|u - v|, |u + v|), |u| = |v| = 1.
 
     a, b: tensors (N,) or any other equal shape. NaN where one of them is zero. Source: Kahan 2006; unlike the arc
-    cosine it is exact for small angles.
+    cosine it is exact for small angles. ValueError: unequal shapes.
     """
+    if tensor("a", a, "a tensor").shape != tensor("b", b, "a tensor").shape:
+        raise invalid("b", tuple(b.shape), f"the shape of a, {tuple(a.shape)}")
     u, v = (x.double().flatten() / x.double().norm() for x in (a, b))
     return float(torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm())))
 
@@ -41,6 +43,8 @@ def gradient_angles(
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 2)
+    converted(model)
+    instance("data", data, Dataset, "a Dataset, for example load_dataset('cifar10')")
     if len(data.train.labels) < 2 * samples:
         raise invalid("samples", samples, f"at most half of the {len(data.train.labels)} training images")
     device = next(model.parameters()).device
@@ -117,4 +121,6 @@ def _features(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple
         for images, y in pairs:
             model(images)
             labels.append(y.cpu())
+    if not labels:
+        raise invalid("data", "no images", "at least one batch of images")
     return torch.cat(kept).numpy(), torch.cat(labels).numpy()

@@ -2,8 +2,10 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -84,3 +86,51 @@ def test_wrong_bit_widths(value: object) -> None:
         ValueError, match=r"^bits=.*: expected bit-widths out of 1 to 8 and 32.*for example \(2, 4, 8\)$"
     ):
         checks.bit_widths("bits", value)
+
+
+def test_what_cannot_be_shown_is_named_by_its_type() -> None:
+    assert str(checks.invalid("x", 10**5000, "less")) == "x=<int>: expected less"
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert str(checks.invalid("x", deep, "less")) == "x=<list>: expected less"
+    while deep:
+        deep = deep.pop()  # all at once would take as deep a stack
+    assert len(str(checks.invalid("x", "a" * 10**6, "less"))) < 1100
+
+
+def test_an_integer_fits_64_bits() -> None:
+    assert checks.integer("seed", 2**63 - 1, 0) == 2**63 - 1
+    with pytest.raises(ValueError, match=r"^seed=9223372036854775808: expected an integer >= 0, of 64 bits$"):
+        checks.integer("seed", 2**63, 0)
+
+
+def test_path(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("folder", "file", "nothing", "nothing/below", "file/below"):
+        assert checks.path("path", tmp_path / name) == checks.path("path", str(tmp_path / name)) == tmp_path / name
+    for wrong in ("", None, b"a", 3, "a\0b", "a" * 300, tmp_path / ("a" * 300), "\ud800"):
+        with pytest.raises(ValueError, match=r"(?s)^path=.*: expected the name of a file or folder$"):
+            checks.path("path", wrong)
+    with pytest.raises(ValueError, match=r"^path=.*: expected the name of a file$"):
+        checks.file_name("path", tmp_path / "folder")
+
+
+def test_table() -> None:
+    rows = pd.DataFrame({"a": [1], "b": [2]})
+    assert checks.table("rows", rows) is rows and checks.table("rows", rows, ["b", "a"]) is rows
+    with pytest.raises(ValueError, match=r"^rows=\['a', 'b'\]: expected the column 'c' too$"):
+        checks.table("rows", rows, ["a", "c"])
+    with pytest.raises(ValueError, match=r"^rows='none': expected a DataFrame of one row at least$"):
+        checks.table("rows", rows[:0], ["a"])
+    with pytest.raises(ValueError, match=r"^rows=\{'a': \[1\]\}: expected a DataFrame"):
+        checks.table("rows", {"a": [1]})
+
+
+def test_tensor() -> None:
+    x = torch.ones(2, 2)
+    assert checks.tensor("x", x, "a table") is x and checks.tensor("x", x, "a table", dims=2) is x
+    for wrong in (None, [1.0], np.ones((2, 2)), x[0], x * 1j):
+        with pytest.raises(ValueError, match=r"(?s)^x=.*: expected a table$"):
+            checks.tensor("x", wrong, "a table", dims=2)

@@ -43,9 +43,9 @@ def test_the_figure_follows_its_rows(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^figure='.*01_cifar10': expected 01_cifar10.csv beside it"):
+    with pytest.raises(ValueError, match=r"^path='.*01_cifar10': expected 01_cifar10.csv beside it"):
         figures.draw(tmp_path / "01_cifar10")
-    with pytest.raises(ValueError, match=r"^figure='nothing': expected one of 00_quickstart"):
+    with pytest.raises(ValueError, match=r"^path='nothing': expected one of 00_quickstart"):
         figures.draw(tmp_path / "nothing")
 
 

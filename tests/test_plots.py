@@ -332,7 +332,7 @@ EVERY = [plots.accuracy_by_bits, plots.accuracy_by_cost, plots.accuracy_by_pruni
 
 @pytest.mark.parametrize("plot", EVERY)
 def test_no_rows(plot: Callable[..., Axes]) -> None:
-    with pytest.raises(ValueError, match=r"^rows='none': expected rows of run_all, at least one$"):
+    with pytest.raises(ValueError, match=r"^rows='none': expected a DataFrame of one row at least$"):
         plot(example()[:0])
     assert not pyplot.get_fignums()
 

@@ -46,7 +46,7 @@ def test_wrong_parameter(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{name}=") as error:
         parameters(**{"profile": "smoke", name: value})
     given, _, allowed = str(error.value).removeprefix(f"{name}=").rpartition(": expected ")
-    assert unquoted(value) in unquoted(given) and len(allowed) > 5
+    assert unquoted(value)[:500] in unquoted(given) and len(allowed) > 5
 
 
 @pytest.mark.parametrize(
