@@ -43,6 +43,8 @@ def batches(
             raise invalid("data", type(data).__name__, "a Dataset, or an iterable of (images, labels) to go over again")
         return ((images.to(device), labels.to(device)) for images, labels in map(_pair, data))
     generator, whole = torch.Generator().manual_seed(0), getattr(data, split)
+    if len(whole) == 0:
+        raise invalid("data", "no images", f"at least one image in {split}")
     chosen = torch.arange(len(whole))
     if limit is not None and limit < len(whole):  # the same random images each time: data sets lie class by class
         chosen = torch.randperm(len(whole), generator=generator)[:limit]

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import re
 import sys
 from dataclasses import replace
 from itertools import product
@@ -372,7 +371,7 @@ def main(arguments: list[str]) -> int:
     deadline, known = Deadline(asked.budget), inspect.signature(parameters).parameters
     for name, _ in asked.p:
         checks.choice("parameter", name, known)
-    p = parameters(**{name: int(value) if re.fullmatch(r"\d{1,18}", value) else value for name, value in asked.p})
+    p = parameters(**{name: int(value) if value.isdecimal() and len(value) < 19 else value for name, value in asked.p})
     status = 0
     try:
         rows = run_all(names[asked.name](p), p.results_dir, processes=p.processes, budget=deadline)

@@ -347,6 +347,12 @@ wrong("evaluate", emq.evaluate, right, {"data": "model"}, data=few)
 wrong(
     "evaluate",
     emq.evaluate,
+    right,
+    data={"no images": late(lambda: replace(digits(), test=digits().test.take(LABELS[:0])))},
+)
+wrong(
+    "evaluate",
+    emq.evaluate,
     right | {"model": late(transformer)},
     {"adapt_norm": "model"},
     adapt_norm={"of none": True},

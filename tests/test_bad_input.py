@@ -187,8 +187,7 @@ ANYTHING = st.one_of(
     st.dictionaries(HASHED, LEAVES, max_size=3),
 )
 # a value that is right alone may ask another field for something
-PARTNERS = {"momentum": "nesterov", "warmup_epochs": "epochs", "rescore": "score", "candidates": "score"}
-PARTNERS |= {"scoring_epochs": "score", "coreset": "epochs", "epochs": "warmup_epochs", "pruning_rate": "candidates"}
+PARTNERS = {"momentum": "nesterov", "rescore": "score", "candidates": "score", "scoring_epochs": "score"}
 
 
 def fits_or_is_told(call: Callable[..., object], name: str, value: object, **right: object) -> None:
