@@ -57,8 +57,8 @@ def checked(checkpoint: Any) -> Path | None:
     """The path of a checkpoint, or None; ValueError: a place where no file can be."""
     if checkpoint is None:
         return None
-    path = Path(checkpoint) if isinstance(checkpoint, (str, Path)) else Path()
-    if path.is_dir() or not can_hold_files(path.absolute().parent):
+    path = checks.file_name("checkpoint", checkpoint)
+    if not can_hold_files(path.absolute().parent):
         raise checks.invalid("checkpoint", checkpoint, "a file in a folder that can be written to, or None")
     return path
 

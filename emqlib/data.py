@@ -5,9 +5,7 @@ A data set is one row of `SOURCES`; everything below that table treats all of th
 
 import hashlib
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -108,10 +106,17 @@ def load_dataset(
     """
     source, path = SOURCES[check_name("name", name)], str(name).partition(":")[2]
     if image_size is not None:
-        image_size = checks.integer("image_size", image_size, 1)
+        image_size = checks.integer("image_size", image_size, 1, 4096)
     streamed = source.stream if stream is None else checks.flag("stream", stream)
-    workers = _workers() if workers is None else checks.integer("workers", workers, 0)
-    folder = Path(path or root or os.environ.get("EMQ_DATA") or files.home() / "data").expanduser().absolute()
+    workers = _workers() if workers is None else checks.integer("workers", workers, 0, 1024)
+    usual = os.environ.get("EMQ_DATA") or files.home() / "data"
+    try:
+        place = checks.path("root", path or (usual if root is None else root))
+    except ValueError:
+        if not path:
+            raise
+        raise checks.invalid("name", name, "imagefolder:PATH with the path of a folder") from None
+    folder = Path(os.path.expanduser(place)).absolute()
     train, test, classes = _find(name, source, folder, Reading(image_size, streamed, workers))
     if streamed and not isinstance(train, ImageFiles):
         raise checks.invalid("stream", True, f"False for {name!r}, which was found as whole files")
@@ -121,33 +126,9 @@ def load_dataset(
 
 def check_name(parameter: str, name: Any) -> str:
     """The key of `SOURCES` that `name` means; ValueError, which names the parameter, where there is none."""
-    kind, _, path = str(name).partition(":")
-    key = f"{kind}:PATH" if path else str(name)
-    return key if key in SOURCES else checks.choice(parameter, name, SOURCES)
-
-
-def write_class_folders(data: Dataset, folder: Path) -> None:
-    """Write a data set that lies in memory as class folders of PNG files, {train,val}/<class>/*, unless it is there.
-
-    So `imagefolder:PATH` reads it, or streams it. Whoever looks finds all of it or nothing.
-    """
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    half_done = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        for name, split in (("train", data.train), ("val", data.test)):
-            for i, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
-                place = half_done / name / data.classes[label]
-                place.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:06d}.png")
-        half_done.chmod(0o755)  # mkdtemp makes it private
-        half_done.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(half_done, ignore_errors=True)
+    kind, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
+    key = f"{kind}:PATH" if path else name
+    return key if isinstance(key, str) and key in SOURCES else checks.choice(parameter, name, SOURCES)
 
 
 def _workers() -> int:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -24,7 +25,7 @@ def derived(
     A tidy table, each row with what the run was asked for and its provenance; kept as runs/<hash>-<name>.json.
     ValueError: a damaged file there.
     """
-    path = rows_file(run, results_dir, f"-{name}")
+    path = rows_file(_checked(run, measure), results_dir, f"-{name}")
     with nullcontext() if path.exists() else alone(checkpoint_file(run, results_dir), patience=-1):
         if not path.exists():  # another job may have been at work on it
             model, data = trained(run, results_dir)
@@ -39,11 +40,18 @@ def followed(
 
     Read, kept and failing as `derived`. A killed call loses at most the epoch it was in.
     """
+    _checked(run, measure)
     path, checkpoint = (file(run, results_dir, f"-{name}") for file in (rows_file, checkpoint_file))
     with nullcontext() if path.exists() else alone(checkpoint, patience=-1):
         if not path.exists():  # another job may have been at work on it
             _keep(path, run, *_follow(run, checkpoint, measure))
     return _kept(path)
+
+
+def _checked(run: Any, measure: Any) -> Run:
+    if not callable(measure):
+        raise checks.invalid("measure", measure, "a function of a network and its data")
+    return checks.instance("run", run, Run, "a Run")
 
 
 def _follow(

@@ -27,7 +27,7 @@ def has_cuda() -> bool:
 
 def device(name: str) -> torch.device:
     """The device called "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1"; ValueError that lists those here."""
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))

@@ -21,7 +21,7 @@ class LossWatch:
         self.total, self.weight = 0.0, 0.0
 
     def see(self, loss: Tensor, weight: float, where: str) -> None:
-        """Take in a loss (), its weight in the mean and where it was, in words. FloatingPointError: not finite."""
+        """Take in a scalar loss, its weight in the mean and where it was. FloatingPointError: it is not finite."""
         self.pending.append((loss.detach(), weight, where))
         while len(self.pending) > self.lag:
             self._check()

@@ -1,11 +1,15 @@
 """A method of the paper's tables as a `Run`: what it shares with the others, and what sets it apart."""
 
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from . import checks
-from .data import check_name, load_dataset, write_class_folders
+from .data import Dataset, check_name, load_dataset
 from .layers import QuantSpec
 from .profiles import Parameters, Setting
 from .runs import Run
@@ -118,3 +122,27 @@ def as_files(run: Run, results_dir: Path) -> str:
     folder = results_dir / "images" / run.dataset
     write_class_folders(load_dataset(run.dataset).subset(*run.subset), folder)
     return f"imagefolder:{folder}"
+
+
+def write_class_folders(data: Dataset, folder: Path) -> None:
+    """Write a data set that lies in memory as class folders of PNG files, {train,val}/<class>/*, unless it is there.
+
+    So `imagefolder:PATH` reads it, or streams it. Whoever looks finds all of it or nothing.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    half_done = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        for name, split in (("train", data.train), ("val", data.test)):
+            for i, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
+                place = half_done / name / data.classes[label]
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:06d}.png")
+        half_done.chmod(0o755)  # mkdtemp makes it private
+        half_done.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)

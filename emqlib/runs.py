@@ -19,6 +19,7 @@ from . import checks, models
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
 from .data import Dataset, load_dataset
+from .data import check_name as check_data
 from .evaluation import ADAPTATION_SAMPLES, batch_norms, evaluate
 from .files import Busy, alone, can_hold_files, canonical_json, digest, remove_parts, write_text
 from .layers import QuantSpec
@@ -53,6 +54,19 @@ class Run:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_bits", checks.bit_widths("eval_bits", self.eval_bits))
+        checks.instance("profile", self.profile, str, "a name")
+        check_data("dataset", self.dataset)
+        models.check_name("model", self.model)
+        checks.instance("spec", self.spec, QuantSpec, "a QuantSpec")
+        checks.instance("config", self.config, TrainConfig, "a TrainConfig")
+        args = checks.instance("model_args", self.model_args, tuple, "a tuple of pairs, a name and its value")
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in args):
+            raise checks.invalid("model_args", args, "a tuple of pairs, a name and its value")
+        if not isinstance(self.subset, tuple) or len(self.subset) != 2:
+            raise checks.invalid("subset", self.subset, "two numbers of images")
+        for name, number in (("subset", self.subset[0]), ("subset", self.subset[1]), ("image_size", self.image_size)):
+            checks.integer(name, number, 0)
+        checks.flag("stream", self.stream)
 
     @property
     def method(self) -> str:
@@ -105,8 +119,11 @@ def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
     overlap and rank_correlation are means over the other bit-widths; classes is each class's share of the coreset.
     """
     rows = []
-    for run in runs:
-        for draw in _stored(run, Path(results_dir))["coresets"]:
+    for run in _listed(runs):
+        record = _stored(run, Path(results_dir))
+        if record is None:
+            raise checks.invalid("runs", run, "runs that run_all has finished")
+        for draw in record["coresets"]:
             classes = pd.Series(draw["classes"]) / draw["size"]
             means = {k: pd.Series(draw[k], dtype=float).mean() for k in ("overlap", "rank_correlation")}
             told = {k: draw[k] for k in ("epoch", "bits", "size", "union", "drift", "clipped")}
@@ -134,10 +151,10 @@ def run_all(
     ValueError: no runs; a folder that cannot be written to; a damaged or foreign file where the rows of a run should
     be; rows of other images than there are now.
     """
-    runs, results_dir, deadline = list(dict.fromkeys(runs)), Path(results_dir), Deadline.of(budget)
-    if not runs:
-        raise checks.invalid("runs", runs, "at least one Run")
-    if checks.integer("processes", processes, 1) > 1 and started() > 1:
+    runs, deadline = _listed(runs), Deadline.of(budget)
+    results_dir = checks.path("results_dir", results_dir, "a folder")
+    checks.flag("progress", progress)
+    if checks.integer("processes", processes, 1, 1024) > 1 and started() > 1:
         raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
     if None in records and not all(can_hold_files(results_dir.absolute() / name) for name in ("runs", "checkpoints")):
@@ -151,10 +168,17 @@ def run_all(
     try:
         records = _finish(runs, records, results_dir, progress, deadline, launched)
     except OutOfTime as stop:
-        finished = sum(_stored(run, results_dir) is not None for run in runs)
-        begun = f", of the next one {stop.done}" if stop.done else ""
-        raise OutOfTime(f"{finished} of {len(runs)} runs finished{begun}") from None
+        finished, done = sum(_stored(run, results_dir) is not None for run in runs), stop.done
+        raise OutOfTime(f"{finished} of {len(runs)} runs finished{done and f', of the next one {done}'}") from None
     return pd.concat(map(_frame, runs, records), ignore_index=True)
+
+
+def _listed(runs: Any) -> list[Run]:
+    """Each run once; ValueError: anything else than runs, or none."""
+    found = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, str) else []
+    if not found or not all(isinstance(run, Run) for run in found):
+        raise checks.invalid("runs", found or runs, "at least one Run" if not found else "a Run each")
+    return list(dict.fromkeys(found))
 
 
 def _finish(
@@ -264,6 +288,7 @@ def data_of(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
 
 def build(run: Run, num_classes: int) -> nn.Module:
     """The converted, untrained network of `run`, initialised from its seed."""
+    checks.instance("run", run, Run, "a Run")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator(run.config.seed, "init").initial_seed())
         return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
@@ -271,7 +296,7 @@ def build(run: Run, num_classes: int) -> nn.Module:
 
 def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:
     """The network of `run` and its data: trained, or read where a checkpoint is there, as `run_all` leaves one."""
-    data = data_of(run, {})
+    data = data_of(checks.instance("run", run, Run, "a Run"), {})
     with alone(checkpoint_file(run, results_dir), patience=-1):
         return _train(run, data, results_dir, progress)[0], data
 

@@ -131,6 +131,8 @@ def train(
     checkpoint stays. MemoryError: names the batch size to try. files.Busy: another process trains with the checkpoint.
     """
     label = progress if isinstance(progress, str) else checks.flag("progress", progress) and "training"
+    if observe is not None and not callable(observe):
+        raise checks.invalid("observe", observe, "a function of the network, or None")
     run = _prepare(model, data, config, checkpoint, budget)
     with run.place.joined(f"the checkpoint {run.path}" if run.path else "the beginning"), _safe(run):
         found = run.place.share(str(run.path) if run.path is not None and run.path.exists() else "")
@@ -217,6 +219,8 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
         raise checks.invalid("config", config, 'a TrainConfig, for example TrainConfig(scheme="joint", epochs=10)')
     if not isinstance(data, Dataset):
         raise checks.invalid("data", type(data).__name__, "a Dataset, for example load_dataset('cifar10')")
+    if len(data.train) == 0:
+        raise checks.invalid("data", "no images", "at least one image to train on")
     if config.scheme == "dedicated" and len(spec.bits) != 1:
         raise checks.invalid("scheme", "dedicated", f"one trained bit-width a network, not {spec.bits}")
     return spec.bits

@@ -23,6 +23,7 @@ from emqlib import (
     correction,
     data,
     deployment,
+    derived,
     devices,
     evaluation,
     experiments,
@@ -268,7 +269,20 @@ train |= {"milestones": {"None": None, "text": "1", "a number": 5, "an array": n
 wrong("TrainConfig", emq.TrainConfig, **train)
 chosen = {"score": NAMES, "pruning_rate": RATES, "how": NAMES, "window": WINDOWS, "decay": DECAYS, "cut": RATES}
 wrong("CoresetConfig", emq.CoresetConfig, **chosen, across_bits=NAMES, scoring=NAMES, power={"nan": NAN, "text": "1"})
-wrong("Run", lambda **changed: replace(run(), **changed), eval_bits=BITS)
+wrong(
+    "Run",
+    lambda **changed: replace(run(), **changed),
+    eval_bits=BITS,
+    profile={"None": None, "a number": 3},
+    dataset=NAMES,
+    model=NAMES,
+    spec={"None": None, "bits": (2, 4), "a class": emq.QuantSpec},
+    config={"None": None, "a dict": {}, "a class": emq.TrainConfig},
+    model_args={"None": None, "a dict": {"width": 4}, "a name": ("width",), "text": "width=4"},
+    subset={"None": None, "a number": 5, "one": (5,), "negative": (-1, 5), "fractions": (0.5, 0.5)},
+    image_size={"None": None, "negative": -1, "a fraction": 32.0},
+    stream=FLAGS,
+)
 
 # Networks at any bit-width
 
@@ -327,10 +341,14 @@ wrong(
     emq.load_dataset,
     {"name": "digits"},
     name=NAMES,
-    image_size=GIVEN,
-    workers={"negative": -1, "text": "2", "a fraction": 1.5},
+    image_size=GIVEN | {"that fits no memory": 10**6},
+    workers={"negative": -1, "text": "2", "a fraction": 1.5, "a billion": 10**9},
     stream={"one": 1, "text": "yes", "True": True},
 )
+places = {name: value for name, value in PATHS.items() if name != "None"}
+wrong("load_dataset", emq.load_dataset, {"name": "cifar10"}, root=places)
+folders = {"null byte": "imagefolder:a\0b", "too long": "imagefolder:" + "a" * 5000, "digits": 10**5000}
+wrong("load_dataset", emq.load_dataset, name=folders)
 wrong(
     "Dataset.subset",
     lambda train, test: digits().subset(train, test),
@@ -386,11 +404,14 @@ wrong(
     model=MODELS,
     data=DATA,
     config={"None": None, "a dict": {}, "a class": emq.TrainConfig},
-    checkpoint={"a number": 3, "empty": "", "a folder": "FOLDER", "below a file": "FILE/a"},
+    checkpoint={name: value for name, value in FILES.items() if name != "None"} | {"below a file": "FILE/a"},
     progress={"None": None, "one": 1},
+    observe={"a number": 3, "a name": "loss"},
     budget=budgets,
 )
-wrong("checkpoints.checked", checked, checkpoint={"a number": 3, "a folder": "FOLDER", "bytes": b"a"})
+empty = late(lambda: replace(digits(), train=digits().train.take(LABELS[:0])))
+wrong("train", emq.train, right, data={"no images": empty})
+wrong("checkpoints.checked", checked, checkpoint={name: value for name, value in FILES.items() if name != "None"})
 DEVICES = {"None": None, "unknown": "gpu", "a number": 0, "meta": "meta", "empty": ""}
 wrong("devices.device", devices.device, {}, {"name": "device"}, name=DEVICES)
 
@@ -610,16 +631,12 @@ wrong(
     "runs.run_all",
     runs.run_all,
     {"runs": late(lambda: [run()]), "results_dir": "results", "progress": False},
-    runs={"none": []},
-    processes=COUNTS,
+    runs={"none": [], "None": None, "a run": late(run), "numbers": [3], "a name": "table1"},
+    results_dir=PATHS | {"a file": "FILE", "below a file": "FILE/a"},
+    progress=FLAGS,
+    processes=COUNTS | {"a billion": 10**9},
     budget={"zero": 0, "nan": NAN, "text": "60"},
 )
-unknown = {
-    "dataset": late(lambda: replace(run(), dataset="mnist")),
-    "model": late(lambda: replace(run(), model="nothing")),
-}
-wrong("runs.trained", runs.trained, {"results_dir": "results", "progress": False}, {"run": "name"}, run=unknown)
-wrong("runs.run_all", lambda run: runs.run_all([run], "results", progress=False), {}, {"run": "name"}, run=unknown)
 wrong("runs.build", runs.build, {"run": late(run), "num_classes": 10}, num_classes=COUNTS)
 
 
@@ -632,17 +649,18 @@ def damaged(run: runs.Run) -> Path:
     return Path("damaged")
 
 
+wrong("runs.trained", runs.trained, {"results_dir": "results"}, run=RUNS)
+wrong("runs.build", runs.build, {"num_classes": 10}, run=RUNS)
+unfinished = {"unfinished": late(lambda: [run()]), "None": None, "numbers": [3]}
+wrong("runs.coreset_rows", runs.coreset_rows, {"results_dir": "results"}, runs=unfinished)
 kept = {"damaged": late(lambda: damaged(run()))}
 wrong("runs.run_all", runs.run_all, {"runs": late(lambda: [run()]), "progress": False}, results_dir=kept)
-for function in (runs.derived, runs.followed):
-    wrong(f"runs.{function.__name__}", function, {"run": late(run), "name": "table", "measure": len}, results_dir=kept)
+for function in (derived.derived, derived.followed):
     wrong(
-        f"runs.{function.__name__}",
-        function,
-        {"results_dir": "r", "name": "t", "measure": len},
-        {"run": "name"},
-        run=unknown,
+        f"derived.{function.__name__}", function, {"run": late(run), "name": "table", "measure": len}, results_dir=kept
     )
+    right = {"run": late(run), "results_dir": "r", "name": "t", "measure": len}
+    wrong(f"derived.{function.__name__}", function, right, run=RUNS, measure={"None": None, "a name": "loss"})
 
 # Tables and figures
 

@@ -45,7 +45,7 @@ from emqlib import (
     sampling,
     training,
 )
-from emqlib.data import write_class_folders
+from emqlib.methods import write_class_folders
 from emqlib.provenance import software
 from emqlib.runs import Run, run_all
 

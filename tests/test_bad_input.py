@@ -84,23 +84,30 @@ EXEMPT = {
         *("quantizers.weight_grid", "coreset.entropy_of", "coreset.el2n_of", "coreset.grand_of", "coreset.spread"),
         *("config.learning_rate", "norms.interpolation", "layers.nearest", "sampling.generator", "training.plan"),
         *("ranks.total", "ranks.mean", "ranks.lowest", "ranks.synchronized", "devices.autocast", "data.augment"),
-        *("devices.noise", "devices.set_noise", "data.normalize", "multibit.quantized_layers"),
+        *("devices.noise", "devices.set_noise", "data.normalize", "multibit.quantized_layers", "finite"),
     },
     "inside a function that has checked the network": {
         *("attention.open_attention", "signs.walk", "layers.geometry", "packing.pack_as_set", "packing.replaced"),
         *("remedies.gaussian_moments", "analysis.watched", "training.optimizer", "devices.memory_format"),
-        *("devices.compiled", "checkpoints.identity", "provenance.provenance", "recorder.recorder", "loading.loader"),
+        *(
+            "devices.compiled",
+            "devices.enough_memory",
+            "checkpoints.identity",
+            "provenance.provenance",
+            "recorder.recorder",
+            "loading.loader",
+        ),
     },
     "of a device that is checked where a run is asked for": {"ranks.current"},
     "files, at places and with contents that the library has made": {
-        *("files.write_atomic", "files.write_text", "files.canonical_json", "files.digest", "checkpoints.save"),
-        *("checkpoints.load", "images.list_classes", "images.load_images", "images.decode", "images.pixels"),
-        *("data.write_class_folders", "methods.as_files"),
+        *("files.write_atomic", "files.write_text", "files.canonical_json", "files.digest", "files.alone"),
+        *("files.can_hold_files", "files.remove_parts", "container", "checkpoints.save", "checkpoints.load"),
+        *("images.list_classes", "images.list_annotated", "images.load_images", "images.decode", "images.pixels"),
+        *("methods.write_class_folders", "methods.as_files", "runs.rows_file", "runs.checkpoint_file", "runs.data_of"),
     },
     "nothing but the parameters of a notebook, which profiles.parameters has checked": {
         *("experiments.quickstart", "experiments.table2", "experiments.vit", "experiments.layer_norms"),
     },
-    "runs that run_all has finished": {"runs.coreset_rows"},
     "any name will do: not a number for one that is not there": {"serving.resident"},
     "a command line, each part of which goes to a checked function": {"serving.main"},
 }
@@ -129,7 +136,7 @@ def test_every_public_function_has_a_case() -> None:
     exempt, known = {name for names in EXEMPT.values() for name in names}, functions()
     untried = {name for name, f in known.items() if name not in tried and not (f.__name__ in tried and exported(f))}
     assert not {full for full in untried if not {full, full.split(".")[0]} & exempt}
-    assert not exempt - untried - {"checks"}
+    assert not exempt - untried - {"checks", "container", "finite"}
     configured = {"QuantSpec", "TrainConfig", "CoresetConfig", "Run", "Dataset.subset"}
     assert configured <= tried and len(CASES) >= 200 and len({case.name for case in CASES}) == len(CASES)
 

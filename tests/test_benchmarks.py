@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from torch import nn
 
 import emqlib as emq
-from emqlib.data import write_class_folders
+from emqlib.methods import write_class_folders
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -18,7 +18,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
 from emqlib import files
-from emqlib.data import Dataset, Split, augment, load_dataset, normalize, write_class_folders
+from emqlib.data import Dataset, Split, augment, load_dataset, normalize
+from emqlib.methods import write_class_folders
 
 REAL = Path(os.environ.get("EMQ_DATA") or "no data")
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
