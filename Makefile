@@ -1,12 +1,14 @@
 # make demo        install into .venv, run the quickstart, print its table
 # make test        install, lint, tests, and every notebook in the smoke profile
 # make bench       run every benchmark, into results/benchmarks/; EMQ_ANY_PRECISION: a checkout to measure against
+# make faults      disturb jobs in real processes, many times over, into results/reliability/
 # make figures     redraw every figure in results/ from the CSV beside it
 # make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
 # Another interpreter: make install PYTHON=python3.12
 
 PYTHON  ?= python3
 PROFILE ?= small
+JOBS    ?= 2
 VENV    := $(CURDIR)/.venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -30,7 +32,7 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: install demo test lint format bench figures notebooks clean
+.PHONY: install demo test lint format bench faults figures notebooks clean
 
 install: $(STAMP)
 
@@ -49,8 +51,8 @@ demo: install
 
 # nbval reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on.
 test: lint
-	$(BIN)/python -m pytest
-	EMQ_PROFILE=smoke $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+	$(BIN)/python -m pytest -n $(JOBS)
+	EMQ_PROFILE=smoke $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
 		-o addopts= -W default notebooks
 
 lint: install
@@ -67,6 +69,9 @@ BENCHMARKS := $(filter-out %/redraw.py $(if $(EMQ_ANY_PRECISION),,%/any_precisio
 bench: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[bench]"
 	for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark || exit 1; done
+
+faults: install
+	$(BIN)/python tests/faults.py
 
 figures: install
 	$(BIN)/python -m emqlib.figures

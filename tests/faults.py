@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class Ended:
 
 
 def _told(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    set_start_method("fork", force=True)  # for processes that decode: what a user's own process would start
     try:
         pipe.send(("value", function(*arguments, **named)))
     except BaseException as error:

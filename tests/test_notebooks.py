@@ -95,6 +95,26 @@ def test_quickstart_from_the_root(checkout: Path, tmp_path: Path) -> None:
     assert not git(checkout, "status", "--porcelain")
 
 
+def test_the_same_outputs_again(checkout: Path, tmp_path: Path) -> None:
+    """What papermill wrote, executed once more from nothing: nbval compares every output, down to the last digit."""
+    place, output = tmp_path / "made", tmp_path / "out.ipynb"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")  # bars say how long it took
+        assert not papermill(
+            checkout, checkout, "notebooks/00_quickstart.ipynb", output, "-p", "results_dir", str(place)
+        )
+        written = {path.relative_to(place): path.read_bytes() for path in place.rglob("*.[cm][sd]*")}
+        shutil.rmtree(place)
+        patch.setenv("PYTHONPATH", str(checkout))
+        nbval = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-o", "addopts=", "-W", "default"]
+        result = subprocess.run([*nbval, str(output)], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    count = len([cell for cell in cells(output) if cell.source.strip()])
+    assert f"{count} passed" in result.stdout
+    tables = [name for name in written if name.suffix == ".md"]
+    assert tables and all((place / name).read_bytes() == written[name] for name in tables)
+
+
 def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     """As the README has it; the rows lie outside of what git sees."""
     arguments = ["-p", "bits", "[2,4,8]", "-p", "profile", "smoke"]

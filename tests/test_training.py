@@ -874,8 +874,8 @@ def test_a_checkpoint_of_a_later_version_is_refused(digits: Dataset, tmp_path: P
 
 
 def test_a_device_is_no_difference(digits: Dataset, tmp_path: Path) -> None:
-    train(tiny(), digits, quick(device="auto"), tmp_path / "run.pt")
-    train(tiny(), digits, quick(device="cpu"), tmp_path / "run.pt")
+    history = train(tiny(), digits, quick(device="auto"), tmp_path / "run.pt")
+    pd.testing.assert_frame_equal(train(tiny(init=1), digits, quick(device="cpu"), tmp_path / "run.pt"), history)
 
 
 class Hostile:
