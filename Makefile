@@ -1,7 +1,8 @@
 # make demo        install into .venv, run the quickstart, print its table
 # make test        install, lint, tests, and every notebook in the smoke profile
 # make bench       run every benchmark, into results/benchmarks/; EMQ_ANY_PRECISION: a checkout to measure against
-# make faults      disturb jobs in real processes, many times over, into results/reliability/
+# make faults      disturb jobs in real processes, many times over, into results/reliability/; a quarter of an hour
+# make mutants     change the sources in hundreds of places: does a test notice? into results/reliability/; half an hour
 # make figures     redraw every figure in results/ from the CSV beside it
 # make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
 # Another interpreter: make install PYTHON=python3.12
@@ -32,7 +33,7 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: install demo test lint format bench faults figures notebooks clean
+.PHONY: install demo test lint format bench faults mutants figures notebooks clean
 
 install: $(STAMP)
 
@@ -72,6 +73,9 @@ bench: install
 
 faults: install
 	$(BIN)/python tests/faults.py
+
+mutants: install
+	$(BIN)/python tests/mutation.py
 
 figures: install
 	$(BIN)/python -m emqlib.figures

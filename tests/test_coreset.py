@@ -119,7 +119,7 @@ def test_grand_is_the_gradient_norm_of_the_last_linear_layer(rng: torch.Generato
 
 @pytest.mark.parametrize(
     ("correct", "count"),
-    [([0, 0, 0], 3), ([1, 1, 1], 0), ([0, 1, 1], 0), ([1, 0, 0], 1), ([1, 0, 1], 1), ([0, 1, 0], 1)],
+    [([1, 0], 1), ([0, 0, 0], 3), ([1, 1, 1], 0), ([0, 1, 1], 0), ([1, 0, 0], 1), ([1, 0, 1], 1), ([0, 1, 0], 1)],
 )
 def test_forgetting_by_hand(correct: list[int], count: int) -> None:
     assert coreset.forgetting(torch.tensor(correct, dtype=torch.bool)[:, None]).tolist() == [count]
@@ -128,9 +128,17 @@ def test_forgetting_by_hand(correct: list[int], count: int) -> None:
 def test_moderate_by_hand() -> None:
     """The median of an even class lies between its middle two; a class's only member is its own median."""
     features = torch.tensor([[0.0, 0.0], [2.0, 8.0], [9.0, 9.0], [1.0, 1.0], [8.0, 2.0], [1.0, 5.0], [3.0, 5.0]])
-    labels = torch.tensor([0, 0, 7, 0, 0, 2, 2])  # medians: (1.5, 1.5), (9, 9), (2, 5)
-    squares = [4.5, 42.5, 0, 0.5, 42.5, 1, 1]
+    features = torch.cat([features, torch.tensor([[1.0, 1.0], [7.0, 5.0], [2.0, 9.0]])])
+    labels = torch.tensor([0, 0, 7, 0, 0, 2, 2, 4, 4, 4])  # medians: (1.5, 1.5), (9, 9), (2, 5), (2, 5)
+    squares = [4.5, 42.5, 0, 0.5, 42.5, 1, 1, 17, 25, 16]
     close(coreset.moderate(features, labels), torch.tensor(squares).sqrt(), atol=1e-6)
+
+
+def test_of_many_equal_ones_the_first_comes_first() -> None:
+    """Where an unstable sort has another order."""
+    assert coreset.ranks(torch.zeros(1000)).tolist() == list(range(1000))
+    labels = torch.arange(100).repeat_interleave(2)
+    assert select(torch.ones(200), 0.75, labels=labels).tolist() == list(range(0, 100, 2))
 
 
 def test_ranks_and_centrality_are_the_reference(rng: torch.Generator) -> None:
@@ -139,6 +147,12 @@ def test_ranks_and_centrality_are_the_reference(rng: torch.Generator) -> None:
         ranks = reference.ranks(scores.tolist())
         assert coreset.ranks(scores).tolist() == ranks
         assert coreset.centrality(scores).tolist() == [-abs(rank - (n - 1) / 2) for rank in ranks]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_spread_is_along_a_dimension(dim: int, rng: torch.Generator) -> None:
+    deltas = torch.rand(3, 4, 5, dtype=torch.float64, generator=rng)
+    close(coreset.spread(deltas, dim), deltas.numpy().std(dim) * deltas.shape[dim] ** 0.5)
 
 
 def test_selecting_by_centrality_keeps_the_middle(rng: torch.Generator) -> None:
@@ -174,6 +188,8 @@ WRONG: dict[str, list[Callable[[Tensor], object]]] = {
         lambda p: 2 * p - 1 / C,  # of sum one
         lambda p: p.log(),
         lambda p: p / 2,
+        lambda p: torch.cat([p[..., :-1, :], p[..., -1:, :] / 2], -2),  # one row
+        lambda p: p[..., :0, :],
         lambda p: p * torch.nan,
         lambda p: p.round().long(),
         lambda p: p[0],
@@ -207,7 +223,15 @@ def test_wrong_arguments_of_scores(score: str, name: str, spoil: Callable, rng: 
         function(*(spoil(data[n]) if n == name else data[n] for n in names))
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(N - 1, dtype=torch.int64), torch.full((N,), C), None])
+def test_one_sample_of_one_class() -> None:
+    assert (
+        coreset.entropy(torch.ones(1, 1)).tolist() == coreset.el2n(torch.ones(1, 1), torch.tensor([0])).tolist() == [0]
+    )
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(N - 1, dtype=torch.int64), torch.full((N,), C), torch.arange(N) // (N - 1) * C, None]
+)
 def test_labels_that_do_not_fit_the_probabilities(labels: object, rng: torch.Generator) -> None:
     data = log(rng)
     for arguments in [(data["p"], labels), (data["p"], labels, data["features"])]:
@@ -396,6 +420,12 @@ def test_ccs_strata_get_the_budget_of_the_reference(keep: int, cut: float, rng: 
     parts = reference.strata(scores.tolist(), keep, cut)
     assert [len(chosen & set(own)) for own, _ in parts] == [share for _, share in parts]
     assert len(chosen) == keep  # so that none lies above the cut
+
+
+def test_nothing_is_cut_by_default(rng: torch.Generator) -> None:
+    scores = torch.rand(9, generator=rng)
+    for chosen in (coreset.choose(scores, 9, "ccs", rng), select(scores, 0, "ccs", rng)):
+        assert chosen.tolist() == list(range(9))
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.9])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emqlib.correction import CORRECTIONS, correct_weight
+from emqlib.correction import CORRECTIONS, correct_weight, output_shift
 from emqlib.quantizers import WEIGHT_METHODS, quantize_weight
 
 SHAPES = [(6, 4, 3, 3), (8, 1, 3, 3), (5, 7), (3, 2, 1, 1), (4, 3, 5)]  # the second one depthwise
@@ -111,6 +111,17 @@ def test_constant_channel(case: str, gradient: bool, dtype: torch.dtype) -> None
     assert torch.equal(corrected[1:], alone)
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_constant_channel_has_the_gradient_of_the_mean_correction(gradient: bool) -> None:
+    found = []
+    for mode in ("mean", "mean_var"):
+        w_q = torch.tensor([[0.2, 0.2, 0.2]], requires_grad=True)
+        w = torch.tensor([[0.1, 0.2, 0.6]], requires_grad=True)
+        correct_weight(w_q, w, mode, gradient).backward(torch.tensor([[1.0, 2.0, 6.0]]))
+        found.append((w_q.grad, w.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_a_large_constant_channel_counts_as_constant() -> None:
     """The mean of many equal numbers is not exactly that number: the rounding must not be blown up to a deviation."""
     for count in (27, 4608, 25088):
@@ -168,6 +179,20 @@ def test_at_32_bits_there_is_nothing_to_correct(method: str, rng: torch.Generato
     full = quantize_weight(w, 32, method)
     for mode in CORRECTIONS:
         torch.testing.assert_close(correct_weight(full, full, mode), full)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((5, 7), 1), ((4, 3, 3, 2), 1), ((6, 2, 3, 3), 3), ((8, 1, 3, 3), 4)])
+def test_output_shift_is_what_a_layer_adds_to_the_mean(
+    shape: tuple[int, ...], groups: int, rng: torch.Generator
+) -> None:
+    """A layer is linear: its mean output is its output for the mean input, here without padding."""
+    w_q, w = pair(shape, 2, "minmax", rng)
+    mean = torch.rand(shape[1] * groups, generator=rng, dtype=torch.float64)
+    image = mean.view(1, -1, *[1] * (len(shape) - 2)).expand(1, -1, *shape[2:])
+    layer = torch.nn.functional.linear if len(shape) == 2 else torch.nn.functional.conv2d
+    options = {} if len(shape) == 2 else {"groups": groups}
+    expected = (layer(image, w_q, **options) - layer(image, w, **options)).flatten()
+    torch.testing.assert_close(output_shift(w_q, w, mean), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["", "Mean", "var", None, 1, True])

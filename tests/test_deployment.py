@@ -81,31 +81,6 @@ def test_switching(digits: emq.Dataset) -> None:
     assert list(results.switching_table(rows).way) == ["set_bits", "packed file", "ONNX file"]
 
 
-def test_deployment_table_takes_medians_and_its_units() -> None:
-    case = {"runtime": "onnxruntime", "weights": "int4", "bits": 3, "top1": 70.0, "agreement": 99.99}
-    case |= {"difference": 1.23456789e-3, "file": 12345, "packed": 11000, "arithmetic": 10000, "peak": 10.4}
-    rows = [
-        case | {"load": s, "latency": s / 100, "images_a_second": 1 / s, "peak_batch": 20.0} for s in (0.01, 0.03, 0.02)
-    ]
-    table = results.deployment_table(pd.DataFrame(rows)).iloc[0].to_dict()
-    assert table == {
-        "runtime": "onnxruntime",
-        "weights": "int4",
-        "bits": 3,
-        "top1": 70.0,
-        "agreement": 99.99,
-        "difference": 0.00123,
-        "file": 12.3,
-        "packed": 11.0,
-        "arithmetic": 10.0,
-        "load": 20.0,
-        "latency": 0.2,
-        "images_a_second": 50.0,
-        "peak": 10.0,
-        "peak_batch": 20.0,
-    }
-
-
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """A clock that only `pass_by` moves."""

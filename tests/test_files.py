@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever happens to the writer."""
 
+import io
 import json
 import os
 import signal
@@ -47,6 +48,15 @@ def half_then(error: BaseException) -> Callable[[BinaryIO], None]:
     return write
 
 
+def test_home_is_the_checkout_or_where_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(files, "CHECKOUT", tmp_path)
+    assert files.home() == tmp_path / "work"  # installed without a checkout
+    (tmp_path / "pyproject.toml").touch()
+    assert files.home() == tmp_path
+
+
 def test_content_and_missing_folders(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.bin"
     files.write_atomic(path, lambda file: file.write(b"\x00\xff"))
@@ -79,12 +89,39 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path, e
 
 def test_content_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system may rename first and write later; a power failure in between would leave an empty file."""
-    calls = []
-    for name in ("fsync", "replace"):
-        call = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, call=call: calls.append(name) or call(*args))
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size) or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("named") or replace(*names))
     files.write_text(tmp_path / "row.json", "{}")
-    assert calls == ["fsync", "replace"] and (tmp_path / "row.json").read_text() == "{}"
+    assert calls == [2, "named"] and (tmp_path / "row.json").read_text() == "{}"
+
+
+def test_a_writer_whose_file_is_gone_tells_its_own_error(tmp_path: Path) -> None:
+    def write(_: BinaryIO) -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match=r"^no$"):
+        files.write_atomic(tmp_path / "file", write)
+
+
+def test_a_file_that_tells_passes_on_and_keeps_its_error() -> None:
+    class Full(io.BytesIO):
+        def write(self, data: bytes) -> int:
+            if data == b"more":
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    below = io.BufferedWriter(whole := Full())
+    telling = files.Telling(below)
+    assert telling.write(b"some") == 4 and whole.getvalue() == b""
+    telling.flush()
+    assert whole.getvalue() == b"some" and telling.error is None
+    telling = files.Telling(whole)
+    with pytest.raises(OSError, match="No space") as raised:
+        telling.write(b"more")
+    assert telling.error is raised.value
 
 
 def test_a_full_disk_is_reported_with_the_path(tmp_path: Path) -> None:

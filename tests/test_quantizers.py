@@ -42,7 +42,7 @@ def inputs(rng: torch.Generator, *shape: int, spread: float = 1.0) -> Tensor:
     return spread * torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-def scalar(value: float, **kwargs: object) -> Tensor:
+def scalar(value: float | list[float], **kwargs: object) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, **kwargs)
 
 
@@ -127,12 +127,66 @@ def test_a_learned_clipping_level_never_tips_its_grid_over(bits: int, rng: torch
         assert (round(float(low)), round(float(high))) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+@pytest.mark.parametrize("bits", LOW_BITS)
+@pytest.mark.parametrize(
+    ("method", "zero_level"), [("dorefa", False), ("minmax", False), ("minmax", True), ("lsq", False)]
+)
+def test_weight_grid(method: str, zero_level: bool, bits: int, rng: torch.Generator) -> None:
+    """Of weights that reach both ends: low is the lowest of them, and all are whole steps above it."""
+    if zero_level and bits == 1:
+        return
+    half = inputs(rng, 3, 40) * torch.tensor([[1.0], [2.0], [3.0]])
+    w, scale = torch.cat([half, -half], 1), scalar(0.005) if method == "lsq" else None
+    n = quantizers.levels(bits)
+    options = {"zero_level": True} if zero_level else {}  # not by default
+    low, step = quantizers.weight_grid(w, n, method, scale, **options)
+    place = (quantize_weight(w, bits, method, scale, zero_level) - low) / step
+    torch.testing.assert_close(place, place.round(), rtol=0, atol=1e-9)
+    ends = (place.amin(1), place.amax(1)) if method == "minmax" else place.aminmax()
+    assert [set(end.round().view(-1).tolist()) for end in ends] == [{0.0}, {n - zero_level}]
+
+
+# Levels and ranges that Python knows, as layers pass them, against tensors, as a compiled graph has them
+
+BY_LEVELS: dict[str, Callable[..., Tensor]] = {
+    "dorefa, [0, 1]": lambda x, n, s: quantizers.dorefa_activation(x, n, 1.0),
+    "dorefa, [0, 1.7]": lambda x, n, s: quantizers.dorefa_activation(x, n, 1.7),
+    "dorefa, [0, c]": lambda x, n, s: quantizers.dorefa_activation(x, n, s),
+    "dorefa, [low, c]": lambda x, n, s: quantizers.dorefa_activation(x, n, s, scalar(-0.3)),
+    "pact": lambda x, n, s: quantizers.pact_activation(x, n, s, signed=False),
+    "pact, signed": lambda x, n, s: quantizers.pact_activation(x, n, s, signed=True),
+    "lsq": lambda x, n, s: quantizers.lsq_activation(x, n, s, signed=False),
+    "lsq, signed": lambda x, n, s: quantizers.lsq_activation(x, n, s, signed=True),
+    "dorefa weight": lambda x, n, s: quantizers.dorefa_weight(x, n)[0],
+    "minmax weight": lambda x, n, s: quantizers.minmax_weight(x, n)[0],
+    "lsq weight": lambda x, n, s: quantizers.lsq_weight(x, n, s)[0],
+}
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("name", BY_LEVELS)
+def test_levels_as_a_number_and_while_compiling(
+    name: str, bits: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same values and gradients; compiled code masks a gradient in another way."""
+    values, grad, n = inputs(rng, 6, 20), inputs(rng, 6, 20), quantizers.levels(bits)
+    found = []
+    for levels, compiling in ((scalar(n), False), (n, False), (scalar(n), True), (n, True)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        x, s = values.clone().requires_grad_(), scalar(0.6, requires_grad=True)
+        y = BY_LEVELS[name](x, levels, s)
+        y.backward(grad)
+        found.append((y.detach(), x.grad, scalar(0.0) if s.grad is None else s.grad))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
 # 32 bits: the identity, bit for bit
 
 
 @pytest.mark.parametrize("method", ["dorefa", "pact", "lsq"])
 def test_32_bit_activations_are_untouched(method: str, rng: torch.Generator) -> None:
-    powers = 10.0 ** torch.arange(-20, 8, 0.25)
+    powers = 2.0 ** torch.arange(-76, 27, 0.25)
     x = torch.cat([powers, -powers, torch.zeros(1), torch.randn(1000, generator=rng)]).requires_grad_()
     for signed in SIGNS:
         x.grad = None
@@ -151,6 +205,13 @@ def test_32_bit_weights_are_untouched_or_the_domain(rng: torch.Generator) -> Non
         assert torch.equal(leaf.grad, torch.ones_like(w))
     domain = w.abs().mean() * w.tanh() / w.tanh().abs().max()
     torch.testing.assert_close(quantize_weight(w, 32, "dorefa"), domain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_32_bits_are_known_by_their_levels(dtype: torch.dtype) -> None:
+    for bits in ALL_BITS:
+        n = quantizers.levels(bits)
+        assert quantizers.is_full(n) == bool(quantizers.is_full(torch.tensor(n, dtype=dtype))) == (bits == 32)
 
 
 @pytest.mark.parametrize("method", ["dorefa", "pact", "lsq"])
@@ -195,6 +256,45 @@ def test_dorefa_weight_gradient(bits: int, rng: torch.Generator) -> None:
     torch.testing.assert_close(leaf.grad, torch.from_numpy(finite_differences(smooth, w.numpy())), rtol=1e-6, atol=1e-7)
 
 
+class Dropped(torch.autograd.Function):
+    """What it takes passes on, and no gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("bits", (1, 3, 32))
+@pytest.mark.parametrize("known", [True, False])
+def test_dorefa_gradients_through_both_outputs(known: bool, bits: int, rng: torch.Generator) -> None:
+    """As automatic differentiation has it, of E t for each; equal largest weights share the gradient of the maximum."""
+    values = torch.cat([inputs(rng, 2, 5), scalar([[2.5, -2.5, 2.5, 0.0, -1.0]])])
+    grads, n = inputs(rng, 2, 3, 5), quantizers.levels(bits)
+    for asked in ((1, 1), (1, 0), (0, 1)):
+        x, w = values.clone().requires_grad_(), values.clone().requires_grad_()
+        domain = x.abs().mean().detach() * x.tanh() / x.tanh().abs().amax()
+        outputs = quantizers.dorefa_weight(w, n if known else scalar(n))
+        parts = [(o * g, domain * g) for o, g, a in zip(outputs, grads, asked, strict=True) if a]
+        torch.stack([ours for ours, _ in parts]).sum().backward()
+        torch.stack([theirs for _, theirs in parts]).sum().backward()
+        torch.testing.assert_close(w.grad, x.grad, rtol=1e-12, atol=1e-12)
+    w = values.clone().requires_grad_()
+    (Dropped.apply(quantizers.dorefa_weight(w, n)[0]).sum() + 0 * w.sum()).backward()
+    assert not w.grad.any()
+
+
+def test_what_dorefa_returns_are_two_tensors_at_32_bits(rng: torch.Generator) -> None:
+    quantized, domain = quantizers.dorefa_weight(inputs(rng, 2, 5), quantizers.levels(32))
+    assert torch.equal(quantized, domain)
+    before = domain.clone()
+    quantized.add_(1)
+    assert torch.equal(domain, before)
+
+
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("zero_level", SIGNS)
 def test_minmax_weight_gradient_is_one(bits: int, zero_level: bool, rng: torch.Generator) -> None:
@@ -234,6 +334,15 @@ def test_lsq_gradients(bits: int, signed: bool, rng: torch.Generator) -> None:
         function(x, scale).backward(grad)
         assert torch.equal(x.grad, expected[0])
         assert scale.grad.item() == pytest.approx(expected[1], rel=1e-9)
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(rng: torch.Generator) -> None:
+    x, grad, n = inputs(rng, 12, 5), inputs(rng, 12, 5), scalar(quantizers.levels(3))
+    whole, parts = scalar(0.2, requires_grad=True), scalar(0.2, requires_grad=True)
+    quantizers.lsq_activation(x, n, whole, signed=True).backward(grad)
+    for part, part_grad in zip(x.chunk(4), grad.chunk(4), strict=True):
+        quantizers.lsq_activation(part, n, parts, signed=True, parts=4).backward(part_grad)
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bits", LOW_BITS)
@@ -279,6 +388,20 @@ def test_offset_gradient(rng: torch.Generator) -> None:
     assert offset.grad.item() == pytest.approx(grad[~inside].sum().item(), rel=1e-9)
     rule = torch.where(inside, u.round() - u, u.clamp(0, 7))
     assert s.grad.item() == pytest.approx((grad * rule).sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("learn_step", [True, False])
+def test_the_ends_of_the_range_lie_outside(known: bool, learn_step: bool) -> None:
+    """Exactly at q_min s and q_max s: nothing to x, q_min and q_max to s."""
+    x = scalar([-1.0, -0.99, 0.1, 0.99, 1.0], requires_grad=True)
+    s, bounds = scalar(0.25, requires_grad=True), (-4.0, 4.0) if known else (scalar(-4.0), scalar(4.0))
+    grad = scalar([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    quantizers.fake_quantize(x, s, *bounds, learn_step=learn_step).backward(grad)
+    assert x.grad.tolist() == [0, 10, 100, 1000, 0]
+    inside = -4 - -3.96, 0 - 0.4, 4 - 3.96  # r(u) - u
+    steps = sum(g * rule for g, rule in zip((10, 100, 1000), inside, strict=True)) if learn_step else 0
+    assert s.grad.item() == pytest.approx(-4 + steps + 40000, rel=1e-12)
 
 
 # Properties
