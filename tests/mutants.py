@@ -54,7 +54,8 @@ def mutants(file: str, text: str, only: tuple[str, ...] = ()) -> list[Mutant]:
     if missing := set(only) - {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
         raise ValueError(f"only={sorted(missing)}: expected functions of {file}")
     found: list[Mutant] = []
-    seen, counts = {ast.unparse(tree)}, Counter[tuple[str, ...]]()
+    parts, place = [ast.unparse(part) for part in tree.body], {part: i for i, part in enumerate(tree.body)}
+    seen, counts = {"\n\n".join(parts)}, Counter[tuple[str, ...]]()
     for above, name, index, function in _places(tree, [tree], ""):
         if only and function not in only:
             continue
@@ -63,7 +64,8 @@ def mutants(file: str, text: str, only: tuple[str, ...] = ()) -> list[Mutant]:
         before = ast.unparse(shown)
         for new in _changes(node, name):
             _put(parent, name, index, new)
-            after, whole = ast.unparse(new if shown is node else shown), ast.unparse(ast.fix_missing_locations(tree))
+            i, after = place[above[1]], ast.unparse(new if shown is node else shown)
+            whole = "\n\n".join([*parts[:i], ast.unparse(tree.body[i]), *parts[i + 1 :]])
             _put(parent, name, index, node)
             if whole not in seen:
                 seen.add(whole)

@@ -38,7 +38,7 @@ PACKAGE = ROOT / "emqlib"
 REPORT = ROOT / "results" / "reliability" / "mutants.csv"
 LOG = ROOT / "build" / "mutants.txt"
 REASONS = Path(__file__).with_name("mutation_survivors.csv")
-QUICK = "(hash or name or row or record or draw or cost or provenance or second_call or damaged) and not every_run"
+QUICK = "not every_run and (hash or name or row or record or draw or cost or derived or damaged or provenance)"
 WHOLE = ("quantizers", "correction", "coreset", "files", "results")
 SOURCES = {f"{name}.py": [f"tests/test_{name}.py"] for name in WHOLE}  # the modules that are changed, the tests of each
 SOURCES["runs.py"] = ["tests/test_experiments.py", "-k", QUICK]
@@ -99,7 +99,7 @@ def _tested(folder: Path, file: str, order: _Order) -> int:
 
 def _fork(folder: Path, file: str, limit: float, order: _Order) -> int:
     """Start the tests of `file` in a child, and return its process. It leaves what `order` noted in `folder`."""
-    (folder / "failed").unlink(missing_ok=True)
+    (folder / "failed").write_text("")
     if child := os.fork():
         return child
     status = BROKEN
@@ -152,7 +152,7 @@ def outcomes(todo: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
                 (folder / "emqlib" / mutant.file).write_text(unchanged[mutant.file])
                 free.append(folder)
                 yield mutant, _outcome(folder, status)
-                if (folder / "failed").exists() and (failed := (folder / "failed").read_text()):
+                if failed := (folder / "failed").read_text():
                     killers[mutant.file] = list(dict.fromkeys([failed, *killers[mutant.file]]))
         finally:
             for child in running:
@@ -218,7 +218,7 @@ def markdown(rows: pd.DataFrame) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run what is left, write the report; 1 where a survivor has no reason."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--trust", action="store_true", help="what the report calls killed stays so")
     parser.add_argument("--only", default="", help="a part of the ids of the mutants to run; without a report then")
@@ -237,11 +237,11 @@ def main(arguments: list[str]) -> int:
             log.write(f"{keys[mutant.id]} {result}\n")
             bar.update()
     rows = table(found, outcome)
+    print(markdown(rows))
     if not asked.only:
         REPORT.parent.mkdir(parents=True, exist_ok=True)
         rows.to_csv(REPORT, index=False)
         REPORT.with_suffix(".md").write_text(markdown(rows))
-    print(markdown(rows))
     return int((rows.outcome.eq("survived") & rows.reason.eq("")).any())
 
 

@@ -422,6 +422,10 @@ def test_ccs_strata_get_the_budget_of_the_reference(keep: int, cut: float, rng: 
     assert len(chosen) == keep  # so that none lies above the cut
 
 
+def test_of_equal_scores_ccs_cuts_the_last(rng: torch.Generator) -> None:
+    assert select(torch.ones(1000), 0.5, "ccs", rng, cut=0.5).tolist() == list(range(500))
+
+
 def test_nothing_is_cut_by_default(rng: torch.Generator) -> None:
     scores = torch.rand(9, generator=rng)
     for chosen in (coreset.choose(scores, 9, "ccs", rng), select(scores, 0, "ccs", rng)):

@@ -460,6 +460,9 @@ def test_rows(undisturbed: tuple[Path, pd.DataFrame]) -> None:
         values = (run.method, run.config.scheme, run.spec.norm, correction, run.pruning_rate, 0, EPOCHS)
         assert [tuple(row) for row in asked.to_numpy()] == [(*values, run.coreset, TRAIN)]
         adapted = TRAIN if run.subset[0] else 60  # images a bit-width adapts to
+        scoring = (run.config.coreset.candidates, run.config.coreset.warmup) if run.pruning_rate else (1.0, 0)
+        names, bits = ["candidates", "scoring_epochs", "trained_bits", "n_train"], " ".join(map(str, run.spec.bits))
+        assert [tuple(row) for row in part[names].drop_duplicates().to_numpy()] == [(*scoring, bits, adapted)]
         assert list(part.calibration_passes) == [adapted * adaptation for _, adaptation in expected]
         assert set(part.n) == {TEST if run.subset[1] else 30}
     assert rows.top1.between(0, 100).all() and not rows.drop(columns="commit").isna().any(axis=None)
@@ -517,6 +520,41 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commit_and_dirty(tmp_path) == (commit, True)
     # installed into an environment that lies inside somebody else's checkout
     assert commit_and_dirty(tmp_path / "emqlib") == ("", False)
+
+
+def test_rows_tell_what_is_corrected(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that differ in that alone: read from a record that is given another name."""
+    monkeypatch.setattr("emqlib.runs.train", refuse_to_train)
+    run = tiny_runs()[1]
+    texts = {(True, False): "mean_var", (False, False): "mean_var, no gradient", (True, True): "mean_var, output"}
+    for (gradient, output), text in texts.items():
+        options = {"correction_gradient": gradient, "output_correction": output}
+        other = replace(run, spec=replace(run.spec, **options))
+        path = finished / f"runs/{other.hash}.json"
+        if other != run:
+            shutil.copy(finished / f"runs/{run.hash}.json", path)
+            edit(path, lambda record, options=options: record["config"]["spec"].update(options))
+        assert set(run_all([other], finished).correction) == {text}
+
+
+def test_a_derived_table_is_kept_with_what_it_is_of(finished: Path) -> None:
+    run = tiny_runs()[1]
+    (finished / f"runs/{run.hash}.json").unlink()  # the network is in its checkpoint
+    table = pd.DataFrame({"layer": ["a", "b"], "value": [0.1, 1e-30]})
+    kept = derived(run, "name", finished, lambda *_: table)
+    pd.testing.assert_frame_equal(kept, derived(run, "name", finished, refuse_to_train), check_exact=True)
+    pd.testing.assert_frame_equal(kept[["layer", "value"]], table, check_exact=True)
+    asked = {
+        "method": "Ours",
+        "dataset": "digits",
+        "model": "resnet8",
+        "trained_with": "mean_var",
+        "trained_bits": "2 4",
+    }
+    asked |= {"epochs": EPOCHS, "seed": 0, "profile": "smoke", "run": run.hash}
+    asked |= provenance(load_dataset("digits").subset(60, 30).subset(TRAIN, TEST), torch.device("cpu"))
+    assert kept.drop(columns=["layer", "value"]).to_dict("records") == [asked] * 2
+    assert (finished / f"runs/{run.hash}-name.json").read_text().endswith("}\n")
 
 
 def test_a_trained_network_comes_from_its_checkpoint(

@@ -54,7 +54,7 @@ def test_every_place_of_an_example_is_changed_and_no_text() -> None:
     assert {mutant.id for mutant in found} == {f"a.py:{name}" for name in EXPECTED} and len(found) == len(EXPECTED)
     assert [m.line for m in found] == sorted(m.line for m in found)
     texts = {mutant.text for mutant in found}
-    assert len(texts) == len(found) and ast.unparse(ast.parse(EXAMPLE)) not in texts
+    assert len(texts) == len(found)
     for text in texts:
         assert ast.get_docstring(ast.parse(text)) == "What 1 + 1 is." and "int | None" in text
 
@@ -63,7 +63,7 @@ def test_a_mutant_differs_in_one_line_and_can_be_compiled() -> None:
     original = ast.unparse(ast.parse(EXAMPLE)).splitlines()
     for mutant in mutants("a.py", EXAMPLE):
         compile(mutant.text, "a.py", "exec")
-        lines = mutant.text.splitlines()
+        lines = ast.unparse(ast.parse(mutant.text)).splitlines()
         assert len(lines) == len(original)
         assert sum(a != b for a, b in zip(lines, original, strict=True)) == 1
 

@@ -151,6 +151,8 @@ def test_weight_grid(method: str, zero_level: bool, bits: int, rng: torch.Genera
 BY_LEVELS: dict[str, Callable[..., Tensor]] = {
     "dorefa, [0, 1]": lambda x, n, s: quantizers.dorefa_activation(x, n, 1.0),
     "dorefa, [0, 1.7]": lambda x, n, s: quantizers.dorefa_activation(x, n, 1.7),
+    "dorefa, [0, 2]": lambda x, n, s: quantizers.dorefa_activation(x, n, 2.0),
+    "dorefa, [0, n n]": lambda x, n, s: quantizers.dorefa_activation(x, n, float(n) ** 2),
     "dorefa, [0, c]": lambda x, n, s: quantizers.dorefa_activation(x, n, s),
     "dorefa, [low, c]": lambda x, n, s: quantizers.dorefa_activation(x, n, s, scalar(-0.3)),
     "pact": lambda x, n, s: quantizers.pact_activation(x, n, s, signed=False),
@@ -169,7 +171,7 @@ def test_levels_as_a_number_and_while_compiling(
     name: str, bits: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same values and gradients; compiled code masks a gradient in another way."""
-    values, grad, n = inputs(rng, 6, 20), inputs(rng, 6, 20), quantizers.levels(bits)
+    values, grad, n = inputs(rng, 6, 20, spread=2.0), inputs(rng, 6, 20), quantizers.levels(bits)
     found = []
     for levels, compiling in ((scalar(n), False), (n, False), (scalar(n), True), (n, True)):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)

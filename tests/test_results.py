@@ -85,6 +85,19 @@ def test_spread_of_another_column() -> None:
     assert columns(results.spread(rows, ["method"], value="seconds"), "mean", "seeds") == [(4, 4)]
 
 
+def test_what_was_not_told_is_a_group_too() -> None:
+    rows = together(run("Ours", {2: (1, 2)}), run("Ours", {2: (3, 4)})).assign(candidates=[0.5, 0.5, None, None])
+    rows = rows[~rows.adapted]
+    assert columns(results.spread(rows, ["candidates"]), "candidates", "mean") == [(0.5, 1), (None, 3)]
+    assert columns(results.seed_means(rows, ["candidates"]), "candidates", "top1") == [(0.5, 1), (None, 3)]
+
+
+def test_training_alone_takes_no_calibration() -> None:
+    rows = run("Any-Precision", {2: (60, 0), 3: (None, 0), 4: (None, 70)}, seconds=3)
+    assert columns(results.with_cost(rows, "calibration"), "seed", "top1", "calibration") == [(0, 60, 0)]
+    assert columns(results.with_cost(rows, "seconds"), "top1", "seconds") == [(60, 3)]
+
+
 def test_accuracy_table() -> None:
     table = results.accuracy_table(table_1())
     setting = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
@@ -127,6 +140,25 @@ def test_cost_table() -> None:
     ]
 
 
+def test_cost_table_rounds() -> None:
+    """Means over three seeds: passes to one of them, shares to a tenth of a percent, seconds to whole ones."""
+    runs = [
+        run(
+            "Any-Precision",
+            {2: (1, 1), 3: (None, 1)},
+            seed=seed,
+            passes=123_456_789 + seed,
+            scored=41_152_263,
+            seconds=s,
+        )
+        for seed, s in enumerate((10.2, 10.4, 10.6, 10.4))
+    ]
+    rows = together(*runs).assign(calibration_passes=lambda t: t.adapted * (123_456_789 + t.seed))
+    table = results.cost_table(rows, "table1")
+    names = ("passes (M)", "scoring (%)", "calibration (M)", "steps", "seconds")
+    assert columns(table, *names) == [(123.456790, 33.3, 123.456790, 100, 10)]  # 123,456,790.5, ties to even
+
+
 def test_what_is_saved_is_against_the_first_any_precision() -> None:
     """A second one of as many epochs, as with other batches, is compared too."""
     first = run("Any-Precision", {2: (60, 0)}, passes=800, seconds=100)
@@ -158,6 +190,7 @@ def curve() -> pd.DataFrame:
 
 def test_curve_table() -> None:
     table = results.curve_table(curve())
+    assert list(table.columns) == ["method", "correction", "pruning_rate", "coreset", "candidates", 4, 8]
     assert columns(table, "method", "pruning_rate", "coreset", 4, 8) == [
         ("Any-Precision", 0, "full data", "65.5 ± 0.7", "75.0"),
         ("Ours", 0, "full data", "68.0", "82.0"),
@@ -177,6 +210,20 @@ def test_equal_cost_table() -> None:
     assert columns(passes, "sample_passes", "Ours, 0% pruned") == [(800, "68.0 (4 epochs)"), (1600, "82.0 (8 epochs)")]
 
 
+def test_equal_cost_table_keeps_the_order_of_the_rows() -> None:
+    long, short = ({"epochs": epochs, "seconds": 10.0 * epochs} for epochs in (8, 4))
+    rows = together(
+        run("Any-Precision", {2: (60, 0), 4: (61, 0), 8: (61, 0)}, trained=(2, 4, 8), **long),
+        run("Any-Precision", {2: (50, 0)}, **short),
+        run("Ours, own statistics", {2: (58, 0)}, rate=0.8, **short),
+        run("Ours", {2: (57, 0)}, rate=0.8, **short),
+    )
+    table = results.equal_cost_table(rows)
+    names = ["Ours, own statistics, 80% pruned", "Ours, 80% pruned"]
+    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", *names]
+    assert columns(table, "epochs", "Any-Precision") == [(8, 60.7), (4, 50.0)]
+
+
 def test_comparison_table() -> None:
     rows = together(
         run("Ours", {2: (50, 0), 4: (60, 0), 3: (0, 0)}, rate=0.5),
@@ -193,7 +240,7 @@ def options() -> pd.DataFrame:
     rows = [
         run("Ours", {2: (50, 52), 4: (60, 62)}, rate=0.8, passes=1500, candidates=0.3).assign(**shared),
         run("Ours", {2: (54, 52), 4: (60, 62)}, rate=0.8, passes=1500, candidates=0.3, seed=1).assign(**shared),
-        run("Ours", {2: (40, 41), 4: (42, 43)}, rate=0.8, passes=3000).assign(**shared),
+        run("Ours", {2: (40, 41), 4: (42, 43)}, rate=0.8, passes=3040).assign(**shared),
         run("Ours", {2: (44, 45), 4: (46, 47)}, rate=0.8, candidates=0.3).assign(
             **shared | {"batch_size": 64, "lr": 0.2}
         ),
@@ -222,11 +269,11 @@ def test_option_table() -> None:
 
 
 def test_coreset_table() -> None:
-    """Means over draws and bit-widths; what could not be computed is empty."""
+    """Means over draws and bit-widths, to three digits; what could not be computed is empty."""
     names = ["pruning_rate", "coreset", "candidates", "size", "union", "overlap", "drift", "rank_correlation"]
     names += ["clipped", "rarest_class", "commonest_class"]
     draws = [
-        (0.8, "tdds", 1.0, 20, 0.4, 0.2, None, 0.5, 0.0, 0.05, 0.2),
+        (0.8, "tdds", 1.0, 20, 0.4004, 0.2, None, 0.5, 0.0, 0.05, 0.2),
         (0.8, "tdds", 1.0, 20, 0.5, 0.4, 0.3, 0.7, 0.1, 0.07, 0.3),
         (0.8, "random", 1.0, 20, 0.5, 0.2, None, None, 0.0, 0.1, 0.1),
     ]
@@ -246,8 +293,8 @@ def grown() -> pd.DataFrame:
         bits = dict.fromkeys(map(int, widths.split()), (1.0, 1.0))
         full = {"passes": 10_000 * b, "epochs": 10, "seconds": 10.0 * b}
         pruned = {"passes": 2900 * b, "scored": 1500 * b, "epochs": 10, "seconds": 3.0 * b}
-        rows += [run("Any-Precision", bits | {5: (None, 1.0)}, **full).assign(trained_bits=widths)]
         rows += [run("Ours", bits, **full).assign(trained_bits=widths)]
+        rows += [run("Any-Precision", bits | {5: (None, 1.0)}, **full).assign(trained_bits=widths)]
         rows += [run("Ours", bits, rate=0.8, candidates=0.5, **pruned).assign(trained_bits=widths)]
     single = {"passes": 10_000, "epochs": 10, "seconds": 9.0}
     rows += [run("Dedicated", {w: (1.0, 1.0)}, trained=(w,), **single).assign(trained_bits=f"{w}") for w in (2, 4, 8)]
@@ -263,8 +310,8 @@ def test_growth_table() -> None:
         full, pruned = 10_000 * b, 2900 * b
         expected += [
             ("Dedicated", b, bits, full, full, 0, 9 * b),
-            ("Any-Precision", b, bits, full, full, 500_000, 10 * b),
             ("Ours, full data", b, bits, full, full, 0, 10 * b),
+            ("Any-Precision", b, bits, full, full, 500_000, 10 * b),
             ("Ours, tdds", b, bits, pruned, pruned, 0, 3 * b),
         ]
     assert columns(table, *names) == expected
@@ -292,6 +339,25 @@ def test_remedy_table() -> None:
         ("nearest", "-9.0 ± 0.0", "-1.0 ± 0.0", "-5.5 ± 0.7", -5.5),
         ("shared", "-5.0", "-12.0", "1.0", -12.0),
         ("adapted (top-1, %)", "61.5 ± 0.6", "62.5 ± 0.6", "63.5 ± 0.6", None),
+    ]
+
+
+def test_remedy_table_rounds_to_a_tenth() -> None:
+    rows = [
+        {
+            "remedy": "own",
+            "seed": s,
+            "run": "a",
+            "bits": 2,
+            "trained": True,
+            "top1": 50.0 + (s == 2),
+            "adapted_top1": 60.0,
+        }
+        for s in range(3)
+    ]
+    assert columns(results.remedy_table(pd.DataFrame(rows)), "2*", "worst") == [
+        ("-9.7 ± 0.6", -9.7),
+        ("60.0 ± 0.0", None),
     ]
 
 
@@ -323,8 +389,8 @@ def test_transfer_table() -> None:
         return rows.assign(trained_bits=" ".join(map(str, trained)), scheme=scheme)
 
     rows = together(
-        child((2, 8), {2: 60, 8: 80}, "bitwise"),
-        child((2, 8), {2: 62, 8: 80}, "bitwise", seed=1),
+        child((2, 8), {8: 80, 2: 60}, "bitwise"),
+        child((2, 8), {8: 80, 2: 62}, "bitwise", seed=1),
         child((8,), {2: 50, 8: 70}, "bitwise"),
         child((2,), {2: 55, 8: 66}, "bitwise"),
         child((2,), {2: 54}, "dedicated"),
@@ -375,11 +441,33 @@ def test_ratio_definitions() -> None:
     """Each row's ratio follows from its own definition; three for each number of the paper, the nearest first."""
     table = results.ratio_definitions(epochs=200)
     assert list(table.groupby("data", sort=False).size()) == [3, 3, 3]
+    assert list(table["by passes"]) == [round(ratio, 2) for ratio in table["by passes"]]
     for row in table.to_dict("records"):
         seen = row["scoring epochs"] + (1 - row["pruning rate"]) * (200 - row["scoring epochs"])
         ratio = row["baseline's"] * 200 / (row["our bit-widths"] * seen)
         assert row["by passes"] == pytest.approx(ratio, abs=0.005) and abs(ratio / row["paper"] - 1) < 0.05
         assert row["our bit-widths"] <= row["baseline's"] <= 9
+
+
+@pytest.mark.parametrize("bits", [None, range(2, 6), range(3, 7)])
+def test_ratio_definitions_are_the_nearest_of_all(bits: range | None) -> None:
+    """Each k up to 9, S of 0, 5, 10 and 20, by k E / (B (S + (1 - r) (E - S))); 2 to 5 bit-widths and 200 epochs."""
+    table = results.ratio_definitions() if bits is None else results.ratio_definitions(bits, epochs=120)
+    epochs, expected = 200 if bits is None else 120, []
+    for paper, data, rates in (
+        (7.88, "CIFAR-10", [0.8]),
+        (5.75, "ImageNet-1K", [0.6, 0.8]),
+        (8.41, "TinyImageNet", [0.6]),
+    ):
+        found = []
+        for rate in rates:
+            for own in bits or (2, 3, 4, 5):
+                for scored in (0, 5, 10, 20):
+                    seen = own * (scored + (1 - rate) * (epochs - scored))
+                    found += [(abs(k * epochs / seen - paper), rate, own, k, scored) for k in range(own, 10)]
+        expected += [(data, paper, *case[1:]) for case in sorted(found)[:3]]
+    names = ("data", "paper", "pruning rate", "our bit-widths", "baseline's", "scoring epochs")
+    assert columns(table, *names) == expected
 
 
 def test_cost_table_without_a_baseline() -> None:
@@ -462,6 +550,12 @@ def test_gap_of_a_point_counts() -> None:
         run("Ours", {2: (52.0, 0), 4: (52.0, 0)}, correction="mean_var"),
     )
     assert columns(results.gap_table(rows), "mean closes (%)", "mean_var closes (%)") == [(25, 200), (None, None)]
+
+
+def test_gap_table_rounds_to_a_tenth() -> None:
+    parts = [run("Ours", {2: (top1, 80)}, seed=seed) for seed, top1 in enumerate((50, 50, 51))]
+    table = results.gap_table(together(*parts, run("Ours", {2: (60, 0)}, correction="mean_var")))
+    assert columns(table, "none", "mean_var closes (%)") == [(50.3, 32.6)]  # (60 - 151/3) / (80 - 151/3)
 
 
 def test_gap_table_of_one_correction() -> None:
