@@ -271,7 +271,9 @@ class _QuantizedLayer(nn.Module):
 
         Also at 32 bits, where a float would leave learned scales without a gradient, which several ranks wait for.
         """
-        return self.levels if torch.compiler.is_compiling() or self.bits == 32 else self.known_levels
+        if not torch.compiler.is_compiling() and self.bits != 32:
+            return self.known_levels
+        return self.levels.float() if self.levels.dtype == torch.float16 else self.levels  # whose 2**16 is infinite
 
     def extra_repr(self) -> str:
         """The plain layer's, with bit-width, weight quantizer and correction."""

@@ -140,7 +140,7 @@ def unsigned_grid(n: Number) -> tuple[Number, Number, None]:
 
     At 32 bits q_max is out of reach: with `step` this is ReLU without an upper clip.
     """
-    return 0 * n, _where(is_full(n), _FULL_LEVELS, n), None
+    return 0 / n, _where(is_full(n), _FULL_LEVELS, n), None
 
 
 def signed_grid(n: Number, scale: Tensor) -> tuple[Number, Number, Tensor | None]:

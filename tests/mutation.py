@@ -39,18 +39,19 @@ REPORT = ROOT / "results" / "reliability" / "mutants.csv"
 LOG = ROOT / "build" / "mutants.txt"
 REASONS = Path(__file__).with_name("mutation_survivors.csv")
 QUICK = "not every_run and (hash or name or row or record or draw or cost or derived or damaged or provenance)"
-WHOLE = ("quantizers", "correction", "coreset", "files", "results")
+WHOLE = ("quantizers", "correction", "coreset", "files", "container", "results")
 SOURCES = {f"{name}.py": [f"tests/test_{name}.py"] for name in WHOLE}  # the modules that are changed, the tests of each
-SOURCES["runs.py"] = ["tests/test_experiments.py", "-k", QUICK]
-WRITING = ("_frame", "_stored", "_keep", "_kept", "_flat", "_asked")  # of runs.py, which does more
+SOURCES |= {name: ["tests/test_experiments.py", "-k", QUICK] for name in ("runs.py", "derived.py")}
+# What writes and reads rows in these, which do more.
+WRITING = {"runs.py": ("_frame", "_stored", "_flat", "_asked"), "derived.py": ("_keep", "_kept")}
 COLUMNS = ["file", "function", "line", "before", "after", "nth", "outcome", "reason"]
 BROKEN = 99  # exit status of a child that could not run the tests
 
 
 def all_mutants() -> list[Mutant]:
     """The mutants of all SOURCES."""
-    only = {"runs.py": WRITING}
-    return [mutant for file in SOURCES for mutant in mutants(file, (PACKAGE / file).read_text(), only.get(file, ()))]
+    texts = {file: (PACKAGE / file).read_text() for file in SOURCES}
+    return [mutant for file, text in texts.items() for mutant in mutants(file, text, WRITING.get(file, ()))]
 
 
 class _Order:

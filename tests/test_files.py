@@ -1,6 +1,5 @@
 """Files are whole or absent, whatever happens to the writer."""
 
-import io
 import json
 import os
 import signal
@@ -104,24 +103,6 @@ def test_a_writer_whose_file_is_gone_tells_its_own_error(tmp_path: Path) -> None
 
     with pytest.raises(ValueError, match=r"^no$"):
         files.write_atomic(tmp_path / "file", write)
-
-
-def test_a_file_that_tells_passes_on_and_keeps_its_error() -> None:
-    class Full(io.BytesIO):
-        def write(self, data: bytes) -> int:
-            if data == b"more":
-                raise OSError(28, "No space left on device")
-            return super().write(data)
-
-    below = io.BufferedWriter(whole := Full())
-    telling = files.Telling(below)
-    assert telling.write(b"some") == 4 and whole.getvalue() == b""
-    telling.flush()
-    assert whole.getvalue() == b"some" and telling.error is None
-    telling = files.Telling(whole)
-    with pytest.raises(OSError, match="No space") as raised:
-        telling.write(b"more")
-    assert telling.error is raised.value
 
 
 def test_a_full_disk_is_reported_with_the_path(tmp_path: Path) -> None:

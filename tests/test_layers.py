@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import emqlib as emq
 from emqlib.correction import CORRECTIONS
 from emqlib.layers import NORMS, InputQuantizer, LearnedScale, QuantConv2d, QuantLinear, QuantSpec
 from emqlib.norms import MultiBitBatchNorm
@@ -544,3 +545,19 @@ def test_a_zero_level_needs_minmax_and_two_bits() -> None:
     for wrong in ({"weight": "dorefa"}, {"weight": "minmax", "bits": (1, 2)}):
         with pytest.raises(ValueError, match=r'^zero_level=True: expected weight="minmax" and bit-widths from 2 up'):
             QuantSpec(**{"bits": (2, 4), "zero_level": True} | wrong)
+
+
+@pytest.mark.parametrize(
+    "spec", [{}, {"activation": "lsq", "weight": "lsq"}, {"activation": "pact", "weight": "minmax"}]
+)
+def test_a_network_in_half_precision_runs_at_every_bit_width(spec: dict) -> None:
+    """The number of levels at 32 bits is infinite there, and nothing that is no number may come of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model, x = emq.convert(net, emq.QuantSpec(bits=(2, 8), **spec)).eval(), torch.rand(16, 8)
+    for bits in (8, 32):
+        emq.set_bits(model, bits)
+        expected = model(x)
+        half = copy.deepcopy(model).half()
+        emq.set_bits(half, bits)
+        torch.testing.assert_close(half(x.half()).float(), expected, rtol=0.05, atol=0.05)

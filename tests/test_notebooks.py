@@ -105,7 +105,8 @@ def test_the_same_outputs_again(checkout: Path, tmp_path: Path) -> None:
         )
         written = {path.relative_to(place): path.read_bytes() for path in place.rglob("*.[cm][sd]*")}
         shutil.rmtree(place)
-        patch.setenv("PYTHONPATH", str(checkout))
+        for name, value in {"PYTHONPATH": str(checkout), "EMQ_PROFILE": "smoke", "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
         nbval = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-o", "addopts=", "-W", "default"]
         result = subprocess.run([*nbval, str(output)], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
