@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from . import checks, saving, serving
+from . import checks, saving, serving, versions
 from .data import Dataset
 from .evaluation import batches
 from .export import export_onnx, native
@@ -98,14 +98,13 @@ def _torchs_own(full: nn.Module, data: Dataset, images: Tensor, folder: Path) ->
 
 def _int8(plain: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     """{"int8": what PyTorch's own static quantization makes of `plain`}, or nothing in a PyTorch that has none."""
-    try:
-        from torch.ao.quantization import get_default_qconfig_mapping
-        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-    except ImportError:  # announced: it moves to a library of its own
+    found = versions.static_quantization()
+    if found is None:
         return {}
-    prepared = prepare_fx(copy.deepcopy(plain), get_default_qconfig_mapping("x86"), (images[:1],))
+    mapping, prepare, convert = found
+    prepared = prepare(copy.deepcopy(plain), mapping("x86"), (images[:1],))
     prepared(images)
-    return {"int8": convert_fx(prepared)}
+    return {"int8": convert(prepared)}
 
 
 def _costs(path: Path, folder: Path, answers: bool) -> dict[str, float]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from . import devices
+from . import devices, versions
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Ranks:
         if self.accelerator is None:
             return model
         # not Accelerate's own, which would put the launcher's mixed precision into the model for good
-        DDP, own = nn.parallel.DistributedDataParallel, self.device("")
-        synced = "forward_sync_buffers" if "forward_sync_buffers" in signature(DDP).parameters else "broadcast_buffers"
-        return DDP(model, device_ids=[own] if own.type == "cuda" else None, **{synced: False})
+        own = self.device("")
+        own = [own] if own.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=own, **versions.unsynced_buffers())
 
     def alone(self, wrapped: nn.Module) -> AbstractContextManager:
         """The context of a forward and backward pass whose gradients wait for those of a later one to be averaged."""

@@ -24,7 +24,7 @@ README, PYPROJECT, MAKEFILE, CONSTRAINTS = (
 
 # A module imports only what stands in a line above its own.
 LAYERS = [
-    ["checks", "files"],
+    ["checks", "files", "versions"],
     ["images", "devices", "models", "coreset", "attention", "serving", "container"],
     ["data", "signs", "ranks"],
     ["loading", "recorder", "provenance", "finite"],
@@ -228,6 +228,42 @@ def import_time_faults(tree: ast.Module, core: set[str], extras: set[str]) -> It
             yield f"{name} is an extra: import it inside the function that needs it"
 
 
+RELEASES = {"__version__", "version_info", "hexversion", "python_version"}
+PROBES = {"hasattr", "signature", "getfullargspec"}
+
+
+def version_faults(tree: ast.Module, core: set[str]) -> Iterator[str]:
+    """Questions which release of Python or of a library this is, or what is in it.
+
+    core: packages that are always there. Whether an extra is installed is another question, and so is what `os` has,
+    which differs between systems.
+    """
+    foreign = set(imported_names(tree)) - {"os"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in RELEASES:
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+        elif isinstance(node, ast.Call) and node.args and ast.unparse(node.args[0]).split(".")[0] in foreign:
+            probe = ast.unparse(node.func).split(".")[-1]
+            if probe in PROBES or (probe == "getattr" and len(node.args) == 3):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+        elif isinstance(node, ast.Try):
+            if any(handler.type and ast.unparse(handler.type) == "AttributeError" for handler in node.handlers):
+                yield f"line {node.lineno}: except AttributeError"
+            for name, line in imports(ast.Module(node.body, [])):
+                if name.split(".")[0] in core:
+                    yield f"line {line}: {name} may be missing"
+    for name, line in imports(tree):
+        if name.split(".")[-1] in RELEASES or name.startswith("importlib.metadata"):
+            yield f"line {line}: {name}"
+
+
+def imported_names(tree: ast.Module) -> Iterator[str]:
+    """What absolute imports are called here."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
+            yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
+
+
 # Checkers of the notebooks and of what runs them
 
 
@@ -370,6 +406,13 @@ def test_imports_are_declared_and_extras_are_late(path: Path) -> None:
     assert not list(import_time_faults(parsed(path), import_names(extras=False), import_names(extras=True)))
 
 
+@each_module
+def test_one_module_tells_releases_apart(path: Path) -> None:
+    found = {fault.split(": ")[1] for fault in version_faults(parsed(path), import_names(extras=False))}
+    noted = {"platform.python_version", "torch.__version__", "torchvision.__version__"}  # beside each number
+    assert path.stem == "versions" or found == (noted if path.stem == "provenance" else set())
+
+
 def test_the_library_is_small() -> None:
     """Raised from 16 and 3,500: coresets brought sampling, recorder; 400 lines a file config, profiles, runs; notebooks
 
@@ -377,10 +420,11 @@ def test_the_library_is_small() -> None:
     streamed files images and loading, several processes ranks, and 400 lines a file norms, methods and evaluation;
     training that stops when time is up checkpoints, and 200 lines; files of trained networks saving and provenance;
     deployment packing, export, serving and deployment; what is killed, shared or damaged container, finite and derived,
-    and wrong arguments of every public function, told by name before any work, 150 lines.
+    and wrong arguments of every public function, told by name before any work, 150 lines; several releases of PyTorch
+    versions, one place to read of them.
     """
     assert len(MODULES) <= 43
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 8600
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 8700
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem)
@@ -537,6 +581,34 @@ def test_import_time_checker() -> None:
     late = "try:\n    import matplotlib.pyplot\nexcept ImportError: ...\nfrom timm.models import vit"
     faults = list(import_time_faults(ast.parse(late), {"torch"}, {"matplotlib"}))
     assert [fault.split()[0] for fault in faults] == ["matplotlib", "timm"]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("x = torch.__version__ >= '2.13'", "torch.__version__"),
+        ("x = sys.version_info", "sys.version_info"),
+        ("from sys import version_info", "sys.version_info"),
+        ("from importlib.metadata import version", "importlib.metadata.version"),
+        ("x = hasattr(torch.nn, 'RMSNorm')", "hasattr(torch.nn, 'RMSNorm')"),
+        ("x = getattr(torch, 'uint2', None)", "getattr(torch, 'uint2', None)"),
+        ("x = inspect.signature(nn.Linear)", "inspect.signature(nn.Linear)"),
+        (
+            "try:\n    from torch.ao import quantization\nexcept ImportError: ...",
+            "torch.ao.quantization may be missing",
+        ),
+        ("try:\n    nn.RMSNorm\nexcept AttributeError: ...", "except AttributeError"),
+        ("try:\n    import onnx\nexcept ImportError: ...", None),
+        ("x = hasattr(os, 'sched_getaffinity')", None),
+        ("x = hasattr(model, 'bits'), getattr(model, 'bits', None), getattr(torch, name)", None),
+        ("x = inspect.signature(builder)", None),
+        ("__version__ = '1'", None),
+    ],
+)
+def test_version_checker(line: str, fault: str | None) -> None:
+    tree = ast.parse(f"import inspect, os, sys, torch\nfrom torch import nn\n{line}")
+    found = [text.split(": ", 1)[1] for text in version_faults(tree, {"torch"})]
+    assert found == ([fault] if fault else [])
 
 
 def good_notebook() -> dict:

@@ -1,0 +1,32 @@
+"""What differs between the releases that pyproject.toml allows: a function each, and nothing else asks.
+
+Where the oldest release that is allowed does as the newest, a function goes, and with it the reason to ask.
+"""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+
+def unsynced_buffers() -> dict[str, bool]:
+    """The argument by which DistributedDataParallel leaves buffers as each rank's forward pass has them.
+
+    PyTorch 2.11 calls it broadcast_buffers; 2.13, which warns of that name, forward_sync_buffers.
+    """
+    known = signature(nn.parallel.DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
+def static_quantization() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None:
+    """PyTorch's own: get_default_qconfig_mapping, prepare_fx, convert_fx. None in a release that has given it up.
+
+    PyTorch 2.11 to 2.14 have it and announce that it goes; its successor lives in torchao.
+    """
+    try:
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    except ImportError:
+        return None
+    return get_default_qconfig_mapping, prepare_fx, convert_fx
