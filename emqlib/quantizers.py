@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from . import versions
 from .checks import bit_width, choice, flag, invalid
 
 Number = Tensor | float  # a scalar tensor, or what Python knows already
@@ -82,7 +83,7 @@ class _FakeQuantize(Function):
         else:
             q.clamp_(q_min, q_max)
         q.mul_(scale)
-        return q if offset is None else q.add_(offset)
+        return versions.returned(q if offset is None else q.add_(offset))
 
     @staticmethod
     @once_differentiable

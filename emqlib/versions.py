@@ -7,7 +7,8 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def unsynced_buffers() -> dict[str, bool]:
@@ -30,3 +31,11 @@ def static_quantization() -> tuple[Callable[..., Any], Callable[..., Any], Calla
     except ImportError:
         return None
     return get_default_qconfig_mapping, prepare_fx, convert_fx
+
+
+def returned(y: Tensor) -> Tensor:
+    """y (any shape), which the forward of an autograd Function has written in place and now returns.
+
+    PyTorch 2.11 compiles such a Function to one whose gradient is zero, and does not say so; 2.13 does not.
+    """
+    return y.clone() if torch.compiler.is_compiling() else y

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from emqlib import models, versions
+from emqlib import models, ranks, versions
 
 DDP = nn.parallel.DistributedDataParallel
 
@@ -55,3 +55,27 @@ def test_static_quantization(rng: torch.Generator, monkeypatch: pytest.MonkeyPat
         assert 0 < error < 0.5 * expected.std()  # integers of eight bits: close, and not the same
     monkeypatch.setitem(sys.modules, "torch.ao.quantization.quantize_fx", None)
     assert versions.static_quantization() is None
+
+
+class Half(torch.autograd.Function):
+    """Half of x, written in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return versions.returned((x + x).div_(4))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad / 2
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("function", "slope"), [(Half.apply, 0.5), (ranks.total, 1.0)])
+def test_compiled_functions_keep_their_gradient(function: Callable, slope: float) -> None:
+    torch._dynamo.reset()
+    x = torch.arange(4.0, requires_grad=True)
+    y = torch.compile(lambda x: function(2 * x), backend="eager", fullgraph=True)(x)
+    y.square().sum().backward()
+    torch._dynamo.reset()
+    y_over_x = 2 * slope
+    assert torch.equal(y, y_over_x * x) and torch.equal(x.grad, 2 * y_over_x**2 * x)
