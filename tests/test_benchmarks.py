@@ -35,6 +35,7 @@ def digits() -> emq.Dataset:
     return emq.load_dataset("digits").subset(40, 10)
 
 
+@pytest.mark.usefixtures("drawn_as_committed")
 def test_every_benchmark_has_rows_a_table_and_a_figure_that_its_rows_give(tmp_path: Path) -> None:
     names = {path.stem for path in FOLDER.glob("*.py")} - {"redraw"}
     assert {path.stem for path in COMMITTED} == names

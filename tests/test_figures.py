@@ -26,6 +26,7 @@ def test_every_committed_figure_has_its_recipe_and_its_rows() -> None:
         assert path.with_name(f"{csv}.csv").exists()
 
 
+@pytest.mark.usefixtures("drawn_as_committed")
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_committed_figure_is_redrawn_byte_for_byte(path: Path, tmp_path: Path) -> None:
     rows = path.with_name(f"{figures.FIGURES[path.stem][0]}.csv")
@@ -49,6 +50,7 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
         figures.draw(tmp_path / "nothing")
 
 
+@pytest.mark.usefixtures("drawn_as_committed")
 def test_all_figures_of_a_folder_are_redrawn_from_a_shell(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     for name in ("00_quickstart.csv", "11_training_cost.csv"):
