@@ -3,9 +3,8 @@
 Notation, as in the papers: b bits, n = 2**b - 1 levels above the lowest one, r(x) = round with a straight-through
 gradient (dr/dx = 1). A bit-width enters as the number n: in a compiled graph as a *tensor*, so that one graph serves
 every bit-width, else as a float, which costs fewer passes over memory and gives the same values. 32 bits mean "not
-quantized": the identity of the quantizer's own domain.
-Only `levels`, `quantize_weight` and `quantize_activation` check what they are given: the others run in every step.
-
+quantized": the identity of the quantizer's own domain. Only `levels`, `quantize_weight` and `quantize_activation` check
+what they are given: the others run in every step.
 Sources: DoReFa as used by Any-Precision (arXiv 1911.07346), LSQ (arXiv 1902.08153), PACT (arXiv 1805.06085).
 """
 

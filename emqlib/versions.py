@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_BEFORE_2_13 = torch.__version__ < (2, 13)
+
 
 def unsynced_buffers() -> dict[str, bool]:
     """The argument by which DistributedDataParallel leaves buffers as each rank's forward pass has them.
@@ -38,4 +40,4 @@ def returned(y: Tensor) -> Tensor:
 
     PyTorch 2.11 compiles such a Function to one whose gradient is zero, and does not say so; 2.13 does not.
     """
-    return y.clone() if torch.compiler.is_compiling() else y
+    return y.clone() if _BEFORE_2_13 and torch.compiler.is_compiling() else y
