@@ -96,7 +96,7 @@ def load(path: Path, own: dict[str, Any], ranks: int) -> tuple[list[dict[str, An
         theirs, history = json.loads(about["identity"]), json.loads(about["history"])
         state = container.restored(about["state"], tensors)
         missing = _STATE - set(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise checks.invalid("checkpoint", str(path), f"{expected} ({error!r})") from error
     if missing:
         raise checks.invalid("checkpoint", str(path), f"{expected}, which has {', '.join(sorted(missing))} too")

@@ -166,7 +166,6 @@ def select(
     >>> select(torch.tensor([0.1, 0.9, 0.5, 0.7]), pruning_rate=0.5)
     tensor([1, 3])
     """
-    checks.choice("how", how, HOW)
     rate = checks.pruning_rate(pruning_rate)
     if not isinstance(scores, Tensor) or scores.dim() != 1 or len(scores) == 0 or not bool(scores.isfinite().all()):
         raise checks.invalid("scores", scores, "a tensor (N,) of finite numbers, N >= 1")
@@ -175,7 +174,7 @@ def select(
 
 def kept(n: int, pruning_rate: float) -> int:
     """K = round((1 - pruning_rate) n), at least one."""
-    return max(1, round((1 - checks.pruning_rate(pruning_rate)) * checks.integer("n", n, 0)))
+    return max(1, round((1 - checks.pruning_rate(pruning_rate)) * checks.integer("n", n, 1)))
 
 
 def choose(

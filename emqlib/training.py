@@ -363,8 +363,17 @@ def _save(run: _Run) -> None:
 def _resume(run: _Run, path: Path) -> None:
     own = checkpoints.identity(run.model, run.data, run.config)
     run.history, state = checkpoints.load(path, own, run.place.count)
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    run.sampler.load(state["sampler"], run.device)
-    run.loader.damaged, run.paused = state["damaged"], state["paused"]
+    try:
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.sampler.load(state["sampler"], run.device)
+        run.loader.damaged, run.paused = state["damaged"], state["paused"]
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise checks.invalid("checkpoint", str(path), f"a whole state of this run ({error!r})") from error

@@ -1,5 +1,6 @@
 """Scores against literal references; selection against a reference and against the probabilities it promises."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -513,3 +514,14 @@ def test_numpy_numbers_become_plain_ones() -> None:
     config = CoresetConfig(pruning_rate=np.float32(0.5), resample_every=np.int64(2))
     assert config == CoresetConfig(pruning_rate=0.5, resample_every=2)
     assert (type(config.pruning_rate), type(config.resample_every)) == (float, int)
+
+
+def test_at_the_edges_of_what_can_be_kept() -> None:
+    assert coreset.kept(1, 0.9) == 1
+    assert coreset.choose(torch.ones(3), 0, "top").tolist() == [] and len(coreset.choose(torch.ones(3), 3, "top")) == 3
+    for weights in ([1.0, math.inf], [1.0, math.nan]):
+        with pytest.raises(ValueError, match=r"^scores=.*: expected weights >= 0, at least 1 of them positive$"):
+            coreset.inclusion(torch.tensor(weights), 1)
+    assert coreset.check_window(10_000, 0.5) == (10_000, 0.5)
+    with pytest.raises(ValueError, match=r"^window=10001: expected an integer in \[3, 10000\]$"):
+        coreset.check_window(10_001, 0.5)

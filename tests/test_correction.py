@@ -217,3 +217,11 @@ def test_wrong_arguments() -> None:
     for flag in (0, "no", None):
         with pytest.raises(ValueError, match=r"^gradient=.*expected True or False"):
             correct_weight(good, good, gradient=flag)
+
+
+def test_output_shift_of_the_smallest_weight_and_of_none() -> None:
+    one = torch.ones(1, 1)
+    assert output_shift(3 * one, one, torch.tensor([2.0])).tolist() == [4.0]
+    for w in (torch.ones(2), torch.ones(0, 3), torch.ones(2, 0)):
+        with pytest.raises(ValueError, match=r"^w=.*: expected a tensor \(O, I / groups, \.\.\.\), not empty$"):
+            output_shift(w, w, torch.ones(3))

@@ -541,7 +541,10 @@ def test_a_derived_table_is_kept_with_what_it_is_of(finished: Path) -> None:
     run = tiny_runs()[1]
     (finished / f"runs/{run.hash}.json").unlink()  # the network is in its checkpoint
     table = pd.DataFrame({"layer": ["a", "b"], "value": [0.1, 1e-30]})
+    part = finished / f"runs/.{run.hash}-name.json.half.tmp"
+    part.write_text("of a killed process")
     kept = derived(run, "name", finished, lambda *_: table)
+    assert not part.exists()
     pd.testing.assert_frame_equal(kept, derived(run, "name", finished, refuse_to_train), check_exact=True)
     pd.testing.assert_frame_equal(kept[["layer", "value"]], table, check_exact=True)
     asked = {

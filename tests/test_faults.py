@@ -8,7 +8,8 @@ from pathlib import Path
 import faults
 import pandas as pd
 import pytest
-from faults import FAULTS, STREAMED, Judge
+from disturbed import Judge, Try, call, job
+from faults import FAULTS, STREAMED
 
 pytest.importorskip("sklearn")
 
@@ -47,7 +48,7 @@ def test_nothing_is_lost_while_processes_decode(name: str, streaming: Judge, tmp
 @pytest.fixture
 def done(judge: Judge, tmp_path: Path) -> Iterator[Path]:
     """A folder in which a job has ended."""
-    assert judge.right(faults.call(faults.job, tmp_path).value) and not judge.lost(tmp_path)
+    assert judge.right(call(job, tmp_path).value) and not judge.lost(tmp_path)
     yield tmp_path / "results"
 
 
@@ -86,7 +87,7 @@ def test_the_judge_misses_an_epoch_and_sees_a_damaged_checkpoint(judge: Judge, d
 
 
 def test_a_try_that_fails_is_no_survival(judge: Judge, tmp_path: Path) -> None:
-    def fails(*_: object) -> faults.Try:
+    def fails(*_: object) -> Try:
         raise RuntimeError("the fault itself")
 
     found = faults.tried(fails, judge, tmp_path / "try", 0)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from threading import Thread
 from typing import BinaryIO
@@ -171,16 +172,20 @@ def test_one_process_at_a_time_until_it_is_killed(tmp_path: Path) -> None:
         assert not (tmp_path / ".a[1]*.half.tmp").exists() and other.exists()
 
 
+def test_who_asks_for_no_patience_is_told_at_once() -> None:
+    assert signature(files.alone).parameters["patience"].default == 0
+
+
 def test_who_is_patient_is_next(tmp_path: Path) -> None:
     with hold(tmp_path / "a", 0.5), files.alone(tmp_path / "a", patience=30):
         assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_error_ends_it(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), files.alone(tmp_path / "a"):
+    with pytest.raises(KeyboardInterrupt) as kept, files.alone(tmp_path / "b" / "c" / "a"):  # with all its frames
         raise KeyboardInterrupt
-    with hold(tmp_path / "a", 0) as process:
-        assert process.wait(10) == 0
+    with hold(tmp_path / "b" / "c" / "a", 0) as process:
+        assert process.wait(10) == 0 and kept.tb is not None
 
 
 def test_folders_that_can_hold_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -807,6 +807,34 @@ def test_adapt_norm_averages_batch_statistics(norm: str, data: Dataset) -> None:
     emq.set_bits(model, 3)
 
 
+@pytest.mark.parametrize("what", ["images", "weights"])
+def test_what_is_not_finite_is_no_result_and_no_statistics(what: str, data: Dataset) -> None:
+    """argmax would call it class 0, and one batch would spoil the statistics of a bit-width for good."""
+    model = emq.convert(build("resnet8"), spec())
+    pairs = [(torch.full((4, 3, 8, 8), torch.nan), torch.zeros(4).long())] if what == "images" else data
+    if what == "weights":
+        model.layer2[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=r"^loss=nan at 2 bits: weights, norms or images are not finite$"):
+        emq.evaluate(model, pairs, bits=(2, 4))
+    with pytest.raises(FloatingPointError, match=r"^statistics of a batch norm: weights or images are not finite$"):
+        emq.adapt_norm(model, pairs, bits=(3,))
+    pairs = zip(state(model).values(), before.values(), strict=True)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+
+
+def test_too_little_memory_to_evaluate_says_what_to_try(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = emq.convert(build("resnet8"), spec())
+
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model.fc.register_forward_pre_hook(too_much)
+    for function in (emq.evaluate, emq.adapt_norm):
+        with pytest.raises(MemoryError, match=r"^batch_size=40: out of memory \(CUDA .*\); try batch_size=20$"):
+            function(model, data, bits=(2,), batch_size=40)
+
+
 def test_adapt_norm_takes_a_random_part_of_the_training_images(data: Dataset) -> None:
     model = emq.convert(build("resnet8"), spec())
     sizes: list[int] = []

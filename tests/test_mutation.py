@@ -121,5 +121,10 @@ def test_every_survivor_has_a_reason_and_no_other_mutant(report: pd.DataFrame) -
     assert sorted(reasons.id) == sorted(identity(row) for row in survivors.to_dict("records"))
 
 
+def test_the_readme_says_how_many_are_killed(report: pd.DataFrame) -> None:
+    share = 100 * report.outcome.ne("survived").mean()
+    assert f"{share:.0f} % of the changes that a script makes" in (mutation.ROOT / "README.md").read_text()
+
+
 def test_the_committed_table_is_what_the_rows_give(report: pd.DataFrame) -> None:
     assert mutation.REPORT.with_suffix(".md").read_text() == mutation.markdown(report)

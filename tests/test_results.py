@@ -437,6 +437,10 @@ def test_switching_table() -> None:
     ]
 
 
+def test_ratio_definitions_of_the_fewest() -> None:
+    assert len(results.ratio_definitions(range(1, 2), epochs=20)) == 9
+
+
 def test_ratio_definitions() -> None:
     """Each row's ratio follows from its own definition; three for each number of the paper, the nearest first."""
     table = results.ratio_definitions(epochs=200)

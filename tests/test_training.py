@@ -19,11 +19,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, OutOfTime, QuantSpec, TrainConfig, checkpoints, container, loading, training
 from emqlib.checkpoints import Deadline
+from emqlib.files import Busy
 from emqlib.finite import LossWatch
 from emqlib.layers import NORMS, InputQuantizer
 from emqlib.norms import MultiBitBatchNorm
@@ -926,6 +928,26 @@ def test_a_broken_or_hostile_checkpoint_is_refused_and_not_run(digits: Dataset, 
             train(model, digits, quick(), path)
         assert path.read_bytes() == content and sorted(os.listdir(tmp_path)) == [".run.pt.lock", "run.pt"]
     assert_same_state(model, tiny())
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "scaler", "sampler"])
+@pytest.mark.parametrize("wrong", [{}, {"x": torch.ones(2)}, [], None])
+def test_a_checkpoint_with_another_state_is_refused(part: str, wrong: Any, digits: Dataset, tmp_path: Path) -> None:
+    """Of the right run and with the right checksum, as only somebody could make it who wants it to be taken."""
+    path, model, config = tmp_path / "run.pt", tiny(), quick(autocast="float16")
+    train(model, digits, config, path)
+    history, state = kept(path)
+    checkpoints.save(path, checkpoints.identity(model, digits, config), history, state | {part: wrong})
+    with pytest.raises(ValueError, match=r"^checkpoint='.*run\.pt': expected a whole state of this run \("):
+        train(tiny(), digits, config, path)
+
+
+def test_a_checkpoint_that_another_process_writes_is_left_to_it(digits: Dataset, tmp_path: Path) -> None:
+    path, model = tmp_path / "run.pt", tiny()
+    with FileLock(tmp_path / ".run.pt.lock"), pytest.raises(Busy, match=r"run\.pt: another process is at work on it$"):
+        train(model, digits, quick(), path)
+    assert same_state(model, tiny()) and not path.exists()
+    assert len(train(model, digits, quick(), path)) == 2
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(
