@@ -1,8 +1,8 @@
 # make demo        install into .venv, run the quickstart, print its table
 # make test        install, lint, tests, and every notebook in the smoke profile
 # make bench       run every benchmark, into results/benchmarks/; EMQ_ANY_PRECISION: a checkout to measure against
-# make faults      disturb jobs in real processes, many times over, into results/reliability/; a quarter of an hour
-# make mutants     change the sources in hundreds of places: does a test notice? into results/reliability/; half an hour
+# make faults      disturb jobs in real processes, many times over, into results/reliability/; ten minutes
+# make mutants     change the sources in hundreds of places: does a test notice? into results/reliability/; ten minutes
 # make figures     redraw every figure in results/ from the CSV beside it
 # make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
 # Another interpreter: make install PYTHON=python3.12
