@@ -41,7 +41,6 @@ def jobs_runs(dataset: str = "digits", stream: bool = False) -> list[Run]:
 
 def job(folder: Path, arm: Arm | None = None, **which: Any) -> pd.DataFrame:
     """Finish the runs, write their table, and note down in folder/log what has been saved."""
-    torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     log = os.open(folder / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     save, write = checkpoints.save, runs.write_text
@@ -72,6 +71,7 @@ class Ended:
 
 
 def _told(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    torch.set_num_threads(1)  # rows of another number of threads are others in their last digits
     set_start_method("fork", force=True)  # for processes that decode: what a user's own process would start
     try:
         pipe.send(("value", function(*arguments, **named)))

@@ -277,7 +277,6 @@ def not_a_number(judge: Judge, folder: Path, rng: random.Random, what: str) -> T
 
 
 def _too_large(folder: Path, room: int) -> str:
-    torch.set_num_threads(1)
     model = runs.convert(runs.models.build("resnet8", 10, width=64), QuantSpec(bits=(2, 4)))
     data, path = load_dataset("digits"), folder / "checkpoint"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
