@@ -122,11 +122,12 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...]) -> list[d
     n, correct, loss = 0, dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0.0)
     for images, labels in pairs:
         n += len(labels)
+        classes = int(labels.max()) + 1 if len(labels) else 0
         for b in wanted:
             with at_bits(model, b):
                 logits = model(images).float()
-            if len(labels) and int(labels.max()) >= logits.shape[1]:
-                raise invalid("model", f"{logits.shape[1]} outputs", f"{int(labels.max()) + 1} or more, one a class")
+            if logits.shape[1] < classes:
+                raise invalid("model", f"{logits.shape[1]} outputs", f"{classes} or more, one a class")
             correct[b] += int((logits.argmax(1) == labels).sum())
             loss[b] += float(F.cross_entropy(logits, labels, reduction="sum"))
     if n == 0:

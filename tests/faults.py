@@ -145,8 +145,7 @@ def killed_at_any_moment(judge: Judge, folder: Path, rng: random.Random) -> Try:
 def killed_again_and_again(judge: Judge, folder: Path, rng: random.Random) -> Try:
     """Jobs killed one after the other on the same folder, each after a little work."""
     for _ in range(4):
-        killed_at_any_moment_of_a_few_steps = partial(dies_in_a_step, rng.randrange(2, 12))
-        call(job, folder, killed_at_any_moment_of_a_few_steps, **judge.which)
+        call(job, folder, partial(dies_in_a_step, rng.randrange(2, 12)), **judge.which)
         if lost := judge.lost(folder):
             return Try(False, lost, "; ".join(lost))
     return judged(judge, folder)
