@@ -6,12 +6,9 @@ import sys
 from dataclasses import replace
 from itertools import product
 
-import pandas as pd
-
-from . import analysis, checks, deployment
+from . import checks
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig
-from .derived import derived, followed
 from .methods import (
     any_precision,
     as_files,
@@ -28,14 +25,11 @@ from .methods import (
 )
 from .profiles import Parameters, parameters
 from .ranks import current, started
-from .remedies import compare
-from .runs import Run, coreset_rows, run_all, trained
+from .runs import Run, coreset_rows, run_all
 from .sampling import SCORES, CoresetConfig
-from .transfer import gradient_angles, linear_probes
 
 __all__ = [
     "UNCALIBRATED",
-    "alignment",
     "any_precision",
     "base",
     "bias_correction",
@@ -44,21 +38,19 @@ __all__ = [
     "coreset_rows",
     "curves",
     "dedicated",
-    "deploy",
-    "distributions",
+    "deployed",
     "equal_epochs",
     "growth",
     "imagenet",
-    "layer_norms",
     "ours",
     "quickstart",
     "redrawn",
-    "remedies",
     "run_all",
     "scoring_ablation",
     "table1",
     "table2",
     "transfer",
+    "uncalibrated",
     "untrained",
     "vit",
 ]
@@ -94,12 +86,11 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Accuracy against the cost of training: Any-Precision and ours at each pruning rate, at each run length.
 
-    The middle rate also by `redrawn`. The first length has all seeds, a longer one the first alone.
+    The middle rate also by `redrawn`.
     """
     rates = [0.0, *(rate for rate in p.pruning_rates or (0.5, 0.8, 0.9) if rate)]
-    pairs = [(epochs, seed) for epochs in p.lengths for seed in (p.seeds if epochs == p.lengths[0] else p.seeds[:1])]
     runs = []
-    for epochs, seed in pairs:
+    for epochs, seed in product(p.lengths, p.seeds):
         shared = of_length(p, seed, dataset, epochs)
         runs += [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in rates)]
         runs += [redrawn(shared, rate) for rate in rates[len(rates) // 2 :][:1]]
@@ -107,22 +98,24 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
-    """What coresets lose to Any-Precision at as many epochs, and what takes the loss away; one seed.
+    """What coresets lose to Any-Precision at as many epochs, and what takes the loss away.
 
-    In the longest run: Any-Precision; the coreset of Table 1, also with small batches; `redrawn`, with small and with
-    half-size batches, by TDDS and by EL2N of one epoch on all data, and with small ones at random (RS2). In the others:
-    Any-Precision and both `redrawn`. In the shortest alone, the controls: Any-Precision with half-size batches, and one
-    epoch on all data before coresets drawn at random (EL2N's weights to the power 0).
+    In the longest run: Any-Precision; the coreset of Table 1, also with batches a quarter as large; and, with half-size
+    batches and statistics for each bit-width, `redrawn` by TDDS, by EL2N of one epoch on all data, and random ones
+    (RS2). In the others: Any-Precision and both `redrawn`. In the shortest alone, the controls: Any-Precision with
+    half-size batches, and one epoch on all data before coresets drawn at random (EL2N's weights to the power 0).
     """
-    *shorter, start = (of_length(p, p.seeds[0], dataset, epochs) for epochs in p.lengths)
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
-    runs = [any_precision(start), *(ours(in_parts(start, parts), bitwise_coreset(rate)) for parts in (1, 4))]
-    runs += [redrawn(start, rate, parts, **how) for how in ({}, el2n) for parts in (4, 2)]
-    runs += [ours(in_parts(start, 4), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
-    for other in shorter:
-        runs += [any_precision(other), redrawn(other, rate), redrawn(other, rate, **el2n)]
-    for other in shorter[:1]:
-        runs += [any_precision(in_parts(other, 2)), redrawn(other, rate, **el2n, power=0.0)]
+    runs = []
+    for seed in p.seeds:
+        *shorter, start = (of_length(p, seed, dataset, epochs) for epochs in p.lengths)
+        runs += [any_precision(start), *(ours(in_parts(start, parts), bitwise_coreset(rate)) for parts in (1, 4))]
+        runs += [redrawn(start, rate), redrawn(start, rate, **el2n)]
+        runs += [ours(in_parts(start, 2), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
+        for other in shorter:
+            runs += [any_precision(other), redrawn(other, rate), redrawn(other, rate, **el2n)]
+        for other in shorter[:1]:
+            runs += [any_precision(in_parts(other, 2)), redrawn(other, rate, **el2n, power=0.0)]
     return runs
 
 
@@ -190,30 +183,18 @@ def table2(p: Parameters) -> list[Run]:
 
 
 def vit(p: Parameters) -> list[Run]:
-    """The comparison for ViT: one seed on TinyImageNet, all on CIFAR-10.
+    """The comparison for ViT, on CIFAR-10 and on TinyImageNet.
 
     Dedicated, Any-Precision, and ours without and with correction, and at several pruning rates. Layer norm keeps no
     statistics: no bit-width needs a norm of its own, and nothing is adapted. Weights take one step size an output
     channel, activations learn theirs (LSQ), since those of a transformer are signed and long-tailed.
     """
     runs = []
-    for dataset, seeds in (("cifar10", p.seeds), ("tinyimagenet", p.seeds[:1])):
-        for shared in (vit_base(p, seed, dataset) for seed in seeds):
-            runs += [ours(shared, correction=correction) for correction in ("none", "mean_var")]
-            runs += [ours(shared, bitwise_coreset(rate)) for rate in p.pruning_rates or (0.8,)]
-            runs += [any_precision(shared), *dedicated(shared)]
+    for shared in (vit_base(p, seed, dataset) for dataset in ("cifar10", "tinyimagenet") for seed in p.seeds):
+        runs += [ours(shared, correction=correction) for correction in ("none", "mean_var")]
+        runs += [ours(shared, bitwise_coreset(rate)) for rate in p.pruning_rates or (0.8,)]
+        runs += [any_precision(shared), *dedicated(shared)]
     return runs
-
-
-def layer_norms(p: Parameters) -> pd.DataFrame:
-    """What weight bias correction changes before each layer norm of ViT's children, of networks without and with it.
-
-    Rows of `analysis.layer_norms`, of the first seed on CIFAR-10, at the trained bit-widths.
-    """
-    shared = vit_base(p, p.seeds[0], "cifar10")
-    both = [ours(shared, correction=correction) for correction in ("none", "mean_var")]
-    tables = [derived(run, "norms", p.results_dir, lambda *net: analysis.layer_norms(*net, p.bits)) for run in both]
-    return pd.concat(tables, ignore_index=True)
 
 
 def imagenet(p: Parameters) -> list[Run]:
@@ -246,32 +227,11 @@ def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
     return runs
 
 
-def deploy(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What Table 1's network, ours on the full data, costs where it is served, and what a switch of bit-width costs.
-
-    Tables of `deployment.served`, beside a network trained alike in full precision, and of `deployment.switching`.
-    """
-    run, kept = ours(base(p, p.seeds[0], dataset)), p.results_dir
-    (full,) = dedicated(base(replace(p, bits=(32,)), p.seeds[0], dataset))
-    bits, repeats = (p.bits, 1) if p.profile.name == "smoke" else (run.eval_bits, 5)
-    served = derived(run, "served", kept, lambda *net: deployment.served(*net, trained(full, kept)[0], bits, repeats))
-    return served, derived(run, "switching", kept, lambda *net: deployment.switching(*net, bits))
-
-
-def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Figure 3: what quantization does to weights and pre-activations, of ours trained without and with correction.
-
-    Three tables: `analysis.weight_shift` of the network trained without correction; the mismatch and the histograms of
-    `analysis.preactivations` of both networks, at the trained bit-widths. The networks are Table 1's.
-    """
-    shared, kept = base(p, p.seeds[0], dataset), p.results_dir
-    both = [ours(shared, correction="none"), ours(shared)]
-    weights = derived(both[0], "weights", kept, lambda model, _: analysis.weight_shift(model))
-    mismatch, histograms = (
-        [derived(run, name, kept, lambda *net, i=i: analysis.preactivations(*net, p.bits)[i]) for run in both]
-        for i, name in enumerate(("mismatch", "histograms"))
-    )
-    return weights, pd.concat(mismatch, ignore_index=True), pd.concat(histograms, ignore_index=True)
+def deployed(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """What `studies.deploy` serves, for each seed: Table 1's network, ours on the full data; one in full precision."""
+    full = replace(p, bits=(32,))
+    pairs = [(ours(base(p, seed, dataset)), *dedicated(base(full, seed, dataset))) for seed in p.seeds]
+    return [run for pair in pairs for run in pair]
 
 
 def bias_correction(p: Parameters, dataset: str = "cifar10") -> list[Run]:
@@ -283,33 +243,15 @@ def bias_correction(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-# Beyond the paper: what serves every bit-width, trained or not, without a calibration pass (see `remedies`).
+# Beyond the paper: what serves every bit-width, trained or not, without a calibration pass (see `studies.remedies`).
 UNCALIBRATED = {"norm": "shared_affine", "output_correction": True}
 
 
-def remedies(p: Parameters, dataset: str = "cifar10") -> pd.DataFrame:
-    """Accuracy without a calibration pass under each remedy, beside the same network's after batch-norm adaptation.
-
-    One row a remedy, seed and bit-width, with top1 and adapted_top1 (%), the run's hash and its provenance. Four are
-    trained with what they need, as `QuantSpec` says; those of `remedies.compare` start from one of them.
-    """
-    kept = {"shared, as in the paper": {}, "shared, output correction": {"output_correction": True}}
-    kept |= {"own, interpolated": {"norm": "shared_affine"}, "own, output correction": UNCALIBRATED}
-    runs = [(name, ours(base(p, seed, dataset), **fields)) for seed in p.seeds for name, fields in kept.items()]
-    rows, tables = run_all([run for _, run in runs], p.results_dir), []
-    for remedy, run in runs:
-        own = rows[rows.run == run.hash]
-        found = [own[~own.adapted].assign(remedy=remedy)]
-        if remedy == "own, interpolated":
-            found.append(derived(run, "remedies", p.results_dir, compare))
-        adapted = own[own.adapted].set_index("bits").top1
-        tables += [table.assign(adapted_top1=table.bits.map(adapted)) for table in found]
-    return pd.concat(tables, ignore_index=True)[_REMEDY_COLUMNS]
-
-
-_REMEDY_COLUMNS = ["remedy", "bits", "trained", "top1", "adapted_top1", "dataset", "model", "trained_bits", "epochs"]
-_REMEDY_COLUMNS += ["seed", "profile", "run", "commit", "dirty", "python", "torch", "torchvision", "device"]
-_REMEDY_COLUMNS += ["data_sha256"]
+def uncalibrated(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """What `studies.remedies` starts from, on the full data: shared or own statistics, output correction or none."""
+    kinds = product(("shared", "shared_affine"), (False, True))
+    specs = [{"norm": norm, "output_correction": output} for norm, output in kinds]
+    return [ours(base(p, seed, dataset), **spec) for seed in p.seeds for spec in specs]
 
 
 def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
@@ -339,20 +281,8 @@ def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Figure 4: angles between the children's gradients before and after each epoch, and linear probes at the end.
-
-    Tables of `transfer.gradient_angles` and `transfer.linear_probes`, of the first run of `experiments.transfer`.
-    """
-    run = transfer(p, dataset)[0]
-    count = min(1000, run.subset[0] // 4) if run.subset[0] else 1000
-    angles = followed(run, "angles", p.results_dir, lambda *net: gradient_angles(*net, p.bits, count))
-    probes = derived(run, "probes", p.results_dir, lambda *net: linear_probes(*net, p.bits))
-    return angles, probes
-
-
 RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
-RUNS += [bias_correction, untrained, transfer]
+RUNS += [bias_correction, uncalibrated, untrained, transfer, deployed]
 
 
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h

@@ -19,11 +19,15 @@ from .sampling import CoresetConfig
 def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
     """What all runs of a profile share, on the full data.
 
-    epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated.
+    epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated, and milestones of
+    the learning rate move in proportion.
     """
     checks.instance("p", p, Parameters, "what profiles.parameters gives")
     check_name("dataset", checks.instance("dataset", dataset, str, "the name of a data set"))
-    config = replace(p.profile.training, seed=seed, epochs=epochs or p.profile.training.epochs)
+    own = p.profile.training
+    length = epochs or own.epochs
+    milestones = tuple(max(1, round(m * length / own.epochs)) for m in own.milestones)
+    config = replace(own, seed=seed, epochs=length, milestones=milestones)
     return Run(
         profile=p.profile.name,
         dataset=p.profile.dataset or dataset,

@@ -201,7 +201,7 @@ def distributions(histograms: pd.DataFrame) -> "Axes":
     """Distributions of one layer's pre-activations by bit-width, networks without and with correction side by side.
 
     Pre-activations are standardized by the batch norm's running statistics, which fit where the curves are one; the
-    dotted line is the standard normal distribution. histograms: of `experiments.distributions`, one layer of them.
+    dotted line is the standard normal distribution. histograms: of `studies.distributions`, one layer of them.
     Returns the left panel. ValueError: no rows, or rows of several layers.
     """
     import matplotlib.pyplot as plt
@@ -234,8 +234,9 @@ _TRAINED_WITH = {"none": "without weight bias correction", "mean_var": "with wei
 def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """How far the input of each norm lies from what it is at other bit-widths, in standard deviations.
 
-    A line for each bit-width, dashed without correction; rows: the mismatch of `experiments.distributions`, with the
-    running mean of a batch norm, or `experiments.layer_norms`, with the highest bit-width. ValueError: no rows.
+    A line for each bit-width, means over seeds, dashed without correction; rows: the mismatch of
+    `studies.distributions`, with the running mean of a batch norm, or `studies.layer_norms`, with the highest
+    bit-width. ValueError: no rows.
     """
     checks.table("rows", rows, ("layer", "trained_with", "bits", "mean_shift"))
     title = "Tokens before each layer norm, against the highest bit-width"
@@ -245,8 +246,8 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     layers = list(dict.fromkeys(rows.layer))
     for (correction, b), line in rows.groupby(["trained_with", "bits"], sort=False):
         look = {"color": bit_color(b), "ls": "--" if correction == "none" else "-", "marker": "o", "ms": 4, "lw": 1}
-        label = f"{b} bits, {_TRAINED_WITH[correction].split()[0]} correction"
-        ax.plot([layers.index(name) for name in line.layer], line.mean_shift, label=label, **look)
+        label, shifts = f"{b} bits, {_TRAINED_WITH[correction].split()[0]} correction", line.groupby("layer").mean_shift
+        ax.plot(range(len(layers)), shifts.mean().reindex(layers), label=label, **look)
     short = [".".join(name.split(".")[-2:]) for name in layers]
     ticks = short if len(set(short)) == len(layers) else layers
     ax.set_xticks(range(len(layers)), ticks, rotation=60, ha="right", fontsize=7)
@@ -259,7 +260,7 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
 def gap_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """Top-1 accuracy of each remedy against bit-width, in points above the same network after batch-norm adaptation.
 
-    rows: of `experiments.remedies`, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded band
+    rows: of `studies.remedies`, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded band
     is 1.5 points wide. ValueError: no rows.
     """
     checks.table("rows", rows, ("bits",))
@@ -278,7 +279,7 @@ def angles_by_layer(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """Angles between the children's gradients after the last epoch, by layer from the input to the output.
 
     A line for each pair of bit-widths on the same images; dashed: one bit-width on other images. rows: the angles of
-    `experiments.alignment`. ValueError: no rows.
+    `studies.alignment`. ValueError: no rows.
     """
     checks.table("rows", rows, ("layer", *_OF_ANGLES))
     ax = axes(ax, _setting(rows, "Angles between gradients, by layer"))
@@ -292,7 +293,7 @@ def angles_by_layer(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
 def angles_by_epoch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     """Angles between the children's gradients, all layers as one vector, before training and after each epoch.
 
-    Lines as in `angles_by_layer`. rows: the angles of `experiments.alignment`. ValueError: no rows.
+    Lines as in `angles_by_layer`. rows: the angles of `studies.alignment`. ValueError: no rows.
     """
     checks.table("rows", rows, _OF_ANGLES)
     ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"))
@@ -306,7 +307,8 @@ def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
 
     pairs = [pair for pair, _ in rows[~rows.other_images.astype(bool)].groupby(["bits", "other_bits"])]
     colors = dict(zip(pairs, sns.color_palette("dark", len(pairs)), strict=True))
-    for (a, b), line in rows.sort_values(x).groupby(["bits", "other_bits"]):
+    means = rows.groupby(["bits", "other_bits", x]).angle.mean().reset_index()  # over seeds
+    for (a, b), line in means.groupby(["bits", "other_bits"]):
         look = {"color": bit_color(a), "ls": "--"} if a == b else {"color": colors[a, b], "marker": "o", "ms": 4}
         label = f"{a} bits, other images" if a == b else f"{a} and {b} bits, same images"
         ax.plot(line[x], line.angle, lw=1, label=label, **look)

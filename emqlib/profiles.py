@@ -84,7 +84,7 @@ PROFILES = {
         model_args=(("width", 16),),
         training=TrainConfig(epochs=4, batch_size=128, lr=0.1, warmup_epochs=0.5, autocast="bfloat16"),
         repeats=3,
-        lengths=(4, 8, 16),
+        lengths=(4, 8),
         coreset_epochs=8,
         coreset_subset=(10000, 5000),
         vit=Setting(
@@ -93,7 +93,7 @@ PROFILES = {
             training=TrainConfig(
                 epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0
             ),
-            subset=(20000, 5000),
+            subset=(10000, 5000),
         ),
         imagenet=Setting(
             model="torchvision.resnet18",

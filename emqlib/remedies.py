@@ -1,7 +1,7 @@
 """Ways to serve bit-widths that were never calibrated: each gives one trained network other statistics, none trains it.
 
 All start from a network with norm="shared_affine", whose batch norms hold the statistics of each trained bit-width.
-Beyond the paper; `experiments.remedies` measures them beside what training itself can keep.
+Beyond the paper; `studies.remedies` measures them beside what training itself can keep.
 """
 
 from collections.abc import Callable, Iterable, Iterator

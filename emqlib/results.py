@@ -236,7 +236,7 @@ def option_table(rows: pd.DataFrame) -> pd.DataFrame:
 def remedy_gaps(rows: pd.DataFrame) -> pd.DataFrame:
     """For each remedy and bit-width, how far its top-1 is above that of the same network adapted: points over seeds.
 
-    Columns: remedy, bits, trained, mean, std, seeds. rows: of `experiments.remedies`.
+    Columns: remedy, bits, trained, mean, std, seeds. rows: of `studies.remedies`.
     """
     checks.table("rows", rows, ("remedy", "bits", "trained", "top1", "adapted_top1"))
     return spread(rows.assign(gap=rows.top1 - rows.adapted_top1), ["remedy", "bits", "trained"], "gap")
@@ -247,7 +247,7 @@ def remedy_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     "worst": the lowest mean of bit-widths from 2 up, by which the rows are sorted, the best first; the last row is the
     adapted network's own top-1 (%), of the run that the most remedies start from. Trained bit-widths are marked with *.
-    rows: of `experiments.remedies`.
+    rows: of `studies.remedies`.
     """
     checks.table("rows", rows, ("run", "seed"))
     gaps = remedy_gaps(rows)

@@ -40,6 +40,7 @@ from emqlib import (
     results,
     runs,
     serving,
+    studies,
     transfer,
 )
 from emqlib.checkpoints import checked
@@ -541,15 +542,17 @@ of_one_dataset = [
     experiments.curves,
     experiments.comparison,
     experiments.bias_correction,
-    experiments.deploy,
-    experiments.distributions,
-    experiments.remedies,
+    experiments.deployed,
+    experiments.uncalibrated,
     experiments.untrained,
     experiments.transfer,
-    experiments.alignment,
+    studies.deploy,
+    studies.distributions,
+    studies.remedies,
+    studies.alignment,
 ]
 for function in of_one_dataset:
-    wrong(f"experiments.{function.__name__}", function, small, **ONE_DATASET)
+    wrong(f"{function.__module__.removeprefix('emqlib.')}.{function.__name__}", function, small, **ONE_DATASET)
 for function in (experiments.equal_epochs, experiments.scoring_ablation):
     wrong(f"experiments.{function.__name__}", function, small, **ONE_DATASET, pruning_rate=RATES)
 wrong("experiments.growth", experiments.growth, small, pruning_rate=RATES)

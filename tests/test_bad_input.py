@@ -107,7 +107,7 @@ EXEMPT = {
         *("methods.write_class_folders", "methods.as_files", "runs.rows_file", "runs.checkpoint_file", "runs.data_of"),
     },
     "nothing but the parameters of a notebook, which profiles.parameters has checked": {
-        *("experiments.quickstart", "experiments.table2", "experiments.vit", "experiments.layer_norms"),
+        *("experiments.quickstart", "experiments.table2", "experiments.vit", "studies.layer_norms"),
     },
     "any name will do: not a number for one that is not there": {"serving.resident"},
     "a command line, each part of which goes to a checked function": {"serving.main"},

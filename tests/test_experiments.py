@@ -27,6 +27,7 @@ from emqlib import (
     experiments,
     files,
     load_dataset,
+    studies,
     training,
 )
 from emqlib.analysis import BINS, SPAN
@@ -219,12 +220,12 @@ def test_a_notebooks_coresets() -> None:
 
 
 def test_curves_share_their_first_runs_with_table_1() -> None:
-    """All seeds at the first length, the first seed at the others, where only trained bit-widths are evaluated."""
+    """At other lengths only trained bit-widths are evaluated."""
     p = parameters(profile="small", pruning_rates=[0.8], lengths=[4, 6], repeats=2)
     runs = experiments.curves(p)
     asked = [(run.config.epochs, run.config.seed, run.method, run.pruning_rate, run.eval_bits) for run in runs]
     methods = [("Any-Precision", 0), ("Ours", 0), ("Ours", 0.8), ("Ours, own statistics", 0.8)]
-    expected = [(epochs, seed, *method) for epochs, seed in ((4, 0), (4, 1), (6, 0)) for method in methods]
+    expected = [(epochs, seed, *method) for epochs, seed in ((4, 0), (4, 1), (6, 0), (6, 1)) for method in methods]
     assert asked == [(*setting, ALL if setting[0] == 4 else (2, 4, 8)) for setting in expected]
     paper = {run.hash for run in runs if run.config.epochs == 4 and run.spec.norm != "shared_affine"}
     assert paper <= {run.hash for run in table1(p)}
@@ -234,21 +235,24 @@ def test_what_is_tried_against_the_loss_at_equal_epochs() -> None:
     p = parameters(profile="small", lengths=[4, 6], repeats=2)
     runs = experiments.equal_epochs(p)
     assert len({run.hash for run in runs}) == len(runs)
-    assert {(run.config.seed, run.dataset) for run in runs} == {(0, "cifar10")}
-    assert [run.config.epochs for run in runs] == [*[6] * 8, *[4] * 5]
+    assert [(run.config.seed, run.dataset) for run in runs] == [(seed, "cifar10") for seed in (0, 1) for _ in range(11)]
+    assert [run.config.epochs for run in runs] == [*[6] * 6, *[4] * 5] * 2
     asked = [(run.method, run.coreset, run.pruning_rate, run.config.batch_size) for run in runs]
     own, drawn = "Ours, own statistics", "tdds, sample of all"
-    assert asked == [
-        ("Any-Precision", "full data", 0, 128),
-        *(("Ours", "tdds", 0.8, size) for size in (128, 32)),
-        *((own, name, 0.8, size) for name in (drawn, "el2n, how=sample") for size in (32, 64)),
-        (own, "RS2", 0.8, 32),
-        ("Any-Precision", "full data", 0, 128),
-        *((own, name, 0.8, 64) for name in (drawn, "el2n, how=sample")),
-        ("Any-Precision", "full data", 0, 64),
-        (own, "el2n, how=sample, power=0.0", 0.8, 64),
-    ]
-    assert {runs[i].hash for i in (0, 1, 4, 8, 9)} <= {run.hash for run in experiments.curves(p)}
+    assert (
+        asked
+        == [
+            ("Any-Precision", "full data", 0, 128),
+            *(("Ours", "tdds", 0.8, size) for size in (128, 32)),
+            *((own, name, 0.8, 64) for name in (drawn, "el2n, how=sample", "RS2")),
+            ("Any-Precision", "full data", 0, 128),
+            *((own, name, 0.8, 64) for name in (drawn, "el2n, how=sample")),
+            ("Any-Precision", "full data", 0, 64),
+            (own, "el2n, how=sample, power=0.0", 0.8, 64),
+        ]
+        * 2
+    )
+    assert {runs[i].hash for i in (0, 1, 3, 6, 7)} <= {run.hash for run in experiments.curves(p)}
 
 
 def test_every_score_is_compared_at_the_middle_rate() -> None:
@@ -309,6 +313,17 @@ def test_a_trained_bit_width_is_evaluated() -> None:
     assert {run.eval_bits for run in runs if run.method != "Dedicated"} == {(*ALL, 32)}
 
 
+def test_milestones_move_with_the_length() -> None:
+    p = parameters(profile="paper")
+    asked = {epochs: experiments.base(p, 0, "cifar10", epochs).config.milestones for epochs in (0, 50, 100, 400)}
+    assert asked == {0: (100, 150, 180), 50: (25, 38, 45), 100: (50, 75, 90), 400: (200, 300, 360)}
+    assert [run.config.milestones for run in experiments.curves(p)[::6]] == [
+        (25, 38, 45),
+        (50, 75, 90),
+        (100, 150, 180),
+    ]
+
+
 def test_quickstart() -> None:
     runs = quickstart(parameters(profile="small", seed=3, repeats=2))
     assert [run.spec.correction for run in runs] == ["none", "mean_var"]
@@ -316,7 +331,7 @@ def test_quickstart() -> None:
 
 
 TABLES = ("curves", "equal_epochs", "comparison", "scoring_ablation", "table2", "growth")
-TABLES += ("bias_correction", "untrained", "transfer", "vit")
+TABLES += ("bias_correction", "uncalibrated", "untrained", "transfer", "vit", "deployed")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -576,7 +591,7 @@ def test_distributions_are_of_networks_without_and_with_correction(tmp_path: Pat
     p = parameters(profile="smoke", bits=(2, 4), results_dir=tmp_path)
     first = replace(p.profile.training, epochs=1)
     p = replace(p, profile=replace(p.profile, training=first, subset=(TRAIN, TEST)))
-    weights, mismatch, histograms = experiments.distributions(p)
+    weights, mismatch, histograms = studies.distributions(p)
     assert set(weights.trained_with) == {"none"} and set(weights.bits) == set(range(1, 9))
     for table in (mismatch, histograms):
         assert set(table.trained_with) == {"none", "mean_var"} and set(table.bits) == {2, 4}
@@ -585,7 +600,7 @@ def test_distributions_are_of_networks_without_and_with_correction(tmp_path: Pat
     assert ((sums * 2 * SPAN / BINS - 1).abs() < 1e-4).all() and len(sums) == len(mismatch)
     assert [run.hash for run in bias_correction(p)[::2][:2]] == list(mismatch.run.unique())  # Table 6's own networks
     shutil.rmtree(tmp_path / "checkpoints")
-    for table, again in zip((weights, mismatch, histograms), experiments.distributions(p), strict=True):
+    for table, again in zip((weights, mismatch, histograms), studies.distributions(p), strict=True):
         pd.testing.assert_frame_equal(table, again, check_exact=True)  # read, since nothing is left to measure
     assert not (tmp_path / "checkpoints").exists()
 
@@ -629,7 +644,7 @@ def test_transfer_leaves_each_child_out_once() -> None:
 
 def test_remedies_stand_beside_the_adapted_network_they_belong_to(tmp_path: Path) -> None:
     p = small_parameters(tmp_path, bits=(2, 4))
-    rows = experiments.remedies(p)
+    rows = studies.remedies(p)
     trained_in = ["shared, as in the paper", "shared, output correction", "own, interpolated", "own, output correction"]
     assert set(rows.remedy) == {*trained_in, *RULES, ACTIVATIONS}
     assert all(bits.tolist() == list(ALL) for _, bits in rows.groupby("remedy").bits)
@@ -652,7 +667,7 @@ OWN = {"norm": "shared_affine"}
 
 def test_alignment_follows_the_first_run_of_transfer(tmp_path: Path) -> None:
     p = small_parameters(tmp_path, bits=(2, 8))
-    angles, probes = experiments.alignment(p)
+    angles, probes = studies.alignment(p)
     assert set(angles.epoch) == {0, 1, 2} and set(angles.run) == set(probes.run) == {experiments.transfer(p)[0].hash}
     assert (angles.groupby("epoch").size() == angles.groupby("epoch").size()[0]).all()
     model, data = trained(experiments.transfer(p)[0], tmp_path, progress=False)
@@ -662,7 +677,7 @@ def test_alignment_follows_the_first_run_of_transfer(tmp_path: Path) -> None:
     untrained = gradient_angles(build(experiments.transfer(p)[0], 10), data, (2, 8), TRAIN // 4)
     assert angles[angles.epoch == 0].angle.tolist() == untrained.angle.tolist()
     shutil.rmtree(tmp_path / "checkpoints")
-    for table, again in zip((angles, probes), experiments.alignment(p), strict=True):
+    for table, again in zip((angles, probes), studies.alignment(p), strict=True):
         pd.testing.assert_frame_equal(table, again, check_exact=True)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -822,9 +837,9 @@ def test_no_runs(tmp_path: Path) -> None:
 
 def test_vit_compares_the_methods_on_both_data_sets() -> None:
     runs = experiments.vit(parameters(profile="small", repeats=2))
-    assert len(runs) == 3 * 7 and {run.model for run in runs} == {"vit_tiny"}
-    assert [run.dataset for run in runs] == ["cifar10"] * 14 + ["tinyimagenet"] * 7
-    assert {run.config.seed for run in runs[14:]} == {0}
+    assert len(runs) == 4 * 7 and {run.model for run in runs} == {"vit_tiny"}
+    assert [run.dataset for run in runs] == ["cifar10"] * 14 + ["tinyimagenet"] * 14
+    assert [run.config.seed for run in runs] == ([0] * 7 + [1] * 7) * 2
     one = [(run.method, run.spec.correction, run.pruning_rate, run.spec.bits) for run in runs[:7]]
     full, alone = (2, 4, 8), [("Dedicated", "none", 0.0, (b,)) for b in (2, 4, 8)]
     expected = [("Ours", "none", 0.0, full), ("Ours", "mean_var", 0.0, full), ("Ours", "mean_var", 0.8, full)]
@@ -841,7 +856,7 @@ def test_without_batch_norm_every_bit_width_is_served_and_none_adapted(tmp_path:
     rows = run_all([runs[1], runs[3]], tmp_path, progress=False)
     assert not rows.adapted.any() and set(rows.calibration_passes) == {0}
     assert [*rows[rows.method == "Any-Precision"].bits] == [*rows[rows.method == "Ours"].bits] == [*range(1, 9)]
-    table = experiments.layer_norms(p)
+    table = studies.layer_norms(p)
     assert set(table.trained_with) == {"none", "mean_var"} and set(table.bits) == {2, 4, 8}
     assert (tmp_path / f"runs/{runs[0].hash}-norms.json").exists()
 

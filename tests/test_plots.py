@@ -247,12 +247,13 @@ def mismatched() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(dataset="cifar10", model="resnet8", profile="small", seed=0, epochs=8)
 
 
-def test_mismatch_draws_the_rows() -> None:
-    ax = plots.mismatch(mismatched())
+def test_mismatch_draws_the_means_over_seeds() -> None:
+    rows = mismatched()
+    ax = plots.mismatch(pd.concat([rows.assign(seed=k, mean_shift=rows.mean_shift + k - 1) for k in range(3)]))
     lines = {line.get_label(): line for line in ax.get_lines()}
     assert list(lines) == [f"{b} bits, {c} correction" for c in ("without", "with") for b in (2, 8)]
-    assert lines["2 bits, without correction"].get_xydata().tolist() == [[0, 0.2], [1, 1.2]]
-    assert lines["8 bits, with correction"].get_xydata().tolist() == [[0, 0.16], [1, 1.16]]
+    assert lines["2 bits, without correction"].get_xydata().ravel() == pytest.approx([0, 0.2, 1, 1.2])
+    assert lines["8 bits, with correction"].get_xydata().ravel() == pytest.approx([0, 0.16, 1, 1.16])
     assert {line.get_linestyle() for name, line in lines.items() if "without" in name} == {"--"}
     for b in (2, 8):  # one color a bit-width
         assert {line.get_color() for name, line in lines.items() if name.startswith(str(b))} == {plots.bit_color(b)}
@@ -317,8 +318,10 @@ def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
     assert [label.get_text() for label in ax.get_xticklabels()] == ["conv1", "fc"]
 
 
-def test_angles_by_epoch_are_those_of_all_layers() -> None:
-    lines = {line.get_label(): line.get_xydata().tolist() for line in plots.angles_by_epoch(angles()).get_lines()}
+def test_angles_by_epoch_are_those_of_all_layers_and_means_over_seeds() -> None:
+    rows = angles()
+    rows = pd.concat([rows.assign(seed=k, angle=rows.angle + k - 1) for k in range(3)])
+    lines = {line.get_label(): line.get_xydata().tolist() for line in plots.angles_by_epoch(rows).get_lines()}
     assert lines["2 and 4 bits, same images"] == [[0, 41], [1, 141]]
     assert lines["2 bits, other images"] == [[0, 21], [1, 121]]
 

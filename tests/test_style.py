@@ -45,6 +45,7 @@ LAYERS = [
     ["derived"],
     ["methods"],
     ["experiments"],
+    ["studies"],
     ["results"],
     ["plots"],
     ["figures"],
@@ -421,10 +422,10 @@ def test_the_library_is_small() -> None:
     training that stops when time is up checkpoints, and 200 lines; files of trained networks saving and provenance;
     deployment packing, export, serving and deployment; what is killed, shared or damaged container, finite and derived,
     and wrong arguments of every public function, told by name before any work, 150 lines; several releases of PyTorch
-    versions, one place to read of them.
+    versions, one place to read of them; studies what experiments' networks are measured for, 400 lines a file.
     """
-    assert len(MODULES) <= 43
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 8700
+    assert len(MODULES) <= 44
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) <= 8750
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem)
