@@ -22,9 +22,10 @@ class TrainConfig:
     distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
     clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". compile: run the
     network through torch.compile, or "auto": where the run has 500 steps or more for each layer, since compiling
-    costs more than it saves before. device: "auto" takes CUDA if there is one. coreset: None for the full data.
-    batch_size: of a step, of all ranks together. accumulate: in how many parts, one after the other, a rank takes its
-    share of a step, for less memory; batch norm sees one part at a time.
+    costs more than it saves before; "graphs": as CUDA graphs, on one GPU alone, which take no time to compile.
+    device: "auto" takes CUDA if there is one. coreset: None for the full data. batch_size: of a step, of all ranks
+    together. accumulate: in how many parts, one after the other, a rank takes its share of a step, for less memory;
+    batch norm sees one part at a time.
     """
 
     scheme: str = "bitwise"
@@ -60,8 +61,10 @@ class TrainConfig:
             self._take(name, checks.integer(name, getattr(self, name), low, most))
         for name in ("nesterov", "distillation", "channels_last"):
             checks.flag(name, getattr(self, name))
-        if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile == "auto"):
-            raise checks.invalid("compile", self.compile, 'True, False or "auto"')
+        if not isinstance(self.compile, bool) and not (
+            isinstance(self.compile, str) and self.compile in ("auto", "graphs")
+        ):
+            raise checks.invalid("compile", self.compile, 'True, False, "auto" or "graphs"')
         checks.instance("device", self.device, str, "the name of a device, for example auto, cpu or cuda")
         self._check_numbers()
         if self.accumulate > self.batch_size:

@@ -2,7 +2,7 @@
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -35,7 +35,10 @@ def device(name: str) -> torch.device:
 
 def autocast(name: str, device: torch.device) -> AbstractContextManager:
     """The context in which a forward pass runs in "bfloat16" or "float16"; "none" changes nothing."""
-    return nullcontext() if name == "none" else torch.autocast(device.type, dtype=getattr(torch, name))
+    if name == "none":
+        return nullcontext()
+    # CUDA graphs cannot have the cache, which saves nothing where each weight is cast once a step
+    return torch.autocast(device.type, dtype=getattr(torch, name), cache_enabled=device.type != "cuda")
 
 
 def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
@@ -56,6 +59,42 @@ def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
     layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
     pays = how == "auto" and steps >= COMPILE_STEPS * layers
     return torch.compile(model) if how is True or pays else model
+
+
+class Graphed:
+    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state`.
+
+    A network of small kernels spends most of a step on launching them one by one; a graph launches all at once.
+    state: what the passes depend on besides their input, such as the bit-width, as long as nothing else but tensors in
+    their place changes. The first call of its kind is the network's own, as are calls while a submodule is hooked.
+    """
+
+    def __init__(self, model: nn.Module, state: Callable[[], Hashable]) -> None:
+        self.model, self.state, self.pool = model, state, torch.cuda.graph_pool_handle()
+        self.known: dict[Hashable, Callable[[Tensor], Tensor] | None] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output of the network in training for x (B, ...) on a CUDA device."""
+        _, *parts = self.model.modules()
+        if any(part._forward_pre_hooks or part._forward_hooks for part in parts):
+            return self.model(x)
+        kind = (self.state(), x.shape, x.stride(), x.dtype)
+        if kind not in self.known:  # what is made at first sight, such as the ranges of inputs, is not for a graph
+            self.known[kind] = None
+            return self.model(x)
+        if self.known[kind] is None:
+            self.known[kind] = self._captured(x)
+        return self.known[kind](x)
+
+    def _captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Whatever the passes that warm up have changed, running statistics for one, is put back."""
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        without_hooks = nn.Sequential(self.model).train()
+        own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all, of which two are never at work
+        graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
+        for buffer, value in before:
+            buffer.copy_(value)
+        return graphed
 
 
 @contextmanager

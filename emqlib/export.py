@@ -39,7 +39,7 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
     """
     onnx = _library()
     path, inputs = file_name("path", path), _batches(example_inputs)
-    network = _spelled_out(_tried(pack(model, bits), inputs))
+    network = _spelled_out(_tried(pack(model, bits).cpu(), inputs))
     names = ["images"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     batch, *others = torch.export.Dim("batch"), *[torch.export.Dim.AUTO for _ in inputs[1:]]
     program = torch.onnx.export(
@@ -77,7 +77,7 @@ def _batches(inputs: Any) -> tuple[Tensor, ...]:
         raise invalid("example_inputs", type(inputs).__name__, expected)
     if not all(len(x) for x in given):
         raise invalid("example_inputs", [tuple(x.shape) for x in given], f"{expected}, not empty")
-    return tuple(x[:1].expand(2, *x.shape[1:]) for x in given)
+    return tuple(x[:1].cpu().expand(2, *x.shape[1:]) for x in given)
 
 
 def _tried(network: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:

@@ -115,7 +115,7 @@ PROFILES = {
             schedule="step",
             milestones=(100, 150, 180),
             autocast="bfloat16",
-            compile="auto",
+            compile="graphs",
         ),
         repeats=1,
         lengths=(50, 100, 200),

@@ -1,11 +1,12 @@
 """What is measured in the networks of `experiments`: tables over all seeds, each part kept beside its run's rows."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from . import analysis, deployment
+from .data import Dataset
 from .derived import derived, followed
 from .experiments import deployed, transfer, uncalibrated
 from .methods import base, ours, vit_base
@@ -108,9 +109,9 @@ def deploy(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.Da
     tables = []
     for run, full in zip(runs[::2], runs[1::2], strict=True):
 
-        def measure(*net: Any, full: Run = full) -> pd.DataFrame:
-            return deployment.served(*net, trained(full, kept)[0], bits, repeats)
+        def measure(model: nn.Module, data: Dataset, full: Run = full) -> pd.DataFrame:
+            return deployment.served(model.cpu(), data, trained(full, kept)[0].cpu(), bits, repeats)
 
         tables.append(derived(run, "served", kept, measure))
-    switching = derived(runs[0], "switching", kept, lambda *net: deployment.switching(*net, bits))
+    switching = derived(runs[0], "switching", kept, lambda net, data: deployment.switching(net.cpu(), data, bits))
     return pd.concat(tables, ignore_index=True), switching

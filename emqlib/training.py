@@ -21,7 +21,7 @@ from .data import Dataset
 from .files import alone
 from .finite import LossWatch, check_weights
 from .loading import Batch, FileLoader, MemoryLoader, loader
-from .multibit import set_bits
+from .multibit import quantized_layers, set_bits
 from .ranks import Ranks, current, synchronized
 from .sampling import Sampler, Selection, generator
 
@@ -177,6 +177,9 @@ def _prepare(
     wrapped, data = place.wrap(model), data.to(device)
     forwards = len(bits) * sum(-(-sampler.size(epoch) // config.batch_size) for epoch in range(config.epochs))
     forward = devices.compiled(wrapped, config.compile, forwards)
+    if config.compile == "graphs" and device.type == "cuda" and place.count == 1:
+        layer = next(iter(quantized_layers(model).values()))
+        forward = devices.Graphed(model, lambda: layer.bits)
     batches = loader(data, "train", device, place)
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
     parts = (batches, memory_format, optimizer(model, config), scaler, sampler, path, deadline)

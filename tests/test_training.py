@@ -453,6 +453,11 @@ def test_compile_hands_the_network_to_torch(digits: Dataset, monkeypatch: pytest
     assert compiled == [model]
 
 
+def test_graphs_are_for_one_gpu_alone(digits: Dataset) -> None:
+    """tests/test_cuda.py has them; elsewhere a network is what it is without."""
+    assert losses(digits, tiny(), compile="graphs") == losses(digits)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
