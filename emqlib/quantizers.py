@@ -246,7 +246,7 @@ def lsq_initial_scale(x: Tensor, q_max: Tensor) -> Tensor:
 
 def scale_gradient(scale: Tensor, numel: int, q_max: Number) -> Tensor:
     """The scalar `scale` itself, its gradient multiplied by g = 1 / sqrt(numel q_max). Source: LSQ, section 2.2."""
-    q_max = q_max if isinstance(q_max, Tensor) else scale.new_tensor(q_max)
+    q_max = q_max if isinstance(q_max, Tensor) else scale.new_full((), q_max)  # filled where it lies: no copy to a GPU
     g = (numel * q_max.clamp_min(1)).rsqrt()
     return (scale - scale * g).detach() + scale * g
 

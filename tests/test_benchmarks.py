@@ -268,3 +268,21 @@ def test_decoding(tmp_path: Path) -> None:
     rows = decoding.measure(tmp_path / "digits/train", workers=(0, 1), repeats=2, batch=8)
     assert list(zip(rows.repeat, rows.workers, strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert set(rows.images) == {20} and list(decoding.summary(rows).workers) == [0, 1]
+
+
+def test_the_papers_network_is_trained_for_about_as_many_passes_by_each_method() -> None:
+    paper_network = benchmark("paper_network")
+    asked = paper_network.asked()
+    assert [(run.method, run.coreset, run.config.epochs) for run in asked] == [
+        ("Any-Precision", "full data", 5),
+        ("Ours", "full data", 4),
+        ("Ours", "tdds", 26),
+        ("Ours, own statistics", "tdds, sample of all", 26),
+    ]
+    assert {(run.model, run.model_args, run.config.batch_size) for run in asked} == {
+        ("preact_resnet20", (("width_factor", 5),), 128)
+    }
+    rows = pd.read_csv(FOLDER.parent / "results/benchmarks/paper_network.csv")
+    assert list(dict.fromkeys(rows.run)) == [run.hash for run in asked] and set(rows.device) == {"NVIDIA H200"}
+    table = paper_network.summary(rows)
+    assert table["passes (M)"].between(0.6, 0.81).all() and table["paper: top1 (%)"].notna().sum() == 1

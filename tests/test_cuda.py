@@ -215,7 +215,7 @@ def test_too_little_memory_says_what_to_try(digits: emq.Dataset) -> None:
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 50e6) / total)
     try:
         with pytest.raises(MemoryError, match=r"^batch_size=640: .*try batch_size=320"):
-            trained(digits, models_of_width(512), batch_size=640)
+            trained(digits, models_of_width(64), batch_size=640)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

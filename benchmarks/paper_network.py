@@ -1,0 +1,45 @@
+"""The paper's CIFAR-10 network on one GPU, trained for about as many sample passes by each method.
+
+`python benchmarks/paper_network.py` trains pre-activation ResNet-20 of width 80, with the optimizer of the profile
+`paper` and its schedule shortened, and writes its rows to results/benchmarks/paper_network.csv; runs that are stored
+are read. Ours at 80 % pruning can make five times as many epochs. One seed: a full schedule takes hours.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from emqlib import methods, plots, results, runs
+from emqlib.profiles import parameters
+
+OUTPUT = Path(__file__).parents[1] / "results/benchmarks/paper_network"
+EPOCHS = {"any_precision": 5, "full": 4, "coreset": 26, "redrawn": 26}
+
+
+def asked(epochs: dict[str, int] | None = None, dataset: str = "cifar10") -> list[runs.Run]:
+    """Any-Precision; ours on the full data; at 80 % with the paper's coresets, and as `methods.redrawn`, one part."""
+    p, epochs = parameters(profile="paper", repeats=1), EPOCHS if epochs is None else epochs
+    start = {name: methods.of_length(p, p.seeds[0], dataset, count) for name, count in epochs.items()}
+    found = [methods.any_precision(start["any_precision"]), methods.ours(start["full"])]
+    found += [methods.ours(start["coreset"], methods.bitwise_coreset(0.8)), methods.redrawn(start["redrawn"], 0.8, 1)]
+    return [replace(run, eval_bits=runs.Run.eval_bits) for run in found]
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a method: top-1 (%) over the trained bit-widths, passes (millions), steps, seconds; the paper's numbers."""
+    table = results.cost_table(rows, "table1").drop(columns=["candidates", "calibration (M)", "fewer passes", "faster"])
+    return table.assign(seconds=[f"{s:.0f}" for s in table.seconds])
+
+
+def figure(rows: pd.DataFrame) -> Axes:
+    """Top-1 by bit-width, as served: Any-Precision calibrated where it was not trained, ours nowhere."""
+    return plots.accuracy_by_bits(results.served(rows[rows.bits.gt(1)]).assign(adapted=False))
+
+
+if __name__ == "__main__":
+    measured = runs.run_all(asked(), OUTPUT.parents[1])
+    results.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
+    print(summary(measured).to_string(index=False))
