@@ -4,7 +4,8 @@
 # make faults      disturb jobs in real processes, many times over, into results/reliability/; ten minutes
 # make mutants     change the sources in hundreds of places: does a test notice? into results/reliability/; ten minutes
 # make figures     redraw every figure in results/ from the CSV beside it
-# make notebooks   run the committed notebooks in place: PROFILE=small (default), smoke or paper
+# make results     train what the notebooks need, JOBS runs side by side, and execute them: PROFILE=small (default), smoke
+#                  or paper; goes on where it was stopped. BUDGET=seconds stops it; ONLY="01_cifar10 12_deploy" takes some
 # Another interpreter: make install PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -14,14 +15,6 @@ VENV    := $(CURDIR)/.venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 DEMO    := $(CURDIR)/build/demo
-
-# ImageNet lies in few places: without it, its notebook runs in smoke alone.
-NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-ifneq ($(PROFILE),smoke)
-ifeq ($(wildcard $(or $(EMQ_DATA),data)/imagenet $(or $(EMQ_DATA),data)/ILSVRC),)
-NOTEBOOKS := $(filter-out %/03_imagenet.ipynb,$(NOTEBOOKS))
-endif
-endif
 
 # "python3" is the venv's own kernel, whatever kernels and settings the user's home holds; nothing is written there.
 export JUPYTER_PATH       := $(VENV)/share/jupyter
@@ -33,7 +26,7 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: install demo test lint format bench faults mutants figures notebooks clean
+.PHONY: install demo test lint format bench faults mutants figures results clean
 
 install: $(STAMP)
 
@@ -81,15 +74,8 @@ figures: install
 	$(BIN)/python -m emqlib.figures
 	$(BIN)/python benchmarks/redraw.py
 
-# Twice: the first execution trains, the second finds every run stored, and is kept without progress bars in it.
-notebooks: install
-	@mkdir -p build
-	for notebook in $(NOTEBOOKS); do \
-		EMQ_PROFILE=$(PROFILE) $(BIN)/papermill -k python3 $$notebook build/$$(basename $$notebook) && \
-		EMQ_PROFILE=$(PROFILE) $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
-			--ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.timeout=-1 \
-			--ExecutePreprocessor.record_timing=False $$notebook || exit 1; \
-	done
+results: install
+	$(BIN)/python -m emqlib.suite $(ONLY) --profile $(PROFILE) --jobs $(JOBS) $(if $(BUDGET),--budget $(BUDGET))
 
 # Leaves .venv, which is gigabytes to install again.
 clean:

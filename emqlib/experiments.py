@@ -36,6 +36,7 @@ __all__ = [
     "bitwise_coreset",
     "comparison",
     "coreset_rows",
+    "corrected_or_not",
     "curves",
     "dedicated",
     "deployed",
@@ -234,6 +235,12 @@ def deployed(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return [run for pair in pairs for run in pair]
 
 
+def corrected_or_not(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Table 1's networks, ours on the full data, without and with correction: for `studies.distributions`."""
+    pairs = product(p.seeds, ("none", "mean_var"))
+    return [ours(base(p, seed, dataset), correction=correction) for seed, correction in pairs]
+
+
 def bias_correction(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Table 6: weight bias correction under a shared and a switchable batch norm, on the full data."""
     runs = []
@@ -282,7 +289,7 @@ def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
-RUNS += [bias_correction, uncalibrated, untrained, transfer, deployed]
+RUNS += [corrected_or_not, bias_correction, uncalibrated, untrained, transfer, deployed]
 
 
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h

@@ -8,8 +8,8 @@ from torch import nn
 from . import analysis, deployment
 from .data import Dataset
 from .derived import derived, followed
-from .experiments import deployed, transfer, uncalibrated
-from .methods import base, ours, vit_base
+from .experiments import corrected_or_not, deployed, transfer, uncalibrated
+from .methods import ours, vit_base
 from .profiles import Parameters
 from .remedies import compare
 from .runs import Run, run_all, trained
@@ -20,20 +20,17 @@ def _each(runs: Iterable[Run], measured: Callable[[Run], pd.DataFrame]) -> pd.Da
     return pd.concat([measured(run) for run in runs], ignore_index=True)
 
 
-def _corrected_or_not(shared: Iterable[Run]) -> list[Run]:
-    return [ours(run, correction=correction) for run in shared for correction in ("none", "mean_var")]
-
-
 def layer_norms(p: Parameters) -> pd.DataFrame:
     """What weight bias correction changes before each layer norm of ViT's children, of networks without and with it.
 
     Rows of `analysis.layer_norms`, on CIFAR-10, at the trained bit-widths.
     """
 
-    def measured(run: Run) -> pd.DataFrame:
-        return derived(run, "norms", p.results_dir, lambda *net: analysis.layer_norms(*net, p.bits))
-
-    return _each(_corrected_or_not(vit_base(p, seed, "cifar10") for seed in p.seeds), measured)
+    starts = (vit_base(p, seed, "cifar10") for seed in p.seeds)
+    runs = [ours(start, correction=correction) for start in starts for correction in ("none", "mean_var")]
+    return _each(
+        runs, lambda run: derived(run, "norms", p.results_dir, lambda *net: analysis.layer_norms(*net, p.bits))
+    )
 
 
 def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -43,7 +40,7 @@ def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame
     `analysis.preactivations` of all, at the trained bit-widths, histograms of the first seed. The networks are those of
     Table 1.
     """
-    runs, kept = _corrected_or_not(base(p, seed, dataset) for seed in p.seeds), p.results_dir
+    runs, kept = corrected_or_not(p, dataset), p.results_dir
 
     def found(run: Run, name: str, part: int) -> pd.DataFrame:
         return derived(run, name, kept, lambda *net: analysis.preactivations(*net, p.bits)[part])

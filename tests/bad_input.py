@@ -41,6 +41,7 @@ from emqlib import (
     runs,
     serving,
     studies,
+    suite,
     transfer,
 )
 from emqlib.checkpoints import checked
@@ -542,6 +543,7 @@ of_one_dataset = [
     experiments.curves,
     experiments.comparison,
     experiments.bias_correction,
+    experiments.corrected_or_not,
     experiments.deployed,
     experiments.uncalibrated,
     experiments.untrained,
@@ -577,6 +579,20 @@ wrong(
     lambda budget: experiments.main(["quickstart", "--budget", budget]),
     budget={"zero": "0", "nan": "nan", "infinite": "inf"},
 )
+wrong(
+    "suite.needed",
+    lambda notebook: suite.needed([notebook], asked()),
+    {},
+    notebook={"a number": "01", "a file": "01_cifar10.ipynb", "None": None, "empty": ""},
+)
+for name in ("budget", "jobs"):
+    wrong(
+        "suite.main",
+        lambda value, name=name: suite.main(["00_quickstart", "--profile", "smoke", f"--{name}", value]),
+        {},
+        {"value": name},
+        value={f"{name} of zero": "0", f"a negative {name}": "-1"},
+    )
 of_base = {"p": {"None": None, "a dict": {}}, "seed": NUMBERS | {"negative": -1}} | ONE_DATASET
 wrong(
     "methods.base",

@@ -63,7 +63,9 @@ def test_wrong_value(case: Case, here: Path, steps: list[object]) -> None:
     before, start = contents(here), process_time()
     with pytest.raises(ValueError, match=rf"(?s)^{re.escape(case.told)}=.*: expected .+") as error:
         case.call(**arguments)
-    parsed = case.name.startswith(("parameters-", "experiments.main-"))  # and told as what was read in it
+    parsed = case.name.startswith(
+        ("parameters-", "experiments.main-", "suite.main-")
+    )  # and told as what was read in it
     if not parsed and isinstance(case.value, (type(None), float, str)) and len(repr(case.value)) < 100:
         assert repr(case.value) in str(error.value) or type(case.value).__name__ in str(error.value)
     assert process_time() - start < 2

@@ -331,7 +331,7 @@ def test_quickstart() -> None:
 
 
 TABLES = ("curves", "equal_epochs", "comparison", "scoring_ablation", "table2", "growth")
-TABLES += ("bias_correction", "uncalibrated", "untrained", "transfer", "vit", "deployed")
+TABLES += ("corrected_or_not", "bias_correction", "uncalibrated", "untrained", "transfer", "vit", "deployed")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
