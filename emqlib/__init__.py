@@ -19,7 +19,7 @@ from .sampling import CoresetConfig
 from .saving import load, save
 from .training import train
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 __all__ = [
     "CoresetConfig",
