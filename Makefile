@@ -46,6 +46,7 @@ demo: install
 # nbval reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on.
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --cov=emqlib --cov-fail-under=95 --cov-report=term:skip-covered
+	$(MAKE) results PROFILE=smoke
 	EMQ_PROFILE=smoke $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
 		-o addopts= -W default notebooks
 

@@ -197,7 +197,7 @@ def _has_imagenet(p: Parameters) -> bool:
         if p.profile.name != "smoke":
             data_of(ex.imagenet(p)[0], {})
         return True
-    print("03_imagenet: not run, there is no ImageNet here (see the README)")
+    print("03_imagenet: not run, there is no ImageNet here (see GUIDE.md)")
     return False
 
 

@@ -123,7 +123,7 @@ def test_every_survivor_has_a_reason_and_no_other_mutant(report: pd.DataFrame) -
 
 def test_the_readme_says_how_many_are_killed(report: pd.DataFrame) -> None:
     share = 100 * report.outcome.ne("survived").mean()
-    assert f"{share:.0f} % of the changes that a script makes" in (mutation.ROOT / "README.md").read_text()
+    assert f"{share:.0f} % of the changes that a script makes" in (mutation.ROOT / "GUIDE.md").read_text()
 
 
 def test_the_committed_table_is_what_the_rows_give(report: pd.DataFrame) -> None:
