@@ -3,6 +3,7 @@
 # make bench       run every benchmark, into results/benchmarks/; EMQ_ANY_PRECISION: a checkout to measure against
 # make faults      disturb jobs in real processes, many times over, into results/reliability/; ten minutes
 # make mutants     change the sources in hundreds of places: does a test notice? into results/reliability/; ten minutes
+# make browser     run the quickstart in JupyterLab in headless Chromium, if one is installed; look at build/browser.png
 # make figures     redraw every figure in results/ from the CSV beside it
 # make results     train what the notebooks need, JOBS runs side by side, and execute them: PROFILE=small (default), smoke
 #                  or paper; goes on where it was stopped. BUDGET=seconds stops it; ONLY="01_cifar10 12_deploy" takes some
@@ -26,7 +27,7 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: install demo test lint format bench faults mutants figures results clean
+.PHONY: install demo test lint format bench faults mutants browser figures results clean
 
 install: $(STAMP)
 
@@ -46,7 +47,6 @@ demo: install
 # nbval reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on.
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --cov=emqlib --cov-fail-under=95 --cov-report=term:skip-covered
-	$(MAKE) results PROFILE=smoke
 	EMQ_PROFILE=smoke $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
 		-o addopts= -W default notebooks
 
@@ -70,6 +70,10 @@ faults: install
 
 mutants: install
 	$(BIN)/python tests/mutation.py
+
+browser: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
+	$(BIN)/python tests/browser.py
 
 figures: install
 	$(BIN)/python -m emqlib.figures

@@ -161,7 +161,7 @@ def _execute(name: str, p: Parameters) -> None:
                 raise ChildProcessError(f"{source.name} failed\n{finished.stderr[-3000:]}")
             text = Path(folder, source.name).read_text()
             outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
-            if not any(out.get("name") == "stderr" for out in outputs):
+            if not any(out["output_type"] == "stream" for out in outputs):
                 break
         write_text(target, text)
 

@@ -1,5 +1,6 @@
 """One training loop for every scheme: a scheme is a plan, which says what child sees which batch in each step."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -202,7 +203,9 @@ def _finish(run: _Run, label: str | bool, observe: Callable[[nn.Module], Any] | 
     total = sum(_count(run.sampler, run.config, epoch) for epoch in range(run.epoch, epochs))
     if label and run.place.count > 1:
         label = f"{label}, {run.place.count} processes"
-    shown = {"desc": label, "unit": "step", "leave": False, "mininterval": 1}
+    # JupyterLab shows what comes on stderr on red, and the strip stays red when the bar is gone.
+    file = sys.stdout if type(sys.stderr).__module__ == "ipykernel.iostream" else sys.stderr
+    shown = {"desc": label, "unit": "step", "leave": False, "mininterval": 1, "file": file}
     with tqdm(total=total, initial=done, disable=not (label and run.place.main), **shown) as bar:
         while run.epoch < epochs:
             row = _epoch(run, bar)

@@ -92,6 +92,7 @@ def test_quickstart_from_the_root(checkout: Path, tmp_path: Path) -> None:
     shown = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
     assert any("2*" in output.get("data", {}).get("text/html", "") for output in shown)
     assert any("image/png" in output.get("data", {}) for output in shown)
+    assert {output.name for output in shown if output.output_type == "stream"} == {"stdout"}  # stderr is shown on red
     assert not git(checkout, "status", "--porcelain")
 
 

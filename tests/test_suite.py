@@ -138,7 +138,7 @@ def test_a_call_makes_rows_tables_and_executed_notebooks_and_the_next_one_nothin
     times = {path: path.stat().st_mtime_ns for path in (made / "runs").glob("*.json")}
     assert len(times) == 2 and "1 notebooks" in first.stdout and "results, smoke: 100%" in first.stderr
     executed = made / "smoke/00_quickstart.ipynb"
-    assert outputs(executed) and not any(out.get("name") == "stderr" for out in outputs(executed))
+    assert outputs(executed) and not any(out["output_type"] == "stream" for out in outputs(executed))
     rows = pd.read_csv(made / "smoke/00_quickstart.csv")
     second = subprocess.run(command, **asked)
     assert second.returncode == 0 and {p: p.stat().st_mtime_ns for p in (made / "runs").glob("*.json")} == times
