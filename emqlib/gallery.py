@@ -60,7 +60,7 @@ def _by_seed(source: dict[str, Any], folder: Path) -> pd.Series:
     return rows.groupby(rows.seed if "seed" in rows else 0 * rows.index)[of].agg(how)
 
 
-def claims(folder: Path) -> list[dict[str, str]]:
+def _claims(folder: Path) -> list[dict[str, str]]:
     """The claims of `folder`/claims.toml, each with claim, paper, measured, verdict and why, numbers filled in.
 
     ValueError: a text missing, another verdict than VERDICTS, a name without a number or a number without a place.
@@ -88,7 +88,7 @@ def _with(shared: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
     return shared | source | {"where": shared.get("where", {}) | source.get("where", {})}
 
 
-def written(text: str, table: list[dict[str, str]], columns: list[str]) -> str:
+def _written(text: str, table: list[dict[str, str]], columns: list[str]) -> str:
     """`text` with `columns` of `table` between the two MARKS. ValueError: it does not have them."""
     parts = re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text)
     if parts[1::2] != list(MARKS):
@@ -100,15 +100,15 @@ def written(text: str, table: list[dict[str, str]], columns: list[str]) -> str:
 
 def main(root: Path) -> None:
     """Write the tables of claims of the project at `root` anew: all in the gallery, the paper's own in the README."""
-    for path, text in texts(checks.path("root", root)).items():
+    for path, text in _texts(checks.path("root", root)).items():
         write_text(path, text)
 
 
-def texts(root: Path) -> dict[Path, str]:
+def _texts(root: Path) -> dict[Path, str]:
     """What `main` writes: each file and its whole text."""
-    table = claims(checks.path("root", root) / "results")
+    table = _claims(root / "results")
     rows = {"results/README.md": table, "README.md": [claim for claim in table if claim["paper"]]}
-    return {root / name: written((root / name).read_text(), rows[name], columns) for name, columns in TABLES.items()}
+    return {root / name: _written((root / name).read_text(), rows[name], columns) for name, columns in TABLES.items()}
 
 
 if __name__ == "__main__":

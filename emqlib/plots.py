@@ -320,7 +320,7 @@ def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
 def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
     """Top-1 accuracy (%) against the size of a file (KB, logarithmic), a point a bit-width and kind of file.
 
-    rows: of `deployment.served`. ValueError: no rows.
+    rows: of `deployment.served`, means over seeds. ValueError: no rows.
     """
     import seaborn as sns
 
@@ -329,7 +329,8 @@ def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
     files = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
     colors = sns.color_palette("colorblind", len(files))
     for color, marker, (label, (runtime, size)) in zip(colors, "sxD", files.items(), strict=True):
-        points = rows[rows.runtime == runtime].drop_duplicates(["weights", "bits"]).sort_values(size)
+        kinds = rows[rows.runtime == runtime].groupby(["weights", "bits"], sort=False)
+        points = kinds[[size, "top1"]].mean().reset_index().sort_values(size)
         ax.plot(points[size] / 1e3, points.top1, ls="", color=color, marker=marker, ms=5, label=label)
         for point in points.itertuples() if label != "ONNX" else ():  # several bit-widths share a file's integers
             name = "float32" if point.bits == 32 else f"{point.bits}" if label == "packed" else point.weights

@@ -332,7 +332,7 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def deployment_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a runtime and bit-width, medians over repeats; rows: of `deployment.served`.
+    """One row a runtime and bit-width, medians over repeats and seeds; rows: of `deployment.served`.
 
     top1 and agreement in %; sizes in KB (1,000 bytes), memory in MiB, load and latency in milliseconds.
     """

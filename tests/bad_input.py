@@ -29,6 +29,7 @@ from emqlib import (
     experiments,
     export,
     figures,
+    gallery,
     methods,
     models,
     multibit,
@@ -585,6 +586,21 @@ wrong(
     {},
     notebook={"a number": "01", "a file": "01_cifar10.ipynb", "None": None, "empty": ""},
 )
+ROWS_OF = {"rows": "00_quickstart"}
+wrong(
+    "gallery.number",
+    gallery.number,
+    {"folder": SMALL},
+    source={
+        "no file": {},
+        "a text": "00_quickstart",
+        "an unknown key": ROWS_OF | {"column": "top1"},
+        "no such rows": ROWS_OF | {"where": {"bits": 9}},
+        "no such column": ROWS_OF | {"of": "top5"},
+        "no rows of the same seeds": ROWS_OF | {"where": {"seed": 0}, "minus": {"where": {"seed": 1}}},
+    },
+)
+wrong("gallery.main", gallery.main, {}, root={"None": None, "a number": 3})
 for name in ("budget", "jobs"):
     wrong(
         "suite.main",

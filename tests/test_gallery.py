@@ -20,7 +20,7 @@ NUMBERS = [(claim, name) for claim in CLAIMS for name in claim.get("numbers", {}
 
 def test_the_texts_are_those_of_the_rows() -> None:
     """`python -m emqlib.gallery` writes them anew."""
-    for path, text in gallery.texts(ROOT).items():
+    for path, text in gallery._texts(ROOT).items():
         assert path.read_text() == text, f"{path.name}: python -m emqlib.gallery"
 
 
@@ -124,7 +124,7 @@ def test_a_claim_that_is_not_whole(change: dict[str, str], told: str) -> None:
 @pytest.mark.parametrize("text", ["", gallery.MARKS[0], "".join(gallery.MARKS[::-1]), "".join(gallery.MARKS * 2)])
 def test_a_text_without_its_marks(text: str) -> None:
     with pytest.raises(ValueError, match="the marks"):
-        gallery.written(text, [], ["claim"])
+        gallery._written(text, [], ["claim"])
 
 
 # Numbers that no experiment gave: names, what was asked for, and what is counted in the sentence itself
