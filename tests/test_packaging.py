@@ -142,7 +142,7 @@ def test_wheel_holds_the_package_alone(held: list[str], published: dict[str, Pat
 
 def test_sdist_holds_what_it_takes_to_build(held: list[str], published: dict[str, Path]) -> None:
     package = {name for name in held if name.startswith("emqlib/")}
-    papers = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    papers = {"CHANGELOG.md", "CITATION.cff", "GUIDE.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
     with tarfile.open(published["sdist"]) as sdist:
         texts = {file.name: sdist.extractfile(file).read() for file in sdist.getmembers() if file.isfile()}
     ours = {f"{NAME}/{name}": (ROOT / name).read_bytes() for name in package | papers}
@@ -158,7 +158,8 @@ def test_metadata(metadata: Message) -> None:
         [value] for value in ("emqlib", emq.__version__, ">=3.11", "MIT", "LICENSE", paper)
     ]
     assert metadata["Summary"] == PROJECT["description"] and "emqlib" in metadata["Author"]
-    assert metadata["Description-Content-Type"] == "text/markdown" and metadata.get_payload().strip() == README.strip()
+    described = metadata.get_payload(decode=True).decode().strip()
+    assert metadata["Description-Content-Type"] == "text/markdown" and described == README.strip()
 
 
 def requirement(text: str, extra: str | None = None) -> tuple[str, frozenset[str], str | None]:
