@@ -84,5 +84,5 @@ results: install
 
 # Leaves .venv, which is gigabytes to install again.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
 	find emqlib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
