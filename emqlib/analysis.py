@@ -12,8 +12,7 @@ from .checks import bit_widths, integer, invalid
 from .correction import CORRECTIONS, correct_weight
 from .data import Dataset
 from .evaluation import Batches, batches, undisturbed
-from .layers import QuantConv2d, QuantLinear
-from .multibit import at_bits
+from .multibit import at_bits, quantized_layers
 from .norms import MultiBitBatchNorm
 
 SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins
@@ -75,11 +74,10 @@ def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.Data
     rows = []
     for b in bit_widths("bits", bits):
         with at_bits(model, b), torch.no_grad():
-            for name, layer in model.named_modules():
-                if isinstance(layer, (QuantConv2d, QuantLinear)):
-                    w_q, w = layer.weight_and_domain()
-                    changes = {mode: _change(correct_weight(w_q, w, mode), w) for mode in CORRECTIONS}
-                    rows += [{"layer": name, "bits": b, "correction": m} | change for m, change in changes.items()]
+            for name, layer in quantized_layers(model).items():
+                w_q, w = layer.weight_and_domain()
+                changes = {mode: _change(correct_weight(w_q, w, mode), w) for mode in CORRECTIONS}
+                rows += [{"layer": name, "bits": b, "correction": m} | change for m, change in changes.items()]
     return pd.DataFrame(rows)
 
 

@@ -141,8 +141,7 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...]) -> list[d
 @contextmanager
 def _restored(model: nn.Module, always: bool) -> Iterator[None]:
     """Norm statistics and not yet started input ranges go back to what they were: always, or after an exception."""
-    norms = [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
-    kept = norms + [m for m in _input_quantizers(model) if not m.started]
+    kept = batch_norms(model) + [m for m in _input_quantizers(model) if not m.started]
     before = [copy.deepcopy(m.state_dict()) for m in kept]
     restore = True
     try:

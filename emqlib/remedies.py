@@ -18,7 +18,7 @@ from .correction import output_shift
 from .data import Dataset
 from .evaluation import batches, evaluate, undisturbed
 from .layers import QuantConv2d, QuantLinear, nearest
-from .multibit import at_bits
+from .multibit import at_bits, quantized_layers
 from .norms import MultiBitBatchNorm, interpolation
 from .quantizers import levels
 
@@ -116,14 +116,15 @@ class _Network:
 
         None where unknown.
         """
-        layer = self.model.get_submodule(self.reads[name]) if name in self.reads else None
-        if self.reads.get(name) not in self.inputs:
+        read = self.reads.get(name)
+        if read not in self.inputs:
             return None
+        layer = self.model.get_submodule(read)
         with at_bits(self.model, bits), torch.no_grad():
             n = torch.tensor(levels(bits), device=layer.weight.device)
             quantizer = layer.input_quantizer
             part = F.relu if not quantizer.signed else nn.Identity()  # without a sign, a ReLU stands before it
-            mean, var = gaussian_moments(*self.inputs[self.reads[name]], lambda x: quantizer(part(x), n))
+            mean, var = gaussian_moments(*self.inputs[read], lambda x: quantizer(part(x), n))
             w = layer.quantized_weight()
         nothing = torch.zeros_like(w)
         return output_shift(w, nothing, mean), output_shift(w.square(), nothing, var)
@@ -206,14 +207,10 @@ def _set(net: _Network, bits: int, statistics: dict[str, Statistics]) -> None:
         norm.running_mean[row], norm.running_var[row] = mean, var
 
 
-def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
-    yield from ((name, m) for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear)))
-
-
 def _input_moments(model: nn.Module, data: Dataset, bits: int, samples: int) -> dict[str, Statistics]:
     """Mean and variance (C,) of each layer's quantized input at `bits`."""
     seen, hooks = {}, ExitStack()
-    for name, layer in _quantized(model):
+    for name, layer in quantized_layers(model).items():
         seen[name] = Moments()
         channel = 1 if isinstance(layer, nn.Conv2d) else -1
         hook = layer.input_quantizer.register_forward_hook(
@@ -230,7 +227,7 @@ def _input_moments(model: nn.Module, data: Dataset, bits: int, samples: int) -> 
 def _corrected(model: nn.Module, net: _Network, moments: dict[int, dict[str, Statistics]], bits: int) -> Iterator[None]:
     """Within the block, quantized inputs have the moments of the highest trained bit-width's."""
     shares, hooks = interpolation(net.trained, bits), ExitStack()
-    for name, layer in _quantized(model):
+    for name, layer in quantized_layers(model).items():
         shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
         (mean, var), (wanted, wanted_var) = (
             [sum(share * moments[b][name][i].view(shape) for b, share in parts.items()) for i in (0, 1)]
