@@ -36,7 +36,7 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
     running statistics, or of a kind that is not known; a weight that the network reads past its layer.
     """
-    if not isinstance(net, nn.Module) or any(True for _ in _switchable(net)):
+    if not isinstance(net, nn.Module) or any(True for _ in _settable(net)):
         raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
@@ -147,7 +147,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
 
 
-def _switchable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:
+def _settable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:
+    """What `set_bits` sets: quantized layers and batch norms, by name."""
     for name, module in model.named_modules():
         if isinstance(module, (QuantConv2d, QuantLinear, MultiBitBatchNorm)):
             yield name, module
@@ -160,7 +161,7 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
     on a ValueError (not converted, no such bit-width, a switchable norm not built for it, a layer no pattern matches,
     a pattern no layer matches) nothing has changed.
     """
-    modules = dict(_switchable(converted(model)))
+    modules = dict(_settable(converted(model)))
     plan = _plan(modules, bits)
     for name, module in modules.items():
         if isinstance(module, MultiBitBatchNorm) and not module.serves(plan[name]):
@@ -202,7 +203,7 @@ def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
 @contextmanager
 def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
     """`with at_bits(model, 2): ...` runs the block at `bits` (see `set_bits`) and restores on exit, come what may."""
-    before = {module: module.bits for _, module in _switchable(converted(model))}
+    before = {module: module.bits for _, module in _settable(converted(model))}
     set_bits(model, bits)
     try:
         yield model
