@@ -175,9 +175,8 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 def _first_of_each_class(split: Split | ImageFiles, count: int) -> Split | ImageFiles:
     by_class = split.labels.argsort(stable=True)
-    by_rank = by_class[
-        _rank_in_class(split.labels)[by_class].argsort(stable=True)
-    ]  # first of each, second of each, ...
+    ranks = _rank_in_class(split.labels)[by_class]
+    by_rank = by_class[ranks.argsort(stable=True)]  # first of each, second of each, ...
     return split.take(by_rank[:count].sort().values)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _OF_ANGLES = ("epoch", "depth", "bits", "other_bits", "other_images", "angle")
+_MARKERS = "osD^vP*Xhd<>"
 _OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend of many lines would cover some of them
 
 
@@ -50,10 +51,10 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     ax = axes(ax, _setting(rows, "Accuracy by bit-width"))
     lines = spread(rows, [*SETTING, "adapted", "bits", "trained"])
     settings = list(dict.fromkeys(map(tuple, lines[SETTING].to_numpy())))
-    colors, markers = sns.color_palette("colorblind", len(settings)), "osD^vP*Xhd<>"
+    colors = sns.color_palette("colorblind", len(settings))
     for (*setting, adapted), line in lines.groupby([*SETTING, "adapted"], sort=False):
         line, i = line.sort_values("bits"), settings.index(tuple(setting))
-        look = {"color": colors[i], "marker": markers[i % len(markers)], "ls": "--" if adapted else "-", "ms": 5}
+        look = {"color": colors[i], "marker": _MARKERS[i % len(_MARKERS)], "ls": "--" if adapted else "-", "ms": 5}
         label = _label(*setting) + (", adapted" if adapted else "")
         ax.errorbar(line.bits, line["mean"], line["std"].fillna(0), label=label, capsize=2, **look)
         untrained = line[~line.trained.astype(bool)]
@@ -86,11 +87,11 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes 
     ax = axes(ax, _setting(rows, "Accuracy against training cost"))
     points = with_cost(rows, cost)
     groups = points.groupby(SETTING[:-1], sort=False, dropna=False)
-    colors, markers = sns.color_palette("colorblind", groups.ngroups), "osD^vP*Xhd<>"
+    colors = sns.color_palette("colorblind", groups.ngroups)
     for i, (setting, group) in enumerate(groups):
         lengths = group.groupby("epochs").agg({"top1": ["mean", "std"], cost: "mean"})
         x, y, spreads = lengths[cost, "mean"] / unit, lengths["top1", "mean"], lengths["top1", "std"].fillna(0)
-        look = {"color": colors[i % len(colors)], "marker": markers[i % len(markers)], "capsize": 2, "ms": 5, "lw": 1}
+        look = {"color": colors[i % len(colors)], "marker": _MARKERS[i % len(_MARKERS)], "capsize": 2, "ms": 5, "lw": 1}
         ax.errorbar(x, y, spreads, label=_label(*setting), **look)
         for epochs in lengths.index if points.epochs.nunique() > 1 else ():
             place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6, "color": look["color"]}
@@ -134,11 +135,11 @@ def _error_lines(ax: "Axes", lines: pd.DataFrame, name: str, x: str, step: float
     import seaborn as sns
 
     names = list(dict.fromkeys(lines[name]))
-    colors, markers = sns.color_palette("colorblind", len(names)), "osD^vP*Xhd<>"
+    colors = sns.color_palette("colorblind", len(names))
     for i, value in enumerate(names):
         line = lines[lines[name] == value].sort_values(x)
         shift = step * (i - len(names) / 2)  # beside one another, or bars hide each other
-        look = {"color": colors[i], "marker": markers[i % len(markers)], "capsize": 2, "ms": 5, "lw": 1}
+        look = {"color": colors[i], "marker": _MARKERS[i % len(_MARKERS)], "capsize": 2, "ms": 5, "lw": 1}
         ax.errorbar(line[x] + shift, line["mean"], line["std"].fillna(0), label=value, **look)
 
 
@@ -210,14 +211,13 @@ def distributions(histograms: pd.DataFrame) -> "Axes":
     checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
     if histograms.layer.nunique() != 1:
         raise checks.invalid("histograms", sorted(set(histograms.layer)), "the rows of one layer")
-    part, layer = histograms, histograms.layer.iloc[0]
     with sns.axes_style("whitegrid"):
         figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.6), dpi=100, layout="constrained", sharex=True, sharey=True)
-    figure.suptitle(_setting(part, f"Pre-activations of {layer} by bit-width"), fontsize=10)
+    figure.suptitle(_setting(histograms, f"Pre-activations of {histograms.layer.iloc[0]} by bit-width"), fontsize=10)
     for ax, (correction, title) in zip(panels, _TRAINED_WITH.items(), strict=True):
-        for b, line in part[part.trained_with == correction].groupby("bits"):
+        for b, line in histograms[histograms.trained_with == correction].groupby("bits"):
             ax.plot(line.z, line.density, color=bit_color(b), label=f"{b} bits", lw=1.5)
-        z = part.z.drop_duplicates()
+        z = histograms.z.drop_duplicates()
         normal = (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi)
         ax.plot(z, normal, color="black", ls=":", lw=1, label="standard normal")
         ax.set_title(title, fontsize=9)

@@ -25,7 +25,6 @@ def layer_norms(p: Parameters) -> pd.DataFrame:
 
     Rows of `analysis.layer_norms`, on CIFAR-10, at the trained bit-widths.
     """
-
     starts = (vit_base(p, seed, "cifar10") for seed in p.seeds)
     runs = [ours(start, correction=correction) for start in starts for correction in ("none", "mean_var")]
     return _each(

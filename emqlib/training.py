@@ -375,11 +375,5 @@ def _resume(run: _Run, path: Path) -> None:
         run.scaler.load_state_dict(state["scaler"])
         run.sampler.load(state["sampler"], run.device)
         run.loader.damaged, run.paused = state["damaged"], state["paused"]
-    except (
-        RuntimeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise checks.invalid("checkpoint", str(path), f"a whole state of this run ({error!r})") from error

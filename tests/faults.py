@@ -307,10 +307,6 @@ def _image_folder(folder: Path) -> Iterator[list[Path]]:
     yield sorted(folder.rglob("*.png"))
 
 
-def _load(folder: Path, stream: bool) -> str:
-    return load_dataset(f"imagefolder:{folder}", image_size=8, stream=stream).sha256
-
-
 def damaged_image(judge: Judge, folder: Path, rng: random.Random) -> Try:
     """An image file cut short or overwritten at random: named, and nothing is trained on it."""
     with _image_folder(folder / "data") as images:
