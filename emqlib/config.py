@@ -17,15 +17,17 @@ class TrainConfig:
 
     scheme: "dedicated" (a network with one bit-width), "joint" (every batch at every bit-width, one optimizer step) or
     "bitwise" (each step trains one child on a batch of its own coreset). epochs: passes over the training set, or over
-    the coresets. lr: peak learning rate, after warmup_epochs of linear increase; schedule: "cosine" to zero, or "step"
-    (times gamma at each of milestones, epochs). weight_decay: on convolution and linear weights alone.
+    the coresets. optimizer: "sgd", with momentum and nesterov, or "adamw". lr: peak learning rate, after warmup_epochs
+    of linear increase; schedule: "cosine" to zero, or "step" (times gamma at each of milestones, epochs). weight_decay:
+    on convolution and linear weights alone. label_smoothing: of the cross entropy with labels, in [0, 1).
     distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
-    clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". compile: run the
-    network through torch.compile, or "auto": where the run has 500 steps or more for each layer, since compiling
+    clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". channels_last: the
+    memory format of images and weights, where that is safe (see `devices.memory_format`). compile: True runs the
+    network through torch.compile, "auto" only where the run has 500 steps or more for each layer, since compiling
     costs more than it saves before; "graphs": as CUDA graphs, on one GPU alone, which take no time to compile.
-    device: "auto" takes CUDA if there is one. coreset: None for the full data. batch_size: of a step, of all ranks
-    together. accumulate: in how many parts, one after the other, a rank takes its share of a step, for less memory;
-    batch norm sees one part at a time.
+    device: "auto" takes CUDA if there is one. seed: of shuffling, augmentation, dropout and coresets. coreset: None
+    for the full data. batch_size: of a step, of all ranks together. accumulate: in how many parts, one after the other,
+    a rank takes its share of a step, for less memory; batch norm sees one part at a time.
     """
 
     scheme: str = "bitwise"

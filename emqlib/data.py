@@ -103,6 +103,7 @@ def load_dataset(
         alone, which fits no memory. workers: None for the CPUs there are for this process, at most 16; 0 for none.
     ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes, stream=True for
     what are no files of single images. FileNotFoundError: no data; says where it was looked for and how to get it.
+    ImportError: the digits without scikit-learn.
     """
     source, path = SOURCES[check_name("name", name)], str(name).partition(":")[2]
     if image_size is not None:

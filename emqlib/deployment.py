@@ -38,7 +38,8 @@ def served(
     runtimes taking turns. Columns: runtime, weights (their type in the file), bits, repeat, those of `serving.cost`,
     top1 (%), agreement (% of the test images on which the file answers as the network in training), difference (of
     logits, the largest), file and packed (bytes of that file and of what `saving.save` writes of a packed network), and
-    arithmetic (bytes that the numbers of the packed network take). ValueError: networks not converted, bad bits.
+    arithmetic (bytes that the numbers of the packed network take). ValueError: networks not converted, no Dataset, bad
+    bits, no number of repeats.
     """
     bits = _checked(model, data, bits, repeats)
     converted(full, "full")

@@ -1,4 +1,4 @@
-"""The places that choose a device, an autocast type and a memory format, and the noise drawn on a device."""
+"""What depends on the hardware: device, autocast type, memory format, compiling, memory, and the noise drawn there."""
 
 import re
 import traceback
@@ -65,8 +65,8 @@ class Graphed:
     """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state`.
 
     A network of small kernels spends most of a step on launching them one by one; a graph launches all at once.
-    state: what the passes depend on besides their input, such as the bit-width, as long as nothing else but tensors in
-    their place changes. The first call of its kind is the network's own, as are calls while a submodule is hooked.
+    state: tells what the passes depend on, such as the bit-width, besides their input and tensors that are changed in
+    place. The first call of its kind is the network's own, as are calls while a submodule is hooked.
     """
 
     def __init__(self, model: nn.Module, state: Callable[[], Hashable]) -> None:

@@ -28,8 +28,8 @@ def native(bits: int) -> int:
 def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: Tensor | Sequence[Tensor]) -> None:
     """Write one child of a converted `model` as an ONNX file to `path`, atomically, for any size of batch.
 
-    bits: as for `pack`, which makes the integers: weights are int2, int4 or int8, whichever is the next, and come back
-    to floating point by DequantizeLinear and their channel's offset; inputs of quantized layers go through
+    bits: as for `pack`, which makes the integers: weights are int2, int4 or int8, the smallest that holds them, and
+    come back to floating point by DequantizeLinear and their channel's offset; inputs of quantized layers go through
     QuantizeLinear and DequantizeLinear, as uint8, clipped to their bit-width. Every number is one that training used,
     so that rounding apart the file computes what the network does. What a runtime makes of it, integer arithmetic
     included, is its own choice. example_inputs: what the network takes, one tensor (B, ...) or several; the first

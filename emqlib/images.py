@@ -37,7 +37,7 @@ class ImageFiles:
     def of(
         cls, folder: Path, paths: Sequence[Path], labels: Tensor, image_size: int | None, workers: int
     ) -> "ImageFiles":
-        """The files at `paths`, all below `folder`, with labels (N,)."""
+        """The files at `paths`, all below `folder`, with labels (N,); image_size: None for 224."""
         start = len(str(folder).rstrip("/")) + 1
         names = np.array([os.fsencode(str(path)[start:]) for path in paths])
         return cls(folder, names, labels, image_size or 224, workers)
@@ -65,7 +65,10 @@ class ImageFiles:
 
 
 def list_classes(folder: Path, inner: str = "") -> Labelled:
-    """All image files of <folder>/<class>/<inner>/, sorted; hidden files and those of other types are left out."""
+    """All image files of <folder>/<class>/<inner>/, sorted; hidden files and those of other types are left out.
+
+    FileNotFoundError: no such folder. ValueError: no class in it, or a class without images.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -113,6 +116,7 @@ def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> 
     """The images at `paths`, (N, 3, H, W) uint8, decoded once: tens of thousands of files take tens of seconds.
 
     The cache beside the data, or else below the user's cache folder, is named after paths, file sizes and times.
+    image_size: see `pixels`. ValueError: a file that is no readable image, images of unequal size.
     """
     name = f"{_fingerprint(folder, paths, image_size)}.npy"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -166,7 +170,10 @@ def decode(path: Path, image_size: int | None) -> np.ndarray:
 
 
 def pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
-    """(H, W, 3) uint8 of an image in any mode; transparency is dropped."""
+    """(H, W, 3) uint8 of an image in any mode; transparency is dropped.
+
+    image_size: the shorter side becomes so many pixels and the centre is cut out, a square; None: as it is.
+    """
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode == "P":  # on the way to RGB a transparent colour would make it warn

@@ -41,7 +41,7 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
 
 
 def in_setting(base: Run, setting: Setting) -> Run:
-    """`base` with the network, the training and the images of `setting`, and its own seed."""
+    """`base` with the network, the training and the images of `setting`; of its own training the seed is kept."""
     return replace(
         _run("base", base),
         model=checks.instance("setting", setting, Setting, "a Setting, such as a profile's vit").model,

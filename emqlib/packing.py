@@ -294,7 +294,7 @@ class _Tracer(fx.Tracer):
 def _folded(network: nn.Module) -> dict[nn.Module, MultiBitBatchNorm]:
     """Of each convolution whose output goes to a batch norm and nowhere else, that batch norm.
 
-    None where torch.fx cannot trace the network.
+    Of none, where torch.fx cannot trace the network.
     """
     try:
         graph = _Tracer().trace(network)

@@ -157,7 +157,7 @@ PROFILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """A notebook's parameters, checked."""
+    """A notebook's parameters, checked: see `parameters`, which makes them."""
 
     profile: Profile
     bits: tuple[int, ...]

@@ -165,7 +165,7 @@ class _DoReFaWeight(Function):
     """`dorefa_weight`, whose gradient autograd would take three times as many small operations for.
 
     Both outputs have the same slope, since rounding is straight through: d/dt = E. With M = max|tanh(w)| and g the sum
-    of their gradients, dL/dtanh(w) = E g / M - [|tanh(w)| = M] sign(w) sum(E g tanh(w)) / M**2.
+    of their gradients, dL/dtanh(w) = E g / M - [|tanh(w)| = M] sign(w) sum(E g tanh(w)) / M**2; equal maxima share it.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ from . import devices, versions
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that train together."""
+    """This process's place, `rank` of `count`, among those that train together; alone it needs no accelerator."""
 
     rank: int = 0
     count: int = 1

@@ -34,7 +34,7 @@ class Recorder(nn.Module):
 class TDDSRecorder(Recorder):
     """`coreset.tdds` as a stream: the same number as from the array (T, N, C), to the rounding of `dtype`.
 
-    Memory: N (2 C + 4 (window - 1) + 8) bytes with half-precision probabilities, 2.0 MB for CIFAR-10 at window 3 and
+    Memory: N (2 C + 4 (window - 1) + 8) bytes with half-precision probabilities, 1.8 MB for CIFAR-10 at window 3 and
     2.6 GB for ImageNet at window 10, whose table of probabilities lies in a memory-mapped temporary file.
     A sample that was not observed in the epoch before starts a new window: a difference over two epochs is another
     quantity.
@@ -166,7 +166,10 @@ class ModerateRecorder(Recorder):
 def recorder(
     score: str, n: int, num_classes: int, width: int, window: int, decay: float, device: torch.device
 ) -> Recorder:
-    """The recorder of `score` for N samples, C classes and a last layer of `width` inputs, on `device` if it fits."""
+    """The recorder of `score` for N samples, C classes and a last layer of `width` inputs, on `device` if it fits.
+
+    score: one of `sampling.SCORES` but "random". window, decay: of TDDS, see `coreset.tdds`.
+    """
     if score == "tdds":
         made = TDDSRecorder(n, num_classes, window, decay)
         return made if _bytes(n, num_classes) > MAPPED_BYTES else made.to(device)

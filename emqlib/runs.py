@@ -114,9 +114,9 @@ def _asked(config: Any) -> dict[str, Any]:
 
 
 def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
-    """One row a draw and bit-width of the finished `runs`: size, union, overlap, drift, rank correlation, classes.
+    """One row a draw and bit-width of finished `runs`: what was asked for, and what `results.coreset_table` explains.
 
-    overlap and rank_correlation are means over the other bit-widths; classes is each class's share of the coreset.
+    overlap and rank_correlation are means over the other bit-widths. ValueError: a run that is not finished.
     """
     rows = []
     for run in _listed(runs):
@@ -143,11 +143,11 @@ def run_all(
 ) -> pd.DataFrame:
     """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
 
-    One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in. Jobs
-    that share a folder share the work: a run that another one is at work on comes last, and is waited for.
-    processes: how many to start, one a GPU, that train together, as `training.train` says; those that a launcher
-    started all call this with 1. budget: seconds after which it stops, by OutOfTime, at the next step of training (one
-    at least); a run whose last step is done is evaluated all the same. The next call goes on from there.
+    One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
+    results_dir: holds runs/ and checkpoints/. Jobs that share it share the work: a run that another is at work on comes
+    last, and is waited for. processes: how many to start, one a GPU, that train together, as `training.train` says;
+    those that a launcher started all call this with 1. budget: seconds after which it stops, by OutOfTime, at the next
+    step of training (one at least), for the next call to go on; a run whose last step is done is still evaluated.
     ValueError: no runs; a folder that cannot be written to; a damaged or foreign file where the rows of a run should
     be; rows of other images than there are now.
     """

@@ -117,7 +117,7 @@ def train(
     seconds, these four of the epoch alone. Its attrs["coresets"] holds a row a draw and bit-width: size, union and
     overlap (fractions), drift since the last draw, rank correlation with other bit-widths' scores, images a class.
     checkpoint: a file, written after each epoch, atomically; if it is there, training goes on from it, and on a CPU
-    ends with the very weights of an undisturbed run. progress: a bar on stderr; a text is its label.
+    ends with the very weights of an undisturbed run. progress: a bar, on stderr or in a notebook; a text is its label.
     observe: called with the model after each epoch; what it returns, of JSON's types, goes into the history's column
     "observed", and so into the checkpoint. budget: seconds after which training stops at the next step, by OutOfTime,
     with a checkpoint of that step, from which the next call goes on as exactly; each call makes one step at least.
@@ -203,7 +203,7 @@ def _finish(run: _Run, label: str | bool, observe: Callable[[nn.Module], Any] | 
     total = sum(_count(run.sampler, run.config, epoch) for epoch in range(run.epoch, epochs))
     if label and run.place.count > 1:
         label = f"{label}, {run.place.count} processes"
-    # JupyterLab shows what comes on stderr on red, and the strip stays red when the bar is gone.
+    # JupyterLab puts stderr on a red strip, which stays when the bar is gone.
     file = sys.stdout if type(sys.stderr).__module__ == "ipykernel.iostream" else sys.stderr
     shown = {"desc": label, "unit": "step", "leave": False, "mininterval": 1, "file": file}
     with tqdm(total=total, initial=done, disable=not (label and run.place.main), **shown) as bar:

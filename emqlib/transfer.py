@@ -91,7 +91,7 @@ def linear_probes(
     Columns: probe_bits, whose features of `samples` training images (augmented as in training) the classifier was
     fitted on; bits, whose features of the test images it reads; top1 (%). Features are the input of the network's last
     linear layer, (N, D), standardized; the classifier is ridge regression on one-hot classes. The model is left as it
-    was. ValueError: not a converted network, bad bits, no linear layer.
+    was. Needs scikit-learn. ValueError: not a converted network, bad bits, no linear layer.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
