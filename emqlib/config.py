@@ -63,9 +63,8 @@ class TrainConfig:
             self._take(name, checks.integer(name, getattr(self, name), low, most))
         for name in ("nesterov", "distillation", "channels_last"):
             checks.flag(name, getattr(self, name))
-        if not isinstance(self.compile, bool) and not (
-            isinstance(self.compile, str) and self.compile in ("auto", "graphs")
-        ):
+        known = self.compile in ("auto", "graphs") if isinstance(self.compile, str) else isinstance(self.compile, bool)
+        if not known:
             raise checks.invalid("compile", self.compile, 'True, False, "auto" or "graphs"')
         checks.instance("device", self.device, str, "the name of a device, for example auto, cpu or cuda")
         self._check_numbers()

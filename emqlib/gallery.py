@@ -51,10 +51,8 @@ def _by_seed(source: dict[str, Any], folder: Path) -> pd.Series:
     for column, wanted in source.get("where", {}).items():
         checks.table("rows", rows, (column,))
         rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
-    of, origin = (
-        source.get("of", "top1"),
-        ["source"] if source["rows"].startswith("paper/") else ["commit", "data_sha256"],
-    )
+    of = source.get("of", "top1")
+    origin = ["source"] if source["rows"].startswith("paper/") else ["commit", "data_sha256"]
     if rows.empty or of not in rows or rows.reindex(columns=origin).isna().any(axis=None):
         raise checks.invalid("source", source, f"rows that have {', '.join([of, *origin])}")
     return rows.groupby(rows.seed if "seed" in rows else 0 * rows.index)[of].agg(how)

@@ -325,7 +325,7 @@ def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
     import seaborn as sns
 
     checks.table("rows", rows, ("dataset", "model", "runtime", "weights", "bits", "top1", "packed", "file"))
-    ax = axes(None, f"One checkpoint, served at each bit-width\n{rows.dataset[0]}, {rows.model[0]}")
+    ax = axes(None, _setting(rows, "One checkpoint, served at each bit-width"))
     files = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
     colors = sns.color_palette("colorblind", len(files))
     for color, marker, (label, (runtime, size)) in zip(colors, "sxD", files.items(), strict=True):
