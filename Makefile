@@ -44,11 +44,12 @@ demo: install
 	@echo; cat $(DEMO)/*/00_quickstart.md; echo
 	@ls $(DEMO)/*/00_quickstart.* $(DEMO)/00_quickstart.ipynb
 
-# nbval reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on.
+# nbval reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on. Kernels beside
+# one another wait for each other's threads, of which each has one.
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --cov=emqlib --cov-fail-under=95 --cov-report=term:skip-covered
-	EMQ_PROFILE=smoke $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
-		-o addopts= -W default notebooks
+	OMP_NUM_THREADS=1 EMQ_PROFILE=smoke $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax \
+		--nbval-current-env --nbval-cell-timeout=300 -o addopts= -W default notebooks
 
 lint: install
 	$(BIN)/ruff check .

@@ -134,7 +134,9 @@ def test_figures(digits: emq.Dataset) -> None:
         {"runtime": ["onnxruntime"] * 3 + ["PyTorch"], "weights": ["int2", "int8", "float32", "int8"]}
         | {"bits": [2, 5, 32, 8], "top1": [60.0, 70.0, 72.0, 71.0], "file": [9e3, 2e4, 9e4, 3e4]}
         | {"packed": [8e3, 1e4, 9e4, np.nan], "latency": [1e-3] * 4, "dataset": "cifar10", "model": "resnet8"}
+        | {"profile": "small", "seed": 0, "epochs": 4}
     )
+    rows = pd.concat([rows.assign(top1=rows.top1 - 1), rows.assign(top1=rows.top1 + 1, seed=1)])
     ax = plots.accuracy_by_size(rows)
     lines = {line.get_label(): [list(map(float, v)) for v in line.get_data()] for line in ax.lines}
     assert lines["ONNX"] == [[9, 20, 90], [60, 70, 72]] and lines["packed"] == [[8, 10, 90], [60, 70, 72]]
