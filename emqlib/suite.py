@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def _train_all(runs: list[Run], p: Parameters, jobs: int, deadline: Deadline, ba
     seconds = None if deadline.end is None else max(deadline.end - time.monotonic(), 0.001)
     with _one_thread(), _ended() as workers:
         for _ in range(min(checks.integer("jobs", jobs, 1, 1024), len(left))):
-            workers.append(get_context("spawn").Process(target=_work, args=(left, p.results_dir, seconds)))
+            task = (left, p.results_dir, seconds, get_start_method())
+            workers.append(get_context("spawn").Process(target=_work, args=task))
             workers[-1].start()
         while any(worker.is_alive() for worker in workers):
             _show(bar, costs)
@@ -75,7 +76,8 @@ def _train_all(runs: list[Run], p: Parameters, jobs: int, deadline: Deadline, ba
         raise OutOfTime("")
 
 
-def _work(runs: list[Run], results_dir: Path, budget: float | None) -> None:
+def _work(runs: list[Run], results_dir: Path, budget: float | None, method: str) -> None:
+    set_start_method(method, force=True)  # else what decodes images would be spawned too, which takes seconds each time
     try:
         run_all(runs, results_dir, progress=False, budget=budget)
     except OutOfTime:
