@@ -66,12 +66,13 @@ def _train_all(runs: list[Run], p: Parameters, jobs: int, deadline: Deadline, ba
             task = (left, p.results_dir, seconds, get_start_method())
             workers.append(get_context("spawn").Process(target=_work, args=task))
             workers[-1].start()
-        while any(worker.is_alive() for worker in workers):
+        alive = True
+        while alive:
+            alive = any(worker.is_alive() for worker in workers)  # before their status is looked at
             _show(bar, costs)
-            time.sleep(1)
             if any(worker.exitcode not in (None, 0, ex.CALL_AGAIN) for worker in workers):
                 raise ChildProcessError("a run failed: its error stands above")
-    _show(bar, costs)
+            time.sleep(alive)
     if any(worker.exitcode == ex.CALL_AGAIN for worker in workers):
         raise OutOfTime("")
 
