@@ -131,21 +131,21 @@ def _execute_all(names: list[str], p: Parameters, jobs: int, deadline: Deadline,
 
     OutOfTime: `deadline` came before some were begun; what is begun is finished. ChildProcessError: one failed.
     """
-    skipped = []
 
     def execute(name: str) -> str:
         if deadline.passed(Ranks()):
-            skipped.append(name)
-        else:
-            _execute(name, p)
+            raise OutOfTime("")
+        _execute(name, p)
         return name
 
     with ThreadPoolExecutor(jobs) as pool:
-        for done in as_completed([pool.submit(execute, name) for name in names]):
-            bar.set_postfix_str(f"{done.result()} executed", refresh=False)
-            bar.update(A_NOTEBOOK)
-    if skipped:
-        raise OutOfTime("")
+        try:
+            for done in as_completed([pool.submit(execute, name) for name in names]):
+                bar.set_postfix_str(f"{done.result()} executed", refresh=False)
+                bar.update(A_NOTEBOOK)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that are under way are waited for all the same
+            raise
 
 
 def _execute(name: str, p: Parameters) -> None:
