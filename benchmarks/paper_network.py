@@ -18,10 +18,10 @@ OUTPUT = Path(__file__).parents[1] / "results/benchmarks/paper_network"
 EPOCHS = {"any_precision": 5, "full": 4, "coreset": 26, "redrawn": 26}
 
 
-def asked(epochs: dict[str, int] | None = None, dataset: str = "cifar10") -> list[runs.Run]:
+def asked() -> list[runs.Run]:
     """Any-Precision; ours on the full data; at 80 % with the paper's coresets, and as `methods.redrawn`, one part."""
-    p, epochs = parameters(profile="paper", repeats=1), EPOCHS if epochs is None else epochs
-    start = {name: methods.of_length(p, p.seeds[0], dataset, count) for name, count in epochs.items()}
+    p = parameters(profile="paper", repeats=1)
+    start = {name: methods.of_length(p, p.seeds[0], "cifar10", count) for name, count in EPOCHS.items()}
     found = [methods.any_precision(start["any_precision"]), methods.ours(start["full"])]
     found += [methods.ours(start["coreset"], methods.bitwise_coreset(0.8)), methods.redrawn(start["redrawn"], 0.8, 1)]
     return [replace(run, eval_bits=runs.Run.eval_bits) for run in found]
