@@ -1,5 +1,6 @@
 """What depends on the hardware: device, autocast type, memory format, compiling, memory, and the noise drawn there."""
 
+import gc
 import re
 import traceback
 from collections.abc import Callable, Hashable, Iterator
@@ -91,10 +92,23 @@ class Graphed:
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         without_hooks = nn.Sequential(self.model).train()
         own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all, of which two are never at work
-        graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
+        with _no_garbage_collection():
+            graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
         for buffer, value in before:
             buffer.copy_(value)
         return graphed
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within the block; an earlier network's graphs, collected while another is captured, would spoil the capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

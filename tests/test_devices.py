@@ -115,3 +115,24 @@ def test_other_errors_are_what_they_are(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, devices.enough_memory("batch_size", 128, "batch_size=64"):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    """Collecting another network's graphs then makes CUDA give the capture up, seen on a GPU."""
+    seen = []
+
+    def captured(model: nn.Module, *_: object, **__: object) -> nn.Module:
+        seen.append(gc.isenabled())
+        return model
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
+    graphed = devices.Graphed(nn.Linear(2, 2), lambda: 8)
+    (gc.enable if on else gc.disable)()
+    try:
+        for _ in range(3):
+            graphed(torch.ones(1, 2))
+        assert seen == [False] and gc.isenabled() == on
+    finally:
+        gc.enable()
