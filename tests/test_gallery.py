@@ -59,6 +59,12 @@ def test_a_number_follows_its_rows(claim: dict[str, Any], name: str, tmp_path: P
             assert chosen_by_itself  # there are no such rows any more
 
 
+@pytest.mark.parametrize(("claim", "name"), NUMBERS, ids=lambda part: part if isinstance(part, str) else "")
+def test_a_number_of_the_notebooks_is_of_three_seeds(claim: dict[str, Any], name: str) -> None:
+    source = gallery._with({key: claim[key] for key in ("rows", "where") if key in claim}, claim["numbers"][name])
+    assert not source["rows"].startswith("small/") or len(gallery._by_seed(source, RESULTS)) >= 3
+
+
 def test_numbers_by_hand(tmp_path: Path) -> None:
     """Mean and sample standard deviation over seeds, of the mean of each seed's rows; differences seed by seed."""
     origin = {"commit": "c", "data_sha256": "d"}
