@@ -49,7 +49,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # few shapes of batches: the fastest convolutions are looked for once
     measured = runs.run_all(asked(), OUTPUT.parents[1])
     results.save(summary(measured), OUTPUT, measured)
     plots.save(figure(measured), OUTPUT)

@@ -74,15 +74,16 @@ def _filled(claim: dict[str, Any], folder: Path) -> dict[str, str]:
     named = set(re.findall(r"{(\w+)}", "".join(texts.values())))
     if not texts["why"] or named != set(numbers):
         raise checks.invalid("claim", texts["claim"], f"a why, and a number for each of {sorted(named ^ set(numbers))}")
-    shared = {key: claim[key] for key in ("rows", "where") if key in claim}
-    found = {name: number(_with(shared, source), folder) for name, source in numbers.items()}
+    found = {name: number(_source(claim, name), folder) for name in numbers}
     return {name: re.sub(r"{(\w+)}", lambda match: found[match[1]], text) for name, text in texts.items()}
 
 
-def _with(shared: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    """A number of the claim's own rows, where it names no others."""
+def _source(claim: dict[str, Any], name: str) -> dict[str, Any]:
+    """Where the number `name` of `claim` is worked out from: the claim's own rows, where it names no others."""
+    source = claim["numbers"][name]
     if "rows" in source:
         return source
+    shared = {key: claim[key] for key in ("rows", "where") if key in claim}
     return shared | source | {"where": shared.get("where", {}) | source.get("where", {})}
 
 

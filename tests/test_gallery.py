@@ -35,8 +35,7 @@ def test_every_claim_has_a_verdict_and_a_reason_and_the_papers_are_all_there() -
 @pytest.mark.parametrize(("claim", "name"), NUMBERS, ids=lambda part: part if isinstance(part, str) else "")
 def test_a_number_follows_its_rows(claim: dict[str, Any], name: str, tmp_path: Path) -> None:
     """Where the rows that it is of change alone, it changes; where all others change, it does not."""
-    shared = {key: claim[key] for key in ("rows", "where") if key in claim}
-    source = gallery._with(shared, claim["numbers"][name])
+    source = gallery._source(claim, name)
     before = gallery.number(source, RESULTS)
     rows = pd.read_csv(RESULTS / f"{source['rows']}.csv")
     own = pd.Series(True, rows.index)
@@ -61,7 +60,7 @@ def test_a_number_follows_its_rows(claim: dict[str, Any], name: str, tmp_path: P
 
 @pytest.mark.parametrize(("claim", "name"), NUMBERS, ids=lambda part: part if isinstance(part, str) else "")
 def test_a_number_of_the_notebooks_is_of_three_seeds(claim: dict[str, Any], name: str) -> None:
-    source = gallery._with({key: claim[key] for key in ("rows", "where") if key in claim}, claim["numbers"][name])
+    source = gallery._source(claim, name)
     assert not source["rows"].startswith("small/") or len(gallery._by_seed(source, RESULTS)) >= 3
 
 
