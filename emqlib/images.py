@@ -19,6 +19,8 @@ from . import checks, container, files
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
 VERSION = 1  # of the cache
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of pixels alone: Pillow would run PostScript
+MAX_PIXELS = 1024**3 // 12  # of an image: Pillow's own limit, where a program has turned that off
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,9 +211,16 @@ def _of_each(work: Callable[[int], str], count: int) -> list[str]:
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:
-    """The image at `path`, see `pixels`; ValueError, which names it, for a file that is no readable image."""
+    """The image at `path`, see `pixels`; ValueError, which names it, for a file that is no readable image.
+
+    A file of a format that is not in `FORMATS` is refused too, whatever its name says, and so is an image of more
+    pixels than Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:  # has read no more than the file's header
+            limit = Image.MAX_IMAGE_PIXELS or MAX_PIXELS
+            if image.width * image.height > limit:
+                raise ValueError(f"{image.size} pixels, more than {limit}, see PIL.Image.MAX_IMAGE_PIXELS")
             return pixels(image, image_size)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
         raise ValueError(f"{path}: not a readable image ({error})") from error

@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 import emqlib as emq
@@ -150,3 +152,95 @@ def test_a_copy_is_read_once_and_not_decoded(copy: Callable, folder: Path, count
     for expected in (8, 0):
         counted.clear()
         assert torch.equal(load(folder.parent / "copy"), first) and counted == ["digest"] * expected
+
+
+# Image files
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The processes that somebody tried to start; Pillow has not looked for Ghostscript yet."""
+    tried: list = []
+
+    def refuse(*args: object, **_: object) -> None:
+        tried.append(args)
+        raise OSError("no process in this test")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return tried
+
+
+def test_postscript_under_another_name_is_refused_and_not_run(folder: Path, started: list) -> None:
+    path = folder / "train" / "a" / "x.png"
+    image(0).save(path, format="EPS")
+    assert path.read_bytes().startswith(b"%!PS")
+    with pytest.raises(ValueError, match=r"a/x\.png: not a readable image \(cannot identify"):
+        load(folder)
+    with pytest.raises(ValueError, match=r"a/x\.png: not a readable image \(cannot identify"):
+        images.decode(path, 8)
+    assert not started
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"])
+def test_every_format_of_pixels_is_read_whatever_its_name(suffix: str, tmp_path: Path) -> None:
+    flat = Image.new("RGB", (8, 8), (90, 90, 90))
+    flat.save(tmp_path / f"a{suffix}")
+    (tmp_path / f"a{suffix}").rename(tmp_path / "x.png")
+    assert abs(images.decode(tmp_path / "x.png", None).astype(int) - 90).max() <= 2
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of 60 bytes that says it is of so many pixels."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    parts = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("width", "height"), [(10_000, 9000), (2**30, 2**30)])
+@pytest.mark.parametrize("turned_off", [True, False])
+def test_a_decompression_bomb_is_refused_by_name(
+    turned_off: bool, width: int, height: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Pillow's limit on, of which Pillow only warns up to twice as much; also where a program has none."""
+    if turned_off:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    (folder / "train" / "a" / "x.png").write_bytes(bomb(width, height))
+    with pytest.raises(ValueError, match=r"a/x\.png: not a readable image \(.*pixels"):
+        load(folder)
+
+
+def test_the_limit_of_pixels_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image(0).save(tmp_path / "x.png")
+    for limit, works in ((64, True), (31, False)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        if works:
+            assert images.decode(tmp_path / "x.png", None).shape == (8, 8, 3)
+        else:
+            with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
+                images.decode(tmp_path / "x.png", None)
+
+
+def test_one_place_opens_images() -> None:
+    sources = {path.name: path.read_text() for path in Path(images.__file__).parent.glob("*.py")}
+    assert {name for name, text in sources.items() if "Image.open(" in text} == {"images.py"}
+    assert (
+        sources["images.py"].count("Image.open(") == 1 and "Image.open(path, formats=FORMATS)" in sources["images.py"]
+    )
+
+
+def test_a_tensor_of_a_shape_that_no_tensor_has_is_no_whole_file(tmp_path: Path) -> None:
+    header = json.dumps(
+        {
+            "__metadata__": {"emqlib": '{"version":1}', "sha256": ""},
+            "a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]},
+        }
+    ).encode()
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match=r"^path=.*: expected a whole file \("):
+        container.read(tmp_path / "file", 1, "a whole file")
