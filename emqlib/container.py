@@ -53,7 +53,7 @@ def read(path: Path, version: int, expected: str, name: str = "path") -> tuple[d
             about = json.loads(metadata["emqlib"])
             names = file.keys()
             tensors = {key: file.get_tensor(key) for key in names}
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # of PyTorch: a shape
         raise checks.invalid(name, str(path), f"{expected} ({error})") from error
     found = about.get("version") if isinstance(about, dict) else None
     if found != version:

@@ -57,7 +57,7 @@ class Dataset:
     std: Triple
     flip: bool  # augmentation: may training images be mirrored?
     crop_padding: int  # augmentation: by how many pixels may they be shifted?
-    sha256: str  # of all pixels and labels (streamed: of names and sizes of all files): which data was this
+    sha256: str  # of all pixels and labels (streamed: see `ImageFiles.listing`): which data was this
 
     @property
     def num_classes(self) -> int:

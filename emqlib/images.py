@@ -1,8 +1,9 @@
 """Image files: listed by class, decoded to uint8 at once and kept so, or listed only, to be decoded when needed."""
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from . import files
+from . import checks, container, files
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
+VERSION = 1  # of the cache
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of pixels alone: Pillow would run PostScript
+MAX_PIXELS = 1024**3 // 12  # of an image: Pillow's own limit, where a program has turned that off
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,7 @@ class ImageFiles:
         return self.folder / os.fsdecode(self.names[index])
 
     def listing(self) -> bytes:
-        """Names, sizes and labels of all files as bytes: which data is this, without reading 150 GB."""
+        """Names, sizes and labels of all files as bytes; other contents of the same size, 150 GB to read, go unseen."""
         sizes = np.array([os.stat(os.path.join(os.fsencode(self.folder), name)).st_size for name in self.names])
         return b"".join([b"\0".join(self.names.tolist()), sizes.tobytes(), self.labels.numpy().tobytes()])
 
@@ -115,55 +119,108 @@ def list_annotated(table: Path, folder: Path, separator: str, suffix: str = "", 
 def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
     """The images at `paths`, (N, 3, H, W) uint8, decoded once: tens of thousands of files take tens of seconds.
 
-    The cache beside the data, or else below the user's cache folder, is named after paths, file sizes and times.
+    The cache beside the data, or else below the user's cache folder, holds checksums of its pixels and of the files. It
+    is made anew where its pixels are not those that were written, or the files have other contents. For that, files are
+    read only if their times (that of the last change too, which no program can set) or inodes are others than when the
+    cache was made, as in a copy. Not seen are a file that rots on its disk, one written twice within a tick of the file
+    system's clock, and on Windows, which has no time of the last change, one rewritten in place with its time put back.
     image_size: see `pixels`. ValueError: a file that is no readable image, images of unequal size.
     """
-    name = f"{_fingerprint(folder, paths, image_size)}.npy"
+    name, states = _listing(folder, paths, image_size)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    caches = (folder / ".emqlib" / name, Path(home, "emqlib", files.digest(str(folder.resolve()))[:16], name))
+    own = Path(home, "emqlib", files.digest(str(folder.resolve()))[:16])
+    caches = [place / f"{name}.safetensors" for place in (folder / ".emqlib", own)]
     for cache in caches:
-        # no cache, or a damaged one: make it anew
-        with contextlib.suppress(OSError, ValueError), cache.open("rb") as file:
-            found = np.lib.format.read_array(file, allow_pickle=False)
-            if found.dtype == np.uint8 and found.ndim == 4 and len(found) == len(paths):
-                return torch.from_numpy(found)
-    images = _decode_all(paths, image_size)
+        with contextlib.suppress(OSError, ValueError):  # no cache, or a damaged one: make it anew
+            return _read_cache(cache, paths, states)
+    images, contents = _decode_all(paths, image_size)
     for cache in caches:
         with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without
-            files.write_atomic(cache, lambda file: np.lib.format.write_array(file, images, allow_pickle=False))
+            _write_cache(cache, images, states, contents)
             break
-    return torch.from_numpy(images)
-
-
-def _fingerprint(folder: Path, paths: Sequence[Path], image_size: int | None) -> str:
-    start = len(str(folder))
-    rows = [(str(path)[start:], stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
-    return files.digest(files.canonical_json([image_size, rows]))
-
-
-def _decode_all(paths: Sequence[Path], image_size: int | None) -> np.ndarray:
-    first, some = decode(paths[0], image_size), 64  # files a task: fewer, and threads wait for each other
-    images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
-
-    def decode_some(start: int) -> int:
-        for i, path in enumerate(paths[start : start + some], start):
-            image = decode(path, image_size)
-            if image.shape != first.shape:
-                sizes = f"{first.shape[:2]} in {paths[0]}, {image.shape[:2]} in {path}"
-                raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
-            images[i] = image.transpose(2, 0, 1)
-        return len(paths[start : start + some])
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=len(paths), disable=None) as progress:
-        for done in pool.map(decode_some, range(0, len(paths), some)):
-            progress.update(done)
     return images
 
 
+def _listing(folder: Path, paths: Sequence[Path], image_size: int | None) -> tuple[str, str]:
+    """Digests of names and sizes, which copies share, and of times and inodes, of which each write changes one."""
+    start, stats = len(str(folder)), [path.stat() for path in paths]
+    names = [(str(path)[start:], stat.st_size) for path, stat in zip(paths, stats, strict=True)]
+    states = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+    return files.digest(files.canonical_json([image_size, names])), files.digest(files.canonical_json(states))
+
+
+def _read_cache(cache: Path, paths: Sequence[Path], states: str) -> Tensor:
+    """What `_write_cache` wrote; OSError or ValueError: it is not whole, or the files have other contents."""
+    expected = "a whole cache of these files"
+    about, tensors = container.read(cache, VERSION, expected, "cache")
+    images, same = tensors.get("images", torch.empty(0)), about.get("states") == states
+    contents = about.get("contents") if same else _contents(paths)
+    whole = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(paths)
+    if not whole or contents != about.get("contents"):
+        raise checks.invalid("cache", str(cache), expected)
+    images = images.clone()  # the file is mapped: what is written to it later must not be seen
+    if not same:
+        with contextlib.suppress(OSError):  # where it cannot be written, the files are read each time
+            _write_cache(cache, images, states, contents)
+    return images
+
+
+def _write_cache(cache: Path, images: Tensor, states: str, contents: str) -> None:
+    container.write(cache, {"version": VERSION, "states": states, "contents": contents}, {"images": images})
+
+
+def _contents(paths: Sequence[Path]) -> str:
+    """A digest of the bytes of all files."""
+    return files.digest("".join(_of_each(lambda i: _digest(paths[i]), len(paths))))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _decode_all(paths: Sequence[Path], image_size: int | None) -> tuple[Tensor, str]:
+    """The images, and the `_contents` of their files."""
+    first = decode(paths[0], image_size)
+    images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
+
+    def decode_one(i: int) -> str:
+        digest = _digest(paths[i])  # before: of a file that is replaced meanwhile, it must not name the new contents
+        image = decode(paths[i], image_size)
+        if image.shape != first.shape:
+            sizes = f"{first.shape[:2]} in {paths[0]}, {image.shape[:2]} in {paths[i]}"
+            raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
+        images[i] = image.transpose(2, 0, 1)
+        return digest
+
+    return torch.from_numpy(images), files.digest("".join(_of_each(decode_one, len(paths))))
+
+
+def _of_each(work: Callable[[int], str], count: int) -> list[str]:
+    """What `work` returns of each number below `count`, in threads, with a progress bar."""
+    some, found = 64, []  # numbers a task: fewer, and threads wait for each other
+
+    def of_some(start: int) -> list[str]:
+        return [work(i) for i in range(start, min(start + some, count))]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=count, disable=None) as progress:
+        for part in pool.map(of_some, range(0, count, some)):
+            found += part
+            progress.update(len(part))
+    return found
+
+
 def decode(path: Path, image_size: int | None) -> np.ndarray:
-    """The image at `path`, see `pixels`; ValueError, which names it, for a file that is no readable image."""
+    """The image at `path`, see `pixels`; ValueError, which names it, for a file that is no readable image.
+
+    A file of a format that is not in `FORMATS` is refused too, whatever its name says, and so is an image of more
+    pixels than Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:  # has read no more than the file's header
+            limit = Image.MAX_IMAGE_PIXELS or MAX_PIXELS
+            if image.width * image.height > limit:
+                raise ValueError(f"{image.size} pixels, more than {limit}, see PIL.Image.MAX_IMAGE_PIXELS")
             return pixels(image, image_size)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
         raise ValueError(f"{path}: not a readable image ({error})") from error

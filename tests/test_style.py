@@ -25,7 +25,8 @@ README, GUIDE, PYPROJECT, MAKEFILE, CONSTRAINTS = (
 # A module imports only what stands in a line above its own.
 LAYERS = [
     ["checks", "files", "versions"],
-    ["images", "devices", "models", "coreset", "attention", "serving", "container"],
+    ["container"],
+    ["images", "devices", "models", "coreset", "attention", "serving"],
     ["data", "signs", "ranks"],
     ["loading", "recorder", "provenance", "finite"],
     ["sampling"],
