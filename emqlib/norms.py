@@ -189,7 +189,8 @@ class MultiBitBatchNorm(nn.Module):
         if not self.switchable:
             return tuple(None if p is None else p.view(-1) for p in pairs)
         # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
-        return tuple(None if p is None else (p * self.affine_pick).sum(0) for p in pairs)
+        pick = self.affine_pick.clone()  # the next `set_bits` overwrites it, maybe before this pass's gradient is due
+        return tuple(None if p is None else (p * pick).sum(0) for p in pairs)
 
     def _over_ranks(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """`F.batch_norm` in training mode by statistics of the whole batch; mean and var (C,) are updated in place."""
