@@ -80,6 +80,14 @@ def nearest(trained: tuple[int, ...], bits: int) -> int:
     return min(trained, key=lambda b: abs(b - bits))
 
 
+def again() -> bool:
+    """Whether this is a forward pass within a backward one: activation checkpointing's second, which measures nothing.
+
+    It has to compute what the first one did, whose batch must not count twice.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class LearnedScale(nn.Module):
     """One learned positive scalar for each trained bit-width; another bit-width takes the nearest one's clipping range.
 
@@ -139,7 +147,7 @@ class InputQuantizer(nn.Module):
             n = n.to(torch.promote_types(n.dtype, torch.float32))
         if not self.started:
             self._start(x.detach())
-        elif self.tracked and self.training:
+        elif self.tracked and self.training and not again():
             self._follow(x.detach(), momentum=0.1)
         if self.method == "none":
             return x
@@ -323,7 +331,7 @@ class _QuantizedLayer(nn.Module):
     def _operands(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized and corrected weight, and bias; channel: which dimension of x has the channels."""
         x = self.input_quantizer(x, self._n())
-        if self.spec.output_correction and self.training:
+        if self.spec.output_correction and self.training and not again():
             with torch.no_grad():
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
                 mean = some.mean(1, dtype=self.mean_input.dtype)
