@@ -7,6 +7,7 @@ against eager, and each at its faster setting. Claims, for training: at least 0.
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, models, plots, results, runs, training
+from emqlib import devices, models, multibit, plots, results, runs, training
 
 NETWORKS = {"resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/steps"
@@ -61,10 +62,14 @@ def step(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with devices.autocast(precision, x.device), torch.set_grad_enabled(phase == "training"):
-            loss = F.cross_entropy(forward(x).float(), y)
+        with (
+            multibit.step_weights(net) if phase == "training" and mode == "eager" else nullcontext()
+        ):  # as `train` does
+            with devices.autocast(precision, x.device), torch.set_grad_enabled(phase == "training"):
+                loss = F.cross_entropy(forward(x).float(), y)
+            if phase == "training":
+                loss.backward()
         if phase == "training":
-            loss.backward()
             optimizer.step()
         float(loss.detach())  # waits for a GPU
 

@@ -3,8 +3,8 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pandas as pd
@@ -18,12 +18,13 @@ from .devices import enough_memory
 from .images import ImageFiles
 from .layers import InputQuantizer
 from .loading import loader
-from .multibit import at_bits, converted
+from .multibit import at_bits, networks, quantized_layers, trained_bits
 from .norms import MultiBitBatchNorm
 
 ADAPTATION_SAMPLES = 5000  # images that batch-norm adaptation takes, at each bit-width
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Logits = Callable[[Any], Tensor]  # from what a network gives
 
 
 def batches(
@@ -77,6 +78,25 @@ def _evaluating(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, mode in training.items():
             module.training = mode
+        for layer in quantized_layers(model).values():
+            layer.kept = None
+
+
+def logits_of(output: Any, own: Logits | None = None) -> Tensor:
+    """The logits (B, C) in a network's output: itself, its attribute or entry "logits", or the first of a tuple.
+
+    own: a function that finds them, where they are anywhere else. ValueError: they are not there.
+    """
+    found = output if own is None else own(output)
+    if own is None and not isinstance(found, Tensor):
+        first = next(iter(found), None) if isinstance(found, (tuple, list)) else None
+        entry = found.get("logits") if isinstance(found, Mapping) else first
+        found = getattr(found, "logits", entry)
+    if isinstance(found, Tensor) and found.dim() >= 2:
+        return found
+    got = f"{type(output).__name__} with {', '.join(map(repr, output))}" if isinstance(output, Mapping) else output
+    expected = 'an output that is logits (B, C), or has them as .logits, as ["logits"] or as the first of a tuple;'
+    raise invalid("logits", got, f"{expected} else a function that takes the output and gives them")
 
 
 def evaluate(
@@ -85,29 +105,34 @@ def evaluate(
     bits: Iterable[int] = range(1, 9),
     adapt_norm: bool = False,
     batch_size: int = 500,
+    logits: Logits | None = None,
 ) -> pd.DataFrame:
     """Accuracy by bit-width on the test split (or on an iterable of (images, labels)): one row a bit-width.
 
     Columns: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient steps), n (images).
-    adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back afterwards. The model
-    is left as it was. ValueError: as `set_bits`; no images; more classes than outputs; adapt_norm without a batch norm,
-    or without a Dataset to take training images from. FloatingPointError: a loss that is not finite. MemoryError: names
-    the batch size to try.
+    model: a converted network, a part of one, or any module that holds converted networks, all of which run at the
+    same bit-width. adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back
+    afterwards. logits: a function that takes the network's output and gives the logits (B, C); by default see
+    `logits_of`. The model is left as it was, training mode included. ValueError: as `set_bits`; no images; no logits,
+    or fewer than classes; adapt_norm without a batch norm, or without a Dataset to take training images from.
+    FloatingPointError: a loss that is not finite. MemoryError: names the batch size to try.
     """
     wanted = bit_widths("bits", bits)
     flag("adapt_norm", adapt_norm)
     integer("batch_size", batch_size, 1)
-    network = converted(model)
-    if adapt_norm and not (isinstance(data, Dataset) and _norms(network)):
+    if logits is not None and not callable(logits):
+        raise invalid("logits", logits, "a function that takes the network's output and gives logits (B, C), or None")
+    trained = set.intersection(*(set(trained_bits(network)) for network in networks(model)))
+    if adapt_norm and not (isinstance(data, Dataset) and _norms(model)):
         raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
     if not adapt_norm:
-        _refuse_unserved(network, wanted)
+        _refuse_unserved(model, wanted)
     smaller = f"batch_size={max(1, batch_size // 2)}"
-    with enough_memory("batch_size", batch_size, smaller), undisturbed(network, data, batch_size) as device:
+    with enough_memory("batch_size", batch_size, smaller), undisturbed(model, data, batch_size) as device:
         if adapt_norm:
-            _adapt(network, data, wanted, ADAPTATION_SAMPLES, batch_size)
-        rows = _scores(model, batches(data, "test", device, batch_size), wanted)
-    table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(network.quant_spec.bits))
+            _adapt(model, data, wanted, ADAPTATION_SAMPLES, batch_size)
+        rows = _scores(model, batches(data, "test", device, batch_size), wanted, logits)
+    table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(trained))
     return table[["bits", "top1", "loss", "trained", "n"]]
 
 
@@ -117,15 +142,16 @@ def _refuse_unserved(model: nn.Module, wanted: tuple[int, ...]) -> None:
             pass
 
 
-def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...]) -> list[dict[str, float]]:
+def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logits | None) -> list[dict[str, float]]:
     """One row a bit-width, of a single pass over the images: those of ImageNet take longer to decode than to run."""
+    model = _inner(model, nn.parallel.DistributedDataParallel)  # of which each rank would wait for all others
     n, correct, loss = 0, dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0.0)
     for images, labels in pairs:
         n += len(labels)
         classes = int(labels.max()) + 1 if len(labels) else 0
         for b in wanted:
             with at_bits(model, b):
-                logits = model(images).float()
+                logits = logits_of(model(images), own).float()
             if logits.shape[1] < classes:
                 raise invalid("model", f"{logits.shape[1]} outputs", f"{classes} or more, one a class")
             correct[b] += int((logits.argmax(1) == labels).sum())
@@ -155,10 +181,24 @@ def _restored(model: nn.Module, always: bool) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module, data: Dataset | Batches, batch_size: int) -> Iterator[torch.device]:
     """Evaluation mode without gradients, input ranges started; afterwards norms, ranges and modes are as before."""
-    network = converted(model)
-    with _restored(network, always=True), _evaluating(network) as device:
-        _start_ranges(network, data, batch_size)
+    networks(model)  # refuses another
+    with _restored(model, always=True), _evaluating(model) as device:
+        _start_ranges(model, data, batch_size)
         yield device
+
+
+def _inner(model: nn.Module, *wrappers: type[nn.Module]) -> nn.Module:
+    """What `model` wraps, where it is one of PyTorch's `wrappers`."""
+    while isinstance(model, wrappers):
+        model = model.module
+    return model
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` as it is called where layers measure what they see: in one process, on one device, and not compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield _inner(model, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
@@ -166,8 +206,8 @@ def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
 
 
 def batch_norms(model: nn.Module) -> list[MultiBitBatchNorm]:
-    """The batch norms of a converted network; none in a transformer, whose layer norms keep no statistics."""
-    return [m for m in converted(model).modules() if isinstance(m, MultiBitBatchNorm)]
+    """The batch norms of converted networks; none in a transformer, whose layer norms keep no statistics."""
+    return [m for network in networks(model) for m in network.modules() if isinstance(m, MultiBitBatchNorm)]
 
 
 def _norms(model: nn.Module) -> list[MultiBitBatchNorm]:
@@ -181,9 +221,11 @@ def _start_ranges(model: nn.Module, data: Dataset | Batches, batch_size: int) ->
     """Start input ranges that have seen no data at the highest trained bit-width: a low one would distort them."""
     if all(m.started for m in _input_quantizers(model)):
         return
-    with at_bits(model, model.quant_spec.bits[-1]):
+    with ExitStack() as highest, _measuring(model) as forward:
+        for network in networks(model):
+            highest.enter_context(at_bits(network, trained_bits(network)[-1]))
         for images, _ in batches(data, "train", next(model.parameters()).device, batch_size, batch_size):
-            model(images)
+            forward(images)
             break
 
 
@@ -201,7 +243,8 @@ def adapt_norm(
     switchable norm gains the bit-widths it was not built for, with the affine of the nearest trained one. Cost:
     samples forward passes a bit-width. Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv
     2006.16971).
-    Input ranges that have seen no data yet start from the first batch. On an exception all is as it was.
+    Input ranges that have seen no data yet start from the first batch. model: as for `evaluate`; what it gives does not
+    matter. It is left in the mode, training or evaluation, that it was in. On an exception all is as it was.
     ValueError: not a converted network, bad bits, no batch norm, no images. FloatingPointError: images or weights that
     are not finite. MemoryError: names the batch size to try.
     """
@@ -209,7 +252,6 @@ def adapt_norm(
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 2)
     _norms(model)
-    model = converted(model)
     smaller = f"batch_size={max(2, batch_size // 2)}"
     with enough_memory("batch_size", batch_size, smaller), _restored(model, always=False), _evaluating(model):
         _start_ranges(model, data, batch_size)
@@ -232,9 +274,9 @@ def _adapt(model: nn.Module, data: Dataset | Batches, bits: tuple[int, ...], sam
             calls.clear()
             for m in norms:
                 m.own_statistics(b)
-            with at_bits(model, b):
+            with at_bits(model, b), _measuring(model) as forward:
                 for images, _ in batches(data, "train", next(model.parameters()).device, batch_size, samples):
-                    model(images)
+                    forward(images)
             if not calls:
                 raise invalid("data", "no images", "at least one batch of images to adapt to")
         if not all(bool(x.isfinite().all()) for m in norms for x in m.buffers()):

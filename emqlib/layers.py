@@ -4,8 +4,10 @@ In a compiled graph a layer's bit-width is the number of levels in a tensor buff
 attribute is for reading only; `set_bits` keeps both equal.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -18,6 +20,7 @@ from .correction import CORRECTIONS, correct_weight, output_shift
 
 NORMS = ("shared", "shared_affine", "switchable")
 RANGES = ("auto", "unit", "tracked")
+PLAIN = (Tensor, nn.Parameter)  # no classes derived from them, which may count writes otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,14 @@ def nearest(trained: tuple[int, ...], bits: int) -> int:
     return min(trained, key=lambda b: abs(b - bits))
 
 
+def again() -> bool:
+    """Whether this is a forward pass within a backward one: activation checkpointing's second, which measures nothing.
+
+    It has to compute what the first one did, whose batch must not count twice.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class LearnedScale(nn.Module):
     """One learned positive scalar for each trained bit-width; another bit-width takes the nearest one's clipping range.
 
@@ -103,7 +114,8 @@ class LearnedScale(nn.Module):
 
     def forward(self) -> Tensor:
         """The scalar in force, positive even where an optimizer step has carried its parameter past zero."""
-        return (self.values * self.pick).sum().abs().clamp_min(1e-12)
+        pick = self.pick.clone()  # the next `set_bits` overwrites it, maybe before this pass's gradient is asked for
+        return (self.values * pick).sum().abs().clamp_min(1e-12)
 
 
 def _reach(signed: bool) -> dict[int, float]:
@@ -135,10 +147,13 @@ class InputQuantizer(nn.Module):
             n = n.to(torch.promote_types(n.dtype, torch.float32))
         if not self.started:
             self._start(x.detach())
-        elif self.tracked and self.training:
+        elif self.tracked and self.training and not again():
             self._follow(x.detach(), momentum=0.1)
         if self.method == "none":
             return x
+        if not isinstance(n, Tensor) and quantizers.is_full(n):
+            x = x if self.signed else x.relu()
+            return x if self.method == "dorefa" else ranks.awaited(x, self.scale.values)
         if self.method == "lsq":
             return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
         return quantizers.fake_quantize(x, *self.grid(n), learn_step=False)
@@ -147,7 +162,8 @@ class InputQuantizer(nn.Module):
         """(scale, q_min, q_max, offset) in force at n levels (scalar), of any method but "none"."""
         if self.method == "dorefa":
             high = self.high if self.tracked else 1.0
-            return quantizers.dorefa_grid(n, high, self.low if self.signed else None)
+            # at 1 bit a grid's offset is the lower end itself, which the next batch moves
+            return quantizers.dorefa_grid(n, high, self.low.clone() if self.signed else None)
         scale = self.scale()
         scale = quantizers.pact_step(n, scale, self.signed) if self.method == "pact" else scale
         return quantizers.learned_grid(n, scale, self.signed)
@@ -189,13 +205,32 @@ class InputQuantizer(nn.Module):
         return f"{self.method}, signed={self.signed}, range={span}"
 
 
+class Kept:
+    """What a weight was turned into, and the `key` by which later passes see that it still holds; no copy has it.
+
+    alive: the tensors in the key, whose ids and addresses no others can get that way.
+    """
+
+    def __init__(self, value: tuple[Tensor, Tensor | None], key: Any, alive: Any = None) -> None:
+        self.value, self.key, self.alive = value, key, alive
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
 class _QuantizedLayer(nn.Module):
-    """What QuantConv2d and QuantLinear share; they bring `weight` and the product with it."""
+    """What QuantConv2d and QuantLinear share; they bring `weight` and the product with it.
+
+    In evaluation mode and without gradients, a forward pass keeps the quantized weight for the next ones, until the
+    weight, by PyTorch's count of the writes to it, the bit-width or the mode changes. Writes through `.data` are not
+    counted: after them, call `eval()`. Nor are those of fused optimizers: nothing is kept while a weight has a `.grad`.
+    """
 
     weight: nn.Parameter
     levels: Tensor
     across_ranks = False  # whether the mean input is that of all ranks
-    prepared: tuple[Tensor, Tensor] | None = None  # the weight of the forward pass at hand, and its domain
+    prepared: Kept | None = None  # the weight of the training step at hand, and its domain
+    kept: Kept | None = None  # weight and bias in use
 
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
@@ -224,54 +259,105 @@ class _QuantizedLayer(nn.Module):
             if isinstance(module, LearnedScale):
                 module.set_bits(bits)
 
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; either way the next forward pass looks at the weight anew."""
+        self.kept = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.kept = None  # which would stay behind, on another device for one
+        return super()._apply(fn, recurse)
+
     def quantized_weight(self) -> Tensor:
         """The weight the layer multiplies with, quantized and corrected: (O, ...)."""
         return self._corrected_and_domain()[0]
 
-    def prepare(self) -> None:
-        """Quantize and correct the weight now, for all uses until `prepared` is None again."""
-        self.prepared = None
-        self.prepared = self._corrected_and_domain()
+    def prepare(self, step: Lock) -> None:
+        """Quantize and correct the weight now, for all forward passes with gradients while the lock `step` is held."""
+        self.prepared = Kept(self._corrected_and_domain(), step)
 
     def _corrected_and_domain(self) -> tuple[Tensor, Tensor]:
-        if self.prepared is not None:
-            return self.prepared
         w_q, w = self.weight_and_domain()
+        if w_q is w:  # correction would change nothing
+            return w, w
         return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient), w
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight (O, ...), quantized and corrected, and the bias (O,) that the layer adds."""
-        weight, w = self._corrected_and_domain()
-        if not self.spec.output_correction:
+        return self._with_bias(*self._corrected_and_domain())
+
+    def _with_bias(self, weight: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.spec.output_correction or weight is w:
             return weight, self.bias
         with torch.no_grad():
             shift = output_shift(weight, w, self.mean_input)
         return weight, -shift if self.bias is None else self.bias - shift
 
+    def _at_hand(self) -> tuple[Tensor, Tensor | None]:
+        """`weight_and_bias`, with what the training step at hand, or an earlier pass in use, has made of the weight."""
+        if torch.compiler.is_compiling():
+            return self.weight_and_bias()
+        if not self.training and not torch.is_grad_enabled():
+            return self._in_use()
+        self.kept, prepared = None, self.prepared
+        if prepared is None or not prepared.key.locked():
+            return self.weight_and_bias()
+        if torch.is_grad_enabled():
+            return self._with_bias(*prepared.value)
+        self.prepared = None  # of reentrant checkpointing, whose second pass goes backward on its own
+        return self.weight_and_bias()
+
+    def _in_use(self) -> tuple[Tensor, Tensor | None]:
+        """`weight_and_bias` in evaluation mode without gradients, kept from pass to pass."""
+        scale, mean = getattr(self, "weight_scale", None), getattr(self, "mean_input", None)
+        sources = [t for t in (self.weight, self.bias, mean, scale and scale.values) if t is not None]
+        kept, key = self.kept, self._key(sources)
+        if kept is None or key is None or kept.key != key:
+            kept = Kept(self.weight_and_bias(), key, [(t, t.detach()) for t in sources])
+            self.kept = None if key is None or type(kept.value[0]) not in PLAIN else kept
+        return kept.value
+
+    def _key(self, sources: list[Tensor]) -> tuple[Any, ...] | None:
+        """What `weight_and_bias` depends on; None where a change could not be seen, or a CUDA graph is captured."""
+        seen = all(type(t) in PLAIN and (not t.is_leaf or t.grad is None) for t in sources)
+        if not seen or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        try:
+            told = [(id(t), t._version, t.data_ptr()) for t in sources]
+        except RuntimeError:  # an inference tensor counts no writes, one inside torch.func has no address
+            return None
+        return self.bits, self.spec, torch.is_autocast_enabled(self.weight.device.type), *told
+
     def _operands(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized and corrected weight, and bias; channel: which dimension of x has the channels."""
         x = self.input_quantizer(x, self._n())
-        if self.spec.output_correction and self.training:
+        if self.spec.output_correction and self.training and not again():
             with torch.no_grad():
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
                 mean = some.mean(1, dtype=self.mean_input.dtype)
                 self.mean_input.lerp_(ranks.mean(mean) if self.across_ranks else mean, 0.1)
-        return x, *self.weight_and_bias()
+        return x, *self._at_hand()
 
     def weight_and_domain(self) -> tuple[Tensor, Tensor]:
-        """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...)."""
-        if self.spec.weight == "dorefa":
-            return quantizers.dorefa_weight(self.weight, self._n())
-        if self.spec.weight == "minmax":
-            return quantizers.minmax_weight(self.weight, self._n(), self.spec.zero_level)
-        return quantizers.lsq_weight(self.weight, self._n(), self.weight_scale())
+        """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...).
+
+        At 32 bits, except in a compiled graph, both are the same tensor.
+        """
+        n, method = self._n(), self.spec.weight
+        full = not isinstance(n, Tensor) and quantizers.is_full(n)
+        if method == "dorefa":
+            w_q, w = quantizers.dorefa_weight(self.weight, n)
+        elif full:
+            w = self.weight if method == "minmax" else ranks.awaited(self.weight, self.weight_scale.values)
+        elif method == "minmax":
+            w_q, w = quantizers.minmax_weight(self.weight, n, self.spec.zero_level)
+        else:
+            w_q, w = quantizers.lsq_weight(self.weight, n, self.weight_scale())
+        return (w, w) if full else (w_q, w)
 
     def _n(self) -> quantizers.Number:
-        """The levels in force: a tensor in a compiled graph, which would else be compiled for each bit-width.
-
-        Also at 32 bits, where a float would leave learned scales without a gradient, which several ranks wait for.
-        """
-        if not torch.compiler.is_compiling() and self.bits != 32:
+        """The levels in force: a tensor in a compiled graph, which would else be compiled for each bit-width."""
+        if not torch.compiler.is_compiling():
             return self.known_levels
         return self.levels.float() if self.levels.dtype == torch.float16 else self.levels  # whose 2**16 is infinite
 

@@ -5,9 +5,10 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock, get_ident
+from weakref import WeakKeyDictionary
 
 import pandas as pd
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +23,9 @@ _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Bits = int | Mapping[str, int]
+
+_ENTERING = Lock()
+_INSIDE: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()  # the threads inside `at_bits`, once an entry
 
 
 def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
@@ -66,25 +70,7 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
 def _ready(model: nn.Module, spec: QuantSpec, kept: dict[str, str]) -> nn.Module:
     model.quant_spec, model.kept = spec, kept
     set_bits(model, spec.bits[-1])
-    model.register_forward_pre_hook(_prepare)
-    model.register_forward_hook(_forget, always_call=True)
     return model
-
-
-def _prepare(model: nn.Module, _: object) -> None:
-    """Quantize all weights of a training step at its start: one by one, between activations, they take twice as long.
-
-    Small tensors leave the cache there. A compiled graph has an order of its own.
-    """
-    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        for layer in quantized_layers(model).values():
-            layer.prepare()
-
-
-def _forget(model: nn.Module, *_: object) -> None:
-    if not torch.compiler.is_compiling():
-        for layer in quantized_layers(model).values():
-            layer.prepared = None
 
 
 def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
@@ -147,6 +133,24 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
 
 
+@contextmanager
+def step_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize all weights now, for the forward and the backward pass of a training step, which the block holds.
+
+    One by one, between activations, they take twice as long: small tensors leave the cache there. And the second pass
+    of activation checkpointing meets the very tensors of the first. No bit-width may be set within the block.
+    """
+    layers, step = quantized_layers(model).values(), Lock()
+    try:
+        with step:  # even if the rest of this is interrupted, nothing uses what was prepared once it is unlocked
+            for layer in layers:
+                layer.prepare(step)
+            yield
+    finally:
+        for layer in layers:
+            layer.prepared = None
+
+
 def _settable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:
     """What `set_bits` sets: quantized layers and batch norms, by name."""
     for name, module in model.named_modules():
@@ -154,28 +158,62 @@ def _settable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear
             yield name, module
 
 
+def networks(model: nn.Module) -> list[nn.Module]:
+    """The converted networks inside `model`: itself, those that it wraps or holds, or itself as a part of one.
+
+    ValueError: there are none.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    # not getattr, by which torch.compile's wrapper answers for what it wraps
+    found = [module for module in modules if isinstance(vars(module).get("quant_spec"), QuantSpec)]
+    if not found and modules and any(True for _ in _settable(model)):
+        return [model]
+    if not found:
+        raise invalid(
+            "model", type(model).__name__, "a network made by emqlib.convert, what holds one, or a part of it"
+        )
+    return found
+
+
+def trained_bits(network: nn.Module) -> tuple[int, ...]:
+    """The bit-widths, ascending, that one of `networks` was converted for."""
+    return next(m.trained if isinstance(m, MultiBitBatchNorm) else m.spec.bits for _, m in _settable(network))
+
+
 def set_bits(model: nn.Module, bits: Bits) -> None:
     """Run `model` at a bit-width from now on: all of it, or by name patterns, of which the first match counts.
 
-    bits: 1 to 8 or 32, trained or not; or for mixed precision a dict such as {"layer3.*": 2, "*": 4}. All or nothing:
-    on a ValueError (not converted, no such bit-width, a switchable norm not built for it, a layer no pattern matches,
-    a pattern no layer matches) nothing has changed.
+    model: a converted network, a part of one, or any module that holds converted networks, such as
+    DistributedDataParallel or AveragedModel, of which each is set. bits: 1 to 8 or 32, trained or not; or for mixed
+    precision a dict such as {"layer3.*": 2, "*": 4}, of names as they are inside the converted network, or inside the
+    part of it that is given. All or nothing: on a ValueError (not converted, no such bit-width, a switchable norm not
+    built for it, a layer no pattern matches, a pattern no layer matches) nothing has changed.
     """
-    modules = dict(_settable(converted(model)))
+    for network, plan in [(network, _checked(network, bits)) for network in networks(model)]:
+        _switch(network, plan)
+
+
+def _checked(network: nn.Module, bits: Bits) -> dict[nn.Module, int]:
+    """The bit-width of each of a network's modules, which it can run at."""
+    modules = dict(_settable(network))
     plan = _plan(modules, bits)
     for name, module in modules.items():
         if isinstance(module, MultiBitBatchNorm) and not module.serves(plan[name]):
             built = f"one of {sorted(module.own)}, which the switchable norm {name} was built for or adapted to"
             raise invalid("bits", plan[name], built)
-        if plan[name] == 1 and getattr(model.quant_spec, "zero_level", False):
+        if plan[name] == 1 and not isinstance(module, MultiBitBatchNorm) and module.spec.zero_level:
             raise invalid("bits", 1, "2 or more with zero_level, since one level cannot be both zero and not")
-    _switch({module: plan[name] for name, module in modules.items()})
+    return {module: plan[name] for name, module in modules.items()}
 
 
-def _switch(plan: Mapping[nn.Module, int]) -> None:
-    """Run each module at its bit-width; layers that all have one share the tensor of its levels."""
+def _switch(network: nn.Module, plan: Mapping[nn.Module, int]) -> None:
+    """Run each module of a network at its bit-width; if all layers have one, they share the tensor of its levels.
+
+    A part of a network leaves that tensor to the rest.
+    """
     layers = [module for module in plan if not isinstance(module, MultiBitBatchNorm)]
-    shared = layers[0].levels if len({plan[layer] for layer in layers}) == 1 else None
+    alike = "quant_spec" in vars(network) and len({plan[layer] for layer in layers}) == 1
+    shared = layers[0].levels if alike else None
     if shared is not None:
         shared.fill_(levels(plan[layers[0]]))
     for module, bits in plan.items():
@@ -202,13 +240,38 @@ def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
 
 @contextmanager
 def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
-    """`with at_bits(model, 2): ...` runs the block at `bits` (see `set_bits`) and restores on exit, come what may."""
-    before = {module: module.bits for _, module in _settable(converted(model))}
-    set_bits(model, bits)
+    """`with at_bits(model, 2): ...` runs the block at `bits` (see `set_bits`) and restores on exit, come what may.
+
+    The bit-width belongs to the network, not to the thread: while one thread is inside such a block, another that
+    enters one of the same network gets a RuntimeError. Give each thread a copy of its own (`copy.deepcopy`).
+    """
+    found = {network: [module for _, module in _settable(network)] for network in networks(model)}
+    with _alone([module for modules in found.values() for module in modules]):
+        before = {network: {module: module.bits for module in modules} for network, modules in found.items()}
+        try:
+            set_bits(model, bits)
+            yield model
+        finally:
+            for network, plan in before.items():
+                _switch(network, plan)
+
+
+@contextmanager
+def _alone(modules: list[nn.Module]) -> Iterator[None]:
+    """Within the block no other thread can enter one with any of `modules`."""
+    own = get_ident()
+    with _ENTERING:
+        if any(thread != own for module in modules for thread in _INSIDE.get(module, ())):
+            text = "another thread is inside at_bits with this network, whose bit-width is one for all threads"
+            raise RuntimeError(f"{text}: use a copy of it (copy.deepcopy) in each thread")
+        for module in modules:
+            _INSIDE[module] = [*_INSIDE.get(module, ()), own]
     try:
-        yield model
+        yield
     finally:
-        _switch(before)
+        with _ENTERING:
+            for module in modules:
+                _INSIDE[module].pop()
 
 
 def converted(model: nn.Module, name: str = "model") -> nn.Module:
@@ -225,18 +288,22 @@ def converted(model: nn.Module, name: str = "model") -> nn.Module:
 def summary(model: nn.Module) -> pd.DataFrame:
     """One row a Conv2d or Linear: name, type, bits, weight, activation, signed, range, correction, note.
 
-    bits is 32 for a layer in full precision, and note says why it is.
+    bits is 32 for a layer in full precision, and note says why it is. model: as for `set_bits`, whose patterns match
+    these names.
     """
-    rows = []
-    for name, module in converted(model).named_modules():
+    columns = ["name", "type", "bits", "weight", "activation", "signed", "range", "correction", "note"]
+    return pd.DataFrame([row for network in networks(model) for row in _rows(network)], columns=columns)
+
+
+def _rows(network: nn.Module) -> Iterator[dict[str, object]]:
+    kept = vars(network).get("kept", {})  # a part of a network does not know the reason
+    for name, module in network.named_modules():
         row = {"name": name, "type": type(module).__name__, "bits": 32, "note": ""}
         if isinstance(module, (QuantConv2d, QuantLinear)):
             x: InputQuantizer = module.input_quantizer
             span = x.extra_repr().split("range=")[1]
             row |= {"bits": module.bits, "weight": module.spec.weight, "activation": x.method, "signed": x.signed}
-            rows.append(row | {"range": span, "correction": module.spec.correction})
+            yield row | {"range": span, "correction": module.spec.correction}
         elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-            note = f"full precision: {model.kept[name]}" if name in model.kept else "not a plain Conv2d or Linear"
-            rows.append(row | {"note": note})
-    columns = ["name", "type", "bits", "weight", "activation", "signed", "range", "correction", "note"]
-    return pd.DataFrame(rows, columns=columns)
+            note = "full precision" if type(module) in _LAYERS else "not a plain Conv2d or Linear"
+            yield row | {"note": f"full precision: {kept[name]}" if name in kept else note}

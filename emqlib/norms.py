@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import quantizers, ranks
 from .checks import BIT_WIDTHS
-from .layers import QuantSpec, nearest
+from .layers import QuantSpec, again, nearest
 
 
 def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
@@ -170,14 +170,15 @@ class MultiBitBatchNorm(nn.Module):
         else:
             mean, var = self.statistics()
         weight, bias = self.affine()
+        momentum = 0.0 if again() else self.momentum
         if self.training and self.across_ranks:
-            y = self._over_ranks(x, mean, var, weight, bias)
+            y = self._over_ranks(x, mean, var, weight, bias, momentum)
         elif self.training and torch.compiler.is_compiling() and x.is_cpu and x.dtype is torch.bfloat16:
             x = x.contiguous(memory_format=_format(x))
-            y, *running = _batch_norm(x, mean, var, weight, bias, self.momentum, self.eps)[:3]
+            y, *running = _batch_norm(x, mean, var, weight, bias, momentum, self.eps)[:3]
             mean, var = (statistic.detach() for statistic in running)
         else:
-            y = F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+            y = F.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
         if self.training and not in_place:
             self.running_mean.index_copy_(0, self.stats_row, mean[None])
             self.running_var.index_copy_(0, self.stats_row, var[None])
@@ -189,9 +190,12 @@ class MultiBitBatchNorm(nn.Module):
         if not self.switchable:
             return tuple(None if p is None else p.view(-1) for p in pairs)
         # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
-        return tuple(None if p is None else (p * self.affine_pick).sum(0) for p in pairs)
+        pick = self.affine_pick.clone()  # the next `set_bits` overwrites it, maybe before this pass's gradient is due
+        return tuple(None if p is None else (p * pick).sum(0) for p in pairs)
 
-    def _over_ranks(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _over_ranks(
+        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float
+    ) -> Tensor:
         """`F.batch_norm` in training mode by statistics of the whole batch; mean and var (C,) are updated in place."""
         dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
         local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -201,8 +205,8 @@ class MultiBitBatchNorm(nn.Module):
         deviation = local - batch_mean.view(shape)
         batch_var = ranks.total(deviation.square().sum(dims)) / n
         with torch.no_grad():
-            mean.lerp_(batch_mean.to(mean.dtype), self.momentum)
-            var.lerp_((batch_var * n / (n - 1)).to(var.dtype), self.momentum)
+            mean.lerp_(batch_mean.to(mean.dtype), momentum)
+            var.lerp_((batch_var * n / (n - 1)).to(var.dtype), momentum)
         y = deviation * (batch_var + self.eps).rsqrt().view(shape)
         y = y if weight is None else y * weight.view(shape) + bias.view(shape)
         return y.to(x.dtype)

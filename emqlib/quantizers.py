@@ -174,10 +174,10 @@ class _DoReFaWeight(Function):
         tanh, E = torch.tanh(w), w.abs().mean()
         M = tanh.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
         ctx.save_for_backward(tanh, M, E)
-        t = tanh / M
-        domain = E * t
-        w_q = _where(is_full(n), domain, E * (2 / n * torch.round(n / 2 * (t + 1)) - 1))
-        return w_q.clone() if w_q is domain else w_q, domain
+        domain = E * (t := tanh / M)
+        if is_full(n) is True:
+            return domain.clone(), domain
+        return _where(is_full(n), domain, E * (2 / n * torch.round(n / 2 * (t + 1)) - 1)), domain
 
     @staticmethod
     @once_differentiable

@@ -151,6 +151,25 @@ def total(x: Tensor) -> Tensor:
     return _Total.apply(x)
 
 
+class _Awaited(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.like = parameter.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.like)
+
+
+def awaited(x: Tensor, parameter: Tensor) -> Tensor:
+    """x (any shape) as it is; its gradient brings zeros for a `parameter` (any shape) that takes no part in it.
+
+    Several ranks wait for a gradient of each parameter; alone, an optimizer's momentum goes on as it does among them.
+    """
+    return _Awaited.apply(x, parameter)
+
+
 def mean(x: Tensor) -> Tensor:
     """x (any shape), a statistic of each rank's part, averaged over ranks."""
     return total(x) / dist.get_world_size()

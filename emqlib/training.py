@@ -19,10 +19,11 @@ from . import checkpoints, checks, devices
 from .checkpoints import Deadline, OutOfTime
 from .config import TrainConfig, learning_rate
 from .data import Dataset
+from .evaluation import logits_of
 from .files import alone
 from .finite import LossWatch, check_weights
 from .loading import Batch, FileLoader, MemoryLoader, loader
-from .multibit import quantized_layers, set_bits
+from .multibit import quantized_layers, set_bits, step_weights
 from .ranks import Ranks, current, synchronized
 from .sampling import Sampler, Selection, generator
 
@@ -121,11 +122,11 @@ def train(
     observe: called with the model after each epoch; what it returns, of JSON's types, goes into the history's column
     "observed", and so into the checkpoint. budget: seconds after which training stops at the next step, by OutOfTime,
     with a checkpoint of that step, from which the next call goes on as exactly; each call makes one step at least.
-    The bit-width is the highest trained one afterwards. Damaged files of streamed data are skipped; column damaged
-    counts them up to each epoch, attrs["damaged"] names them. Several processes, which a launcher started and which all
-    call this with the same arguments, share each batch: gradients, batch-norm statistics and tracked ranges are those
-    of all of it, so that they end with the weights of one process (dropout and output correction's means are of each
-    part). The first shows progress and writes checkpoints.
+    Afterwards the bit-width is the highest trained one and the network in evaluation mode: calls change nothing.
+    Damaged files of streamed data are skipped; column damaged counts them up to each epoch, attrs["damaged"] names
+    them. Several processes, which a launcher started and which all call this with the same arguments, share each batch:
+    gradients, batch-norm statistics and tracked ranges are those of all of it, so that they end with the weights of one
+    process (dropout and output correction's means are of each part). The first shows progress and writes checkpoints.
     ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a place
     where no checkpoint can be, a budget without one, or a checkpoint of another configuration, network or data.
     FloatingPointError: a loss or weight that is not finite, named with step, bit-width and learning rate; the last
@@ -145,7 +146,10 @@ def train(
 
 @contextmanager
 def _safe(run: _Run) -> Iterator[None]:
-    """Within the block no other process writes the checkpoint, and running out of memory says what to try."""
+    """Within the block no other process writes the checkpoint, and running out of memory says what to try.
+
+    However it ends, the network is in evaluation mode afterwards and holds no gradients.
+    """
     config, own = run.config, run.path is not None and run.place.main
     halved = f"batch_size={config.batch_size // 2}" if config.batch_size > 1 else "smaller images"
     advice = f"{halved}, or accumulate={2 * config.accumulate}, for the same steps in smaller parts"
@@ -153,7 +157,11 @@ def _safe(run: _Run) -> Iterator[None]:
         alone(run.path) if own else nullcontext(),
         devices.enough_memory("batch_size", config.batch_size, f"{advice}; the last checkpoint stays"),
     ):
-        yield
+        try:
+            yield
+        finally:
+            run.model.eval()
+            run.optimizer.zero_grad()
 
 
 def _history(run: _Run) -> pd.DataFrame:
@@ -307,12 +315,13 @@ def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: LossWatch, wher
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     parts = zip(*(x.tensor_split(config.accumulate) for x in (images, *batch[1:])), strict=True)
+
+    def see(b: int, loss: Tensor, weight: float) -> None:
+        watch.see(loss, weight, f"{where}, {b} bits, lr {lr:.3g}")
+
     with devices.autocast(config.autocast, run.device):
         for k, part in enumerate(parts, start=1):
-            weight = len(part[1]) * run.place.count / len(step.indices)
-            for b, loss in _losses(run, step, part, last=k == config.accumulate):
-                watch.see(loss, weight, f"{where}, {b} bits, lr {lr:.3g}")
-                run.scaler.scale(loss if weight == 1 else loss * weight).backward()
+            _children(run, step, part, k == config.accumulate, see)
     if config.clip_grad_norm:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad_norm)
@@ -320,27 +329,30 @@ def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: LossWatch, wher
     run.scaler.update()
 
 
-def _losses(run: _Run, step: Step, part: Batch, last: bool) -> Iterator[tuple[int, Tensor]]:
-    """(bit-width, loss) of each child of a step on a part of its samples, highest first; its gradient is due at once.
+def _children(run: _Run, step: Step, part: Batch, last: bool, see: Callable[[int, Tensor, float], None]) -> None:
+    """Each child's forward and backward pass on a part of a step's samples, highest bit-width first.
 
-    last: whether no other part follows, so that gradients are averaged over ranks after the last child.
+    last: whether no other part follows, so that gradients are averaged over ranks after the last child. see: takes in
+    each bit-width, its loss and the part's weight in the step, before the backward pass.
     """
     images, labels, indices = part
-    teacher = None
+    teacher, weight = None, len(labels) * run.place.count / len(step.indices)
     for b in step.bits:
         set_bits(run.model, b)
         waits = nullcontext() if last and b == step.bits[-1] else run.place.alone(run.wrapped)
-        with waits:
-            logits = run.forward(images).float()
+        eager = run.forward is run.wrapped  # a compiled or captured network has an order of its own
+        with waits, step_weights(run.model) if eager else nullcontext():
+            logits = logits_of(run.forward(images)).float()
             if logits.shape[1] < run.data.num_classes:
                 raise checks.invalid(
                     "model", f"{logits.shape[1]} outputs", f"{run.data.num_classes} or more, one a class"
                 )
             target = labels if teacher is None else teacher
-            yield b, _loss(logits, target, step, indices, run.config, teacher is not None)
+            loss = _loss(logits, target, step, indices, run.config, teacher is not None)
+            see(b, loss, weight)
+            run.scaler.scale(loss if weight == 1 else loss * weight).backward()
         run.sampler.observe(b, run.epoch, indices, logits, labels)  # only now is the loss known to be finite
-        if run.config.distillation:
-            teacher = logits.detach().softmax(1)
+        teacher = logits.detach().softmax(1) if run.config.distillation else None
 
 
 def _loss(logits: Tensor, target: Tensor, step: Step, indices: Tensor, config: TrainConfig, distilled: bool) -> Tensor:

@@ -638,11 +638,12 @@ def test_a_training_step_quantizes_each_weight_once_and_all_at_its_start(
     quantize = QuantLinear.weight_and_domain
     monkeypatch.setattr(QuantLinear, "weight_and_domain", lambda self: (seen.append("weight"), quantize(self))[1])
     model.first.register_forward_pre_hook(lambda *_: seen.append("first"))
-    losses = [forward(x).square().sum() for forward in (model, twin.forward)]  # without hooks each use quantizes
+    with multibit.step_weights(model):
+        losses = [forward(x).square().sum() for forward in (model, twin)]  # outside of a step each use quantizes
+        losses[0].backward()
     assert seen == ["weight"] * 3 + ["first"] + ["weight"] * 4
     assert torch.equal(*losses)
-    for loss in losses:
-        loss.backward()
+    losses[1].backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
@@ -650,24 +651,22 @@ def test_a_training_step_quantizes_each_weight_once_and_all_at_its_start(
 
 def test_no_weight_outlives_its_step(rng: torch.Generator) -> None:
     model, x = emq.convert(Twice(), spec()).train(), torch.randn(5, 4, generator=rng)
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    layers, held = [m for m in model.modules() if isinstance(m, QuantLinear)], []
+    hook = model.middle.register_forward_pre_hook(lambda layer, _: held.append(layer.prepared is not None))
     model(x)
-    assert [layer.prepared for layer in layers] == [None]
-    with pytest.raises(RuntimeError, match="three"):
+    with multibit.step_weights(model):
+        model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="three"), multibit.step_weights(model):
         model(x[:3])
     assert [layer.prepared for layer in layers] == [None]
+    model(x)
+    assert held == [False] * 2 + [True] * 4 + [False] * 2
+    hook.remove()
     y = torch.randn(5, 8, generator=rng)
     before = model.middle(y)
     with torch.no_grad():
         model.middle.weight.mul_(-1)
     assert not torch.allclose(model.middle(y), before)
-    held = []
-    model.middle.register_forward_pre_hook(lambda layer, _: held.append(layer.prepared is not None))
-    model(x)
-    model.eval()(x)
-    with torch.no_grad():
-        model.train()(x)
-    assert held == [True, True, False, False, False, False]
 
 
 def test_at_bits_restores() -> None:
