@@ -118,6 +118,7 @@ class _Layer(nn.Module):
     def __init__(self, packed: PackedConv2d | PackedLinear, codes: Tensor, channel: int) -> None:
         super().__init__()
         self.bits, self.channel, self.packed = packed.bits, channel, packed
+        packed.guarded = ""  # `_tried` has seen that nothing reads it
         shape = [-1 if d == channel else 1 for d in range(codes.dim())]
         fixed = packed.input_quantizer
         self.input_quantizer = _Quantizer(fixed) if isinstance(fixed, FixedQuantizer) else fixed
@@ -127,8 +128,13 @@ class _Layer(nn.Module):
         self.register_buffer("offset", (offset.double() + scale.double() / 2).to(scale.dtype).view(shape))
         self.register_buffer("bias", packed.bias)
 
+    @property
     def weight(self) -> Tensor:
-        """The weight, dequantized."""
+        """The packed layer's (O, ...), for a network that asks for its type."""
+        return self.packed.weight
+
+    def dequantized(self) -> Tensor:
+        """The weight as DequantizeLinear gives it, the outputs in dimension `channel`."""
         operands = (self.codes, self.scale)
         attributes = {"axis": self.channel}
         shape = self.codes.shape
@@ -142,7 +148,7 @@ class _Conv2d(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W')."""
-        return self.packed._conv_forward(self.input_quantizer(x), self.weight(), self.bias)
+        return self.packed._conv_forward(self.input_quantizer(x), self.dequantized(), self.bias)
 
 
 class _Linear(_Layer):
@@ -151,7 +157,7 @@ class _Linear(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        x = self.input_quantizer(x) @ self.weight()
+        x = self.input_quantizer(x) @ self.dequantized()
         return x if self.bias is None else x + self.bias
 
 

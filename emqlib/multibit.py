@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import open_attention
 from .checks import bit_width, invalid
+from .decisions import READ, Decisions, decide, refuse_derived
 from .layers import InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
 from .norms import MultiBitBatchNorm
 from .quantizers import levels
-from .signs import walk
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -33,87 +34,70 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
     Every Conv2d and Linear becomes its quantized twin, but those `spec.full_precision` keeps, those inside
     `nn.MultiheadAttention` too (see `attention`); every batch norm becomes a `MultiBitBatchNorm`, layer norms stay as
-    they are. A layer whose input can be negative gets a signed input quantizer; where the network cannot be traced to
-    find out, all do. An unsigned one clips at zero, at 32 bits too: a ReLU whose output goes to none but such becomes
-    an Identity. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net` takes go in, and what
-    it gives comes out.
+    they are. A layer whose input can be negative, as seen in evaluation mode, gets a signed input quantizer; where the
+    network cannot be traced to find out, all do. An unsigned one clips at zero, at 32 bits too: a ReLU whose output
+    goes to none but such becomes an Identity. A layer whose weight the network reads past it, as Swin does, stays in
+    full precision, with a UserWarning. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net`
+    takes go in, and what it gives comes out.
     ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
-    running statistics, or of a kind that is not known; a weight that the network reads past its layer.
+    running statistics, or of a kind that is not known; a layer whose weight is parametrized, pruned or not there yet.
     """
+    model = _opened(net, spec)
+    decided = decide(model, spec)
+    read = [name for name, why in decided.kept.items() if why == READ]
+    if read:
+        names = ", ".join(read)
+        warnings.warn(f"kept in full precision, as the network reads their weights outside: {names}", stacklevel=2)
+    return _applied(model, spec, decided)
+
+
+def convert_as(net: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    """`convert`, by what was decided on this network once. ValueError also: `decided` is on another network."""
+    model = _opened(net, spec)
+    decided.refuse_another(model)
+    return _applied(model, spec, decided)
+
+
+def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of `net` in which every layer is a module of its own."""
     if not isinstance(net, nn.Module) or any(True for _ in _settable(net)):
         raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
-    model = open_attention(copy.deepcopy(net))
-    # a copy, because a forward that stores what it meets would store tracing proxies
-    found = walk(copy.deepcopy(model))
-    layers = [name for name, module in model.named_modules() if type(module) in _LAYERS]
-    called = [name for name in found.order if name in layers]
-    never_called = [name for name in layers if name not in called]
-    names = [*called[:-1], *never_called, *called[-1:]]  # neither the first nor the last, such as an auxiliary head
-    kept = _full_precision(names, spec) if names else {}
-    escaped = next((name for name in names if name not in kept and f"{name}.weight" in found.read), None)
-    if escaped:
-        expected = f'a pattern for {escaped} too, whose weight the network reads past its layer, for example "*.qkv"'
-        raise invalid("full_precision", spec.full_precision, expected)
-    if len(kept) == len(names):
-        raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
-    spec = replace(spec, activation_range=_activation_range(net, spec))
-    new = {id(model.get_submodule(name)): (name, found.signed[name]) for name in names if name not in kept}
-    unsigned = {name for name, signed in new.values() if not signed and spec.activation != "none"}
-    absorbed = {
-        id(model.get_submodule(name)): nn.Identity() for name, readers in found.readers.items() if readers <= unsigned
-    }
-    return _ready(_replace(model, new, spec, absorbed), spec, kept)
+    refuse_derived(net)
+    try:
+        model = copy.deepcopy(net)
+    except Exception as error:  # whatever a network's own parts raise
+        raise invalid("net", type(net).__name__, f"a network that copy.deepcopy can copy ({error})") from error
+    return open_attention(model)
 
 
-def _ready(model: nn.Module, spec: QuantSpec, kept: dict[str, str]) -> nn.Module:
-    model.quant_spec, model.kept = spec, kept
+def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    spec, modules = replace(spec, activation_range=decided.activation_range), dict(model.named_modules())
+    signed = {id(modules[name]): signed for name, signed in decided.signed.items()}
+    absorbed = {id(modules[name]): nn.Identity().train(modules[name].training) for name in decided.absorbed}
+    return _ready(_replace(model, signed, spec, absorbed), spec, decided)
+
+
+def _ready(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    model.quant_spec, model.decided, model.kept = spec, decided, decided.kept
     set_bits(model, spec.bits[-1])
     return model
 
 
-def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
-    """The layers that stay in full precision, each with the entry of `spec.full_precision` that keeps it."""
-    ends = {"first": names[:1], "last": names[-1:]}
-    kept: dict[str, str] = {}
-    for entry in spec.full_precision:
-        matches = ends[entry] if entry in ends else fnmatch.filter(names, entry)
-        if not matches:
-            raise invalid("full_precision", entry, f"first, last, or a pattern that matches one of {names}")
-        kept |= {name: entry for name in matches if name not in kept}
-    return kept
-
-
-def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
-    """ "unit" is for networks still to be trained under DoReFa's clip: those whose batch norms have seen no data."""
-    if spec.activation_range != "auto":
-        return spec.activation_range
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
-    return "unit" if norms and all(map(_is_fresh, norms)) else "tracked"
-
-
-def _is_fresh(norm: _BatchNorm) -> bool:
-    """By the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0."""
-    mean, var = norm.running_mean, norm.running_var
-    return mean is None or mean.is_meta or not bool(mean.any() or (var - 1).any())
-
-
-def _replace(
-    module: nn.Module, new: dict[int, tuple[str, bool]], spec: QuantSpec, done: dict[int, nn.Module]
-) -> nn.Module:
+def _replace(module: nn.Module, signed: dict[int, bool], spec: QuantSpec, done: dict[int, nn.Module]) -> nn.Module:
     """`module`, or its twin, with all that is below it replaced; a module used twice gets one twin."""
     if id(module) in done:
         return done[id(module)]
     twin = module
-    if id(module) in new:
-        twin = _LAYERS[type(module)].from_float(module, spec, new[id(module)][1])
+    if id(module) in signed:
+        twin = _LAYERS[type(module)].from_float(module, spec, signed[id(module)])
     elif isinstance(module, _BatchNorm):
         twin = _norm_twin(module, spec)
     done[id(module)] = twin
     if twin is module:  # not named_children(), which leaves out the second name of a module used twice
         for name, child in module._modules.items():
-            module._modules[name] = child if child is None else _replace(child, new, spec, done)
+            module._modules[name] = child if child is None else _replace(child, signed, spec, done)
     return twin
 
 
@@ -124,7 +108,9 @@ def _norm_twin(norm: _BatchNorm, spec: QuantSpec) -> nn.Module:
     if type(norm) in _BATCH_NORMS:
         return twin
     if isinstance(getattr(norm, "drop", None), nn.Module) and isinstance(getattr(norm, "act", None), nn.Module):
-        return nn.Sequential(twin, norm.drop, norm.act)  # timm's BatchNormAct2d
+        wrapped = nn.Sequential(twin, norm.drop, norm.act)  # timm's BatchNormAct2d
+        wrapped.training = norm.training
+        return wrapped
     raise invalid("net", repr(norm), "batch norms of PyTorch's own types, or timm's with an activation")
 
 

@@ -3,9 +3,10 @@
 import copy
 from collections import Counter
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import quantizers
@@ -15,6 +16,7 @@ from .correction import correct_weight
 from .layers import InputQuantizer, QuantConv2d, QuantLinear, geometry
 from .multibit import Bits, at_bits, converted, quantized_layers
 from .norms import MultiBitBatchNorm
+from .signs import read
 
 
 def pack_integers(codes: Tensor, bits: int) -> Tensor:
@@ -107,6 +109,21 @@ class FixedQuantizer(nn.Module):
         return quantizers.fake_quantize(x, self.scale, self.q_min, self.q_max, offset)
 
 
+class _Guarded(Tensor):
+    """A packed weight, outside its layer: it tells its shape and type, but who computes with it is refused."""
+
+    layer = ""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        name = next((a.layer for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)), "")
+        expected = "a network that reads no packed weight outside its layer; convert with this one in full_precision"
+        raise invalid("model", name, expected)
+
+
 class _PackedLayer(nn.Module):
     """What PackedConv2d and PackedLinear share: `codes`, and `affine`, which holds scale, offset and, if any, bias.
 
@@ -115,6 +132,14 @@ class _PackedLayer(nn.Module):
 
     codes: Tensor
     affine: Tensor
+    guarded = ""  # the layer's name, in a network of which nobody knows what it reads
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if name == "weight" and self.guarded:
+            found = found.as_subclass(_Guarded)
+            found.layer = self.guarded
+        return found
 
     def _adopt(self, layer: QuantConv2d | QuantLinear, norm: Affine | None) -> Self:
         bias, (codes, scale, offset) = layer.weight_and_bias()[1], _integers(layer)
@@ -163,7 +188,7 @@ class PackedConv2d(_PackedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W')."""
-        return super().forward(self.input_quantizer(x))
+        return self._conv_forward(self.input_quantizer(x), self._buffers["weight"], self.bias)
 
 
 class PackedLinear(_PackedLayer, nn.Linear):
@@ -177,7 +202,7 @@ class PackedLinear(_PackedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return super().forward(self.input_quantizer(x))
+        return F.linear(self.input_quantizer(x), self._buffers["weight"], self.bias)
 
 
 _PACKED = {QuantConv2d: PackedConv2d, QuantLinear: PackedLinear}
@@ -198,7 +223,8 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
     is 2^-23 of that and a step; the training layer's own float32 arithmetic is off by up to four. Size: N b / 8 bytes
     for N weights of a layer, 8 for each of its output channels, 12 with a bias, and 16 for its input. `saving.save`
     writes it, `export.export_onnx` makes a file for other runtimes.
-    ValueError: as `set_bits`, or an input quantizer that has seen no images yet.
+    ValueError: as `set_bits`, or an input quantizer that has seen no images yet. Where torch.fx cannot trace the
+    network, what reads a packed weight outside its layer, such as a tied decoder, is refused in the first forward pass.
     """
     network = converted(model)
     with at_bits(network, bits):
@@ -212,7 +238,8 @@ def pack_as_set(network: nn.Module) -> nn.Module:
     """`pack`, at the bit-widths that `network` is set to, unchecked."""
     packed = copy.deepcopy(network).eval()
     layers = {name: layer.bits for name, layer in quantized_layers(packed).items()}
-    folded = _folded(packed)
+    traced = _traced(packed)
+    folded = _folded(packed, *traced) if traced else {}
     with torch.no_grad():
         new = {norm: nn.Identity() for norm in folded.values()}
         for module in packed.modules():
@@ -221,6 +248,9 @@ def pack_as_set(network: nn.Module) -> nn.Module:
             elif type(module) in _PACKED or module in folded:
                 new[module] = _packed(module, Affine.of(folded[module]) if module in folded else None)
     packed = replaced(packed, new)
+    for name, layer in packed.named_modules():
+        if isinstance(layer, _PackedLayer) and not traced:
+            layer.guarded = name or type(layer).__name__
     packed.packed_spec, packed.packed_bits = network.quant_spec, layers
     for name in ("quant_spec", "kept"):
         packed.__dict__.pop(name, None)
@@ -291,15 +321,18 @@ class _Tracer(fx.Tracer):
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
-def _folded(network: nn.Module) -> dict[nn.Module, MultiBitBatchNorm]:
-    """Of each convolution whose output goes to a batch norm and nowhere else, that batch norm.
-
-    Of none, where torch.fx cannot trace the network.
-    """
+def _traced(network: nn.Module) -> tuple[fx.Graph, set[str]] | None:
+    """The graph of `network` and the names of the parameters it reads past their modules, if torch.fx can trace it."""
+    network = copy.deepcopy(network)  # where the tracer leaves what it meets
     try:
         graph = _Tracer().trace(network)
     except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
-        return {}
+        return None
+    return graph, read(graph, network)
+
+
+def _folded(network: nn.Module, graph: fx.Graph, read: set[str]) -> dict[nn.Module, MultiBitBatchNorm]:
+    """Of each convolution that nothing else reads and whose output goes to a batch norm alone, that batch norm."""
     modules = dict(network.named_modules(remove_duplicate=False))
     called = [node for node in graph.nodes if node.op == "call_module"]
     calls = Counter(modules[node.target] for node in called)
@@ -309,6 +342,7 @@ def _folded(network: nn.Module) -> dict[nn.Module, MultiBitBatchNorm]:
         if not isinstance(norm, MultiBitBatchNorm) or source not in called or len(source.users) > 1:
             continue
         layer = modules[source.target]
-        if type(layer) in (nn.Conv2d, QuantConv2d) and calls[layer] == calls[norm] == 1:
+        own = not any(f"{source.target}.{name}" in read for name in ("weight", "bias"))
+        if type(layer) in (nn.Conv2d, QuantConv2d) and own and calls[layer] == calls[norm] == 1:
             found[layer] = norm
     return found

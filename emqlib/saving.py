@@ -8,22 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, container, models
+from .decisions import Decisions
 from .layers import QuantSpec
-from .multibit import convert, converted, quantized_layers
+from .multibit import convert_as, converted, quantized_layers
 from .packing import pack_as_set
 from .provenance import software
 
-VERSION = 3
-_KEYS = {"version", "network", "spec", "packed", "trained_on", "provenance"}
+VERSION = 4
+_KEYS = {"version", "network", "spec", "decided", "packed", "trained_on", "provenance"}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a converted `model`, or what `pack` made of one, to `path`, atomically: what `load` needs to make it again.
 
     The file is safetensors; its header holds, as JSON, a version, the network (where `emqlib.models` built it), the
-    QuantSpec, the bit-widths of packed layers, name, checksum and statistics of the data set `train` saw last, and this
-    software's versions; and a checksum of that and of all tensors. ValueError: neither a converted network nor a packed
-    one, or a path that is a folder. OSError: it cannot be written.
+    QuantSpec, what `convert` decided on its layers, the bit-widths of packed layers, name, checksum and statistics of
+    the data set `train` saw last, and this software's versions; and a checksum of that and of all tensors.
+    ValueError: neither a converted network nor a packed one, or a path that is a folder. OSError: it cannot be written.
     """
     packed, path = getattr(model, "packed_bits", None), checks.file_name("path", path)
     network = converted(model) if packed is None else model
@@ -31,6 +32,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "version": VERSION,
         "network": getattr(network, "recipe", None),
         "spec": asdict(network.quant_spec if packed is None else network.packed_spec),
+        "decided": asdict(network.decided),
         "packed": packed,
         "trained_on": getattr(network, "trained_on", None),
         "provenance": software(),
@@ -42,18 +44,18 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     """The network that `save` wrote to `path`, in evaluation mode: packed, or at its highest trained bit-width.
 
     On the CPU, or where `net` lies. net: the plain network that was converted, of which the parameters do not matter,
-    where it is not one of `emqlib.models`. ValueError that names path or net: no such file, not whole, edited, of
-    another version or of another network.
+    where it is not one of `emqlib.models`, in any mode: what `convert` decided on it stands in the file. ValueError
+    that names path or net: no such file, not whole, edited, of another version or of another network.
     """
     path, expected = checks.file_name("path", path), "a whole file that emqlib.save wrote"
     about, tensors = container.read(path, VERSION, expected)
     if set(about) != _KEYS:
         raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
-    spec = _spec(about["spec"], path)
+    spec, decided = (_made(kind, about[key], path) for kind, key in ((QuantSpec, "spec"), (Decisions, "decided")))
     plain = _network(about["network"], tensors, path) if net is None else net
     place = ("path", str(path)) if net is None else ("net", type(net).__name__)
     try:
-        model = convert(plain, spec)
+        model = convert_as(plain, spec, decided)
     except ValueError as error:
         raise checks.invalid(*place, f"the plain network that was saved ({error})") from error
     if about["packed"] is not None:
@@ -67,13 +69,15 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
-def _spec(told: Any, path: Path) -> QuantSpec:
-    if not isinstance(told, dict) or set(told) != {f.name for f in fields(QuantSpec)}:
-        raise checks.invalid("path", str(path), f"a spec with the fields of QuantSpec, not {told!r}")
+def _made(kind: type, told: Any, path: Path) -> Any:
+    """The dataclass `kind` of what the file tells."""
+    name = kind.__name__
+    if not isinstance(told, dict) or set(told) != {f.name for f in fields(kind)}:
+        raise checks.invalid("path", str(path), f"the fields of {name}, not {told!r}")
     try:
-        return QuantSpec(**told)
+        return kind(**told)
     except (TypeError, ValueError) as error:
-        raise checks.invalid("path", str(path), f"a QuantSpec ({error})") from error
+        raise checks.invalid("path", str(path), f"a {name} ({error})") from error
 
 
 def _network(recipe: Any, tensors: dict[str, Tensor], path: Path) -> nn.Module:

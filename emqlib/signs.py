@@ -40,6 +40,8 @@ _KEEPING_NAMES |= {"cat", "concat", "stack", "getitem", "chunk", "split"}
 _ARITHMETIC_NAMES = {"add", "add_", "iadd", "mul", "mul_", "imul", "div", "div_", "truediv", "floordiv"}
 _KEEPING_NAMES |= _ARITHMETIC_NAMES  # unless a number is negative, as in x + (-1)
 
+_ABOUT_NAMES = {"dtype", "device", "shape", "size", "dim", "ndim", "numel"}  # what says nothing of a tensor's values
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:  # its forward asks for the shapes of its inputs
@@ -86,8 +88,19 @@ def walk(net: nn.Module) -> Walk:
             signs[name] = signs.get(name, False) or not all(sources)
             for inner in modules[node.target].modules():  # such as a transformer layer's, which is not traced into
                 signs.setdefault(_first_name(names, modules, inner), True)
-    read = {node.target for node in graph.nodes if node.op == "get_attr"}
-    return Walk(dict.fromkeys(names, True) | signs, list(signs), read, _readers(graph, names, modules))
+    return Walk(dict.fromkeys(names, True) | signs, list(signs), read(graph, net), _readers(graph, names, modules))
+
+
+def read(graph: fx.Graph, net: nn.Module) -> set[str]:
+    """All names of the parameters of `net` that its graph reads, or views of, for more than a shape or a type."""
+    found = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" and not all(_target_name(user) in _ABOUT_NAMES for user in node.users):
+            module, _, name = node.target.rpartition(".")
+            tensor = getattr(net.get_submodule(module), name)
+            base = getattr(tensor, "_base", None)
+            found.add(id(tensor if base is None else base))
+    return {name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in found}
 
 
 def _readers(graph: fx.Graph, names: list[str], modules: dict[str, nn.Module]) -> dict[str, set[str]]:

@@ -90,7 +90,15 @@ EXEMPT = {
         *("versions.returned",),
     },
     "inside a function that has checked the network": {
-        *("attention.open_attention", "signs.walk", "layers.geometry", "packing.pack_as_set", "packing.replaced"),
+        *(
+            "attention.open_attention",
+            "signs.walk",
+            "signs.read",
+            "layers.geometry",
+            "packing.pack_as_set",
+            "packing.replaced",
+        ),
+        *("decisions.quantizable", "decisions.decide", "decisions.refuse_derived", "multibit.convert_as"),
         *("remedies.gaussian_moments", "analysis.watched", "training.optimizer", "devices.memory_format"),
         *(
             "devices.compiled",

@@ -1,0 +1,374 @@
+"""What `convert` decides once and keeps: in files, whatever mode it meets, and of weights it must not take apart."""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_readme import BLOCKS
+from test_saving import edited
+from torch import Tensor, nn
+from torch.nn.utils import (
+    parametrizations,
+    parametrize,
+    prune,
+    remove_spectral_norm,
+    remove_weight_norm,
+    spectral_norm,
+    weight_norm,
+)
+from torchvision.models import SwinTransformer
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+
+import emqlib as emq
+
+SPEC = emq.QuantSpec(bits=(2, 4))
+X = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Dropping(nn.Module):
+    """Drops whole paths while it trains, as timm's networks do; its auxiliary head is used in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.then = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm, self.relu, self.act, self.last = nn.BatchNorm2d(4), nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.auxiliary, self.head = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        if self.training:
+            x = x * x.new_empty((1, 1, 1, 1)).bernoulli_(0.9)
+        x = self.act(self.conv(x))
+        y = self.head(self.last(self.then(x)).mean((2, 3)))
+        return y + self.auxiliary(x.mean((2, 3))) if self.training else y
+
+
+def modes(net: nn.Module) -> list[bool]:
+    return [m.training for m in net.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_decisions_are_those_of_evaluation_mode(training: bool) -> None:
+    net = Dropping().train(training)
+    net.conv.train(not training)
+    model = emq.convert(net, SPEC)
+    table = emq.summary(model).set_index("name").signed
+    assert [table[name] for name in ("conv", "then", "auxiliary")] == [False, False, True]
+    assert modes(model) == modes(net) and model.training == training and model.norm.training == training
+    # in training mode others read what the first two give, and negative values would be new to them
+    assert [type(m) for m in (model.relu, model.act, model.last)] == [nn.ReLU] * 3
+    assert model.decided == emq.convert(Dropping().train(not training), SPEC).decided
+
+
+def test_a_relu_that_none_else_reads_in_any_mode_is_left_to_the_quantizer() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    net[0].train()
+    model = emq.convert(net, SPEC)
+    assert [type(model[i]) for i in (1, 3)] == [nn.Identity, nn.ReLU] and model.decided.absorbed == ("1",)
+    assert [m.training for m in model] == [True, False, False, False, False] and not model.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_file_loads_with_the_signs_it_was_saved_with(training: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = emq.convert(Dropping().train(training), SPEC)
+    model.train()(X)
+    emq.save(model.eval(), tmp_path / "net")
+    again = emq.load(tmp_path / "net", Dropping().train(not training))
+    assert again.decided == model.decided and again.kept == model.kept
+    assert torch.equal(again(X), model(X))
+    emq.save(emq.pack(model, 4), tmp_path / "packed")
+    assert torch.equal(emq.load(tmp_path / "packed", Dropping().train(not training))(X), emq.pack(model, 4)(X))
+
+
+def test_what_the_file_says_counts_and_no_trace(tmp_path: Path) -> None:
+    """Not even a warning about weights that are read outside their layers comes twice."""
+    model = emq.convert(Dropping(), SPEC).eval()
+    model(X)
+    emq.save(model, tmp_path / "net")
+    edited(tmp_path / "net", lambda about: about["decided"]["signed"].update(conv=True))
+    assert emq.load(tmp_path / "net", Dropping()).conv.input_quantizer.signed
+    with pytest.warns(UserWarning, match="outside: encoder"):
+        tied = emq.convert(Tied(), SPEC)
+    emq.save(tied, tmp_path / "tied")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert emq.load(tmp_path / "tied", Tied()).kept == tied.kept
+
+
+def changed(change: Callable[[nn.Module], Any]) -> nn.Module:
+    net = Dropping()
+    change(net)
+    return net
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+OTHERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "missing": (lambda net: delattr(net, "conv"), "'conv' is missing"),
+    "no layer": (lambda net: setattr(net, "conv", nn.Identity()), "'conv' is Identity"),
+    "another type": (lambda net: setattr(net, "conv", Scaled(4, 4, 1)), "'conv' is Scaled"),
+    "one more": (lambda net: setattr(net, "more", nn.Linear(2, 2)), "'more' is Linear"),
+    "no ReLU": (lambda net: setattr(net, "last", nn.GELU()), "'last' is GELU"),
+    "another shape": (lambda net: setattr(net, "conv", nn.Conv2d(4, 5, 1)), r"conv.weight is \[4, 4, 1, 1\]"),
+    "a Linear": (lambda net: setattr(net, "conv", nn.Linear(4, 4)), r"conv.weight is \[4, 4, 1, 1\]"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_network_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
+    emq.save(emq.convert(Dropping(), SPEC), tmp_path / "net")
+    edited(tmp_path / "net", lambda about: about["decided"].update(absorbed=["last"]))
+    change, message = OTHERS[name]
+    with pytest.raises(ValueError, match=rf"^net='Dropping': expected the .*network that was saved.*{message}"):
+        emq.load(tmp_path / "net", changed(change))
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "none": (None, "the fields of Decisions, not None"),
+    "a field less": ({"signed": {}}, "the fields of Decisions"),
+    "signs": ({"signed": [1]}, r"a Decisions \(signed=\[1\]: expected a bool for each layer"),
+    "numbers": ({"signed": {"conv": 1}}, r"a Decisions \(signed="),
+    "reasons": ({"kept": {"stem": None}}, r"a Decisions \(kept=.*a str for each layer"),
+    "a text": ({"absorbed": "act"}, r"a Decisions \(absorbed='act': expected names of modules"),
+    "lists": ({"absorbed": [["act"]]}, r"a Decisions \(absorbed="),
+    "auto": ({"activation_range": "auto"}, r"a Decisions \(activation_range='auto': expected one of tracked, unit"),
+    "other layers": ({"signed": {"layer9": True}}, "the plain network that was saved"),
+    "no ReLU": ({"absorbed": ["layer1.0.conv1"]}, "the plain network .* 'layer1.0.conv1' is Conv2d"),
+    "nothing": ({"signed": {}, "kept": {}}, "the plain network that was saved"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_edited_decisions_are_refused(name: str, tmp_path: Path) -> None:
+    emq.save(emq.convert(emq.models.resnet8(width=4), SPEC), tmp_path / "net")
+    told, message = HOSTILE[name]
+
+    def change(about: dict[str, Any]) -> None:
+        whole = isinstance(told, dict) and name != "a field less"
+        about["decided"] = about["decided"] | told if whole else told
+
+    with pytest.raises(ValueError, match=rf"^path='.*net': expected {message}"):
+        emq.load(edited(tmp_path / "net", change))
+
+
+# Weights that the network reads past their layers
+
+
+class Tied(nn.Module):
+    """An autoencoder that decodes by its encoder's own weight."""
+
+    def __init__(self, traced: bool = True, alias: bool = False) -> None:
+        super().__init__()
+        if alias:  # under a name that comes before the layer's
+            self.before = nn.Module()
+        self.stem, self.encoder, self.inner, self.head = (nn.Linear(8, 8) for _ in range(4))
+        if alias:
+            self.before.weight = self.encoder.weight
+        self.traced = traced
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traced:
+            len(x)  # which no proxy has
+        x = self.stem(x).to(self.inner.weight.dtype).relu()  # that alone reads nothing of the weight
+        weight = self.before.weight if hasattr(self, "before") else self.encoder.weight
+        return self.head(F.linear(self.inner(self.encoder(x).relu()).relu(), weight.t()))
+
+
+class TiedConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.encoder, self.inner = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 1)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.norm(self.encoder(self.stem(x).relu())).relu()).relu()
+        return self.head(F.conv_transpose2d(x, self.encoder.weight))
+
+
+class Square(nn.Module):
+    """Two layers that hold one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.encoder, self.decoder, self.head = (nn.Linear(8, 8) for _ in range(4))
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.decoder(self.encoder(self.stem(x).relu()).relu()))
+
+
+def ready(net: nn.Module, x: Tensor) -> nn.Module:
+    """`net`, converted, at 4 bits, with ranges and statistics of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = emq.convert(net, SPEC).train()
+    model(x)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [Square, Tied, lambda: Tied(alias=True), TiedConvolution])
+def test_a_packed_autoencoder_of_tied_weights_computes_what_the_network_does(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = X if make is TiedConvolution else torch.randn(16, 8)
+    model = ready(make().double(), x.double())
+    assert make is Square or model.kept["encoder"] == "its weight is read outside the layer"
+    assert "inner" not in model.kept
+    with torch.no_grad():
+        torch.testing.assert_close(emq.pack(model, 4)(x.double()), model(x.double()), rtol=1e-8, atol=1e-9)
+
+
+def test_what_cannot_be_traced_refuses_to_compute_with_a_packed_weight(tmp_path: Path) -> None:
+    x = torch.randn(16, 8)
+    model = ready(Tied(traced=False), x)
+    message = "model='encoder': expected a network that reads no packed weight outside its layer"
+    packed = emq.pack(model, 2)
+    assert packed.encoder.weight.shape == (8, 8) and packed.inner.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match=f"^{message}"):
+        packed(x)
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match=message):
+        emq.export_onnx(model, tmp_path / "net.onnx", 2, x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def beit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 3}
+    return timm.create_model("beit_base_patch16_224", **sizes)
+
+
+READING: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "swin": (lambda: SwinTransformer([4, 4], 8, [2], [2], [7, 7], num_classes=3), "features.1."),
+    "swin_v2": (
+        lambda: SwinTransformer(
+            [4, 4], 8, [2], [2], [7, 7], num_classes=3, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2
+        ),
+        "features.1.",
+    ),
+    "beit": (beit, "blocks.0."),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_layer_whose_weight_is_read_outside_stays_in_full_precision(name: str) -> None:
+    make, block = READING[name]
+    with pytest.warns(UserWarning) as told:
+        model = emq.convert(make(), emq.QuantSpec(bits=(4,)))
+    (warning,) = [w for w in told if "outside" in str(w.message)]
+    read = [layer for layer, why in model.kept.items() if why not in ("first", "last")]
+    assert read and all(layer.startswith(block) and ".attn." in layer for layer in read)
+    assert str(warning.message).endswith(f"outside: {', '.join(read)}") and warning.filename == __file__
+    table = emq.summary(model).set_index("name")
+    assert set(table.note[read]) == {"full precision: its weight is read outside the layer"}
+    assert table[table.note.eq("")].bits.eq(4).all() and table.note.eq("").sum() >= 2
+    assert model.eval()(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
+# Layers whose weight is no plain parameter
+
+
+def sequential() -> nn.Sequential:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()]
+    return nn.Sequential(*convs, nn.Linear(16, 4), nn.Linear(4, 2))
+
+
+def batch(net: nn.Module) -> None:
+    net(X)
+
+
+DERIVED: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any], str]] = {
+    "weight_norm": (
+        lambda net: weight_norm(net[2]),
+        lambda net: remove_weight_norm(net[2]),
+        'utils.remove_weight_norm(layer, "weight")',
+    ),
+    "spectral_norm": (
+        lambda net: spectral_norm(net[2]),
+        lambda net: remove_spectral_norm(net[2]),
+        'utils.remove_spectral_norm(layer, "weight")',
+    ),
+    "prune": (
+        lambda net: prune.l1_unstructured(net[2], "weight", 0.5),
+        lambda net: prune.remove(net[2], "weight"),
+        'utils.prune.remove(layer, "weight")',
+    ),
+    "prune a bias": (
+        lambda net: prune.random_unstructured(net[2], "bias", 1),
+        lambda net: prune.remove(net[2], "bias"),
+        'utils.prune.remove(layer, "bias")',
+    ),
+    "LazyConv2d": (lambda net: net.__setitem__(2, nn.LazyConv2d(4, 3)), batch, "run one batch"),
+    "LazyBatchNorm2d": (lambda net: net.insert(2, nn.LazyBatchNorm2d()), batch, "run one batch"),
+}
+for _name, _make in {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "own": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+}.items():
+    DERIVED[f"parametrizations: {_name}"] = (
+        lambda net, make=_make: make(net[2]),
+        lambda net: parametrize.remove_parametrizations(net[2], "weight"),
+        'utils.parametrize.remove_parametrizations(layer, "weight")',
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*DERIVED, *(f"{name} after a batch" for name in DERIVED if "Lazy" not in name)])
+def test_a_derived_weight_is_refused_with_its_remedy(name: str) -> None:
+    make, remedy, message = DERIVED[name.removesuffix(" after a batch")]
+    net = sequential()
+    make(net)
+    if name.endswith("after a batch"):
+        batch(net)
+    with pytest.raises(ValueError, match=rf"^net='2': expected a layer whose weight is a par.*{re.escape(message)}"):
+        emq.convert(net, SPEC)
+    remedy(net)
+    model = emq.convert(net, emq.QuantSpec(bits=(4,), weight="minmax", correction="none"))
+    assert emq.summary(model).bits[1:-1].eq(4).all()
+    with emq.at_bits(model.eval(), 32), torch.no_grad():
+        torch.testing.assert_close(model(X), net.eval()(X))
+
+
+def test_a_network_that_cannot_be_copied_is_refused() -> None:
+    net = sequential()
+    net.kept_from_before = net[0](X)
+    with pytest.raises(ValueError, match=r"^net='Sequential': expected a network that copy.deepcopy can copy"):
+        emq.convert(net, SPEC)
+
+
+# The guide's ONNX snippet
+
+
+def test_the_guides_session_dequantizes_its_weights_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runtime, asked = pytest.importorskip("onnxruntime"), []
+
+    class Session:
+        def __init__(self, path: str, options: Any = None, **_: Any) -> None:
+            asked.append(options and options.get_session_config_entry("session.disable_quant_qdq"))
+
+        def get_inputs(self) -> list[Any]:
+            return [type("Input", (), {"name": "images"})]
+
+        def run(self, _: None, given: dict[str, Any]) -> list[Any]:
+            return [np.zeros((len(given["images"]), 2), dtype=np.float32)]
+
+    monkeypatch.setattr(runtime, "InferenceSession", Session)
+    monkeypatch.setattr(emq, "export_onnx", lambda *_, **__: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emq.data, "normalize", lambda images, _: images)
+    model = ready(sequential(), X).eval()
+    data = type("Data", (), {"test": type("Split", (), {"images": X})})
+    exec(BLOCKS[1], {"emq": emq, "torch": torch, "model": model, "data": data})  # the guide's own text, nobody else's
+    assert asked == ["1"]
