@@ -67,21 +67,21 @@ bench: install
 	for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark || exit 1; done
 
 faults: install
-	$(BIN)/python tests/faults.py
+	$(BIN)/python tests/project/faults.py
 
 mutants: install
-	$(BIN)/python tests/mutation.py
+	$(BIN)/python tests/project/mutation.py
 
 browser: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
-	$(BIN)/python tests/browser.py
+	$(BIN)/python tests/project/browser.py
 
 figures: install
-	$(BIN)/python -m emqlib.figures
+	$(BIN)/python -m emqlib.paper.plots
 	$(BIN)/python benchmarks/redraw.py
 
 results: install
-	$(BIN)/python -m emqlib.suite $(ONLY) --profile $(PROFILE) --jobs $(JOBS) $(if $(BUDGET),--budget $(BUDGET))
+	$(BIN)/python -m emqlib.paper.suite $(ONLY) --profile $(PROFILE) --jobs $(JOBS) $(if $(BUDGET),--budget $(BUDGET))
 
 # Leaves .venv, which is gigabytes to install again.
 clean:

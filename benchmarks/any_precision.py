@@ -26,7 +26,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import emqlib as emq
-from emqlib import devices, methods, plots, results, runs, training
+from emqlib.paper import experiments as methods
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
+from emqlib.train import loop as training
 
 BITS = (2, 4, 8)
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/any_precision"
@@ -178,7 +182,7 @@ def measure(data: emq.Dataset, way: str, epochs: int) -> pd.DataFrame:
     else:
         rows = _train_ours(data, _ours(way, epochs))
     table = pd.DataFrame(rows).assign(way=way, epochs=epochs, train=len(data.train), test=len(data.test))
-    return table.assign(**runs.provenance(data, devices.device("auto")))
+    return table.assign(**runs.provenance(data, devices.device_named("auto")))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

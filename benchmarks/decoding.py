@@ -14,10 +14,12 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
-from emqlib import data, devices, plots, results, runs
 from emqlib.files import digest
-from emqlib.images import ImageFiles, list_classes
-from emqlib.loading import loader
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import data
+from emqlib.train import distributed as devices
+from emqlib.train.data import ImageFiles, list_classes, loader
 
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/decoding"
 
@@ -41,7 +43,7 @@ def measure(folder: Path, workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3
             n = sum(len(indices) for *_, indices in batches.epoch(chunks, torch.Generator().manual_seed(repeat + 1)))
             rows.append({"repeat": repeat, "workers": w, "images": n, "images a second": n / (perf_counter() - start)})
     table = pd.DataFrame(rows[len(workers) :]).assign(cpus=os.cpu_count(), folder=folder.name)
-    return table.assign(**runs.provenance(listed(folder, 0), devices.device("cpu")))
+    return table.assign(**runs.provenance(listed(folder, 0), devices.device_named("cpu")))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

@@ -19,8 +19,13 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, methods, models, plots, results, runs, training
-from emqlib.loading import loader
+from emqlib import models
+from emqlib.paper import experiments as methods
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
+from emqlib.train import loop as training
+from emqlib.train.data import loader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from streaming import resident
@@ -49,7 +54,7 @@ def measure(
             row = fresh.apply(_measured, (scheme, ORDER[:count], data, config, width, threads))
         rows.append({"scheme": scheme, "bit_widths": count, "mode": mode, "repeat": repeat} | row)
     return pd.DataFrame(rows).assign(
-        epochs=epochs, train=len(data.train), **runs.provenance(data, devices.device("cpu"))
+        epochs=epochs, train=len(data.train), **runs.provenance(data, devices.device_named("cpu"))
     )
 
 

@@ -20,7 +20,10 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, models, plots, results, runs
+from emqlib import models
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
 
 sys.path.insert(0, str(Path(__file__).parent))
 import any_precision
@@ -97,7 +100,7 @@ def measure(
 
     All are channels-last, the published code also as it is. Compiled are plain, ours and the published code.
     """
-    device = devices.device("auto")
+    device = devices.device_named("auto")
     x = data.train.images[:batch].float().div(255).to(device)
     y = data.train.labels[:batch].to(device)
     cases: dict[tuple[str, str, str, str], Callable[[], None]] = {}

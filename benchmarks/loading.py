@@ -11,8 +11,11 @@ import torch
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib import devices, models, plots, results, runs
-from emqlib.loading import loader
+from emqlib import models
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
+from emqlib.train.data import loader
 
 NETWORKS = {"resnet8": {"width": 16}, "resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/loading"
@@ -20,7 +23,7 @@ OUTPUT = Path(__file__).parents[1] / "results/benchmarks/loading"
 
 def measure(data: emq.Dataset, networks: dict[str, dict[str, int]] = NETWORKS, repeats: int = 5) -> pd.DataFrame:
     """Rows: network, repeat; seconds of a batch of 128 augmented images and of a bfloat16 step with it; their ratio."""
-    device, rows = devices.device("auto"), []
+    device, rows = devices.device_named("auto"), []
     config = emq.TrainConfig(scheme="joint", epochs=1, autocast="bfloat16")
     for repeat in range(-1, repeats):  # the first one allocates
         for name, arguments in networks.items():

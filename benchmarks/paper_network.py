@@ -12,8 +12,10 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
-from emqlib import methods, plots, results, runs
-from emqlib.profiles import Parameters, parameters
+from emqlib.paper import experiments as methods
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.paper.profiles import Parameters, parameters
 
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/paper_network"
 EPOCHS = {"any_precision": 5, "full": 4, "coreset": 26, "redrawn": 26}

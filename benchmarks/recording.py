@@ -11,7 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib import devices, plots, results, runs
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/recording"
@@ -32,7 +34,7 @@ def measure(data: emq.Dataset, scores: tuple[str, ...] = SCORES, repeats: int = 
             scored = _seconds(data, replace(plain, epochs=epochs + 1, coreset=coreset), epochs)
             row = {"score": score, "repeat": repeat, "classes": data.num_classes, "plain": without, "scored": scored}
             rows.append(row | {"ratio": scored / without})
-    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device("auto")))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device_named("auto")))
 
 
 def _seconds(data: emq.Dataset, config: emq.TrainConfig, epochs: int) -> float:

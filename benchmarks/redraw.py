@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib import pyplot
 
-from emqlib import plots
+from emqlib.paper import plots
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -12,7 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib import devices, experiments, plots, profiles, results, runs
+from emqlib.paper import experiments, plots, profiles, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
 
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/schemes"
 
@@ -33,7 +35,7 @@ def measure(data: emq.Dataset, repeats: int = 5, epochs: int = 8, pruning_rate: 
             history = _train(run, data)
             cost = {"sample_passes": history.sample_passes.sum(), "seconds": history.seconds.sum()}
             rows.append({"scheme": name, "repeat": repeat, "bits": "2 4 8", "epochs": epochs} | cost)
-    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device("auto")))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device_named("auto")))
 
 
 def _train(run: runs.Run, data: emq.Dataset) -> pd.DataFrame:

@@ -14,8 +14,10 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
-from emqlib import devices, plots, results, runs
-from emqlib.recorder import recorder
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
+from emqlib.train.coresets import recorder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from streaming import resident
@@ -43,7 +45,7 @@ def measure(
         rows.append(row | {"others": record.nbytes() / 1e6 - table, "held": _anonymous() - before})
     asked = {"samples": n, "classes": classes, "window": window, "batch": batch}
     return pd.DataFrame(rows).assign(
-        **asked, **runs.provenance(SimpleNamespace(sha256="synthetic"), devices.device("cpu"))
+        **asked, **runs.provenance(SimpleNamespace(sha256="synthetic"), devices.device_named("cpu"))
     )
 
 

@@ -18,7 +18,12 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
-from emqlib import devices, models, multibit, plots, results, runs, training
+from emqlib import models
+from emqlib.convert import step_weights
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
+from emqlib.train import loop as training
 
 NETWORKS = {"resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/steps"
@@ -35,7 +40,7 @@ def measure(
     batch: int = 128,
 ) -> pd.DataFrame:
     """Rows: phase, network, precision, mode, bits, repeat; seconds of a step of the plain and of our network."""
-    device, rows = devices.device("auto"), []
+    device, rows = devices.device_named("auto"), []
     x = data.train.images[:batch].float().div(255).to(device).contiguous(memory_format=torch.channels_last)
     y = data.train.labels[:batch].to(device)
     for (name, arguments), precision in itertools.product(networks.items(), precisions):
@@ -62,9 +67,7 @@ def step(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with (
-            multibit.step_weights(net) if phase == "training" and mode == "eager" else nullcontext()
-        ):  # as `train` does
+        with step_weights(net) if phase == "training" and mode == "eager" else nullcontext():  # as `train` does
             with devices.autocast(precision, x.device), torch.set_grad_enabled(phase == "training"):
                 loss = F.cross_entropy(forward(x).float(), y)
             if phase == "training":

@@ -18,7 +18,11 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 import emqlib as emq
-from emqlib import analysis, devices, plots, results, runs, transfer
+from emqlib.paper import measure as analysis
+from emqlib.paper import measure as transfer
+from emqlib.paper import plots, runs
+from emqlib.paper import tables as results
+from emqlib.train import distributed as devices
 
 BITS = (2, 4, 8)
 OUTPUT = Path(__file__).parents[1] / "results/benchmarks/streaming"
@@ -47,7 +51,7 @@ def measure(data: emq.Dataset, model: str = "resnet50", size: int = 224) -> pd.D
     for name in ANALYSES:
         with get_context("spawn").Pool(1) as fresh:  # what another analysis freed would not count again
             rows.append(fresh.apply(_measured, (name, data, model, size, torch.get_num_threads())))
-    return pd.DataFrame(rows).assign(model=model, size=size, **runs.provenance(data, devices.device("cpu")))
+    return pd.DataFrame(rows).assign(model=model, size=size, **runs.provenance(data, devices.device_named("cpu")))
 
 
 def _measured(name: str, data: emq.Dataset, model: str, size: int, threads: int) -> dict[str, object]:

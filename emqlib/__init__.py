@@ -7,17 +7,16 @@ Letters in shapes: B batch, N samples, C classes or channels, T observed epochs,
 """
 
 from . import coreset, correction, models, quantizers
-from .checkpoints import OutOfTime
-from .config import TrainConfig
-from .data import Dataset, load_dataset
-from .evaluation import adapt_norm, evaluate
-from .export import export_onnx
+from .convert import at_bits, convert, set_bits, summary
+from .deploy.io import load, save
+from .deploy.onnx import export_onnx
+from .deploy.pack import pack
 from .layers import QuantSpec
-from .multibit import at_bits, convert, set_bits, summary
-from .packing import pack
-from .sampling import CoresetConfig
-from .saving import load, save
-from .training import train
+from .train.checkpoint import OutOfTime
+from .train.config import CoresetConfig, TrainConfig
+from .train.data import Dataset, load_dataset
+from .train.evaluate import adapt_norm, evaluate
+from .train.loop import train
 
 __version__ = "1.0.0"
 

@@ -4,9 +4,11 @@ import math
 import operator
 import os
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pandas as pd
 from torch import Tensor
@@ -155,3 +157,61 @@ def bit_widths(name: str, value: Any) -> tuple[int, ...]:
     if not bits or len(set(bits)) < len(bits):
         raise invalid(name, items, expected)
     return bits
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, as the annotation of a dataclass field: `lr: Annotated[float, Range(0, low_open=True)]`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False  # whether `low` itself is refused
+    high_open: bool = False  # whether `high` itself is refused
+
+    def number(self, name: str, value: Any, kind: type) -> Any:
+        """`value` as a plain int or float within the bounds; ValueError that states them otherwise."""
+        what = "an integer" if kind is int else "a number"
+        if math.isinf(self.high):
+            expected = f"{what} {'>' if self.low_open else '>='} {self.low:g}" if self.low > -math.inf else what
+        else:
+            left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+            expected = f"{what} in {left}{self.low:g}, {self.high:g}{right}"
+        try:
+            number = integer(name, value, -_LARGEST) if kind is int else real(name, value, expected)
+        except ValueError:
+            raise invalid(name, value, expected) from None
+        too_low = number < self.low or (self.low_open and number == self.low)
+        too_high = number > self.high or (self.high_open and number == self.high)
+        if too_low or too_high:
+            raise invalid(name, value, expected)
+        return number
+
+
+def fields(config: Any) -> None:
+    """Check every field of a frozen dataclass against its annotation, in its `__post_init__`.
+
+    An annotation is a Literal of names, bool, str, a class, `int` or `float` (with a `Range`), or any type with a
+    function `check(name, value)` that returns the value to keep; `X | None` allows None. Numbers become plain int and
+    float, so that a config goes into JSON.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        object.__setattr__(config, name, _as_annotated(name, getattr(config, name), hint))
+
+
+def _as_annotated(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Annotated:
+        kind, check = get_args(hint)
+        return check.number(name, value, kind) if isinstance(check, Range) else check(name, value)
+    if get_origin(hint) is Literal:
+        return choice(name, value, get_args(hint))
+    if get_origin(hint) in (UnionType, Union):
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        return None if value is None else _as_annotated(name, value, kinds[0])
+    if hint is bool:
+        return flag(name, value)
+    if hint in (int, float):
+        return Range().number(name, value, hint)
+    return instance(name, value, get_origin(hint) or hint, f"a {getattr(hint, '__name__', hint)}")

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import quantizers, ranks
+from . import quantizers
 from .checks import BIT_WIDTHS, bit_widths, choice, flag, invalid
 from .correction import CORRECTIONS, correct_weight, output_shift
+from .train import distributed as ranks
 
 NORMS = ("shared", "shared_affine", "switchable")
 RANGES = ("auto", "unit", "tracked")

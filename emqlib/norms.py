@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from . import quantizers, ranks
+from . import quantizers
 from .checks import BIT_WIDTHS
 from .layers import QuantSpec, again, nearest
+from .train import distributed as ranks
 
 
 def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:

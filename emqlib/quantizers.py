@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from . import versions
+from . import kernels as versions
 from .checks import bit_width, choice, flag, invalid
 
 Number = Tensor | float  # a scalar tensor, or what Python knows already

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from emqlib import checkpoints, training
+from emqlib.train import checkpoint as checkpoints
+from emqlib.train import loop as training
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")

@@ -1,0 +1,662 @@
+"""From a plain network to one that runs at any bit-width: `convert`, `set_bits`, `at_bits`, `summary`."""
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from threading import Lock, get_ident
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .checks import bit_width, choice, invalid
+from .layers import InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
+from .norms import MultiBitBatchNorm
+from .quantizers import levels
+
+
+class MultiheadAttention(nn.Module):
+    """`nn.MultiheadAttention` with four Linear layers, `q_proj`, `k_proj`, `v_proj` and `out_proj`, in its place.
+
+    Same arguments, same outputs, same parameters, the fused `in_proj_weight` split in three: a converter finds every
+    weight, and no fast path goes past the layers. ValueError: an attention with add_bias_kv or add_zero_attn, or of a
+    class derived from PyTorch's, whose own forward would be lost.
+    """
+
+    in_proj_bias = None  # nn.TransformerEncoderLayer asks for it, and without one leaves its own fast path
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if type(attention) is not nn.MultiheadAttention:
+            raise invalid(
+                "net", type(attention).__name__, "nn.MultiheadAttention itself, or attention of Linear layers"
+            )
+        if attention.bias_k is not None or attention.add_zero_attn:
+            raise invalid("net", repr(attention), "attention without add_bias_kv and add_zero_attn")
+        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
+        fused, bias = attention.in_proj_weight, attention.in_proj_bias
+        weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+        weights = weights if fused is None else list(fused.chunk(3))
+        biases = [None] * 3 if bias is None else list(bias.chunk(3))
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Query (B, T, E), key and value (B, S, E) to the output (B, T, E) and, if asked for, weights (B, T, S).
+
+        Masks, also (T, E) without a batch and (T, B, E) without batch_first, as in `nn.MultiheadAttention`, whose
+        is_causal is only a hint on what attn_mask holds. ValueError: the hint without the mask.
+        """
+        if is_causal and attn_mask is None:
+            raise invalid("is_causal", True, "attn_mask with it: it is a hint on what the mask holds")
+        batched, flip = query.dim() == 3, query.dim() == 3 and not self.batch_first
+        query, key, value = (_batch_first(x, batched, flip) for x in (query, key, value))
+        projected = ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        q, k, v = (project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for project, x in projected)
+        mask = self._mask(attn_mask, key_padding_mask, q)
+        dropout, weights = self.dropout if self.training else 0.0, None
+        if need_weights:
+            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            heads, weights = weights @ v, weights.mean(1) if average_attn_weights else weights
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = self.out_proj(heads.transpose(1, 2).flatten(2))
+        if not batched:
+            return out[0], None if weights is None else weights[0]
+        return out.transpose(0, 1).contiguous() if flip else out, weights
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+        """What is added to the scores (B, H, T, S): 0, or minus infinity where a boolean mask is True."""
+        masks = []
+        if attn_mask is not None:  # (T, S), or (B H, T, S)
+            masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads)))
+        if padding is not None:  # (B, S), or (S,)
+            masks.append(padding.view(-1, 1, 1, padding.shape[-1]))
+        masks = [q.new_zeros(m.shape).masked_fill(m, -float("inf")) if not m.is_floating_point() else m for m in masks]
+        return sum(masks[1:], masks[0]) if masks else None
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return layer
+
+
+def _batch_first(x: Tensor, batched: bool, flip: bool) -> Tensor:
+    if not batched:
+        return x[None]
+    return x.transpose(0, 1) if flip else x
+
+
+def open_attention(net: nn.Module) -> nn.Module:
+    """`net` with every `nn.MultiheadAttention` below it, or itself, changed in place for a `MultiheadAttention`."""
+    if isinstance(net, nn.MultiheadAttention):
+        return MultiheadAttention(net)
+    opened = {m: MultiheadAttention(m) for m in net.modules() if isinstance(m, nn.MultiheadAttention)}
+    for module in list(net.modules()):
+        for name, child in module._modules.items():  # a module used twice gets one in its place
+            module._modules[name] = opened.get(child, child)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # without its fast path, which in evaluation goes past the layers
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # only the fast path takes them
+    return net
+
+
+# Modules, functions and methods (by name) whose output is never negative ...
+_NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
+_NONNEGATIVE_NAMES = {"relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "softplus"}
+_NONNEGATIVE_NAMES |= {"abs", "exp", "size", "shape"}
+# ... and those whose output is negative only if an input is.
+_KEEPING = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.Flatten,
+    nn.Identity,
+    nn.Unflatten,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d,
+    nn.PixelShuffle,
+    nn.ChannelShuffle,
+)
+_KEEPING_NAMES = {"flatten", "view", "reshape", "contiguous", "permute", "transpose", "squeeze", "unsqueeze", "clone"}
+_KEEPING_NAMES |= {"dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum"}
+_KEEPING_NAMES |= {"cat", "concat", "stack", "getitem", "chunk", "split"}
+_ARITHMETIC_NAMES = {"add", "add_", "iadd", "mul", "mul_", "imul", "div", "div_", "truediv", "floordiv"}
+_KEEPING_NAMES |= _ARITHMETIC_NAMES  # unless a number is negative, as in x + (-1)
+
+_ABOUT_NAMES = {"dtype", "device", "shape", "size", "dim", "ndim", "numel"}  # what says nothing of a tensor's values
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:  # its forward asks for the shapes of its inputs
+        return isinstance(module, MultiheadAttention) or super().is_leaf_module(module, name)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the graph of a network tells of its modules, by their names.
+
+    signed: whether a module's input can be negative. order: those called, in the order of the calls. read: parameters
+    that are read past their modules, as in `linear(x, self.qkv.weight)`. readers: of each ReLU, the modules that its
+    output goes to; "" among them stands for anything else.
+    """
+
+    signed: dict[str, bool]
+    order: list[str]
+    read: set[str] = field(default_factory=set)
+    readers: dict[str, set[str]] = field(default_factory=dict)
+
+
+def walk(net: nn.Module) -> Walk:
+    """The walk over `net`'s graph.
+
+    A network that torch.fx cannot trace counts as signed everywhere, in the order its modules were registered: a
+    signed quantizer wastes half a range where a wrong unsigned one would lose every negative input.
+    """
+    names = [name for name, _ in net.named_modules()]
+    try:
+        graph = _Tracer().trace(net)
+    except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
+        return Walk(dict.fromkeys(names, True), names)
+    modules = dict(net.named_modules(remove_duplicate=False))
+    nonnegative: dict[fx.Node, bool] = {}
+    signs: dict[str, bool] = {}
+    for node in graph.nodes:
+        sources = [nonnegative[n] for n in node.all_input_nodes]
+        nonnegative[node] = _is_nonnegative(node, modules, bool(sources) and all(sources))
+        if _target_name(node).endswith("_") and not nonnegative[node]:
+            # x.sub_(1): whoever reads x, or what x is a view of, from here on reads the new values
+            nonnegative = dict.fromkeys(nonnegative, False)
+        if node.op == "call_module":
+            name = _first_name(names, modules, modules[node.target])
+            signs[name] = signs.get(name, False) or not all(sources)
+            for inner in modules[node.target].modules():  # such as a transformer layer's, which is not traced into
+                signs.setdefault(_first_name(names, modules, inner), True)
+    return Walk(dict.fromkeys(names, True) | signs, list(signs), read(graph, net), _readers(graph, names, modules))
+
+
+def read(graph: fx.Graph, net: nn.Module) -> set[str]:
+    """All names of the parameters of `net` that its graph reads, or views of, for more than a shape or a type."""
+    found = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" and not all(_target_name(user) in _ABOUT_NAMES for user in node.users):
+            module, _, name = node.target.rpartition(".")
+            tensor = getattr(net.get_submodule(module), name)
+            base = getattr(tensor, "_base", None)
+            found.add(id(tensor if base is None else base))
+    return {name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in found}
+
+
+def _readers(graph: fx.Graph, names: list[str], modules: dict[str, nn.Module]) -> dict[str, set[str]]:
+    """See `Walk.readers`."""
+
+    def name(node: fx.Node) -> str:
+        return _first_name(names, modules, modules[node.target]) if node.op == "call_module" else ""
+
+    readers: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and type(modules[node.target]) is nn.ReLU:
+            found = readers.setdefault(name(node), set())
+            found |= {name(user) for user in node.users}
+            if modules[node.target].inplace and not _is_only_reader(node, modules):
+                found.add("")
+    return readers
+
+
+def _is_only_reader(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether nothing else can read the values that a module in place overwrites."""
+    (source,) = node.all_input_nodes
+    fresh = source.op == "call_module" and isinstance(modules[source.target], (_ConvNd, _BatchNorm, nn.Linear))
+    return fresh and len(source.users) == 1
+
+
+def _first_name(names: list[str], modules: dict[str, nn.Module], module: nn.Module) -> str:
+    return next(name for name in names if modules[name] is module)
+
+
+def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], sources: bool) -> bool:
+    if node.op == "call_module":
+        module = modules[node.target]
+        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+            return module.min_val >= 0
+        return isinstance(module, _NONNEGATIVE) or (isinstance(module, _KEEPING) and sources)
+    name = _target_name(node)
+    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
+    scaled = name in _ARITHMETIC_NAMES and any(a < 0 for a in numbers)
+    return name in _NONNEGATIVE_NAMES or (name in _KEEPING_NAMES and sources and not scaled)
+
+
+def _target_name(node: fx.Node) -> str:
+    """The method's or function's name, if it is torch's or Python's own: another library's `relu` may be anything."""
+    if node.op == "call_method":
+        return node.target
+    if node.op != "call_function":
+        return ""
+    if node.target is getattr:  # x.shape
+        return node.args[1]
+    home = (getattr(node.target, "__module__", None) or "").split(".")[0]
+    return node.target.__name__ if home in ("torch", "_operator") else ""
+
+
+QUANTIZABLE = (nn.Conv2d, nn.Linear)
+READ = "its weight is read outside the layer"
+_CHANGED = (*QUANTIZABLE, nn.MultiheadAttention, _BatchNorm)  # what `convert` puts something else in the place of
+_REMEDIES = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What becomes of a network's modules, each by its name. ValueError names the field that is not so.
+
+    signed: of each layer that is quantized, whether its input can be negative. kept: of each layer that stays in full
+    precision, why. absorbed: the ReLUs that are left to the quantizers after them. activation_range: as in QuantSpec,
+    but for "auto".
+    """
+
+    signed: dict[str, bool]
+    kept: dict[str, str]
+    absorbed: tuple[str, ...]
+    activation_range: str
+
+    def __post_init__(self) -> None:
+        choice("activation_range", self.activation_range, ("unit", "tracked"))
+        for name, kind in (("signed", bool), ("kept", str)):
+            told = getattr(self, name)
+            if not isinstance(told, dict) or not all(isinstance(value, kind) for value in told.values()):
+                raise invalid(name, told, f"a {kind.__name__} for each layer")
+        if not isinstance(self.absorbed, (list, tuple)) or not all(isinstance(name, str) for name in self.absorbed):
+            raise invalid("absorbed", self.absorbed, "names of modules")
+        object.__setattr__(self, "absorbed", tuple(self.absorbed))
+
+    def refuse_another(self, net: nn.Module) -> None:
+        """ValueError if the modules that these are about are not those of `net`."""
+        modules = dict(net.named_modules())
+        told = self.signed.keys() | self.kept.keys()
+        differing = sorted(told.symmetric_difference(quantizable(net)))
+        differing += [name for name in self.absorbed if type(modules.get(name)) is not nn.ReLU]
+        if differing:
+            found = type(modules[differing[0]]).__name__ if differing[0] in modules else "missing"
+            raise invalid("net", type(net).__name__, f"the layers that were converted: {differing[0]!r} is {found}")
+
+
+def quantizable(net: nn.Module) -> list[str]:
+    """The names of the layers of `net` that can be quantized, as they were registered."""
+    return [name for name, module in net.named_modules() if type(module) in QUANTIZABLE]
+
+
+def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
+    """The decisions on a plain `net` in evaluation mode, whatever mode it is in.
+
+    The walk in training mode only adds readers: of a ReLU whose output goes elsewhere while it trains, and of weights.
+    """
+    # copies, because a forward that stores what it meets would store tracing proxies
+    found, training = (walk(copy.deepcopy(net).train(mode)) for mode in (False, True))
+    layers = quantizable(net)
+    called = [name for name in found.order if name in layers]
+    never_called = [name for name in layers if name not in called]
+    names = [*called[:-1], *never_called, *called[-1:]]  # neither the first nor the last, such as an auxiliary head
+    kept = _full_precision(names, spec) if names else {}
+    read = found.read | training.read
+    kept |= {name: READ for name in names if name not in kept and f"{name}.weight" in read}
+    signed = {name: found.signed[name] for name in names if name not in kept}
+    if not signed:
+        raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
+    unsigned = {name for name in signed if not signed[name] and spec.activation != "none"}
+    readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
+    absorbed = tuple(name for name in readers if readers[name] <= unsigned)
+    return Decisions(signed, kept, absorbed, _activation_range(net, spec))
+
+
+def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
+    """The layers that stay in full precision, each with the entry of `spec.full_precision` that keeps it."""
+    ends = {"first": names[:1], "last": names[-1:]}
+    kept: dict[str, str] = {}
+    for entry in spec.full_precision:
+        matches = ends[entry] if entry in ends else fnmatch.filter(names, entry)
+        if not matches:
+            raise invalid("full_precision", entry, f"first, last, or a pattern that matches one of {names}")
+        kept |= {name: entry for name in matches if name not in kept}
+    return kept
+
+
+def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
+    """ "unit" is for networks still to be trained under DoReFa's clip: those whose batch norms have seen no data."""
+    if spec.activation_range != "auto":
+        return spec.activation_range
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    return "unit" if norms and all(map(_is_fresh, norms)) else "tracked"
+
+
+def _is_fresh(norm: _BatchNorm) -> bool:
+    """By the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0."""
+    mean, var = norm.running_mean, norm.running_var
+    return mean is None or mean.is_meta or not bool(mean.any() or (var - 1).any())
+
+
+def refuse_derived(net: nn.Module) -> None:
+    """ValueError that names the layer whose weight is not there yet, or is computed from others, and what to do."""
+    for name, module in net.named_modules():
+        remedy = None
+        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+            remedy = "run one batch through the network first: its parameters have no shape yet"
+        elif parametrize.is_parametrized(module) and isinstance(module, _CHANGED):
+            tensor = next(iter(module.parametrizations))
+            remedy = f'call torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}") first'
+        for hook in module._forward_pre_hooks.values():
+            function = next((function for kind, function in _REMEDIES.items() if isinstance(hook, kind)), None)
+            if function:
+                tensor = getattr(hook, "name", None) or hook._tensor_name
+                remedy = f'call torch.nn.utils.{function}(layer, "{tensor}") first'
+        if remedy:
+            raise invalid("net", name or type(module).__name__, f"a layer whose weight is a parameter ({remedy})")
+
+
+_LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+Bits = int | Mapping[str, int]
+
+_ENTERING = Lock()
+_INSIDE: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()  # the threads inside `at_bits`, once an entry
+
+
+def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of `net` that runs at any bit-width, set to the highest of `spec.bits`; `net` stays as it is.
+
+    Every Conv2d and Linear becomes its quantized twin, but those `spec.full_precision` keeps, those inside
+    `nn.MultiheadAttention` too (see `attention`); every batch norm becomes a `MultiBitBatchNorm`, layer norms stay as
+    they are. A layer whose input can be negative, as seen in evaluation mode, gets a signed input quantizer; where the
+    network cannot be traced to find out, all do. An unsigned one clips at zero, at 32 bits too: a ReLU whose output
+    goes to none but such becomes an Identity. A layer whose weight the network reads past it, as Swin does, stays in
+    full precision, with a UserWarning. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net`
+    takes go in, and what it gives comes out.
+    ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
+    running statistics, or of a kind that is not known; a layer whose weight is parametrized, pruned or not there yet.
+    """
+    model = _opened(net, spec)
+    decided = decide(model, spec)
+    read = [name for name, why in decided.kept.items() if why == READ]
+    if read:
+        names = ", ".join(read)
+        warnings.warn(f"kept in full precision, as the network reads their weights outside: {names}", stacklevel=2)
+    return _applied(model, spec, decided)
+
+
+def convert_as(net: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    """`convert`, by what was decided on this network once. ValueError also: `decided` is on another network."""
+    model = _opened(net, spec)
+    decided.refuse_another(model)
+    return _applied(model, spec, decided)
+
+
+def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of `net` in which every layer is a module of its own."""
+    if not isinstance(net, nn.Module) or any(True for _ in _settable(net)):
+        raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
+    if not isinstance(spec, QuantSpec):
+        raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
+    refuse_derived(net)
+    try:
+        model = copy.deepcopy(net)
+    except Exception as error:  # whatever a network's own parts raise
+        raise invalid("net", type(net).__name__, f"a network that copy.deepcopy can copy ({error})") from error
+    return open_attention(model)
+
+
+def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    spec, modules = replace(spec, activation_range=decided.activation_range), dict(model.named_modules())
+    signed = {id(modules[name]): signed for name, signed in decided.signed.items()}
+    absorbed = {id(modules[name]): nn.Identity().train(modules[name].training) for name in decided.absorbed}
+    return _ready(_replace(model, signed, spec, absorbed), spec, decided)
+
+
+def _ready(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    model.quant_spec, model.decided, model.kept = spec, decided, decided.kept
+    set_bits(model, spec.bits[-1])
+    return model
+
+
+def _replace(module: nn.Module, signed: dict[int, bool], spec: QuantSpec, done: dict[int, nn.Module]) -> nn.Module:
+    """`module`, or its twin, with all that is below it replaced; a module used twice gets one twin."""
+    if id(module) in done:
+        return done[id(module)]
+    twin = module
+    if id(module) in signed:
+        twin = _LAYERS[type(module)].from_float(module, spec, signed[id(module)])
+    elif isinstance(module, _BatchNorm):
+        twin = _norm_twin(module, spec)
+    done[id(module)] = twin
+    if twin is module:  # not named_children(), which leaves out the second name of a module used twice
+        for name, child in module._modules.items():
+            module._modules[name] = child if child is None else _replace(child, signed, spec, done)
+    return twin
+
+
+def _norm_twin(norm: _BatchNorm, spec: QuantSpec) -> nn.Module:
+    if norm.running_mean is None or norm.momentum is None:
+        raise invalid("net", repr(norm), "batch norms with running statistics and a momentum")
+    twin = MultiBitBatchNorm(norm, spec).train(norm.training)
+    if type(norm) in _BATCH_NORMS:
+        return twin
+    if isinstance(getattr(norm, "drop", None), nn.Module) and isinstance(getattr(norm, "act", None), nn.Module):
+        wrapped = nn.Sequential(twin, norm.drop, norm.act)  # timm's BatchNormAct2d
+        wrapped.training = norm.training
+        return wrapped
+    raise invalid("net", repr(norm), "batch norms of PyTorch's own types, or timm's with an activation")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+    """The quantized layers of `model`, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+
+
+@contextmanager
+def step_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize all weights now, for the forward and the backward pass of a training step, which the block holds.
+
+    One by one, between activations, they take twice as long: small tensors leave the cache there. And the second pass
+    of activation checkpointing meets the very tensors of the first. No bit-width may be set within the block.
+    """
+    layers, step = quantized_layers(model).values(), Lock()
+    try:
+        with step:  # even if the rest of this is interrupted, nothing uses what was prepared once it is unlocked
+            for layer in layers:
+                layer.prepare(step)
+            yield
+    finally:
+        for layer in layers:
+            layer.prepared = None
+
+
+def _settable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:
+    """What `set_bits` sets: quantized layers and batch norms, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantConv2d, QuantLinear, MultiBitBatchNorm)):
+            yield name, module
+
+
+def networks(model: nn.Module) -> list[nn.Module]:
+    """The converted networks inside `model`: itself, those that it wraps or holds, or itself as a part of one.
+
+    ValueError: there are none.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    # not getattr, by which torch.compile's wrapper answers for what it wraps
+    found = [module for module in modules if isinstance(vars(module).get("quant_spec"), QuantSpec)]
+    if not found and modules and any(True for _ in _settable(model)):
+        return [model]
+    if not found:
+        raise invalid(
+            "model", type(model).__name__, "a network made by emqlib.convert, what holds one, or a part of it"
+        )
+    return found
+
+
+def trained_bits(network: nn.Module) -> tuple[int, ...]:
+    """The bit-widths, ascending, that one of `networks` was converted for."""
+    return next(m.trained if isinstance(m, MultiBitBatchNorm) else m.spec.bits for _, m in _settable(network))
+
+
+def set_bits(model: nn.Module, bits: Bits) -> None:
+    """Run `model` at a bit-width from now on: all of it, or by name patterns, of which the first match counts.
+
+    model: a converted network, a part of one, or any module that holds converted networks, such as
+    DistributedDataParallel or AveragedModel, of which each is set. bits: 1 to 8 or 32, trained or not; or for mixed
+    precision a dict such as {"layer3.*": 2, "*": 4}, of names as they are inside the converted network, or inside the
+    part of it that is given. All or nothing: on a ValueError (not converted, no such bit-width, a switchable norm not
+    built for it, a layer no pattern matches, a pattern no layer matches) nothing has changed.
+    """
+    for network, plan in [(network, _checked(network, bits)) for network in networks(model)]:
+        _switch(network, plan)
+
+
+def _checked(network: nn.Module, bits: Bits) -> dict[nn.Module, int]:
+    """The bit-width of each of a network's modules, which it can run at."""
+    modules = dict(_settable(network))
+    plan = _plan(modules, bits)
+    for name, module in modules.items():
+        if isinstance(module, MultiBitBatchNorm) and not module.serves(plan[name]):
+            built = f"one of {sorted(module.own)}, which the switchable norm {name} was built for or adapted to"
+            raise invalid("bits", plan[name], built)
+        if plan[name] == 1 and not isinstance(module, MultiBitBatchNorm) and module.spec.zero_level:
+            raise invalid("bits", 1, "2 or more with zero_level, since one level cannot be both zero and not")
+    return {module: plan[name] for name, module in modules.items()}
+
+
+def _switch(network: nn.Module, plan: Mapping[nn.Module, int]) -> None:
+    """Run each module of a network at its bit-width; if all layers have one, they share the tensor of its levels.
+
+    A part of a network leaves that tensor to the rest.
+    """
+    layers = [module for module in plan if not isinstance(module, MultiBitBatchNorm)]
+    alike = "quant_spec" in vars(network) and len({plan[layer] for layer in layers}) == 1
+    shared = layers[0].levels if alike else None
+    if shared is not None:
+        shared.fill_(levels(plan[layers[0]]))
+    for module, bits in plan.items():
+        if isinstance(module, MultiBitBatchNorm):
+            module.set_bits(bits)
+        else:
+            module.set_bits(bits, shared)
+
+
+def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
+    if not isinstance(bits, Mapping):
+        return dict.fromkeys(modules, bit_width("bits", bits))
+    if not all(isinstance(pattern, str) for pattern in bits):
+        raise invalid("bits", dict(bits), 'name patterns as keys, for example {"layer3.*": 2, "*": 4}')
+    wanted = {pattern: bit_width(f"bits[{pattern!r}]", b) for pattern, b in bits.items()}
+    plan = {name: next((b for p, b in wanted.items() if fnmatch.fnmatchcase(name, p)), None) for name in modules}
+    missed = [name for name, b in plan.items() if b is None]
+    idle = [p for p in wanted if p != "*" and not fnmatch.filter(list(modules), p)]
+    if missed or idle:
+        trouble = f"a pattern for {missed[0]}" if missed else f"patterns that match a layer, unlike {idle[0]!r}"
+        raise invalid("bits", dict(bits), f'{trouble}, for example {{"layer3.*": 2, "*": 4}}')
+    return plan
+
+
+@contextmanager
+def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
+    """`with at_bits(model, 2): ...` runs the block at `bits` (see `set_bits`) and restores on exit, come what may.
+
+    The bit-width belongs to the network, not to the thread: while one thread is inside such a block, another that
+    enters one of the same network gets a RuntimeError. Give each thread a copy of its own (`copy.deepcopy`).
+    """
+    found = {network: [module for _, module in _settable(network)] for network in networks(model)}
+    with _alone([module for modules in found.values() for module in modules]):
+        before = {network: {module: module.bits for module in modules} for network, modules in found.items()}
+        try:
+            set_bits(model, bits)
+            yield model
+        finally:
+            for network, plan in before.items():
+                _switch(network, plan)
+
+
+@contextmanager
+def _alone(modules: list[nn.Module]) -> Iterator[None]:
+    """Within the block no other thread can enter one with any of `modules`."""
+    own = get_ident()
+    with _ENTERING:
+        if any(thread != own for module in modules for thread in _INSIDE.get(module, ())):
+            text = "another thread is inside at_bits with this network, whose bit-width is one for all threads"
+            raise RuntimeError(f"{text}: use a copy of it (copy.deepcopy) in each thread")
+        for module in modules:
+            _INSIDE[module] = [*_INSIDE.get(module, ()), own]
+    try:
+        yield
+    finally:
+        with _ENTERING:
+            for module in modules:
+                _INSIDE[module].pop()
+
+
+def converted(model: nn.Module, name: str = "model") -> nn.Module:
+    """The converted network itself, also of torch.compile's wrapper, which would put a prefix before every name.
+
+    ValueError, which gives the parameter by `name`: not a network made by `convert`.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "quant_spec", None), QuantSpec):
+        raise invalid(name, type(model).__name__, "a network made by emqlib.convert")
+    return model
+
+
+def summary(model: nn.Module) -> pd.DataFrame:
+    """One row a Conv2d or Linear: name, type, bits, weight, activation, signed, range, correction, note.
+
+    bits is 32 for a layer in full precision, and note says why it is. model: as for `set_bits`, whose patterns match
+    these names.
+    """
+    columns = ["name", "type", "bits", "weight", "activation", "signed", "range", "correction", "note"]
+    return pd.DataFrame([row for network in networks(model) for row in _rows(network)], columns=columns)
+
+
+def _rows(network: nn.Module) -> Iterator[dict[str, object]]:
+    kept = vars(network).get("kept", {})  # a part of a network does not know the reason
+    for name, module in network.named_modules():
+        row = {"name": name, "type": type(module).__name__, "bits": 32, "note": ""}
+        if isinstance(module, (QuantConv2d, QuantLinear)):
+            x: InputQuantizer = module.input_quantizer
+            span = x.extra_repr().split("range=")[1]
+            row |= {"bits": module.bits, "weight": module.spec.weight, "activation": x.method, "signed": x.signed}
+            yield row | {"range": span, "correction": module.spec.correction}
+        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            note = "full precision" if type(module) in _LAYERS else "not a plain Conv2d or Linear"
+            yield row | {"note": f"full precision: {kept[name]}" if name in kept else note}

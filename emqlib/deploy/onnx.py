@@ -1,0 +1,186 @@
+"""ONNX files: one child with integer weights, for runtimes that know nothing of PyTorch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import file_name, integer, invalid
+from ..convert import Bits
+from ..files import write_atomic
+from .pack import FixedQuantizer, PackedConv2d, PackedLinear, pack, replaced
+
+OPSET = 25  # the first with integers of two bits
+NATIVE = (2, 4, 8)  # the integers that ONNX has
+
+
+def native(bits: int) -> int:
+    """The bits of the smallest ONNX integer that holds `bits` bits.
+
+    >>> [native(b) for b in (1, 2, 3, 4, 5, 8)]
+    [2, 2, 4, 4, 8, 8]
+    """
+    return next(size for size in NATIVE if size >= integer("bits", bits, 1, 8))
+
+
+def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: Tensor | Sequence[Tensor]) -> None:
+    """Write one child of a converted `model` as an ONNX file to `path`, atomically, for any size of batch.
+
+    bits: as for `pack`, which makes the integers: weights are int2, int4 or int8, the smallest that holds them, and
+    come back to floating point by DequantizeLinear and their channel's offset; inputs of quantized layers go through
+    QuantizeLinear and DequantizeLinear, as uint8, clipped to their bit-width. Every number is one that training used,
+    so that rounding apart the file computes what the network does. What a runtime makes of it, integer arithmetic
+    included, is its own choice. example_inputs: what the network takes, one tensor (B, ...) or several; the first
+    dimension of each is the batch. The file takes "images" (several: "input_0", ...) and gives "logits".
+    ValueError: as `pack`, a path that is a folder, inputs that the network does not take. ImportError that says
+    what to install.
+    """
+    onnx = _library()
+    path, inputs = file_name("path", path), _batches(example_inputs)
+    network = _spelled_out(_tried(pack(model, bits).cpu(), inputs))
+    names = ["images"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    batch, *others = torch.export.Dim("batch"), *[torch.export.Dim.AUTO for _ in inputs[1:]]
+    program = torch.onnx.export(
+        network,
+        inputs,
+        input_names=names,
+        output_names=["logits"],
+        opset_version=OPSET,
+        dynamic_shapes=tuple({0: size} for size in (batch, *others)),
+        dynamo=True,
+        verbose=False,
+    )
+    proto = program.model_proto
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    _narrow(onnx, proto, {f"{name}.codes": m.bits for name, m in network.named_modules() if isinstance(m, _Layer)})
+    _strip(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    write_atomic(path, lambda file: file.write(proto.SerializeToString(deterministic=True)))
+
+
+def _library() -> Any:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401, what torch.onnx.export is built on
+    except ImportError as error:
+        raise ImportError('ONNX files need more libraries: pip install "emqlib[deploy]"') from error
+    return onnx
+
+
+def _batches(inputs: Any) -> tuple[Tensor, ...]:
+    """The inputs, each with two samples: to the exporter a batch of one is a constant."""
+    given = (inputs,) if isinstance(inputs, Tensor) else inputs
+    expected = "a tensor (B, ...) that the network takes, or several"
+    if not isinstance(given, Sequence) or not given or not all(isinstance(x, Tensor) and x.dim() for x in given):
+        raise invalid("example_inputs", type(inputs).__name__, expected)
+    if not all(len(x) for x in given):
+        raise invalid("example_inputs", [tuple(x.shape) for x in given], f"{expected}, not empty")
+    return tuple(x[:1].cpu().expand(2, *x.shape[1:]) for x in given)
+
+
+def _tried(network: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """`network`, if it takes the inputs: the exporter would find out much later that it does not."""
+    try:
+        with torch.no_grad():
+            network(*inputs)
+            return network
+    except Exception as error:  # whatever the network's own forward raises
+        shapes = [(tuple(x.shape), x.dtype) for x in inputs]
+        raise invalid("example_inputs", shapes, f"what the network takes ({error})") from error
+
+
+class _Quantizer(nn.Module):
+    """A FixedQuantizer in ONNX's own words."""
+
+    def __init__(self, fixed: FixedQuantizer) -> None:
+        super().__init__()
+        self.low, self.high = fixed.q_min * fixed.scale, fixed.q_max * fixed.scale
+        self.clips = fixed.q_max - fixed.q_min < 255  # else uint8 saturates where the grid ends
+        self.register_buffer("scale", fixed.numbers[0].clone())
+        self.register_buffer("zero_point", torch.tensor(-int(fixed.q_min), dtype=torch.uint8))
+        self.register_buffer("offset", fixed.numbers[3].clone() if fixed.shifted else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (any shape) on the grid."""
+        x = x if self.offset is None else x - self.offset
+        x = x.clamp(self.low, self.high) if self.clips else x
+        grid = (self.scale, self.zero_point)
+        q = torch.onnx.ops.symbolic("QuantizeLinear", (x, *grid), dtype=torch.uint8, shape=x.shape)
+        x = torch.onnx.ops.symbolic("DequantizeLinear", (q, *grid), dtype=x.dtype, shape=x.shape)
+        return x if self.offset is None else x + self.offset
+
+
+class _Layer(nn.Module):
+    """A packed layer whose weight is integers that DequantizeLinear reads; channel: which dimension has the outputs."""
+
+    def __init__(self, packed: PackedConv2d | PackedLinear, codes: Tensor, channel: int) -> None:
+        super().__init__()
+        self.bits, self.channel, self.packed = packed.bits, channel, packed
+        packed.guarded = ""  # `_tried` has seen that nothing reads it
+        shape = [-1 if d == channel else 1 for d in range(codes.dim())]
+        fixed = packed.input_quantizer
+        self.input_quantizer = _Quantizer(fixed) if isinstance(fixed, FixedQuantizer) else fixed
+        self.register_buffer("codes", codes.to(torch.int8).contiguous())
+        scale, offset = packed.affine[:2]
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("offset", (offset.double() + scale.double() / 2).to(scale.dtype).view(shape))
+        self.register_buffer("bias", packed.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed layer's (O, ...), for a network that asks for its type."""
+        return self.packed.weight
+
+    def dequantized(self) -> Tensor:
+        """The weight as DequantizeLinear gives it, the outputs in dimension `channel`."""
+        operands = (self.codes, self.scale)
+        attributes = {"axis": self.channel}
+        shape = self.codes.shape
+        w = torch.onnx.ops.symbolic("DequantizeLinear", operands, attributes, dtype=self.scale.dtype, shape=shape)
+        return w + self.offset
+
+
+class _Conv2d(_Layer):
+    def __init__(self, packed: PackedConv2d) -> None:
+        super().__init__(packed, packed.integers(), channel=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, H, W) -> (N, O, H', W')."""
+        return self.packed._conv_forward(self.input_quantizer(x), self.dequantized(), self.bias)
+
+
+class _Linear(_Layer):
+    def __init__(self, packed: PackedLinear) -> None:
+        super().__init__(packed, packed.integers().T, channel=1)  # as MatMul takes it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        x = self.input_quantizer(x) @ self.dequantized()
+        return x if self.bias is None else x + self.bias
+
+
+def _spelled_out(network: nn.Module) -> nn.Module:
+    """A packed `network` whose layers say in ONNX's own words what they do; changed in place."""
+    twins = {PackedConv2d: _Conv2d, PackedLinear: _Linear}
+    return replaced(network, {m: twins[type(m)](m) for m in network.modules() if type(m) in twins})
+
+
+def _narrow(onnx: Any, proto: Any, bits: dict[str, int]) -> None:
+    """Store each initializer of `bits`, by name, in the smallest integers of ONNX that hold its own."""
+    types = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4}
+    for tensor in proto.graph.initializer:
+        kind = types.get(native(bits.get(tensor.name, 8)))
+        if kind is not None:
+            values = onnx.numpy_helper.to_array(tensor).astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+def _strip(proto: Any) -> None:
+    """Take out what the exporter notes for itself: places in source files, and the history of each node."""
+    graph = proto.graph
+    for part in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del graph.value_info[:]

@@ -1,0 +1,336 @@
+"""What is measured in a trained network: weights, pre-activations, gradients and features."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import bit_widths, instance, integer, invalid, tensor
+from ..convert import at_bits, converted, quantized_layers, set_bits
+from ..correction import CORRECTIONS, correct_weight
+from ..norms import MultiBitBatchNorm
+from ..train.data import Dataset
+from ..train.evaluate import Batches, batches, undisturbed
+
+SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins
+
+
+class Moments:
+    """Mean and variance of each of C channels over any number of batches; nothing else of them is kept.
+
+    Memory: 16 C bytes. Source: Chan, Golub and LeVeque 1979, the pairwise update.
+    """
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def update(self, x: Tensor) -> None:
+        """Take in a batch (N, C, ...)."""
+        flat = x.detach().float().transpose(0, 1).flatten(1)
+        n, mean = flat.shape[1], flat.mean(1).double()
+        squares = flat.var(1, correction=0).double() * n
+        delta, total = mean - self.mean.to(mean), self.n + n
+        self.squares = self.squares.to(squares) + squares + delta**2 * (self.n * n / total)
+        self.mean = self.mean.to(mean) + delta * (n / total)
+        self.n = total
+
+    def var(self) -> Tensor:
+        """The biased variance (C,)."""
+        return self.squares / self.n
+
+
+class Histogram:
+    """Counts of numbers in `BINS` equal bins over [-SPAN, SPAN]; what lies beyond is counted in the outermost bins."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+
+    def update(self, z: Tensor) -> None:
+        """Take in numbers of any shape."""
+        inside = z.detach().float().clamp(-SPAN, SPAN)
+        self.counts += torch.histc(inside, BINS, -SPAN, SPAN).double().cpu()
+
+    def density(self) -> Tensor:
+        """The fraction of all numbers in each of K bins, over its width: (K,)."""
+        return self.counts / self.counts.sum() / (2 * SPAN / BINS)
+
+    def wasserstein(self, other: "Histogram") -> float:
+        """W1 = integral of |F - G| over the two distribution functions, to the width of a bin."""
+        F, G = (h.counts.cumsum(0) / h.counts.sum() for h in (self, other))
+        return float((F - G).abs().sum() * (2 * SPAN / BINS))
+
+
+def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.DataFrame:
+    """What quantization does to each layer's weight moments, by bit-width and correction: one row each.
+
+    Columns: layer, bits, correction, mean_shift (root mean square over output channels o of (mean_o(w_q) - mean_o(w)) /
+    std_o(w)), scale (mean over o of std_o(w_q) / std_o(w)); w is the full-precision weight in the quantizer's own
+    domain. Weight bias correction is what makes mean_shift 0 ("mean") and scale 1 ("mean_var"). The model is left as it
+    was. ValueError: not a converted network, bad bits.
+    """
+    rows = []
+    for b in bit_widths("bits", bits):
+        with at_bits(model, b), torch.no_grad():
+            for name, layer in quantized_layers(model).items():
+                w_q, w = layer.weight_and_domain()
+                changes = {mode: _change(correct_weight(w_q, w, mode), w) for mode in CORRECTIONS}
+                rows += [{"layer": name, "bits": b, "correction": m} | change for m, change in changes.items()]
+    return pd.DataFrame(rows)
+
+
+def _change(w_q: Tensor, w: Tensor) -> dict[str, float]:
+    w_q, w = (x.double().flatten(1) for x in (w_q, w))
+    std = w.std(1).clamp_min(torch.finfo(torch.float32).tiny)
+    shift = ((w_q.mean(1) - w.mean(1)) / std).square().mean().sqrt()
+    return {"mean_shift": float(shift), "scale": float((w_q.std(1) / std).mean())}
+
+
+@contextmanager
+def watched(modules: dict[str, nn.Module], watchers: dict[str, "Watcher | TokenWatcher"]) -> Iterator[None]:
+    """Within the block, each watcher sees the input of the module of its name; the hooks go whatever happens."""
+    hooks = [modules[name].register_forward_pre_hook(watcher) for name, watcher in watchers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Watcher:
+    """A batch norm's input at one bit-width, in units of the statistics that the norm assumes at it."""
+
+    def __init__(self) -> None:
+        self.moments, self.histogram = Moments(), Histogram()
+
+    def __call__(self, norm: MultiBitBatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        """z = (x - mean) / std of the running statistics in force, (N, C, ...)."""
+        x = inputs[0].detach().float()
+        mean, var = (v.view(1, -1, *[1] * (x.dim() - 2)) for v in norm.statistics())
+        z = (x - mean) / (var + norm.eps).sqrt()
+        self.moments.update(z)
+        self.histogram.update(z)
+
+
+def _watch(
+    model: nn.Module,
+    data: Dataset | Batches,
+    wanted: tuple[int, ...],
+    kind: type[nn.Module],
+    watcher: type["Watcher"] | type["TokenWatcher"],
+    samples: int,
+    batch_size: int,
+) -> dict[int, dict[str, Any]]:
+    """What a watcher of each module of that very type, by name, sees at each bit-width of so many training images."""
+    seen = {}
+    with undisturbed(model, data, batch_size) as device:
+        modules = {name: m for name, m in model.named_modules() if type(m) is kind}
+        if not modules:
+            norm = {MultiBitBatchNorm: "batch norm", nn.LayerNorm: "layer norm"}[kind]
+            raise invalid("model", type(model).__name__, f"a network with {norm}")
+        for b in wanted:
+            seen[b] = {name: watcher() for name in modules}
+            with at_bits(model, b), watched(modules, seen[b]):
+                for images, _ in batches(data, "train", device, batch_size, samples):
+                    model(images)
+    return seen
+
+
+def preactivations(
+    model: nn.Module,
+    data: Dataset | Batches,
+    bits: Iterable[int],
+    samples: int = 2000,
+    batch_size: int = 250,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How far each bit-width's pre-activations are from what its batch norm assumes: (mismatch, histograms).
+
+    A pre-activation is the input of a batch norm, standardized by the running statistics in force: if they fit, it has
+    mean 0 and variance 1 in each channel. mismatch has one row a layer and bit-width: layer, bits, mean_shift (root
+    mean square over channels of the mean), variance (mean over channels), wasserstein (W1 to the distribution at the
+    highest of `bits`, all channels together). histograms has one row a layer, bit-width and bin: layer, bits, z,
+    density.
+    `samples` training images, augmented as in training, or all of an iterable of (images, labels), go through once
+    for each bit-width, in evaluation mode; moments and counts are kept, activations are not. The model is left as it
+    was. ValueError: not a converted network, bad bits, no batch norm, no images.
+    """
+    wanted = bit_widths("bits", bits)
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 1)
+    seen = _watch(model, data, wanted, MultiBitBatchNorm, Watcher, samples, batch_size)
+    return _tables(seen)
+
+
+def _tables(seen: dict[int, dict[str, Watcher]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    mismatch, histograms = [], []
+    centers = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * SPAN / BINS) - SPAN).numpy().round(6)
+    for b, watchers in seen.items():
+        for name, watcher in watchers.items():
+            if watcher.moments.n == 0:
+                raise invalid("data", "no images", "at least one batch of images")
+            row = {"layer": name, "bits": b, "mean_shift": float(watcher.moments.mean.square().mean().sqrt())}
+            row |= {"variance": float(watcher.moments.var().mean())}
+            reference = seen[max(seen)][name].histogram
+            mismatch.append(row | {"wasserstein": watcher.histogram.wasserstein(reference)})
+            density = {"z": centers, "density": watcher.histogram.density().numpy().round(6)}
+            histograms.append(pd.DataFrame({"layer": name, "bits": b} | density))
+    return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)
+
+
+class TokenWatcher:
+    """What a layer norm takes in: the size of each token, and the moments of what is left once it is normalized."""
+
+    def __init__(self) -> None:
+        self.moments, self.size, self.n = Moments(), 0.0, 0
+
+    def __call__(self, norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> None:
+        """Tokens (N, T, C): the standard deviation over C of each, and z, normalized without weight and bias."""
+        x = inputs[0].detach().float()
+        self.size += float(x.std(-1).sum())
+        self.n += x.shape[:-1].numel()
+        self.moments.update(nn.functional.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1]))
+
+
+def layer_norms(
+    model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
+) -> pd.DataFrame:
+    """How far tokens at each bit-width are from those at the highest, before every layer norm: one row each.
+
+    Columns: layer, bits, size (mean standard deviation of a token, as a multiple), which layer norm takes away, and
+    what it leaves: mean_shift (root mean square over features of the shift of the mean, in standard deviations) and
+    variance (mean over features of the ratio), both of normalized tokens. Images as in `preactivations`.
+    ValueError: not a converted network, bad bits, no layer norm, no images.
+    """
+    wanted = bit_widths("bits", bits)
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 1)
+    seen = _watch(model, data, wanted, nn.LayerNorm, TokenWatcher, samples, batch_size)
+    norms = list(seen[wanted[0]])
+    return pd.DataFrame([_compared(seen[b][name], seen[max(seen)][name], name, b) for b in wanted for name in norms])
+
+
+def _compared(tokens: TokenWatcher, reference: TokenWatcher, layer: str, bits: int) -> dict[str, str | float]:
+    if tokens.n == 0:
+        raise invalid("data", "no images", "at least one batch of images")
+    var = reference.moments.var()
+    shift = ((tokens.moments.mean - reference.moments.mean) / var.sqrt()).square().mean().sqrt()
+    size = (tokens.size / tokens.n) / (reference.size / reference.n)
+    row = {"layer": layer, "bits": bits, "size": size, "mean_shift": float(shift)}
+    return row | {"variance": float((tokens.moments.var() / var).mean())}
+
+
+ALL = "all layers"
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """The angle in degrees between the directions u and v of a and b: 2 atan2(|u - v|, |u + v|), |u| = |v| = 1.
+
+    a, b: tensors (N,) or any other equal shape. NaN where one of them is zero. Source: Kahan 2006; unlike the arc
+    cosine it is exact for small angles. ValueError: unequal shapes.
+    """
+    if tensor("a", a, "a tensor").shape != tensor("b", b, "a tensor").shape:
+        raise invalid("b", tuple(b.shape), f"the shape of a, {tuple(a.shape)}")
+    u, v = (x.double().flatten() / x.double().norm() for x in (a, b))
+    return float(torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm())))
+
+
+def gradient_angles(
+    model: nn.Module, data: Dataset, bits: Iterable[int], samples: int = 1000, batch_size: int = 250
+) -> pd.DataFrame:
+    """Angles between the children's gradients of the same loss, in degrees: one row a layer and pair of bit-widths.
+
+    Columns: layer (and `ALL`, all of them as one vector), depth (from 0; -1 for `ALL`), bits, other_bits, other_images,
+    angle. The gradient is that of the cross entropy, mean over `samples` augmented training images, to the
+    full-precision weight of each convolution and linear layer, with batch norm as in training. Where bits and
+    other_bits are equal, other_images is True and the second gradient is of as many other images: the angle that
+    sampling alone makes. The model is left as it was. ValueError: not a converted network, bad bits, too few images.
+    """
+    wanted = bit_widths("bits", bits)
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 2)
+    converted(model)
+    instance("data", data, Dataset, "a Dataset, for example load_dataset('cifar10')")
+    if len(data.train.labels) < 2 * samples:
+        raise invalid("samples", samples, f"at most half of the {len(data.train.labels)} training images")
+    device = next(model.parameters()).device
+    pairs = batches(data, "train", device, batch_size, 2 * samples)
+    images, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    if len(labels) == len(data.train.labels):  # all there are come in their own order, which may be class by class
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
+        images, labels = images[order], labels[order]
+    parts = -(-samples // batch_size)  # of near-equal size: batch norm cannot take a last one of one image
+    halves = zip(images.split(samples), labels.split(samples), strict=True)
+    here, there = (list(zip(*(half.tensor_split(parts) for half in pair), strict=True)) for pair in halves)
+    first = {b: _gradients(model, here, b) for b in wanted}
+    rows = []
+    for a, b in combinations(wanted, 2):
+        rows += _angle_rows(first[a], first[b], {"bits": a, "other_bits": b, "other_images": False})
+    for b in wanted:  # one at a time: each is as large as the network
+        rows += _angle_rows(first[b], _gradients(model, there, b), {"bits": b, "other_bits": b, "other_images": True})
+    return pd.DataFrame(rows)
+
+
+def _gradients(model: nn.Module, pairs: list[tuple[Tensor, Tensor]], bits: int) -> dict[str, Tensor]:
+    """The gradient of the mean loss to each layer's weight, by the layer's name in the order of the network."""
+    model = copy.deepcopy(model).train()  # ranges, batch norms and mean inputs follow what they see in training
+    model.zero_grad(set_to_none=True)
+    set_bits(model, bits)
+    total = sum(len(labels) for _, labels in pairs)
+    for images, labels in pairs:
+        (F.cross_entropy(model(images).float(), labels, reduction="sum") / total).backward()
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    return {name: m.weight.grad for name, m in layers if m.weight.grad is not None}
+
+
+def _angle_rows(a: dict[str, Tensor], b: dict[str, Tensor], pair: dict[str, int | bool]) -> list[dict]:
+    rows = [{"layer": name, "depth": i} | pair | {"angle": angle(a[name], b[name])} for i, name in enumerate(a)]
+    whole = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in (a, b))
+    return [*rows, {"layer": ALL, "depth": -1} | pair | {"angle": angle(*whole)}]
+
+
+def linear_probes(
+    model: nn.Module, data: Dataset, bits: Iterable[int], samples: int = 2000, batch_size: int = 500
+) -> pd.DataFrame:
+    """How much of the classes a linear classifier reads from each child's features: one row a pair of bit-widths.
+
+    Columns: probe_bits, whose features of `samples` training images (augmented as in training) the classifier was
+    fitted on; bits, whose features of the test images it reads; top1 (%). Features are the input of the network's last
+    linear layer, (N, D), standardized; the classifier is ridge regression on one-hot classes. The model is left as it
+    was. Needs scikit-learn. ValueError: not a converted network, bad bits, no linear layer.
+    """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    wanted = bit_widths("bits", bits)
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 1)
+    seen = {}
+    with undisturbed(model, data, batch_size) as device:
+        for b in wanted:
+            with at_bits(model, b):
+                train = _features(model, batches(data, "train", device, batch_size, samples))
+                seen[b] = train, _features(model, batches(data, "test", device, batch_size))
+    probes = {b: make_pipeline(StandardScaler(), RidgeClassifier()).fit(*train) for b, (train, _) in seen.items()}
+    pairs = ((a, b) for a in wanted for b in wanted)
+    return pd.DataFrame([{"probe_bits": a, "bits": b, "top1": 100 * probes[a].score(*seen[b][1])} for a, b in pairs])
+
+
+def _features(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple:
+    """The inputs of the last linear layer (N, D) and the labels (N,), as arrays."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise invalid("model", type(model).__name__, "a network with a linear layer, whose input to read")
+    kept, labels = [], []
+    with linears[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().flatten(1).cpu())):
+        for images, y in pairs:
+            model(images)
+            labels.append(y.cpu())
+    if not labels:
+        raise invalid("data", "no images", "at least one batch of images")
+    return torch.cat(kept).numpy(), torch.cat(labels).numpy()

@@ -1,0 +1,327 @@
+"""What depends on the hardware, and several processes that train one network together."""
+
+import gc
+import os
+import re
+import traceback
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from .. import checks
+from .. import kernels as versions
+
+# How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
+_NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
+
+AUTOCAST = ("none", "bfloat16", "float16")
+
+# From how many steps a layer on compiling pays. Of ResNet-20 on two cores it takes about two seconds a layer and saves
+# a step 0.4 to 1.2 ms a layer (benchmarks/steps.py): even after 100 to 260. Counted, not timed: runs are repeatable.
+COMPILE_STEPS = 500
+
+
+def has_cuda() -> bool:
+    """Whether there is a CUDA device, asked of the driver alone: processes forked afterwards can still use it."""
+    return torch.cuda.device_count() > 0
+
+
+def device_named(name: str) -> torch.device:
+    """The device called "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1"; ValueError that lists those here."""
+    if isinstance(name, str) and name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))
+
+
+def autocast(name: str, device: torch.device) -> AbstractContextManager:
+    """The context in which a forward pass runs in "bfloat16" or "float16"; "none" changes nothing."""
+    if name == "none":
+        return nullcontext()
+    # CUDA graphs cannot have the cache, which saves nothing where each weight is cast once a step
+    return torch.autocast(device.type, dtype=getattr(torch, name), cache_enabled=device.type != "cuda")
+
+
+def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
+    """The format for the weights and images (N, C, H, W) of `model`: channels-last where asked for and safe.
+
+    On a CPU, the gradient of a strided 1x1 convolution of few channels-last input channels writes outside its buffer
+    and crashes, hangs or is wrong (oneDNN issue 6035, seen with torch 2.14.1): such a network stays contiguous.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    unsafe = any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels < 16 for m in convolutions)
+    if not channels_last or (device.type == "cpu" and unsafe):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
+    """`model` through torch.compile, where `how` is True, or "auto" and the run has steps enough to earn that back."""
+    layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+    pays = how == "auto" and steps >= COMPILE_STEPS * layers
+    return torch.compile(model) if how is True or pays else model
+
+
+class Graphed:
+    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state`.
+
+    A network of small kernels spends most of a step on launching them one by one; a graph launches all at once.
+    state: tells what the passes depend on, such as the bit-width, besides their input and tensors that are changed in
+    place. The first call of its kind is the network's own, as are calls while a submodule is hooked.
+    """
+
+    def __init__(self, model: nn.Module, state: Callable[[], Hashable]) -> None:
+        self.model, self.state, self.pool = model, state, torch.cuda.graph_pool_handle()
+        self.known: dict[Hashable, Callable[[Tensor], Tensor] | None] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output of the network in training for x (B, ...) on a CUDA device."""
+        _, *parts = self.model.modules()
+        if any(part._forward_pre_hooks or part._forward_hooks for part in parts):
+            return self.model(x)
+        kind = (self.state(), x.shape, x.stride(), x.dtype)
+        if kind not in self.known:  # what is made at first sight, such as the ranges of inputs, is not for a graph
+            self.known[kind] = None
+            return self.model(x)
+        if self.known[kind] is None:
+            self.known[kind] = self._captured(x)
+        return self.known[kind](x)
+
+    def _captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Whatever the passes that warm up have changed, running statistics for one, is put back."""
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        without_hooks = nn.Sequential(self.model).train()
+        own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all, of which two are never at work
+        with _no_garbage_collection():
+            graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
+        for buffer, value in before:
+            buffer.copy_(value)
+        return graphed
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within the block; an earlier network's graphs, collected while another is captured, would spoil the capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
+    """Within the block, too little memory is a MemoryError that names a parameter and says what to try instead.
+
+    What was computed until then is let go: a traceback that is kept, as Jupyter does, would keep all of it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).partition("\n")[0]
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(told):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        raise MemoryError(f"{name}={value}: out of memory ({told}); try {advice}") from None
+
+
+def noise(device: torch.device) -> list[Tensor]:
+    """The states (K,), in bytes, of the global generators that a network on `device` draws from: the CPU's first."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.default_generator.get_state(), *cuda]
+
+
+def set_noise(device: torch.device, states: list[Tensor]) -> None:
+    """Take over what `noise` gave, states (K,); a CUDA device leaves its own where they are a CPU's alone."""
+    torch.default_generator.set_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place, `rank` of `count`, among those that train together; alone it needs no accelerator."""
+
+    rank: int = 0
+    count: int = 1
+    accelerator: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that records scores, shows progress and writes files."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device of that name, see `devices.device`; among several ranks, this one's own."""
+        if self.accelerator is None:
+            return device_named(name)
+        own = self.accelerator.device
+        return own if own.type == "cuda" else torch.device(own.type)  # not "cpu:0", which no checkpoint loads onto
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's part of a batch (B, ...), of near-equal size to the others'."""
+        return x.tensor_split(self.count)[self.rank]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` so that its gradients are averaged over ranks in the backward pass."""
+        if self.accelerator is None:
+            return model
+        # not Accelerate's own, which would put the launcher's mixed precision into the model for good
+        own = self.device("")
+        own = [own] if own.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=own, **versions.unsynced_buffers())
+
+    def alone(self, wrapped: nn.Module) -> AbstractContextManager:
+        """The context of a forward and backward pass whose gradients wait for those of a later one to be averaged."""
+        return wrapped.no_sync() if self.accelerator is not None else nullcontext()
+
+    def first(self) -> AbstractContextManager:
+        """The context of what rank 0 does before the others."""
+        return nullcontext() if self.accelerator is None else self.accelerator.main_process_first()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.accelerator is None:
+            return value
+        values = [value if self.main else None]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank."""
+        if self.accelerator is None:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather(self, indices: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Sample indices (B,) and what belongs to them, tensors (B, ...), of all ranks: a sample's are on one alone.
+
+        Ranks have parts of unequal size, so they are padded on the way, by indices of -1, which are then left out.
+        """
+        if self.accelerator is None:
+            return indices, *tensors
+        padded = self.accelerator.pad_across_processes(indices, pad_index=-1)
+        real = self.accelerator.gather(padded) >= 0
+        found = [None if t is None else self.accelerator.pad_across_processes(t) for t in (indices, *tensors)]
+        return tuple(None if t is None else self.accelerator.gather(t)[real] for t in found)
+
+    def sums(self, *values: float) -> list[float]:
+        """Each of `values` summed over ranks."""
+        if self.accelerator is None:
+            return list(values)
+        return total(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)).tolist()
+
+    @contextmanager
+    def joined(self, where: str) -> Iterator[None]:
+        """Within the block, the error that a rank gets when another one has gone says so, and where to go on from."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1:
+                raise
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
+            if not lost:
+                raise
+            text = f"rank {self.rank} of {self.count}: another rank has stopped, see its own error; start all of them"
+            raise RuntimeError(f"{text} again, and training goes on from {where}") from error
+
+
+def started() -> int:
+    """How many processes a launcher started, this one included; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def current(device: str = "auto") -> Ranks:
+    """Where this process stands: alone, unless accelerate launch, torchrun or notebook_launcher started several.
+
+    device: "cpu" to stay off CUDA devices. ImportError that says what to install: several without Accelerate.
+    """
+    if started() == 1:
+        return Ranks()
+    place = accelerate().Accelerator(cpu=device_named(device).type == "cpu")
+    return Ranks(place.process_index, place.num_processes, place)
+
+
+def accelerate() -> ModuleType:
+    """The package, which only several processes need; ImportError that says how to install it."""
+    try:
+        import accelerate
+    except ImportError as error:
+        raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
+    return accelerate
+
+
+class _Total(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return versions.returned(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return _Total.apply(grad)  # each rank's loss depends on every rank's x
+
+
+def total(x: Tensor) -> Tensor:
+    """x (any shape) summed over ranks; differentiable."""
+    return _Total.apply(x)
+
+
+class _Awaited(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.like = parameter.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.like)
+
+
+def awaited(x: Tensor, parameter: Tensor) -> Tensor:
+    """x (any shape) as it is; its gradient brings zeros for a `parameter` (any shape) that takes no part in it.
+
+    Several ranks wait for a gradient of each parameter; alone, an optimizer's momentum goes on as it does among them.
+    """
+    return _Awaited.apply(x, parameter)
+
+
+def mean(x: Tensor) -> Tensor:
+    """x (any shape), a statistic of each rank's part, averaged over ranks."""
+    return total(x) / dist.get_world_size()
+
+
+def lowest(x: Tensor) -> Tensor:
+    """The lowest x (any shape) of all ranks."""
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x
+
+
+@contextmanager
+def synchronized(model: nn.Module, place: Ranks, accumulate: int = 1) -> Iterator[None]:
+    """Within the block, what layers measure of a batch they measure over all ranks: means, variances, ranges.
+
+    accumulate: in how many parts each rank takes its share of a step.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "across_ranks")] if place.count * accumulate > 1 else []
+    for layer in layers:
+        layer.across_ranks, layer.parts = place.count > 1, place.count * accumulate
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.across_ranks, layer.parts  # the class's own are back

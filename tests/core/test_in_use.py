@@ -1,0 +1,690 @@
+"""A converted network in its user's hands: in use, in loops of one's own, inside other modules, and interrupted."""
+
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import emqlib as emq
+from emqlib.convert import networks, quantized_layers, step_weights
+from emqlib.layers import QuantConv2d, QuantLinear, QuantSpec
+from emqlib.norms import MultiBitBatchNorm
+from emqlib.train import loop as training
+from emqlib.train.data import Dataset, Split
+
+BITS = (1, 2, 8)
+
+
+class Net(nn.Module):
+    """Two quantized layers, of unsigned and of signed input, between two in full precision: (B, 3, 4, 4) to (B, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.body = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.GELU(), nn.Conv2d(6, 4, 1))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.within(self.norm(self.first(x)).relu()).mean((2, 3)))
+
+    def within(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def build(net: type[nn.Module] = Net, **spec: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return emq.convert(net(), QuantSpec(**{"bits": BITS} | spec))
+
+
+def used(x: Tensor, **spec: Any) -> nn.Module:
+    """A network in use whose input ranges have started from x (B, 3, 4, 4)."""
+    model = build(**spec)
+    model(x)
+    return model.eval()
+
+
+@pytest.fixture
+def x(rng: torch.Generator) -> Tensor:
+    return torch.rand(8, 3, 4, 4, generator=rng)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    g, mean, std = torch.Generator().manual_seed(0), (0.5,) * 3, (0.2,) * 3
+    pixels = [torch.randint(256, (n, 3, 4, 4), generator=g, dtype=torch.uint8) for n in (24, 9)]
+    splits = [Split(images, torch.arange(len(images)) % 3) for images in pixels]
+    return Dataset("own", *splits, ("a", "b", "c"), mean, std, flip=False, crop_padding=0, sha256="")
+
+
+def train(model: nn.Module, data: Dataset, **config: Any) -> None:
+    own = {"epochs": 1, "batch_size": 12, "lr": 0.05} | config
+    emq.train(model, data, emq.TrainConfig(**own), progress=False)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+@torch.no_grad()
+def anew(model: nn.Module, x: Tensor) -> Tensor:
+    """The output of a copy, which keeps nothing from the passes before."""
+    return copy.deepcopy(model)(x)
+
+
+# --- modes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_training_leaves_a_network_in_evaluation_mode_that_answers_the_same_again(
+    interrupted: bool, x: Tensor, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(activation_range="tracked", output_correction=True)
+    if interrupted:
+        monkeypatch.setattr(training, "check_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        train(model, data)
+    assert not any(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
+    before, answers = buffers(model), []
+    for _ in range(2):
+        with emq.at_bits(model, 2):
+            answers.append(model(x))
+    assert torch.equal(*answers) and torch.allclose(answers[0][:1], answers[1][:1])
+    assert_equal(buffers(model), before)
+
+
+@pytest.mark.parametrize("training_mode", [False, True])
+def test_what_asks_a_network_puts_back_each_module_s_mode(training_mode: bool, data: Dataset) -> None:
+    model = build().train(training_mode)
+    model.body.train(not training_mode)
+    before = [m.training for m in model.modules()]
+    emq.evaluate(model, data, bits=(2,), adapt_norm=True)
+    emq.adapt_norm(model, data, bits=(3,), samples=24)
+    assert [m.training for m in model.modules()] == before
+
+
+# --- weights in use ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The layers whose weight was quantized, each time one was."""
+    seen: list[nn.Module] = []
+    for kind in (QuantConv2d, QuantLinear):
+        quantize = kind.weight_and_domain
+        monkeypatch.setattr(kind, "weight_and_domain", lambda m, quantize=quantize: (seen.append(m), quantize(m))[1])
+    return seen
+
+
+def test_a_network_in_use_quantizes_its_weights_once(quantized: list[nn.Module], x: Tensor) -> None:
+    model = build(output_correction=True, weight="lsq").eval()
+    names = list(model.state_dict())
+    with torch.no_grad():
+        answers = [model(x) for _ in range(3)]
+    assert len(quantized) == 2 and torch.equal(answers[0], answers[2]) and list(model.state_dict()) == names
+    assert all(m.kept is None for m in copy.deepcopy(model).modules() if isinstance(m, QuantConv2d))
+    with torch.inference_mode():
+        model(x)
+    assert len(quantized) == 2
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    assert len(quantized) == 4
+
+
+def test_nothing_is_kept_in_training_or_with_gradients(quantized: list[nn.Module], x: Tensor) -> None:
+    model = build().eval()
+    model(x).sum().backward()
+    model(x)
+    assert len(quantized) == 4
+    with torch.no_grad():  # a `.grad` waits for an optimizer, whose writes may not be counted
+        model(x), model(x)
+    assert len(quantized) == 8
+    model.train()
+    with torch.no_grad():
+        model(x), model(x)
+    assert len(quantized) == 12 and all(m.kept is None for m in set(quantized))
+
+
+def write(model: nn.Module) -> None:
+    model.body[0].weight.mul_(-1)
+
+
+def write_bias(model: nn.Module) -> None:
+    model.body[0].bias.add_(1)
+
+
+def write_scale(model: nn.Module) -> None:
+    model.body[0].weight_scale.values.mul_(2)
+
+
+def write_mean(model: nn.Module) -> None:
+    model.body[0].mean_input[0] += 3
+
+
+def other_data(model: nn.Module) -> None:
+    model.body[0].weight.data = -model.body[0].weight.data
+
+
+def other_parameter(model: nn.Module) -> None:
+    model.body[0].weight = nn.Parameter(-model.body[0].weight)
+
+
+def load(model: nn.Module) -> None:
+    model.load_state_dict(build(output_correction=True, weight="lsq", bits=BITS).state_dict())
+
+
+def load_in_place(model: nn.Module) -> None:
+    state = {name: -v if name == "body.0.weight" else v.clone() for name, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def mixed(model: nn.Module) -> None:
+    emq.set_bits(model, {"body.0": 1, "*": 8})
+
+
+def in_float64(model: nn.Module) -> None:
+    model.to(torch.float64)
+
+
+CHANGES = [
+    write,
+    write_bias,
+    write_scale,
+    write_mean,
+    other_data,
+    other_parameter,
+    load,
+    load_in_place,
+    mixed,
+    in_float64,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_weight_in_use_is_seen(change: Callable[[nn.Module], None], x: Tensor) -> None:
+    model = build(output_correction=True, weight="lsq").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+        before = model(x)
+        change(model)
+        x = x.to(model.first.weight.dtype)
+        assert torch.equal(model(x), anew(model, x)) and not torch.equal(model(x).float(), before)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}])
+def test_an_optimizer_s_step_is_seen_in_use(kind: type, how: dict[str, bool], x: Tensor) -> None:
+    """Of a network that is trained in evaluation mode, so that no mode changes."""
+    model = build(weight="lsq").eval()
+    optimizer = kind(model.parameters(), lr=0.1, **how)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            before = model(x)
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            model(x)
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(model(x), anew(model, x)) and not torch.equal(model(x), before)
+
+
+def test_weights_given_for_one_call_are_used_for_it_alone(x: Tensor) -> None:
+    model, other = used(x), used(x)
+    with torch.no_grad():
+        own = model(x)
+        write(other)
+        given = torch.func.functional_call(model, dict(other.named_parameters()), (x,))
+        assert torch.equal(given, other(x)) and not torch.equal(given, own) and torch.equal(model(x), own)
+
+
+def test_what_is_kept_fits_mixed_precision_and_tensors_that_count_no_writes(x: Tensor) -> None:
+    model = build(output_correction=True).bfloat16().eval()
+    with torch.no_grad():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                inside = model(x)
+            assert torch.equal(model(x.bfloat16()), anew(model, x.bfloat16())) and inside.dtype == torch.bfloat16
+    with torch.inference_mode():
+        uncounted = build().eval()
+        before = uncounted(x)
+        write(uncounted)
+        after = uncounted(x)
+        assert not torch.equal(after, before) and torch.equal(uncounted(x), after)
+
+
+def test_bit_widths_in_use_do_not_mix(x: Tensor) -> None:
+    model = used(x)
+    with torch.no_grad():
+        expected = {}
+        for b in (1, 2, 8, 32):
+            emq.set_bits(model, b)
+            expected[b] = anew(model, x)
+        for b in (32, 1, 8, 2, 8):
+            with emq.at_bits(model, b):
+                assert torch.equal(model(x), expected[b])
+
+
+# --- 32 bits -------------------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """How many operators run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+SPECS: list[dict[str, Any]] = [
+    {},
+    {"correction_gradient": False, "activation_range": "tracked", "output_correction": True},
+    {"weight": "minmax", "activation": "pact", "correction": "mean"},
+    {"weight": "lsq", "activation": "lsq", "norm": "switchable"},
+    {"weight": "minmax", "activation": "none", "norm": "shared_affine", "correction": "none"},
+]
+
+
+@pytest.mark.parametrize("spec", SPECS[:4])
+def test_a_child_in_full_precision_skips_quantizers(spec: dict[str, Any], x: Tensor) -> None:
+    model, counts = build(bits=(4, 32), **spec), {}
+    model(x)  # starts ranges
+    for b in (4, 32):
+        emq.set_bits(model, b)
+        with Operators() as counted:
+            model(x).sum().backward()
+        counts[b] = counted.count
+    assert counts[32] < counts[4] - 10
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_full_precision_is_what_the_quantizers_gave_there(
+    spec: dict[str, Any], x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a tensor of levels, which compiled graphs have, has it: outputs, and gradients, zeros of scales included."""
+    found = []
+    for as_tensor in (False, True):
+        if as_tensor:
+            for kind in (QuantConv2d, QuantLinear):
+                monkeypatch.setattr(kind, "_n", lambda layer: layer.levels)
+        model = build(bits=(4, 32), **spec).double()
+        y = model(x.double())
+        y.square().sum().backward()
+        found.append((y.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (y, gradients), (expected, others) = found
+    torch.testing.assert_close(y, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert all(gradients[name] is not None for name in gradients)
+
+
+# --- loops of one's own --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [*SPECS, {"activation": "pact"}, {"activation": "lsq"}, {"weight": "lsq"}, {"norm": "switchable"}],
+)
+def test_children_s_losses_may_be_summed(spec: dict[str, Any], x: Tensor) -> None:
+    found, bits = [], (1, 2, 8, 32)
+    for summed in (True, False):
+        model, losses = build(bits=bits, **spec).double(), []
+        for b in bits:
+            emq.set_bits(model, b)
+            losses.append(model(x.double()).square().sum())
+            if not summed:
+                losses[-1].backward()
+        if summed:
+            sum(losses).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+
+
+class Checkpointed(Net):
+    """The body is computed again in the backward pass."""
+
+    reentrant = False
+
+    def within(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class Twice(Net):
+    def within(self, x: Tensor) -> Tensor:
+        return super().within(x) + super().within(x.flip(0))
+
+
+class CheckpointedTwice(Twice, Checkpointed):
+    pass
+
+
+class ReentrantTwice(Twice, Reentrant):
+    pass
+
+
+PAIRS = [(Checkpointed, Net), (Reentrant, Net), (CheckpointedTwice, Twice), (ReentrantTwice, Twice)]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of conversion, which tries the network
+@pytest.mark.parametrize(("net", "plain"), PAIRS)
+@pytest.mark.parametrize("spec", [{"activation_range": "tracked"}, {"weight": "lsq", "activation": "pact"}])
+def test_activation_checkpointing_changes_nothing(
+    net: type[nn.Module], plain: type[nn.Module], spec: dict[str, Any], data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and, since the second pass measures nothing, buffers; a range moves between two uses of its layer."""
+    if plain is Twice and "activation_range" in spec:
+        spec = {"activation": "none"}
+    monkeypatch.setattr("emqlib.loading.normalize", lambda images, _: images.double() / 255)
+    states = []
+    for kind in (net, plain):
+        model = build(kind, output_correction=plain is Net, **spec).double()
+        for config in ({"scheme": "joint", "distillation": True}, {"accumulate": 2}):
+            train(model, data, **config)
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], msg=name)
+
+
+# --- interrupted ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interrupted(module: str, line: int) -> Iterator[None]:
+    """KeyboardInterrupt before the line of that number, counted as they are run, of the functions in a module."""
+    left = [line]
+
+    def local(frame: FrameType, event: str, _: Any) -> Callable:
+        left[0] -= event == "line"
+        if left[0] == 0 and event == "line":
+            raise KeyboardInterrupt
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: local if frame.f_globals.get("__name__") == module else None)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_nothing_is_left_wherever_a_step_is_interrupted(x: Tensor) -> None:
+    model = build(activation_range="unit").eval().requires_grad_()
+    expected, finished, line = gradients(model, x), False, 0
+    while not finished:
+        line += 1
+        try:
+            with interrupted("emqlib.multibit", line), step_weights(model):
+                model(x).square().sum().backward()
+            finished = True
+        except KeyboardInterrupt:
+            model.zero_grad()
+            copy.deepcopy(model)
+            emq.pack(model, 2)
+            assert_equal(gradients(model, x), expected)
+            assert_equal(gradients(model, x), expected)  # by a graph of its own
+    assert line > 10
+
+
+def test_a_network_whose_training_was_interrupted_is_copied_packed_and_trained_on(data: Dataset) -> None:
+    model = build()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.last.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data)
+    hook.remove()
+    assert emq.pack(model, 2).packed_bits and copy.deepcopy(model)
+    train(model, data)
+
+
+def test_only_training_itself_prepares_weights(data: Dataset, x: Tensor) -> None:
+    model, held = build(), []
+    model.body[0].register_forward_pre_hook(lambda layer, _: held.append(layer.prepared is not None))
+    train(model, data)
+    assert held and all(held)
+    held.clear()
+    model.train()(x).sum().backward()
+    assert held == [False]
+    with step_weights(model):
+        assert copy.deepcopy(model.body[0]).prepared is None
+
+
+# --- inside other modules ------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """As a LightningModule holds a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.loss = network, nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPERS = [nn.DataParallel, distributed, AveragedModel, Holder, compiled, lambda m: Holder(compiled(m))]
+
+
+def bits_of(model: nn.Module) -> list[int]:
+    return [m.bits for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear, MultiBitBatchNorm))]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["parallel", "distributed", "averaged", "holder", "compiled", "both"])
+def test_networks_are_found_inside_whatever_holds_them(
+    wrap: Callable[[nn.Module], nn.Module], data: Dataset, process_group: None
+) -> None:
+    plain = build(norm="shared_affine", activation="lsq")
+    wrapped = wrap(copy.deepcopy(plain))
+    for model in (plain, wrapped):
+        emq.adapt_norm(model, data, bits=(3,), samples=24, batch_size=12)
+        emq.set_bits(model, {"body.0": 2, "*": 8})
+    (network,) = networks(wrapped)
+    assert bits_of(network) == bits_of(plain) == bits_of(wrapped)
+    with emq.at_bits(wrapped, 1):
+        assert set(emq.summary(wrapped).bits) == {1, 32}
+    assert emq.summary(wrapped).equals(emq.summary(plain)) and 2 in set(emq.summary(plain).bits)
+    assert_equal(network.state_dict(), plain.state_dict())
+    for adapt in (False, True):
+        ours, theirs = (emq.evaluate(model, data, bits=(1, 3, 8), adapt_norm=adapt) for model in (wrapped, plain))
+        assert ours[["bits", "top1", "trained", "n"]].equals(theirs[["bits", "top1", "trained", "n"]])
+        assert ours.loss.tolist() == pytest.approx(theirs.loss.tolist(), rel=1e-5)
+    assert_equal(network.state_dict(), plain.state_dict())
+
+
+class Two(nn.Module):
+    """Two networks, converted for bit-widths of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = build(), build(bits=(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.student(x) + self.teacher(x)
+
+
+def test_all_networks_of_a_module_are_set(data: Dataset) -> None:
+    both = Two()
+    both.teacher.to(torch.float32)
+    emq.set_bits(both, {"body.0": 2, "*": 4})
+    assert both.student.body[0].bits == both.teacher.body[0].bits == 2 and both.teacher.body[3].bits == 4
+    with emq.at_bits(both, 8):
+        assert both.student.body[0].bits == both.teacher.body[3].bits == 8
+    assert both.student.body[0].bits == 2 and both.teacher.body[3].bits == 4
+    with pytest.raises(ValueError, match="layer3"):
+        emq.set_bits(both, {"layer3.*": 2, "*": 4})
+    assert emq.evaluate(both, data, bits=(1, 2, 4)).trained.tolist() == [False, True, False]
+    assert emq.summary(both).name.tolist() == 2 * emq.summary(both.student).name.tolist()
+    switchable = Two()
+    switchable.teacher = build(bits=(2, 4), norm="switchable")
+    with pytest.raises(ValueError, match="built for"):
+        emq.set_bits(switchable, 8)
+    assert switchable.student.body[0].bits == 8 and switchable.teacher.body[0].bits == 4
+
+
+@pytest.mark.parametrize("layer", ["body", "body.3"])
+def test_a_part_of_a_network_is_set_alone(layer: str, x: Tensor) -> None:
+    model = build(full_precision=())
+    twin = copy.deepcopy(model)
+    emq.set_bits(model.get_submodule(layer), 2)
+    emq.set_bits(twin, {f"{layer}*": 2, "*": 8})
+    for network in (model, twin):
+        assert bits_of(network) == bits_of(twin)
+        assert {name: float(m.levels) for name, m in quantized_layers(network).items()} == {
+            name: 2.0**m.bits - 1 for name, m in quantized_layers(network).items()
+        }
+    assert torch.equal(model(x), twin(x))
+    with emq.at_bits(model.body, {"0": 1, "*": 4}):
+        assert [model.body[i].bits for i in (0, 3)] == [1, 4] and model.last.bits == 8
+    assert emq.summary(model.body).name.tolist() == ["0", "3"]
+    assert model.body[3].bits == 2 and float(model.last.levels) == 255
+
+
+@pytest.mark.parametrize("ask", [lambda m: emq.set_bits(m, 2), emq.summary, lambda m: emq.at_bits(m, 2).__enter__()])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), None, nn.Linear])
+def test_where_there_is_no_network_that_is_said(ask: Callable, model: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model='\w+': expected a network made by emqlib.convert"):
+        ask(model)
+
+
+# --- outputs -------------------------------------------------------------------------------------------------------
+
+
+class Output(dict):
+    """As transformers' own: a mapping with attributes."""
+
+    @property
+    def logits(self) -> Tensor:
+        return self["logits"]
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "attribute": lambda y: SimpleNamespace(logits=y, loss=None),  # which cannot be traced for signs
+    "output": lambda y: Output(loss=None, logits=y),
+    "entry": lambda y: {"logits": y},
+    "tuple": lambda y: (y, "hidden states"),
+    "list": lambda y: [y],
+}
+
+
+class Other(Net):
+    shape: Callable[[Tensor], Any]
+
+    def forward(self, x: Tensor) -> Any:
+        return type(self).shape(super().forward(x))
+
+
+@pytest.mark.parametrize("shape", OUTPUTS.values(), ids=OUTPUTS)
+def test_logits_are_found_in_what_other_libraries_give(shape: Callable[[Tensor], Any], data: Dataset) -> None:
+    net = type("Net", (Other,), {"shape": staticmethod(shape)})
+    tables = []
+    for kind in (net, Net):
+        model = build(kind, activation="none")
+        train(model, data)
+        emq.adapt_norm(model, data, bits=(3,), samples=24, batch_size=12)
+        tables.append(emq.evaluate(model, data, bits=(2, 3)))
+    assert tables[0].equals(tables[1])
+
+
+def test_other_outputs_need_a_function_and_are_refused_without(data: Dataset) -> None:
+    net = type("Net", (Other,), {"shape": staticmethod(lambda y: {"scores": y, "n": 3})})
+    model = build(net)
+    found = emq.evaluate(model, data, bits=(2,), logits=lambda output: output["scores"])
+    assert found.equals(emq.evaluate(build(), data, bits=(2,)))
+    with pytest.raises(ValueError, match=r"^logits=.*'scores'.*expected .*\.logits.*function"):
+        emq.evaluate(model, data, bits=(2,))
+    with pytest.raises(ValueError, match=r"^logits=3: expected a function"):
+        emq.evaluate(model, data, bits=(2,), logits=3)
+    with pytest.raises(ValueError, match=r"^logits=.*expected"):
+        emq.evaluate(model, data, bits=(2,), logits=lambda output: output["n"])
+    emq.adapt_norm(model, data, bits=(3,), samples=24, batch_size=12)
+
+
+# --- threads -------------------------------------------------------------------------------------------------------
+
+
+def in_thread(work: Callable[[], Any]) -> list[Any]:
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found
+
+
+def test_another_thread_is_refused_while_one_is_inside(x: Tensor) -> None:
+    model = build().eval()
+
+    def enter(network: nn.Module) -> Callable[[], int]:
+        def work() -> int:
+            with emq.at_bits(network, 1):
+                return network.body[0].bits if network is not model.body else 0
+
+        return work
+
+    with emq.at_bits(model, 2), emq.at_bits(model, 8), emq.at_bits(model.body, 2):
+        apart = copy.deepcopy(model)
+        for network in (model, model.body, Holder(model)):
+            (error,) = in_thread(enter(network))
+            assert isinstance(error, RuntimeError) and "deepcopy" in str(error) and "thread" in str(error)
+        assert in_thread(enter(apart)) == [1] and model.body[0].bits == 2
+    assert in_thread(enter(model)) == [1]
+    with pytest.raises(KeyError), emq.at_bits(model, 2):
+        raise KeyError
+    with pytest.raises(ValueError, match="bits"), emq.at_bits(model, 9):
+        pytest.fail("the block must not run")
+    assert in_thread(enter(model)) == [1]

@@ -1,0 +1,1029 @@
+"""Conversion of many kinds of network, switching of bit-widths, evaluation and batch-norm adaptation."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import emqlib as emq
+from emqlib import models
+from emqlib.convert import _is_nonnegative, step_weights
+from emqlib.layers import NORMS, InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.norms import MultiBitBatchNorm
+from emqlib.train.data import Dataset, Split, normalize
+
+SWITCHED = (QuantConv2d, QuantLinear, MultiBitBatchNorm)
+ACTIVATIONS = ("dorefa", "lsq", "pact", "none")
+
+
+def spec(**kwargs: object) -> QuantSpec:
+    return QuantSpec(**{"bits": (2, 4, 8)} | kwargs)
+
+
+# Networks of a user's own
+
+
+class Functional(nn.Module):
+    """Functional ReLU and pooling, a residual sum, a view with a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 1),
+        )
+        self.norm = nn.BatchNorm2d(6)
+        self.hidden, self.head = nn.Linear(6 * 16, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.stem(x))), 2)
+        x = F.avg_pool2d(torch.relu(x + F.relu(self.conv1(x))), x.shape[2] // 4)
+        x = self.conv2(x).relu()
+        return self.head(torch.sigmoid(self.hidden(x.view(x.size(0), -1))))
+
+
+class Norms1d(nn.Sequential):
+    """Batch norms of one dimension, the last without ReLU."""
+
+    def __init__(self) -> None:
+        hidden = [nn.Sequential(nn.Linear(i, 12), nn.BatchNorm1d(12), nn.ReLU()) for i in (16, 12, 12)]
+        super().__init__(nn.Flatten(), *hidden, nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 10))
+
+
+class Untraceable(nn.Module):
+    """Control flow that depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 10)  # registered first, called last
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.mean() > 0:
+            x = x.relu()
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """One convolution and one batch norm under two names each, called at two places; one input has a sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+        )
+        self.again, self.norm_again, self.head = self.conv, self.norm, nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.stem(x).relu()))
+        return self.head(self.norm_again(self.again(x)).mean((2, 3)))
+
+
+class Remembers(nn.Module):
+    """Keeps what it last saw and counts its calls, as networks do whose features are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+        self.features: Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.features = self.conv(self.stem(x).relu())
+        return self.head(self.features.mean((2, 3)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet8": lambda: models.resnet8(width=4),
+    "resnet18": lambda: models.resnet18(width=2),
+    "preact_resnet20": lambda: models.preact_resnet20(width_factor=1),
+    "torchvision.resnet18": lambda: torchvision.models.resnet18(weights=None, num_classes=10),
+    "torchvision.mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(weights=None, num_classes=10),
+    "functional": Functional,
+    "norms1d": Norms1d,
+    "untraceable": Untraceable,
+    "twice": Twice,
+    "remembers": Remembers,
+}
+
+
+def images_for(name: str, rng: torch.Generator, count: int = 4) -> Tensor:
+    shape = (16,) if name == "norms1d" else (3, 16, 16)
+    return torch.randn(count, *shape, generator=rng)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name]()
+
+
+def uneven(net: nn.Module, rng: torch.Generator) -> nn.Module:
+    """Batch norms that have seen data, with activations up to about 10; in evaluation mode."""
+    for norm in net.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.weight.data = 1 + 2 * torch.rand(norm.weight.shape, generator=rng)
+            norm.bias.data = torch.randn(norm.bias.shape, generator=rng)
+            norm.momentum = 0.5
+    with torch.no_grad():
+        for _ in range(6):
+            net.train()(torch.randn(8, 3, 16, 16, generator=rng))
+    return net.eval()
+
+
+def quantized(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+
+
+def bits_of(model: nn.Module) -> dict[str, int]:
+    return {name: m.bits for name, m in model.named_modules() if isinstance(m, SWITCHED)}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+# What conversion replaces
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_between_the_ends_is_replaced(name: str, rng: torch.Generator) -> None:
+    net = build(name)
+    model = emq.convert(net, spec())
+    plain = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    assert set(plain) == set(model.kept) and set(model.kept.values()) == {"first", "last"}
+    assert len(quantized(model)) + 2 == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules())
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    assert set(bits_of(model).values()) == {8}
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in model.named_parameters()]
+    images = images_for(name, rng)
+    model(images).square().sum().backward()
+    for bits in (1, 3, 32):
+        emq.set_bits(model, bits)
+        assert model(images).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_plain_network_stays_as_it_is(name: str, rng: torch.Generator) -> None:
+    net = build(name).train()
+    before, structure, attributes = state(net), repr(net), set(vars(net))
+    modules = dict(net.named_modules())
+    model = emq.convert(net, spec())
+    images = images_for(name, rng)
+    model(images).sum().backward()
+    assert_same_state(state(net), before)
+    assert repr(net) == structure and set(vars(net)) == attributes and dict(net.named_modules()) == modules
+    assert all(p.grad is None for p in net.parameters())
+    assert model.training and net.training and not emq.convert(net.eval(), spec()).training
+    if name == "remembers":
+        assert net.features is None and net.calls == 0 and model.calls == 1
+
+
+def test_kept_layers() -> None:
+    net = build("resnet8")
+    names = [n for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+    def kept(*entries: str) -> dict[str, str]:
+        model = emq.convert(net, spec(full_precision=entries))
+        assert set(quantized(model)) == set(names) - set(model.kept)
+        return model.kept
+
+    assert kept() == {}
+    assert kept("first") == {"conv1": "first"} and kept("last") == {"fc": "last"}
+    assert kept("*.shortcut.*") == dict.fromkeys(["layer2.0.shortcut.0", "layer3.0.shortcut.0"], "*.shortcut.*")
+    assert kept("first", "conv1", "fc") == {"conv1": "first", "fc": "fc"}
+    with pytest.raises(
+        ValueError, match=r"^full_precision='layer9.*': expected first, last, or a pattern that matches"
+    ):
+        kept("layer9.*")
+    with pytest.raises(ValueError, match=r"^net='Sequential': expected a Conv2d or Linear besides those kept"):
+        kept("*")
+
+
+def test_first_and_last_are_those_called_first_and_last() -> None:
+    class Reversed(Functional):
+        def __init__(self) -> None:
+            super().__init__()
+            self._modules = dict(reversed(self._modules.items()))
+
+    assert emq.convert(Reversed(), spec()).kept == {"stem": "first", "head": "last"}
+    assert emq.convert(Untraceable(), spec()).kept == {"head": "first", "conv": "last"}  # as registered
+
+
+def test_a_layer_that_is_never_called_is_no_end() -> None:
+    net = build("functional")
+    net.auxiliary = nn.Linear(8, 10)
+    assert emq.convert(net, spec()).kept == {"stem": "first", "head": "last"}
+
+
+def test_transformer_layers_are_quantized_in_evaluation_too(rng: torch.Generator) -> None:
+    """PyTorch's own have a fast path there, which would read the weights past the quantized layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 5, 6, generator=rng)
+    with torch.no_grad():
+        expected = net(x)
+    model = emq.convert(net, spec(weight="minmax", correction="none"))
+    assert model.kept == {"0": "first", "2": "last"} and len(quantized(model)) == 12
+    for bits in (8, 2, 32):
+        emq.set_bits(model, bits)
+        with torch.no_grad():
+            evaluated = model(x)
+        torch.testing.assert_close(evaluated, model(x))  # with gradients there is no fast path
+    torch.testing.assert_close(evaluated, expected)
+
+
+def test_a_layer_used_twice_becomes_one_twin(rng: torch.Generator) -> None:
+    model = emq.convert(build("twice"), spec())
+    assert isinstance(model.conv, QuantConv2d) and model.conv is model.again and model.norm is model.norm_again
+    assert model.conv.input_quantizer.signed  # at one of its two places
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    chain = emq.convert(nn.Sequential(conv, conv, nn.ReLU(), conv), spec(full_precision=()))
+    assert isinstance(chain[0], QuantConv2d) and chain[0] is chain[1] is chain[3]
+
+
+def test_a_network_that_is_one_layer(rng: torch.Generator) -> None:
+    linear = nn.Linear(4, 3)
+    model = emq.convert(linear, spec(full_precision=(), weight="minmax", correction="none"))
+    assert isinstance(model, QuantLinear) and model.input_quantizer.signed
+    with emq.at_bits(model, 32):
+        x = torch.randn(2, 4, generator=rng)
+        assert torch.equal(model(x), linear(x))
+    emq.set_bits(model, {"*": 4})
+    assert bits_of(model) == {"": 4} and list(emq.summary(model).bits) == [4]
+    with pytest.raises(ValueError, match=r"^net='Linear': expected a Conv2d or Linear besides"):
+        emq.convert(linear, spec())
+
+
+def test_subclasses_and_unused_layers_are_left_alone() -> None:
+    class Scaled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Scaled(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    model = emq.convert(net, spec())
+    assert type(model[1]) is Scaled and isinstance(model[2], QuantConv2d)
+    assert emq.summary(model).set_index("name").note["1"] == "not a plain Conv2d or Linear"
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, momentum=None)])
+def test_refused_batch_norms(norm: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"^net=.*expected batch norms with running statistics and a momentum"):
+        emq.convert(nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)), spec())
+
+
+def test_wrong_arguments_of_convert() -> None:
+    net = build("resnet8")
+    for wrong in (None, "resnet8", nn.ReLU, emq.convert(net, spec())):
+        with pytest.raises(ValueError, match=r"^net=.*expected a plain nn.Module that is not converted yet"):
+            emq.convert(wrong, spec())
+    for wrong in (None, {"bits": (2,)}, (2, 4), 4):
+        with pytest.raises(ValueError, match=r"^spec=.*expected a QuantSpec, for example"):
+            emq.convert(net, wrong)
+    with pytest.raises(ValueError, match=r"^net='Sequential': expected a Conv2d or Linear besides"):
+        emq.convert(nn.Sequential(nn.ReLU()), spec())
+
+
+def test_summary() -> None:
+    model = emq.convert(build("functional"), spec(activation="pact", full_precision=("first", "head")))
+    emq.set_bits(model, {"conv1": 2, "*": 4})
+    table = emq.summary(model).set_index("name")
+    assert list(table.index) == ["stem", "conv1", "conv2", "hidden", "head"]
+    assert list(table.bits) == [32, 2, 4, 4, 32]
+    assert table.note["stem"] == "full precision: first" and table.note["head"] == "full precision: head"
+    assert list(table.loc["conv1"])[:3] == ["QuantConv2d", 2, "dorefa"]
+    assert list(table.loc["hidden"])[3:7] == ["pact", False, "learned", "mean_var"]
+
+
+# Which inputs can be negative
+
+
+class Block(nn.Module):
+    """Puts `inside` before a convolution, to see whether the convolution counts as signed."""
+
+    def __init__(self, inside: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.relu, self.conv, self.head = (
+            nn.Conv2d(3, 4, 1),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 4, 1),
+        )
+        self.inside = inside  # a module becomes part of the network, a function does not
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(self.inside(self.stem(x))))
+
+
+def subtracted_in_place(x: Tensor) -> Tensor:
+    x = x.relu()
+    x.sub_(1)
+    return x
+
+
+def negated_through_a_view(x: Tensor) -> Tensor:
+    x = x.relu()
+    x.view(-1).neg_()
+    return x
+
+
+UNSIGNED = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "sigmoid": nn.Sigmoid(),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "softmax": nn.Softmax(1),
+    "softplus": nn.Softplus(),
+    "hardtanh": nn.Hardtanh(0, 3),
+    "functional": F.relu,
+    "functional6": F.relu6,
+    "method": lambda x: x.relu(),
+    "in_place": lambda x: x.relu_(),
+    "absolute": abs,
+    "exponential": torch.exp,
+    "average_pool": nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2), nn.Dropout(), nn.Identity()),
+    "functional_pool": lambda x: F.adaptive_avg_pool2d(F.max_pool2d(F.avg_pool2d(x.relu(), 2), 2), 2),
+    "sum": lambda x: x.relu() + x.sigmoid(),
+    "plus_one": lambda x: x.relu() + 1,
+    "concat": lambda x: torch.cat([x.relu()[:, :2], x.abs()[:, 2:]], 1),
+    "chunk": lambda x: torch.cat(x.relu().chunk(2, 1), 1),
+    "gate": lambda x: x.relu() * x.sigmoid(),
+    "view": lambda x: x.relu().view(x.size(0), x.shape[1], -1).unsqueeze(-1).reshape(x.shape),
+    "mean": lambda x: x.relu().mean((2, 3), keepdim=True),
+}
+SIGNED = {
+    "nothing": nn.Identity(),
+    "hardswish": nn.Hardswish(),
+    "gelu": nn.GELU(),
+    "silu": F.silu,
+    "leaky": nn.LeakyReLU(),
+    "tanh": torch.tanh,
+    "hardtanh": nn.Hardtanh(),
+    "norm": nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)),
+    "pool": nn.AvgPool2d(2),
+    "residual": lambda x: x.relu() + x,
+    "minus_one": lambda x: x.relu() - 1,
+    "plus_minus_one": lambda x: x.relu() + (-1),
+    "alpha": lambda x: torch.add(x.relu(), x.abs(), alpha=-1),
+    "negated": lambda x: -x.relu(),
+    "times_minus_two": lambda x: x.relu() * -2,
+    "concat": lambda x: torch.cat([x[:, :2].relu(), x[:, 2:]], 1),
+    "logarithm": lambda x: x.sigmoid().log(),
+    "subtracted_in_place": subtracted_in_place,
+    "negated_through_a_view": negated_through_a_view,
+}
+
+
+def that_see_negatives(net: nn.Module, batches: list[Tensor]) -> set[str]:
+    """Names of the layers of a plain network that get a negative input from any of the batches."""
+    seen: set[str] = set()
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda _, args: seen.add(name) if (args[0] < 0).any() else None
+
+    layers = {name: m for name, m in net.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    with torch.no_grad():
+        for images in batches:
+            net(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("case", UNSIGNED)
+def test_unsigned_inputs(case: str, rng: torch.Generator) -> None:
+    torch.manual_seed(0)
+    net = Block(UNSIGNED[case])
+    assert not emq.convert(net, spec()).conv.input_quantizer.signed
+    assert "conv" not in that_see_negatives(net, [torch.randn(4, 3, 8, 8, generator=rng)])
+
+
+@pytest.mark.parametrize("case", SIGNED)
+def test_signed_inputs(case: str, rng: torch.Generator) -> None:
+    torch.manual_seed(0)
+    net = Block(SIGNED[case])
+    model = emq.convert(net, spec())
+    assert model.conv.input_quantizer.signed and model.conv.input_quantizer.tracked
+    assert "conv" in that_see_negatives(net, [torch.randn(4, 3, 8, 8, generator=rng)])
+    assert (model.conv.input_quantizer(torch.tensor([-1.0, 1.0]), torch.tensor(1.0)) < 0).any()  # at 1 bit too
+
+
+def relu(x: Tensor) -> Tensor:
+    return x - 1
+
+
+def test_another_librarys_relu_may_be_anything() -> None:
+    """As torch.fx.wrap leaves it in a graph: called, not traced."""
+    graph = torch.fx.Graph()
+    x = graph.call_module("0", (graph.placeholder("x"),))
+    graph.output(graph.call_module("1", (graph.call_function(relu, (x,)),)))
+    node = next(node for node in graph.nodes if node.op == "call_function")
+    assert not _is_nonnegative(node, {}, sources=True)
+    node.target = F.relu
+    assert _is_nonnegative(node, {}, sources=False)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_unsigned_layer_ever_sees_a_negative_input(name: str, rng: torch.Generator) -> None:
+    net = build(name)
+    unsigned = {n for n, layer in quantized(emq.convert(net, spec())).items() if not layer.input_quantizer.signed}
+    batches = [images_for(name, rng) for _ in range(2)]
+    for mode in (True, False):
+        assert not unsigned & that_see_negatives(net.train(mode), batches)
+
+
+def test_signs_of_known_networks() -> None:
+    for name in ("resnet8", "resnet18", "preact_resnet20", "torchvision.resnet18", "functional"):
+        assert not any(m.input_quantizer.signed for m in quantized(emq.convert(build(name), spec())).values()), name
+    signed = {n for n, m in quantized(emq.convert(build("norms1d"), spec())).items() if m.input_quantizer.signed}
+    assert signed == set()
+    assert all(m.input_quantizer.signed for m in quantized(emq.convert(Untraceable(), spec())).values())
+    mobile = quantized(emq.convert(build("torchvision.mobilenet_v3_small"), spec()))
+    assert mobile["features.1.block.0.0"].input_quantizer.signed  # after the stem's hardswish
+    assert not mobile["features.1.block.1.fc1"].input_quantizer.signed  # the mean of a ReLU's output
+    assert not mobile["features.1.block.1.fc2"].input_quantizer.signed  # after its ReLU
+    assert mobile["features.2.block.0.0"].input_quantizer.signed  # after a projection
+    assert mobile["features.5.block.1.0"].input_quantizer.signed  # depthwise, after hardswish
+
+
+# Ranges, and closeness to the plain network
+
+
+def ranges(model: nn.Module) -> set[str]:
+    return set(emq.summary(model).range.dropna())
+
+
+def test_the_unit_range_is_for_networks_still_to_be_trained(rng: torch.Generator) -> None:
+    assert ranges(emq.convert(build("resnet8"), spec())) == {"unit"}
+    assert ranges(emq.convert(build("resnet8"), spec(activation_range="tracked"))) == {"tracked"}
+    assert ranges(emq.convert(build("remembers"), spec())) == {"tracked"}  # no batch norm that would tell
+    net = build("resnet8")
+    net.train()(torch.randn(4, 3, 16, 16, generator=rng))
+    assert ranges(emq.convert(net, spec())) == {"tracked"}
+    assert ranges(emq.convert(net, spec(activation_range="unit"))) == {"unit"}
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):  # as in weights published before the counter existed
+            norm.num_batches_tracked.zero_()
+    assert ranges(emq.convert(net, spec())) == {"tracked"}
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "preact_resnet20", "torchvision.resnet18", "torchvision.mobilenet_v3_small"]
+)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_trained_network_stays_close_at_8_bits(name: str, activation: str, rng: torch.Generator) -> None:
+    net = uneven(build(name), rng)
+    images = torch.randn(16, 3, 16, 16, generator=rng)
+    largest = []
+    for relu in net.modules():
+        if isinstance(relu, (nn.ReLU, nn.Hardswish)):
+            relu.register_forward_hook(lambda _, args, y: largest.append(float(y.max())))
+    with torch.no_grad():
+        expected = net(images)
+        assert max(largest) > 5  # [0, 1] would clip most of it
+        model = emq.convert(net, spec(weight="minmax", activation=activation))
+        actual = model(images)
+        coarse = activation == "lsq"  # it starts with steps of an eighth of the mean, to be learned from there
+        assert (actual - expected).norm() < (0.3 if coarse else 0.15) * expected.norm()
+        if activation == "dorefa" and name == "resnet8":
+            clipped = emq.convert(net, spec(weight="minmax", activation_range="unit"))(images)
+            assert (clipped - expected).norm() > 0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("weight", ["minmax", "lsq"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_32_bits_compute_what_the_plain_network_computes(
+    name: str, activation: str, weight: str, rng: torch.Generator
+) -> None:
+    net = build(name).eval()
+    model = emq.convert(net, spec(weight=weight, activation=activation, correction="none"))
+    images = images_for(name, rng, count=8)
+    emq.set_bits(model, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images), net(images))
+        assert torch.equal(model(3 * images), net(3 * images))
+
+
+def test_32_bits_train_as_the_plain_network_does(rng: torch.Generator) -> None:
+    """Two steps of SGD, signed and unsigned inputs: the very same weights afterwards."""
+    for name in ("resnet8", "twice", "functional"):
+        net = build(name)
+        model = emq.convert(net, spec(bits=(2, 32), weight="minmax", correction="none", activation_range="tracked"))
+        emq.set_bits(model, 32)
+        for network in (net, model):
+            optimizer = torch.optim.SGD(network.parameters(), 0.1)
+            for seed in range(2):
+                optimizer.zero_grad()
+                network(images_for(name, torch.Generator().manual_seed(seed))).square().mean().backward()
+                optimizer.step()
+        for (key, one), other in zip(net.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(other.view_as(one), one, rtol=1e-5, atol=1e-6, msg=key)
+
+
+# Bit-widths
+
+
+def test_set_bits_by_pattern() -> None:
+    model = emq.convert(build("resnet8"), spec())
+    emq.set_bits(model, 3)
+    assert set(bits_of(model).values()) == {3}
+    emq.set_bits(model, {"layer3.*": 2, "*.conv2": 5, "*": 4})  # the first match counts: layer3.0.conv2 has 2
+    for name, bits in bits_of(model).items():
+        assert bits == (2 if name.startswith("layer3.") else 5 if name.endswith("conv2") else 4), name
+    for layer in quantized(model).values():
+        assert layer.levels == 2**layer.bits - 1
+
+
+@pytest.mark.parametrize("bits", [0, 9, True, "4", 4.0, None, (2, 4), {"*": 0}, {"*": "4"}, {"layer1.*": 4}, {}])
+def test_set_bits_is_all_or_nothing(bits: object) -> None:
+    model = emq.convert(build("resnet8"), spec())
+    emq.set_bits(model, {"layer3.*": 2, "*": 4})
+    before = bits_of(model)
+    for call in (emq.set_bits, lambda m, b: emq.at_bits(m, b).__enter__()):
+        with pytest.raises(ValueError, match=r"^bits(\['\*'\])?=.*expected"):
+            call(model, bits)
+        assert bits_of(model) == before
+
+
+def test_set_bits_says_what_is_wrong() -> None:
+    model = emq.convert(build("resnet8"), spec())
+    with pytest.raises(ValueError, match=r"unlike 'layer9\.\*', for example"):
+        emq.set_bits(model, {"layer9.*": 2, "*": 4})
+    with pytest.raises(ValueError, match=r"expected a pattern for bn1, for example"):
+        emq.set_bits(model, {"layer1.*": 2})
+    with pytest.raises(ValueError, match=r"expected name patterns as keys"):
+        emq.set_bits(model, {4: 4, "*": 4})
+    for wrong in (build("resnet8"), None, "model"):
+        with pytest.raises(ValueError, match=r"^model=.*expected a network made by emqlib.convert"):
+            emq.set_bits(wrong, 4)
+    zero = emq.convert(build("resnet8"), spec(weight="minmax", zero_level=True))
+    with pytest.raises(ValueError, match=r"^bits=1: expected 2 or more with zero_level"):
+        emq.set_bits(zero, 1)
+    assert set(bits_of(zero).values()) == {8}
+
+
+def test_a_switchable_norm_refuses_what_it_was_not_built_for() -> None:
+    model = emq.convert(build("resnet8"), spec(norm="switchable"))
+    for bits in (3, {"layer3.0.bn1": 3, "*": 4}, 32):
+        with pytest.raises(ValueError, match=r"^bits=(3|32): expected one of \[2, 4, 8\], which the switchable norm"):
+            emq.set_bits(model, bits)
+        assert set(bits_of(model).values()) == {8}
+    emq.set_bits(model, {"layer3.0.conv1": 3, "*": 4})  # a layer may, its norm stays at 4
+
+
+def test_layers_share_the_tensor_of_their_levels_while_they_run_at_one_bit_width() -> None:
+    model = emq.convert(models.resnet8(10, width=4), spec())
+    layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
+
+    def found() -> list[float]:
+        assert all(float(layer.levels) == layer.known_levels == 2**layer.bits - 1 for layer in layers)
+        return [layer.known_levels for layer in layers]
+
+    def tensors() -> int:
+        return len({id(layer.levels) for layer in layers})
+
+    assert (found(), tensors()) == ([255] * len(layers), 1)
+    shared = layers[0].levels
+    emq.set_bits(model, 2)
+    assert (found(), tensors()) == ([3] * len(layers), 1) and layers[-1].levels is shared
+    with emq.at_bits(model, {"layer1.*": 4, "*": 8}):
+        assert set(found()) == {15, 255} and tensors() == len(layers)
+    assert (found(), tensors()) == ([3] * len(layers), 1)
+    layers[1].set_bits(4)
+    assert found() == [3, 15, *[3] * (len(layers) - 2)]
+    emq.set_bits(copy.deepcopy(model), 1)
+    assert found() == [3, 15, *[3] * (len(layers) - 2)]
+
+
+class Twice(nn.Module):
+    """A layer used twice, and a forward pass that may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(torch.relu(self.middle(torch.relu(self.first(x)))))
+        if x.shape[0] == 3:
+            raise RuntimeError("three")
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize("correct_output", [False, True])
+def test_a_training_step_quantizes_each_weight_once_and_all_at_its_start(
+    correct_output: bool, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    model = emq.convert(Twice(), spec(full_precision=(), output_correction=correct_output)).train()
+    twin, x, seen = copy.deepcopy(model), torch.randn(5, 4, generator=rng), []
+    quantize = QuantLinear.weight_and_domain
+    monkeypatch.setattr(QuantLinear, "weight_and_domain", lambda self: (seen.append("weight"), quantize(self))[1])
+    model.first.register_forward_pre_hook(lambda *_: seen.append("first"))
+    with step_weights(model):
+        losses = [forward(x).square().sum() for forward in (model, twin)]  # outside of a step each use quantizes
+        losses[0].backward()
+    assert seen == ["weight"] * 3 + ["first"] + ["weight"] * 4
+    assert torch.equal(*losses)
+    losses[1].backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_no_weight_outlives_its_step(rng: torch.Generator) -> None:
+    model, x = emq.convert(Twice(), spec()).train(), torch.randn(5, 4, generator=rng)
+    layers, held = [m for m in model.modules() if isinstance(m, QuantLinear)], []
+    hook = model.middle.register_forward_pre_hook(lambda layer, _: held.append(layer.prepared is not None))
+    model(x)
+    with step_weights(model):
+        model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="three"), step_weights(model):
+        model(x[:3])
+    assert [layer.prepared for layer in layers] == [None]
+    model(x)
+    assert held == [False] * 2 + [True] * 4 + [False] * 2
+    hook.remove()
+    y = torch.randn(5, 8, generator=rng)
+    before = model.middle(y)
+    with torch.no_grad():
+        model.middle.weight.mul_(-1)
+    assert not torch.allclose(model.middle(y), before)
+
+
+def test_at_bits_restores() -> None:
+    model = emq.convert(build("resnet8"), spec())
+    emq.set_bits(model, {"layer3.*": 2, "*": 4})
+    before = bits_of(model)
+    with emq.at_bits(model, 8) as same:
+        assert same is model and set(bits_of(model).values()) == {8}
+        with emq.at_bits(model, {"layer1.*": 1, "*": 32}):
+            assert bits_of(model)["layer1.0.conv1"] == 1
+        assert set(bits_of(model).values()) == {8}
+    assert bits_of(model) == before
+    with pytest.raises(KeyError), emq.at_bits(model, 8):
+        raise KeyError
+    assert bits_of(model) == before
+    with pytest.raises(ValueError, match=r"^bits=9"), emq.at_bits(model, 9):
+        pytest.fail("the block must not run")
+    assert bits_of(model) == before
+
+
+def test_bit_widths_differ_and_come_back(rng: torch.Generator) -> None:
+    model = emq.convert(build("resnet8"), spec()).eval()
+    images = images_for("resnet8", rng)
+    with torch.no_grad():
+        outputs = {}
+        for bits in (1, 2, 4, 8, 32):
+            emq.set_bits(model, bits)
+            outputs[bits] = model(images)
+        assert len({float(y.sum()) for y in outputs.values()}) == 5
+        for bits, expected in outputs.items():
+            emq.set_bits(model, bits)
+            assert torch.equal(model(images), expected)
+
+
+# Evaluation and batch-norm adaptation
+
+
+@pytest.fixture
+def data(rng: torch.Generator) -> Dataset:
+    def split(count: int) -> Split:
+        images = torch.randint(256, (count, 3, 16, 16), generator=rng, dtype=torch.uint8)
+        return Split(images, torch.randint(10, (count,), generator=rng))
+
+    return Dataset("noise", split(90), split(50), tuple("0123456789"), (0.5,) * 3, (0.3,) * 3, False, 0, "")
+
+
+def batches_of(data: Dataset, split: Split, size: int) -> list[tuple[Tensor, Tensor]]:
+    images = normalize(split.images, data)
+    return list(zip(images.split(size), split.labels.split(size), strict=True))
+
+
+def norms(model: nn.Module) -> list[MultiBitBatchNorm]:
+    return [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
+
+
+def everything(model: nn.Module) -> list[object]:
+    """All that evaluation must leave as it was, but the state dict."""
+    flags = [(m.training, getattr(m, "bits", None), getattr(m, "momentum", None)) for m in model.modules()]
+    return [flags, [m.own for m in norms(model)], [m.started for m in model.modules() if isinstance(m, InputQuantizer)]]
+
+
+@pytest.mark.parametrize("activation", ["dorefa", "lsq"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_evaluate(norm: str, activation: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm, activation=activation, activation_range="tracked"))
+    emq.set_bits(model, {"layer3.0.conv1": 2, "*": 4})
+    model.layer2.eval()
+    before, others = state(model), copy.deepcopy(everything(model))
+    for adapt in (False, True):
+        table = emq.evaluate(model, data, bits=(8, 2), adapt_norm=adapt, batch_size=20)
+        assert_same_state(state(model), before)
+        assert everything(model) == others
+    assert list(table.columns) == ["bits", "top1", "loss", "trained", "n"]
+    assert list(table.bits) == [2, 8] and list(table.n) == [50, 50] and table.trained.all()
+
+
+def test_evaluate_against_accuracy_by_hand(data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec()).eval()
+    table = emq.evaluate(model, data, bits=range(1, 9), batch_size=20)
+    assert list(table.bits) == list(range(1, 9)) and list(table[table.trained].bits) == [2, 4, 8]
+    for row in table.itertuples():
+        emq.set_bits(model, row.bits)
+        correct, loss = 0, 0.0
+        with torch.no_grad():
+            rows = model(normalize(data.test.images, data)).double().tolist()
+        for logits, label in zip(rows, data.test.labels.tolist(), strict=True):
+            correct += logits.index(max(logits)) == label
+            loss += math.log(sum(math.exp(v) for v in logits)) - logits[label]
+        assert row.top1 == pytest.approx(100 * correct / 50) and row.loss == pytest.approx(loss / 50, rel=1e-4)
+    default = emq.evaluate(model, data)
+    pd.testing.assert_frame_equal(default, table, rtol=1e-4)
+    listed = emq.evaluate(model, batches_of(data, data.test, 13))
+    pd.testing.assert_frame_equal(listed, table, rtol=1e-4)
+
+
+def test_ranges_start_alike_whatever_bits_are_asked_for(data: Dataset) -> None:
+    """A network not yet run starts its ranges at the highest trained bit-width, not at the first one evaluated."""
+    model = emq.convert(build("resnet8"), spec(activation="lsq"))
+    alone = emq.evaluate(model, data, bits=(8,))
+    among = emq.evaluate(model, data, bits=(1, 2, 8))
+    assert among.loss.iloc[-1] == alone.loss.iloc[0]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_evaluating_with_adaptation_is_adapting_then_evaluating(norm: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm))
+    at_once = emq.evaluate(model, data, bits=(2, 3, 32), adapt_norm=True, batch_size=30)
+    plain = emq.evaluate(model, data, bits=(2,), batch_size=30)
+    emq.adapt_norm(model, data, bits=(2, 3, 32), batch_size=30)
+    pd.testing.assert_frame_equal(emq.evaluate(model, data, bits=(2, 3, 32), batch_size=30), at_once)
+    assert plain.loss.iloc[0] != at_once.loss.iloc[0]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_adapt_norm_averages_batch_statistics(norm: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm)).train()
+    model(normalize(data.train.images, data))
+    before = state(model)
+    seen: dict[MultiBitBatchNorm, list[Tensor]] = {m: [] for m in norms(model)}
+    hooks = [m.register_forward_pre_hook(lambda m, args: seen[m].append(args[0])) for m in seen]
+    emq.adapt_norm(model, batches_of(data, data.train, 30), bits=(3,))
+    for hook in hooks:
+        hook.remove()
+    row = 2  # of 3 bits, in the order of bit-widths
+    for m, inputs in seen.items():
+        assert len(inputs) == 3 and m.serves(3) and m.momentum == 0.1 and m.training
+        mean = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+        var = torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+        torch.testing.assert_close(m.running_mean[row], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(m.running_var[row], var, rtol=1e-4, atol=1e-5)
+    for name, tensor in state(model).items():
+        if "running" in name:
+            others = [r for r in range(len(tensor)) if r != row]
+            assert torch.equal(tensor[others], before[name][others]), name
+        elif "_extra_state" not in name:
+            assert torch.equal(tensor, before[name]), name
+    emq.set_bits(model, 3)
+
+
+@pytest.mark.parametrize("what", ["images", "weights"])
+def test_what_is_not_finite_is_no_result_and_no_statistics(what: str, data: Dataset) -> None:
+    """argmax would call it class 0, and one batch would spoil the statistics of a bit-width for good."""
+    model = emq.convert(build("resnet8"), spec())
+    pairs = [(torch.full((4, 3, 8, 8), torch.nan), torch.zeros(4).long())] if what == "images" else data
+    if what == "weights":
+        model.layer2[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=r"^loss=nan at 2 bits: weights, norms or images are not finite$"):
+        emq.evaluate(model, pairs, bits=(2, 4))
+    with pytest.raises(FloatingPointError, match=r"^statistics of a batch norm: weights or images are not finite$"):
+        emq.adapt_norm(model, pairs, bits=(3,))
+    pairs = zip(state(model).values(), before.values(), strict=True)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+
+
+def test_too_little_memory_to_evaluate_says_what_to_try(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = emq.convert(build("resnet8"), spec())
+
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model.fc.register_forward_pre_hook(too_much)
+    for function in (emq.evaluate, emq.adapt_norm):
+        with pytest.raises(MemoryError, match=r"^batch_size=40: out of memory \(CUDA .*\); try batch_size=20$"):
+            function(model, data, bits=(2,), batch_size=40)
+
+
+def test_adapt_norm_takes_a_random_part_of_the_training_images(data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec())
+    sizes: list[int] = []
+    model.bn1.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    emq.adapt_norm(model, data, bits=(2,), samples=50, batch_size=40)
+    assert sizes == [25, 25]
+    once = state(model)
+    emq.adapt_norm(model, data, bits=(2,), samples=50, batch_size=40)
+    assert_same_state(state(model), once)  # the same images each time, and nothing left of the first time
+    emq.adapt_norm(model, data, bits=(2,), batch_size=90)
+    assert sizes[-1] == 90
+
+
+def test_adapt_norm_counts_a_norm_that_is_used_twice(data: Dataset) -> None:
+    model = emq.convert(build("twice"), spec())
+    seen: list[Tensor] = []
+    model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    emq.adapt_norm(model, data, bits=(8,), batch_size=45)
+    del seen[:-4]  # the first two went by when the ranges started
+    torch.testing.assert_close(model.norm.running_mean[7], torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+
+
+def test_adaptation_helps_where_statistics_are_off(data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec())
+    for _ in range(30):
+        model(normalize(data.train.images, data))
+    for m in norms(model):
+        m.running_mean += 1
+    with torch.no_grad():
+        emq.set_bits(model, 4)
+        expected = model.train()(normalize(data.train.images, data))
+        emq.adapt_norm(model, data, bits=(4,), batch_size=90)
+        adapted = model.eval()(normalize(data.train.images, data))
+    torch.testing.assert_close(adapted, expected, rtol=0.05, atol=0.02)
+
+
+def test_a_network_without_norm_cannot_adapt(data: Dataset) -> None:
+    model = emq.convert(build("remembers"), spec())
+    assert len(emq.evaluate(model, data, bits=(2, 3))) == 2
+    for call in (lambda: emq.adapt_norm(model, data, (2,)), lambda: emq.evaluate(model, data, (2,), adapt_norm=True)):
+        with pytest.raises(ValueError, match=r"^model='Remembers': expected a network with batch norm to adapt"):
+            call()
+
+
+def failing(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The second batch has one channel too few."""
+    return [pairs[0], (pairs[1][0][:, :2], pairs[1][1])]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_nothing_changes_on_an_exception(norm: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm, activation="lsq"))
+    pairs = failing(batches_of(data, data.test, 20))
+    before, others = state(model), copy.deepcopy(everything(model))
+    for call in (lambda: emq.evaluate(model, pairs, (2, 4)), lambda: emq.adapt_norm(model, pairs, (2, 3))):
+        with pytest.raises(RuntimeError):
+            call()
+        assert_same_state(state(model), before)
+        assert everything(model) == others
+
+
+def test_wrong_arguments_of_evaluate_and_adapt_norm(data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm="switchable"))
+    pairs = batches_of(data, data.test, 20)
+    before = state(model)
+    cases = [
+        (lambda: emq.evaluate(build("resnet8"), data), "model="),
+        (lambda: emq.evaluate(model, data), "bits=1: expected one of"),
+        (lambda: emq.evaluate(model, data, bits=(2, 2)), "bits="),
+        (lambda: emq.evaluate(model, data, bits=4), "bits=4"),
+        (lambda: emq.evaluate(model, data, bits=()), "bits="),
+        (lambda: emq.evaluate(model, data, (2,), adapt_norm=1), "adapt_norm=1: expected True or False"),
+        (lambda: emq.evaluate(model, pairs, (2,), adapt_norm=True), "adapt_norm=True: expected a Dataset"),
+        (lambda: emq.evaluate(model, data, (2,), batch_size=0), "batch_size=0"),
+        (lambda: emq.evaluate(model, iter(pairs), (2,)), "data=.*an iterable of .* to go over again"),
+        (lambda: emq.evaluate(model, 5, (2,)), "data='int'"),
+        (lambda: emq.evaluate(model, [], (2,)), "data='no images'"),
+        (lambda: emq.adapt_norm(model, [], (2, 3)), "data='no images'"),
+        (lambda: emq.adapt_norm(model, iter(pairs), (2,)), "data=.*to go over again"),
+        (lambda: emq.adapt_norm(model, data, (0,)), "bits="),
+        (lambda: emq.adapt_norm(model, data, 4), "bits=4"),
+        (lambda: emq.adapt_norm(model, data, (2,), samples=1), "samples=1"),
+        (lambda: emq.adapt_norm(model, data, (2,), batch_size="a"), "batch_size='a'"),
+        (lambda: emq.adapt_norm(build("resnet8"), data, (2,)), "model="),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+        assert_same_state(state(model), before)
+        assert not model.bn1.serves(3)
+
+
+# Compilation, and devices that are not here
+
+
+@pytest.fixture
+def compiler() -> Iterator[CompileCounter]:
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("norm", "activation"), [("shared", "dorefa"), ("switchable", "lsq")])
+def test_one_graph_serves_every_bit_width(norm: str, activation: str, compiler: CompileCounter) -> None:
+    """Trained with gradients, 8 bit-widths: one compilation without a break, the same numbers as without it."""
+    model = emq.convert(build("resnet8"), spec(bits=range(1, 9), norm=norm, activation=activation, weight=activation))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model(images)  # learned ranges start in Python
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    for bits in range(1, 9):
+        emq.set_bits(compiled, bits)
+        emq.set_bits(twin, bits)
+        one, other = compiled(images), twin(images)
+        torch.testing.assert_close(one, other)
+        for y in (one, other):
+            y.square().sum().backward()
+    assert compiler.frame_count == 1
+    assert_same_state(state(model), state(twin))
+    emq.set_bits(compiled, {"layer3.*": 2, "*": 4})  # names without torch.compile's prefix
+    assert emq.summary(compiled).name[0] == "conv1" and list(emq.summary(compiled).bits)[-2:] == [2, 32]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_evaluate_and_adapt_a_compiled_network(compiler: CompileCounter, data: Dataset) -> None:
+    model = emq.convert(build("twice"), spec())
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=compiler)
+    for network in (compiled, twin):
+        emq.adapt_norm(network, data, (2, 3), batch_size=45)
+    assert_same_state(state(model), state(twin))
+    pd.testing.assert_frame_equal(emq.evaluate(compiled, data, (2, 3)), emq.evaluate(twin, data, (2, 3)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_training_step_on_the_meta_device(activation: str, norm: str) -> None:
+    """A tensor made on the CPU on the way would raise."""
+    with torch.device("meta"):
+        net, images = models.resnet8(width=4), torch.randn(2, 3, 16, 16)
+    weight = "lsq" if activation == "lsq" else "dorefa"
+    for range_ in ("auto", "tracked"):
+        model = emq.convert(net, spec(norm=norm, activation=activation, weight=weight, activation_range=range_))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for bits in (2, 8):
+            emq.set_bits(model, bits)
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+        assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_forward_pass_on_cuda_that_is_not_there(activation: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy, "deepcopy", lambda net: net)  # fake tensors cannot be copied
+    weight = "lsq" if activation == "lsq" else "minmax"
+    for range_ in ("unit", "tracked"):
+        with FakeTensorMode(), torch.device("cuda"):
+            net, images = models.resnet8(width=4), torch.randn(2, 3, 16, 16)
+            model = emq.convert(net, spec(norm=norm, activation=activation, weight=weight, activation_range=range_))
+            for bits in (2, 8):
+                emq.set_bits(model, bits)
+                assert model.train()(images).device.type == "cuda"
+            if norm != "switchable":
+                emq.set_bits(model, 32)
+            assert model.eval()(images).device.type == "cuda"
+        assert all(t.device.type == "cuda" for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnetx_002"])
+def test_activations_inside_timms_batch_norms_stay(name: str, rng: torch.Generator) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64, generator=rng)
+    model = emq.convert(net, spec(weight="minmax", correction="none", activation_range="tracked"))
+    with emq.at_bits(model, 32), torch.no_grad():
+        torch.testing.assert_close(model(x), net(x))
+
+
+def test_batch_norms_of_other_kinds() -> None:
+    class Own(nn.BatchNorm2d):
+        """Of nobody knows what forward."""
+
+    def net(norm: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+
+    with pytest.raises(ValueError, match=r"^net='Own\(4.*expected batch norms of PyTorch's own types, or timm's"):
+        emq.convert(net(Own(4)), spec())
+    assert isinstance(emq.convert(net(nn.SyncBatchNorm(4)), spec())[1], MultiBitBatchNorm)

@@ -1,0 +1,213 @@
+"""ONNX files: what is in them, and what onnxruntime answers, with and without PyTorch beside it."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import emqlib as emq
+from emqlib import models
+from emqlib.deploy import onnx as export
+from emqlib.deploy.pack import PackedConv2d, PackedLinear
+from emqlib.paper import deployment as serving
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+TYPES = {1: "INT2", 2: "INT2", 3: "INT4", 4: "INT4", 5: "INT8", 8: "INT8"}
+MIXTURE = {"*1.*": 2, "*": 4}
+Export = Callable[[int | dict[str, int]], Path]
+CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
+    "quickstart": ("resnet8", {}, {}),
+    "pre-activation": ("preact_resnet20", {"width_factor": 1}, {"norm": "shared_affine", "output_correction": True}),
+    "vit": (
+        "vit_tiny",
+        {"patch_size": 8, "width": 32, "depth": 2, "heads": 2},
+        {"weight": "minmax", "activation": "lsq"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def digits() -> emq.Dataset:
+    pytest.importorskip("sklearn")
+    return emq.load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def images(digits: emq.Dataset) -> Tensor:
+    return torch.cat([x for x, _ in emq.evaluation.batches(digits, "test", torch.device("cpu"), 500)])
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request: pytest.FixtureRequest, digits: emq.Dataset) -> nn.Module:
+    """Trained for two epochs: logits of a network that knows nothing lie too close together to be told apart."""
+    name, arguments, spec = CASES[request.param]
+    torch.manual_seed(0)
+    model = emq.convert(models.build(name, 10, **arguments), emq.QuantSpec(**{"bits": (2, 4, 8)} | spec))
+    config = emq.TrainConfig(epochs=2, batch_size=64, optimizer="adamw", lr=2e-3)
+    emq.train(model, digits, config, progress=False)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(model: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The file of `model` at a bit-width, written once."""
+    folder, files = tmp_path_factory.mktemp("exported"), {}
+
+    def export(bits: int | dict[str, int]) -> Path:
+        path = folder / f"{len(files)}.onnx"
+        if str(bits) not in files:
+            emq.export_onnx(model, path, bits, images[:1])
+            files[str(bits)] = path
+        return files[str(bits)]
+
+    return export
+
+
+def test_the_runtime_answers_as_the_network_does(model: nn.Module, images: Tensor, exported: Export) -> None:
+    """At most one answer in a thousand differs, over six bit-widths, full precision and a mixture.
+
+    A logit may be off where an activation lies on the edge between two levels, and rounding tips it over; at 2 bits the
+    levels lie far apart. How many do depends on what was trained, and so on the release of PyTorch.
+    """
+    same, off = [], []
+    for bits in (1, 2, 3, 4, 5, 8, 32, MIXTURE):
+        found = serving.logits(serving.load(exported(bits), threads=1), images.numpy(), batch=100)
+        with emq.at_bits(model, bits), torch.no_grad():
+            expected = model(images).numpy()
+        same.append(found.argmax(1) == expected.argmax(1))
+        off.append(np.abs(found - expected).max(1) / np.abs(expected).max())
+    assert np.size(same) > 2500 and np.mean(same) >= 0.999
+    assert np.median(off) < 1e-6 and np.quantile(off, 0.9) < 1e-3 and np.quantile(off, 0.999) < 0.05
+
+
+@pytest.mark.parametrize("bits", TYPES)
+def test_what_is_in_a_file(model: nn.Module, bits: int, exported: Export) -> None:
+    path = exported(bits)
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    layers = {n: m for n, m in emq.pack(model, bits).named_modules() if isinstance(m, (PackedConv2d, PackedLinear))}
+    found = {t.name.removesuffix(".codes"): t for t in proto.graph.initializer if t.name.endswith(".codes")}
+    assert found.keys() == layers.keys()
+    for name, layer in layers.items():
+        assert onnx.TensorProto.DataType.Name(found[name].data_type) == TYPES[bits]
+        values = onnx.numpy_helper.to_array(found[name]).astype(np.int64)
+        expected = layer.integers().numpy()
+        assert np.array_equal(values, expected if isinstance(layer, PackedConv2d) else expected.T)
+        assert len(found[name].raw_data) == -(-layer.weight.numel() * export.native(bits) // 8)  # rounded up
+    kinds = [node.op_type for node in proto.graph.node]
+    inputs = kinds.count("QuantizeLinear")  # layers that read one activation quantize it once
+    assert len(layers) / 2 < inputs <= len(layers) and kinds.count("DequantizeLinear") == inputs + len(layers)
+    assert "BatchNormalization" not in kinds
+    (given,), (answer,) = proto.graph.input, proto.graph.output
+    assert (given.name, answer.name) == ("images", "logits")
+    assert given.type.tensor_type.shape.dim[0].dim_param and answer.type.tensor_type.shape.dim[0].dim_param
+    assert str(Path.cwd()).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+
+
+def test_any_size_of_batch(images: Tensor, exported: Export) -> None:
+    network = serving.load(exported(4), threads=1)
+    whole = network(images[:8].numpy())
+    for size in (1, 3, 8):
+        np.testing.assert_allclose(network(images[:size].numpy()), whole[:size], rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_network_gives_the_same_bytes(
+    model: nn.Module, images: Tensor, exported: Export, tmp_path: Path
+) -> None:
+    emq.export_onnx(model, tmp_path / "again", 2, images[:7])
+    assert (tmp_path / "again").read_bytes() == exported(2).read_bytes()
+
+
+def _without_torch(tmp_path: Path) -> list[str]:
+    """A Python whose only packages are onnxruntime and what it needs, as links: no PyTorch, no emqlib."""
+    folder, home = tmp_path / "packages", Path(sysconfig.get_path("purelib"))
+    folder.mkdir()
+    for name in ("onnxruntime", "numpy", "numpy.libs", "flatbuffers", "google", "packaging"):
+        if (home / name).exists():
+            (folder / name).symlink_to(home / name)
+    start = "import sys, runpy; sys.path.append(sys.argv.pop(1)); del sys.argv[0]; "
+    return [sys.executable, "-I", "-S", "-c", start + "runpy.run_path(sys.argv[0], run_name='__main__')", str(folder)]
+
+
+def test_a_file_runs_where_there_is_no_pytorch(
+    model: nn.Module, images: Tensor, exported: Export, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "images.npy", images[:50].numpy())
+    python = _without_torch(tmp_path)
+    for package in ("torch", "emqlib"):
+        (tmp_path / "probe.py").write_text(f"import numpy, onnxruntime, {package}")
+        probe = subprocess.run([*python, tmp_path / "probe.py"], capture_output=True, text=True)
+        assert probe.returncode and f"No module named '{package}'" in probe.stderr
+    files = [exported(2), tmp_path / "images.npy", "1", tmp_path / "logits.npy"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    told = subprocess.run([*python, serving.__file__, *files], capture_output=True, text=True, env=environment)
+    assert told.returncode == 0, told.stderr
+    assert re.search(r'"latency": [0-9.e-]+', told.stdout)
+    with emq.at_bits(model, 2), torch.no_grad():
+        expected = model(images[:50]).argmax(1)
+    assert (torch.from_numpy(np.load(tmp_path / "logits.npy")).argmax(1) == expected).sum() >= 49
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x) + self.a(y)))))
+
+
+def test_a_network_of_several_inputs(tmp_path: Path) -> None:
+    import onnxruntime
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(4, 3), torch.randn(4, 3))
+    model = emq.convert(TwoInputs(), emq.QuantSpec(bits=(4,))).train()
+    model(*inputs)
+    emq.export_onnx(model.eval(), tmp_path / "net.onnx", 4, inputs)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["input_0", "input_1"]
+    found = session.run(None, {f"input_{i}": x.numpy() for i, x in enumerate(inputs)})[0]
+    np.testing.assert_allclose(found, model(*inputs).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_written_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = emq.convert(models.resnet8(width=4), emq.QuantSpec(bits=(2, 4)))
+    path, x = tmp_path / "net.onnx", torch.randn(2, 3, 32, 32)
+    path.write_bytes(b"before")
+    wrong = [
+        ((model, path, 9, x), "bits=9"),
+        ((models.resnet8(width=4), path, 4, x), "model="),
+        ((model, tmp_path, 4, x), "path="),
+        ((model, "", 4, x), "path="),
+        ((model, path, 4, None), "example_inputs='NoneType'"),
+        ((model, path, 4, []), "example_inputs="),
+        ((model, path, 4, [1.0]), "example_inputs="),
+        ((model, path, 4, torch.tensor(1.0)), "example_inputs="),
+        ((model, path, 4, x[:0]), "example_inputs="),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            emq.export_onnx(*arguments)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"emqlib\[deploy\]"):
+        emq.export_onnx(model, path, 4, x)
+    assert path.read_bytes() == b"before" and [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_serving_needs_a_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match="pip install onnxruntime"):
+        serving.load(tmp_path / "net.onnx")

@@ -1,0 +1,615 @@
+"""Tables, against numbers worked out by hand from a few rows."""
+
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from emqlib import files
+from emqlib.paper import tables as results
+
+RUNS = count()
+
+
+def run(
+    method: str,
+    accuracy: Mapping[int, tuple[float | None, float]],
+    *,
+    correction: str = "none",
+    rate: float = 0.0,
+    seed: int = 0,
+    trained: tuple[int, ...] = (2, 4),
+    passes: int = 1_000_000,
+    scored: int = 0,
+    steps: int = 100,
+    seconds: float = 10.0,
+    epochs: int = 4,
+    candidates: float = 1.0,
+) -> pd.DataFrame:
+    """The rows of one run; accuracy: bit-width to top-1 in % without (None: not served) and with adaptation."""
+    pairs = [
+        (b, adapted, top1) for b, both in accuracy.items() for adapted, top1 in zip((False, True), both, strict=True)
+    ]
+    table = pd.DataFrame([(b, top1, b in trained, adapted) for b, adapted, top1 in pairs if top1 is not None])
+    table.columns = ["bits", "top1", "trained", "adapted"]
+    asked = {"method": method, "correction": correction, "pruning_rate": rate, "seed": seed}
+    asked |= {"coreset": "tdds" if rate else "full data", "candidates": candidates, "epochs": epochs}
+    cost = {"sample_passes": passes, "scoring_passes": scored, "steps": steps, "seconds": seconds}
+    return table.assign(**asked, run=f"{next(RUNS):012}", calibration_passes=500_000 * table.adapted, **cost)
+
+
+def together(*runs: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat(runs, ignore_index=True)
+
+
+def table_1() -> pd.DataFrame:
+    """Two seeds of ours, with and without correction, and pruned; two of Any-Precision; one of Dedicated."""
+    full, pruned = {"passes": 8_000_000, "steps": 200}, {"passes": 1_600_000, "scored": 400_000, "steps": 40}
+    return together(
+        run("Ours", {2: (40, 70), 3: (50, 60), 4: (80, 82)}, **full),
+        run("Ours", {2: (60, 80), 3: (30, 60), 4: (80, 84)}, seed=1, **full),
+        run("Ours", {2: (66, 70), 3: (58, 60), 4: (81, 82)}, correction="mean_var", **full),
+        run("Ours", {2: (74, 80), 3: (58, 60), 4: (83, 84)}, correction="mean_var", seed=1, **full),
+        run("Ours", {2: (61, 62), 3: (52, 53), 4: (71, 72)}, correction="mean_var", rate=0.8, **pruned),
+        run("Ours", {2: (63, 62), 3: (52, 53), 4: (75, 72)}, correction="mean_var", rate=0.8, seed=1, **pruned),
+        run("Any-Precision", {2: (70, 70), 3: (None, 20), 4: (90, 90)}, passes=8_000_000, seconds=30),
+        run("Any-Precision", {2: (72, 70), 3: (None, 30), 4: (92, 90)}, seed=1, passes=8_000_000, seconds=31),
+        run("Dedicated", {2: (75, 74)}, trained=(2,), passes=4_000_000, seconds=11),
+        run("Dedicated", {4: (91, 92)}, trained=(4,), passes=4_000_000, seconds=12),
+    )
+
+
+def columns(table: pd.DataFrame, *names: str) -> list[tuple]:
+    """The named columns row by row, missing values as None."""
+    part = table[list(names)].astype(object)
+    return [tuple(row) for row in part.where(part.notna(), None).to_numpy()]
+
+
+def test_spread() -> None:
+    """The sample standard deviation of 40 and 60 is sqrt(200); one seed has none."""
+    rows = table_1()
+    spread = results.spread(rows[rows.bits.eq(2) & ~rows.adapted], ["method", "correction", "pruning_rate"])
+    assert list(spread.columns) == ["method", "correction", "pruning_rate", "mean", "std", "seeds"]
+    assert columns(spread, "method", "mean", "std", "seeds") == [
+        ("Ours", 50, pytest.approx(200**0.5), 2),
+        ("Ours", 70, pytest.approx(32**0.5), 2),
+        ("Ours", 62, pytest.approx(2**0.5), 2),
+        ("Any-Precision", 71, pytest.approx(2**0.5), 2),
+        ("Dedicated", 75, None, 1),
+    ]
+
+
+def test_spread_of_another_column() -> None:
+    rows = together(run("Ours", {2: (1, 2)}, seconds=3), run("Ours", {2: (1, 2)}, seconds=5, seed=1))
+    assert columns(results.spread(rows, ["method"], value="seconds"), "mean", "seeds") == [(4, 4)]
+
+
+def test_what_was_not_told_is_a_group_too() -> None:
+    rows = together(run("Ours", {2: (1, 2)}), run("Ours", {2: (3, 4)})).assign(candidates=[0.5, 0.5, None, None])
+    rows = rows[~rows.adapted]
+    assert columns(results.spread(rows, ["candidates"]), "candidates", "mean") == [(0.5, 1), (None, 3)]
+    assert columns(results.seed_means(rows, ["candidates"]), "candidates", "top1") == [(0.5, 1), (None, 3)]
+
+
+def test_training_alone_takes_no_calibration() -> None:
+    rows = run("Any-Precision", {2: (60, 0), 3: (None, 0), 4: (None, 70)}, seconds=3)
+    assert columns(results.with_cost(rows, "calibration"), "seed", "top1", "calibration") == [(0, 60, 0)]
+    assert columns(results.with_cost(rows, "seconds"), "top1", "seconds") == [(60, 3)]
+
+
+def test_accuracy_table() -> None:
+    table = results.accuracy_table(table_1())
+    setting = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
+    assert list(table.columns) == [*setting, "adapted", "2*", "3", "4*"]
+    assert columns(table, *setting[:3], "adapted", "2*", "3", "4*") == [
+        ("Ours", "none", 0, False, "50.0 ± 14.1", "40.0 ± 14.1", "80.0 ± 0.0"),
+        ("Ours", "none", 0, True, "75.0 ± 7.1", "60.0 ± 0.0", "83.0 ± 1.4"),
+        ("Ours", "mean_var", 0, False, "70.0 ± 5.7", "58.0 ± 0.0", "82.0 ± 1.4"),
+        ("Ours", "mean_var", 0, True, "75.0 ± 7.1", "60.0 ± 0.0", "83.0 ± 1.4"),
+        ("Ours", "mean_var", 0.8, False, "62.0 ± 1.4", "52.0 ± 0.0", "73.0 ± 2.8"),
+        ("Ours", "mean_var", 0.8, True, "62.0 ± 0.0", "53.0 ± 0.0", "72.0 ± 0.0"),
+        ("Any-Precision", "none", 0, False, "71.0 ± 1.4", "", "91.0 ± 1.4"),
+        ("Any-Precision", "none", 0, True, "70.0 ± 0.0", "25.0 ± 7.1", "90.0 ± 0.0"),
+        ("Dedicated", "none", 0, False, "75.0", "", "91.0"),
+        ("Dedicated", "none", 0, True, "74.0", "", "92.0"),
+    ]
+
+
+def test_accuracy_table_has_bit_widths_in_order() -> None:
+    rows = together(run("Ours", {8: (1, 2), 32: (3, 4), 2: (5, 6)}, trained=(32,)))
+    assert list(results.accuracy_table(rows).columns[7:]) == ["2", "8", "32*"]
+
+
+def test_cost_table() -> None:
+    """Accuracy is the mean over trained bit-widths, cost the sum over a method's networks; then means over seeds."""
+    table = results.cost_table(table_1(), "table1")
+    assert columns(table, "method", "correction", "pruning_rate", "top1 (%)", "adapted top1 (%)") == [
+        ("Ours", "none", 0, "65.0 ± 7.1", "79.0 ± 4.2"),  # (40 + 80) / 2 and (60 + 80) / 2; 76 and 82
+        ("Ours", "mean_var", 0, "76.0 ± 3.5", "79.0 ± 4.2"),  # 73.5 and 78.5
+        ("Ours", "mean_var", 0.8, "67.5 ± 2.1", "67.0 ± 0.0"),  # 66 and 69
+        ("Any-Precision", "none", 0, "81.0 ± 1.4", "80.0 ± 0.0"),  # 80 and 82
+        ("Dedicated", "none", 0, "83.0", "83.0"),
+    ]
+    assert columns(table, "passes (M)", "scoring (%)", "steps", "seconds", "fewer passes", "faster") == [
+        (8, 0, 200, 10, 1, 3.05),
+        (8, 0, 200, 10, 1, 3.05),
+        (1.6, 25, 40, 10, 5, 3.05),
+        (8, 0, 100, 30, 1, 1),  # of 30 and 31 seconds: rounded half to even
+        (8, 0, 200, 23, 1, 1.33),
+    ]
+
+
+def test_cost_table_rounds() -> None:
+    """Means over three seeds: passes to one of them, shares to a tenth of a percent, seconds to whole ones."""
+    runs = [
+        run(
+            "Any-Precision",
+            {2: (1, 1), 3: (None, 1)},
+            seed=seed,
+            passes=123_456_789 + seed,
+            scored=41_152_263,
+            seconds=s,
+        )
+        for seed, s in enumerate((10.2, 10.4, 10.6, 10.4))
+    ]
+    rows = together(*runs).assign(calibration_passes=lambda t: t.adapted * (123_456_789 + t.seed))
+    table = results.cost_table(rows, "table1")
+    names = ("passes (M)", "scoring (%)", "calibration (M)", "steps", "seconds")
+    assert columns(table, *names) == [(123.456790, 33.3, 123.456790, 100, 10)]  # 123,456,790.5, ties to even
+
+
+def test_what_is_saved_is_against_the_first_any_precision() -> None:
+    """A second one of as many epochs, as with other batches, is compared too."""
+    first = run("Any-Precision", {2: (60, 0)}, passes=800, seconds=100)
+    other = run("Any-Precision", {2: (62, 0)}, passes=800, seconds=125).assign(coreset="full data, batch_size=64")
+    ours = run("Ours", {2: (50, 0)}, rate=0.8, passes=200, seconds=40)
+    table = results.cost_table(together(first, other, ours), "table1")
+    assert columns(table, "fewer passes", "faster") == [(1, 1), (1, 0.8), (4, 2.5)]
+
+
+def test_calibration_is_what_cannot_be_served_without() -> None:
+    """Any-Precision's untrained 3 bits need it, and ours none, adapted or not."""
+    table = results.cost_table(table_1(), "table1")
+    assert list(table["calibration (M)"]) == [0, 0, 0, 0.5, 0]
+
+
+def curve() -> pd.DataFrame:
+    """Any-Precision for 4 and 8 epochs, ours on the full data and pruned, with all of what it costs."""
+    both = {"correction": "mean_var", "rate": 0.8, "candidates": 0.5}
+    return together(
+        run("Any-Precision", {2: (60, 0), 4: (70, 0)}, passes=800, seconds=100),
+        run("Any-Precision", {2: (62, 0), 4: (70, 0)}, seed=1, passes=800, seconds=110),
+        run("Any-Precision", {2: (70, 0), 4: (80, 0)}, epochs=8, passes=1600, seconds=200),
+        run("Ours", {2: (64, 0), 4: (72, 0)}, correction="mean_var", passes=800, seconds=120),
+        run("Ours", {2: (80, 0), 4: (84, 0)}, correction="mean_var", epochs=8, passes=1600, seconds=240),
+        run("Ours", {2: (50, 0), 4: (50, 0)}, passes=100, seconds=30, **both),
+        run("Ours", {2: (58, 0), 4: (60, 0)}, epochs=8, passes=200, seconds=60, **both),
+    )
+
+
+def test_curve_table() -> None:
+    table = results.curve_table(curve())
+    assert list(table.columns) == ["method", "correction", "pruning_rate", "coreset", "candidates", 4, 8]
+    assert columns(table, "method", "pruning_rate", "coreset", 4, 8) == [
+        ("Any-Precision", 0, "full data", "65.5 ± 0.7", "75.0"),
+        ("Ours", 0, "full data", "68.0", "82.0"),
+        ("Ours", 0.8, "tdds", "50.0", "59.0"),
+    ]
+
+
+def test_equal_cost_table() -> None:
+    """Ours is the longest run that costs no more: no seconds are left for the full data beside 4 epochs."""
+    table = results.equal_cost_table(curve(), "seconds")
+    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", "Ours, 0% pruned", "Ours, 80% pruned"]
+    assert columns(table, *table.columns) == [
+        (4, 105, 65.5, "", "59.0 (8 epochs)"),
+        (8, 200, 75.0, "68.0 (4 epochs)", "59.0 (8 epochs)"),
+    ]
+    passes = results.equal_cost_table(curve(), "sample_passes")
+    assert columns(passes, "sample_passes", "Ours, 0% pruned") == [(800, "68.0 (4 epochs)"), (1600, "82.0 (8 epochs)")]
+
+
+def test_equal_cost_table_keeps_the_order_of_the_rows() -> None:
+    long, short = ({"epochs": epochs, "seconds": 10.0 * epochs} for epochs in (8, 4))
+    rows = together(
+        run("Any-Precision", {2: (60, 0), 4: (61, 0), 8: (61, 0)}, trained=(2, 4, 8), **long),
+        run("Any-Precision", {2: (50, 0)}, **short),
+        run("Ours, own statistics", {2: (58, 0)}, rate=0.8, **short),
+        run("Ours", {2: (57, 0)}, rate=0.8, **short),
+    )
+    table = results.equal_cost_table(rows)
+    names = ["Ours, own statistics, 80% pruned", "Ours, 80% pruned"]
+    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", *names]
+    assert columns(table, "epochs", "Any-Precision") == [(8, 60.7), (4, 50.0)]
+
+
+def test_comparison_table() -> None:
+    rows = together(
+        run("Ours", {2: (50, 0), 4: (60, 0), 3: (0, 0)}, rate=0.5),
+        run("Ours", {2: (52, 0), 4: (60, 0), 3: (0, 0)}, rate=0.5, seed=1),
+        run("Ours", {2: (30, 0), 4: (40, 0)}, rate=0.8).assign(coreset="RS2"),
+    )
+    table = results.comparison_table(rows)
+    assert columns(table, *table.columns) == [("tdds", "55.5 ± 0.7", ""), ("RS2", "", "35.0")]
+    assert list(table.columns) == ["coreset", 0.5, 0.8]
+
+
+def options() -> pd.DataFrame:
+    shared = {"batch_size": 128, "lr": 0.1, "weight_decay": 5e-4}
+    rows = [
+        run("Ours", {2: (50, 52), 4: (60, 62)}, rate=0.8, passes=1500, candidates=0.3).assign(**shared),
+        run("Ours", {2: (54, 52), 4: (60, 62)}, rate=0.8, passes=1500, candidates=0.3, seed=1).assign(**shared),
+        run("Ours", {2: (40, 41), 4: (42, 43)}, rate=0.8, passes=3040).assign(**shared),
+        run("Ours", {2: (44, 45), 4: (46, 47)}, rate=0.8, candidates=0.3).assign(
+            **shared | {"batch_size": 64, "lr": 0.2}
+        ),
+        run("Ours", {2: (30, 31), 4: (32, 33)}, rate=0.8).assign(**shared, coreset="random"),
+    ]
+    return together(*rows).assign(scoring_epochs=lambda t: t.coreset.ne("random") * 3)
+
+
+def test_names_tell_apart_all_that_differs() -> None:
+    rows = options()
+    names = list(dict.fromkeys(results.named(rows).coreset))
+    assert names == ["tdds", "tdds, all candidates", "tdds, batch_size=64, lr=0.2", "random"]
+    longer = rows.assign(epochs=rows.epochs + rows.coreset.eq("random"))
+    assert set(results.named(longer, "epochs").coreset) - set(names) == {f"random, epochs={longer.epochs.max()}"}
+    pd.testing.assert_frame_equal(rows, options().assign(run=rows.run))  # the rows themselves are left as they were
+
+
+def test_option_table() -> None:
+    table = results.option_table(results.named(options()))
+    assert columns(table, *table.columns) == [
+        ("tdds", "56.0 ± 1.4", "57.0 ± 0.0", 1.5),
+        ("tdds, all candidates", "41.0", "42.0", 3.0),
+        ("tdds, batch_size=64, lr=0.2", "45.0", "46.0", 1000.0),
+        ("random", "31.0", "32.0", 1000.0),
+    ]
+
+
+def test_coreset_table() -> None:
+    """Means over draws and bit-widths, to three digits; what could not be computed is empty."""
+    names = ["pruning_rate", "coreset", "candidates", "size", "union", "overlap", "drift", "rank_correlation"]
+    names += ["clipped", "rarest_class", "commonest_class"]
+    draws = [
+        (0.8, "tdds", 1.0, 20, 0.4004, 0.2, None, 0.5, 0.0, 0.05, 0.2),
+        (0.8, "tdds", 1.0, 20, 0.5, 0.4, 0.3, 0.7, 0.1, 0.07, 0.3),
+        (0.8, "random", 1.0, 20, 0.5, 0.2, None, None, 0.0, 0.1, 0.1),
+    ]
+    table = results.coreset_table(
+        pd.DataFrame(draws, columns=names).astype({"drift": float, "rank_correlation": float})
+    )
+    assert columns(table, *names) == [
+        (0.8, "tdds", 1, 20, 0.45, 0.3, 0.3, 0.6, 0.05, 0.06, 0.25),
+        (0.8, "random", 1, 20, 0.5, 0.2, None, None, 0, 0.1, 0.1),
+    ]
+
+
+def grown() -> pd.DataFrame:
+    """2 and 3 bit-widths; 1,000 images, 10 epochs, of which 3 score all of a half."""
+    rows = []
+    for widths, b in (("2 4", 2), ("2 4 8", 3)):
+        bits = dict.fromkeys(map(int, widths.split()), (1.0, 1.0))
+        full = {"passes": 10_000 * b, "epochs": 10, "seconds": 10.0 * b}
+        pruned = {"passes": 2900 * b, "scored": 1500 * b, "epochs": 10, "seconds": 3.0 * b}
+        rows += [run("Ours", bits, **full).assign(trained_bits=widths)]
+        rows += [run("Any-Precision", bits | {5: (None, 1.0)}, **full).assign(trained_bits=widths)]
+        rows += [run("Ours", bits, rate=0.8, candidates=0.5, **pruned).assign(trained_bits=widths)]
+    single = {"passes": 10_000, "epochs": 10, "seconds": 9.0}
+    rows += [run("Dedicated", {w: (1.0, 1.0)}, trained=(w,), **single).assign(trained_bits=f"{w}") for w in (2, 4, 8)]
+    return together(*rows).assign(n_train=1000, scoring_epochs=lambda t: t.pruning_rate.gt(0) * 3)
+
+
+def test_growth_table() -> None:
+    """Formulas: B N E, and B N (c S + (1 - r) (E - S)) = B 1000 (0.5 x 3 + 0.2 x 7); Dedicated is a sum of networks."""
+    table = results.growth_table(grown())
+    names = ("scheme", "bit-widths", "bits", "by formula", "sample_passes", "calibration", "seconds")
+    expected = []
+    for b, bits in ((2, "2 4"), (3, "2 4 8")):
+        full, pruned = 10_000 * b, 2900 * b
+        expected += [
+            ("Dedicated", b, bits, full, full, 0, 9 * b),
+            ("Ours, full data", b, bits, full, full, 0, 10 * b),
+            ("Any-Precision", b, bits, full, full, 500_000, 10 * b),
+            ("Ours, tdds", b, bits, pruned, pruned, 0, 3 * b),
+        ]
+    assert columns(table, *names) == expected
+
+
+def remedied() -> pd.DataFrame:
+    """Two seeds of two remedies, "own" with two tables from its run; bit-widths 1, 2, and 3, of which 2 is trained."""
+    rows = []
+    for seed, run_name, remedies in ((0, "a", ("own", "nearest")), (1, "b", ("own", "nearest")), (0, "c", ("shared",))):
+        for remedy in remedies:
+            gaps = {"own": (-30, -1, -2), "nearest": (-9, -1, -6), "shared": (-5, -12, 1)}[remedy]
+            rows += [
+                {"remedy": remedy, "seed": seed, "run": run_name, "bits": b, "trained": b == 2}
+                | {"adapted_top1": 60.0 + b + seed, "top1": 60.0 + b + seed + gap + seed * (b == 3)}
+                for b, gap in zip((1, 2, 3), gaps, strict=True)
+            ]
+    return pd.DataFrame(rows)
+
+
+def test_remedy_table() -> None:
+    table = results.remedy_table(remedied())
+    assert list(table.columns) == ["remedy", "1", "2*", "3", "worst"]
+    assert columns(table, "remedy", "1", "2*", "3", "worst") == [
+        ("own", "-30.0 ± 0.0", "-1.0 ± 0.0", "-1.5 ± 0.7", -1.5),
+        ("nearest", "-9.0 ± 0.0", "-1.0 ± 0.0", "-5.5 ± 0.7", -5.5),
+        ("shared", "-5.0", "-12.0", "1.0", -12.0),
+        ("adapted (top-1, %)", "61.5 ± 0.6", "62.5 ± 0.6", "63.5 ± 0.6", None),
+    ]
+
+
+def test_remedy_table_rounds_to_a_tenth() -> None:
+    rows = [
+        {
+            "remedy": "own",
+            "seed": s,
+            "run": "a",
+            "bits": 2,
+            "trained": True,
+            "top1": 50.0 + (s == 2),
+            "adapted_top1": 60.0,
+        }
+        for s in range(3)
+    ]
+    assert columns(results.remedy_table(pd.DataFrame(rows)), "2*", "worst") == [
+        ("-9.7 ± 0.6", -9.7),
+        ("60.0 ± 0.0", None),
+    ]
+
+
+def test_untrained_table() -> None:
+    rows = together(
+        run("Any-Precision", {2: (70, 71), 3: (None, 40), 4: (90, 89)}, passes=8_000_000, seconds=20.4),
+        run("Any-Precision", {2: (72, 71), 3: (None, 50), 4: (92, 89)}, seed=1, passes=8_000_000, seconds=21.4),
+        run("Ours", {2: (66, 70), 3: (58, 60), 4: (81, 82)}, trained=(2,), correction="mean_var"),
+    )
+    rows["trained_bits"] = rows.method.map({"Any-Precision": "2 4", "Ours": "2"})
+    table = results.untrained_table(rows)
+    assert list(table.columns) == (
+        ["trained_bits", "method", "correction", "2", "3", "4", "passes (M)", "calibration (k)", "seconds"]
+    )
+    assert [tuple(row) for row in table.to_numpy()] == [
+        ("2 4", "Any-Precision", "none", "71.0 ± 1.4", "45.0 ± 7.1", "91.0 ± 1.4", 8.0, 500.0, 21.0),
+        ("2", "Ours", "mean_var", "66.0", "58.0", "81.0", 1.0, 0.0, 10.0),
+    ]
+
+
+def test_served_is_without_adaptation_where_that_can_be() -> None:
+    rows = results.served(run("Any-Precision", {2: (70, 71), 3: (None, 40)}))
+    assert columns(rows, "bits", "adapted", "top1") == [(2, False, 70), (3, True, 40)]
+
+
+def test_transfer_table() -> None:
+    def child(trained: tuple[int, ...], top1: dict[int, float], scheme: str, seed: int = 0) -> pd.DataFrame:
+        rows = run("Ours", {b: (1.0, value) for b, value in top1.items()}, trained=trained, seed=seed)
+        return rows.assign(trained_bits=" ".join(map(str, trained)), scheme=scheme)
+
+    rows = together(
+        child((2, 8), {8: 80, 2: 60}, "bitwise"),
+        child((2, 8), {8: 80, 2: 62}, "bitwise", seed=1),
+        child((8,), {2: 50, 8: 70}, "bitwise"),
+        child((2,), {2: 55, 8: 66}, "bitwise"),
+        child((2,), {2: 54}, "dedicated"),
+        child((2,), {2: 52}, "dedicated", seed=1),
+        child((8,), {8: 71}, "dedicated"),
+    )
+    assert [tuple(row) for row in results.transfer_table(rows).to_numpy()] == [
+        (2, "53.0 ± 1.4", "50.0", "61.0 ± 1.4", "8.0 ± 2.8"),
+        (8, "71.0", "66.0", "80.0 ± 0.0", "9.0"),
+    ]
+
+
+def test_deployment_table_takes_medians_and_its_units() -> None:
+    """Of three repeats; runtimes stay in their order."""
+    asked = {"runtime": "onnxruntime", "weights": "int4", "bits": 3}
+    middle = {"top1": 70.126, "agreement": 99.987, "difference": 1.23456789e-3, "peak": 10.46, "peak_batch": 20.46}
+    middle |= {"file": 98765432, "packed": 87654321, "arithmetic": 76543210}
+    middle |= {"load": 0.0123456, "latency": 0.000123456, "images_a_second": 1234.56}
+    rows = [asked | {name: value * factor for name, value in middle.items()} for factor in (0.5, 1, 4)]
+    rows += [row | {"runtime": "PyTorch"} for row in rows] + [row | {"runtime": "another"} for row in rows]
+    table = results.deployment_table(pd.DataFrame(rows))
+    assert list(table.runtime) == ["onnxruntime", "PyTorch", "another"]
+    assert table.iloc[0].to_dict() == asked | {
+        "top1": 70.13,
+        "agreement": 99.99,
+        "difference": 0.00123,
+        "file": 98765.4,
+        "packed": 87654.3,
+        "arithmetic": 76543.2,
+        "load": 12.3,
+        "latency": 0.123,
+        "images_a_second": 1235.0,
+        "peak": 10.0,
+        "peak_batch": 20.0,
+    }
+
+
+def test_switching_table() -> None:
+    ways = {"set_bits": (0.126, 0.311, 0.5), "packed file": (7.0, 9.128, 8.0)}
+    rows = pd.DataFrame([{"way": way, "milliseconds": ms} for way, times in ways.items() for ms in times])
+    assert columns(results.switching_table(rows), "way", "median", "min", "max") == [
+        ("set_bits", 0.31, 0.13, 0.5),
+        ("packed file", 8.0, 7.0, 9.13),
+    ]
+
+
+def test_ratio_definitions_of_the_fewest() -> None:
+    assert len(results.ratio_definitions(range(1, 2), epochs=20)) == 9
+
+
+def test_ratio_definitions() -> None:
+    """Each row's ratio follows from its own definition; three for each number of the paper, the nearest first."""
+    table = results.ratio_definitions(epochs=200)
+    assert list(table.groupby("data", sort=False).size()) == [3, 3, 3]
+    assert list(table["by passes"]) == [round(ratio, 2) for ratio in table["by passes"]]
+    for row in table.to_dict("records"):
+        seen = row["scoring epochs"] + (1 - row["pruning rate"]) * (200 - row["scoring epochs"])
+        ratio = row["baseline's"] * 200 / (row["our bit-widths"] * seen)
+        assert row["by passes"] == pytest.approx(ratio, abs=0.005) and abs(ratio / row["paper"] - 1) < 0.05
+        assert row["our bit-widths"] <= row["baseline's"] <= 9
+
+
+@pytest.mark.parametrize("bits", [None, range(2, 6), range(3, 7)])
+def test_ratio_definitions_are_the_nearest_of_all(bits: range | None) -> None:
+    """Each k up to 9, S of 0, 5, 10 and 20, by k E / (B (S + (1 - r) (E - S))); 2 to 5 bit-widths and 200 epochs."""
+    table = results.ratio_definitions() if bits is None else results.ratio_definitions(bits, epochs=120)
+    epochs, expected = 200 if bits is None else 120, []
+    for paper, data, rates in (
+        (7.88, "CIFAR-10", [0.8]),
+        (5.75, "ImageNet-1K", [0.6, 0.8]),
+        (8.41, "TinyImageNet", [0.6]),
+    ):
+        found = []
+        for rate in rates:
+            for own in bits or (2, 3, 4, 5):
+                for scored in (0, 5, 10, 20):
+                    seen = own * (scored + (1 - rate) * (epochs - scored))
+                    found += [(abs(k * epochs / seen - paper), rate, own, k, scored) for k in range(own, 10)]
+        expected += [(data, paper, *case[1:]) for case in sorted(found)[:3]]
+    names = ("data", "paper", "pruning rate", "our bit-widths", "baseline's", "scoring epochs")
+    assert columns(table, *names) == expected
+
+
+def test_cost_table_without_a_baseline() -> None:
+    table = results.cost_table(run("Ours", {2: (40, 50)}), "table1")
+    assert columns(table, "top1 (%)", "fewer passes") == [("40.0", None)]
+
+
+PAPER = "method,pruning_rate,metric,value,source\n" + "\n".join(
+    [
+        "Ours,0.8,mean_top1,93.46,Table 1",
+        "Ours,0.8,time_ratio,7.88,Table 1",
+        "Any-Precision,0,mean_top1,92.5,Table 1",
+        "Dedicated,,mean_top1,91.5,Table 1",
+        "Ours,0.8,something_else,1.0,Table 1",
+        "Ours,0.6,mean_top1,93.0,Table 1",
+    ]
+)
+
+
+def test_the_papers_numbers_stand_beside_ours_where_they_apply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "home", lambda: tmp_path)
+    files.write_text(tmp_path / "results/paper/table1.csv", PAPER)
+    rows = together(table_1(), run("Ours", {2: (60, 62), 4: (71, 72)}, rate=0.8))  # uncorrected: not the paper's method
+    table = results.cost_table(rows, "table1")
+    names = ("method", "correction", "pruning_rate", "paper: top1 (%)", "paper: times faster")
+    assert list(table.columns[-2:]) == list(names[-2:])
+    assert columns(table, *names) == [
+        ("Ours", "none", 0, None, None),
+        ("Ours", "mean_var", 0, None, None),
+        ("Ours", "mean_var", 0.8, 93.46, 7.88),
+        ("Any-Precision", "none", 0, 92.5, None),
+        ("Dedicated", "none", 0, None, None),
+        ("Ours", "none", 0.8, None, None),
+    ]
+    without = ["top1 (%)", "passes (M)"]
+    pd.testing.assert_frame_equal(table[without], results.cost_table(rows, "no such table")[without])
+    assert results.cost_table(rows, "no such table")["paper: top1 (%)"].isna().all()
+
+
+def test_the_committed_numbers_of_the_paper() -> None:
+    reported = results.paper("table1")
+    assert list(reported.columns) == ["method", "pruning_rate", "metric", "value", "source"]
+    assert reported.source.str.contains("2510.20673").all()
+    assert not reported.duplicated(["method", "pruning_rate", "metric"]).any()
+    assert set(reported.method) <= {"Dedicated", "Any-Precision", "Ours"}
+    table = results.cost_table(table_1(), "table1")
+    assert columns(table[table.pruning_rate == 0.8], "paper: top1 (%)", "paper: times faster") == [(93.46, 7.88)]
+    assert list(results.paper("no such table").columns) == ["method", "pruning_rate", "metric", "value"]
+
+
+def test_gap_table() -> None:
+    """2 bits: the gap is 75 - 50, of which 60 - 50 and 70 - 50 are closed. 4 bits: 83.1 - 82.5 is less than a point."""
+    rows = together(
+        run("Ours", {2: (40, 70), 3: (50, 40), 4: (82.5, 83.1)}),
+        run("Ours", {2: (60, 80), 3: (50, 40), 4: (82.5, 83.1)}, seed=1),
+        run("Ours", {2: (60, 71), 3: (60, 61), 4: (83.0, 83.1)}, correction="mean"),
+        run("Ours", {2: (70, 72), 3: (60, 62), 4: (83.0, 83.1)}, correction="mean_var"),
+        run("Ours", {2: (0, 0), 3: (0, 0), 4: (0, 0)}, correction="mean_var", rate=0.8),
+        run("Any-Precision", {2: (0, 0), 4: (0, 0)}),
+        run("Dedicated", {2: (0, 0)}, trained=(2,)),
+    )
+    table = results.gap_table(rows)
+    assert columns(table, "bits", "trained", "none", "mean", "mean_var") == [
+        (2, True, 50, 60, 70),
+        (3, False, 50, 60, 60),
+        (4, True, 82.5, 83, 83),
+    ]
+    assert columns(table, "none, adapted", "mean, adapted", "mean_var, adapted") == [
+        (75, 71, 72),
+        (40, 61, 62),
+        (83.1, 83.1, 83.1),
+    ]
+    assert columns(table, "mean closes (%)", "mean_var closes (%)") == [(40, 80), (None, None), (None, None)]
+
+
+def test_gap_of_a_point_counts() -> None:
+    rows = together(
+        run("Ours", {2: (50.0, 51.0), 4: (50.0, 50.75)}),
+        run("Ours", {2: (50.25, 0), 4: (50.25, 0)}, correction="mean"),
+        run("Ours", {2: (52.0, 0), 4: (52.0, 0)}, correction="mean_var"),
+    )
+    assert columns(results.gap_table(rows), "mean closes (%)", "mean_var closes (%)") == [(25, 200), (None, None)]
+
+
+def test_gap_table_rounds_to_a_tenth() -> None:
+    parts = [run("Ours", {2: (top1, 80)}, seed=seed) for seed, top1 in enumerate((50, 50, 51))]
+    table = results.gap_table(together(*parts, run("Ours", {2: (60, 0)}, correction="mean_var")))
+    assert columns(table, "none", "mean_var closes (%)") == [(50.3, 32.6)]  # (60 - 151/3) / (80 - 151/3)
+
+
+def test_gap_table_of_one_correction() -> None:
+    """The quickstart has no run corrected in the mean alone."""
+    rows = together(run("Ours", {2: (50, 60)}), run("Ours", {2: (59, 60)}, correction="mean_var"))
+    table = results.gap_table(rows)
+    assert columns(table, "bits", "mean_var closes (%)") == [(2, 90)]
+    assert not [name for name in table if name.startswith("mean closes")]
+
+
+def test_gap_table_without_what_it_compares() -> None:
+    with pytest.raises(ValueError, match=r"^rows=.*expected runs of ours on the full data, without correction too"):
+        results.gap_table(run("Ours", {2: (50, 60)}, correction="mean_var"))
+    with pytest.raises(ValueError, match=r"^rows="):
+        results.gap_table(run("Dedicated", {2: (50, 60)}))
+
+
+def test_save(tmp_path: Path) -> None:
+    rows = table_1()
+    results.save(results.cost_table(rows, "table1"), tmp_path / "small/01", rows)
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {"01.csv", "01.md"}
+    again = pd.read_csv(tmp_path / "small/01.csv", dtype={"run": str})
+    pd.testing.assert_frame_equal(again, rows)
+    for table in (results.accuracy_table, results.gap_table, lambda rows: results.cost_table(rows, "table1")):
+        pd.testing.assert_frame_equal(table(again), table(rows))
+
+
+def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
+    table = pd.DataFrame({"method": ["Ours", "Dedicated"], "passes": [1.5, 2.0], "paper": [93.46, None], "none": None})
+    results.save(table, tmp_path / "a", table)
+    lines = (tmp_path / "a.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["method", "passes", "paper", "none"]
+    assert cells[2:] == [["Ours", "1.5", "93.46", ""], ["Dedicated", "2", "", ""]]
+    assert (tmp_path / "a.csv").read_text() == "method,passes,paper,none\nOurs,1.5,93.46,\nDedicated,2.0,,\n"
+
+
+def test_save_keeps_the_old_files_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table_1()
+    results.save(rows, tmp_path / "a", rows)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for broken in ("os.replace", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space left"):
+                results.save(rows[:1], tmp_path / "a", rows[:1])
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_table_alone_leaves_the_rows_where_they_are(tmp_path: Path) -> None:
+    results.save(pd.DataFrame({"a": [1]}), tmp_path / "cost")
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.md"]

@@ -1,0 +1,107 @@
+"""Each fault once or twice, in real processes, as `make faults` tries them many times over; and the judge itself."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import faults
+import pandas as pd
+import pytest
+from disturbed import Judge, Try, call, job
+from faults import FAULTS, STREAMED
+
+pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).resolve().parents[2]
+TWICE = ("killed at any moment", "killed writing a checkpoint", "checkpoint damaged")
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    return Judge.of(tmp_path_factory.mktemp("faults") / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def streaming(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    return faults.streamed(tmp_path_factory.mktemp("streamed"))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_nothing_is_lost_and_the_next_call_goes_on(name: str, judge: Judge, tmp_path: Path) -> None:
+    if name == "Ctrl-C in a notebook":
+        pytest.importorskip("jupyter_client")
+    for seed in range(1 + (name in TWICE)):
+        found = faults.tried(FAULTS[name][0], judge, tmp_path / "try", seed)
+        assert found.survived and not found.lost, found.told
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_nothing_is_lost_while_processes_decode(name: str, streaming: Judge, tmp_path: Path) -> None:
+    found = faults.tried(STREAMED[name][0], streaming, tmp_path / "try", 0)
+    assert found.survived and not found.lost, found.told
+
+
+# The judge sees what is lost: without this, a report of nothing lost would say nothing
+
+
+@pytest.fixture
+def done(judge: Judge, tmp_path: Path) -> Iterator[Path]:
+    """A folder in which a job has ended."""
+    assert judge.right(call(job, tmp_path).value) and not judge.lost(tmp_path)
+    yield tmp_path / "results"
+
+
+def test_the_judge_misses_a_record(judge: Judge, done: Path) -> None:
+    next((done / "runs").glob("*.json")).unlink()
+    (loss,) = judge.lost(done.parent)
+    assert loss.endswith(".json: gone")
+
+
+@pytest.mark.parametrize("content", ["", "{", "half"])
+def test_the_judge_sees_a_record_that_is_not_whole(content: str, judge: Judge, done: Path) -> None:
+    path = next((done / "runs").glob("*.json"))
+    path.write_text(path.read_text()[:500] if content == "half" else content)
+    assert f"{path.name}: other rows" in judge.lost(done.parent)
+
+
+def test_the_judge_sees_a_row_that_is_there_twice_or_is_another(judge: Judge, done: Path) -> None:
+    path = next((done / "runs").glob("*.json"))
+    whole = json.loads(path.read_text())
+    for rows in ([*whole["rows"], whole["rows"][0]], [whole["rows"][0] | {"top1": 1.25}, *whole["rows"][1:]]):
+        path.write_text(json.dumps(whole | {"rows": rows}))
+        assert judge.lost(done.parent) == [f"{path.name}: other rows"]
+    assert not judge.right(pd.concat([judge.rows, judge.rows[:1]])) and judge.right(judge.rows.assign(seconds=3))
+
+
+def test_the_judge_misses_an_epoch_and_sees_a_damaged_checkpoint(judge: Judge, done: Path) -> None:
+    first, second = sorted((done / "checkpoints").glob("[!.]*"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    lost = judge.lost(done.parent)
+    assert len(lost) == 2 and any(first.name in loss for loss in lost) and any(second.name in loss for loss in lost)
+    with (done.parent / "log").open("a") as log:
+        log.write(f"checkpoint {second.stem} 99\n")
+    second.write_bytes(b"")
+    assert len(judge.lost(done.parent)) == 2
+
+
+def test_a_try_that_fails_is_no_survival(judge: Judge, tmp_path: Path) -> None:
+    def fails(*_: object) -> Try:
+        raise RuntimeError("the fault itself")
+
+    found = faults.tried(fails, judge, tmp_path / "try", 0)
+    assert not found.survived and "the fault itself" in found.told
+
+
+# The report
+
+
+def test_the_report_is_of_these_faults_and_nothing_is_lost() -> None:
+    rows = pd.read_csv(ROOT / "results/reliability/faults.csv")
+    assert rows.fault.tolist() == [*FAULTS, *STREAMED]
+    assert (rows.survived == rows.tries).all() and (rows.lost == 0).all()
+    killed = rows[rows.fault.str.startswith("killed")].tries.sum()
+    assert killed >= 50 and rows.commit.str.fullmatch("[0-9a-f]{40}").all() and not rows.dirty.any()
+    last = (ROOT / "results/reliability/faults.md").read_text().splitlines()[-1]
+    assert re.findall(r"\d+", last) == [str(rows[name].sum()) for name in ("tries", "survived", "lost")]

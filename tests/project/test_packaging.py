@@ -1,0 +1,204 @@
+"""What is published: one version wherever it is named, and files that work where they are installed.
+
+Built by the backend that pyproject.toml names, without a network, from a copy of what git holds. They are used in a
+process that knows the installed copy and the other packages, but no checkout.
+"""
+
+import email
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+import emqlib as emq
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+README = (ROOT / "README.md").read_text()
+NAME = f"emqlib-{emq.__version__}"
+
+# No package but the backend's is there where files are built, torch as little as any other.
+BUILD = """
+import importlib, sys
+sys.modules["torch"] = None
+backend, hook, folder = sys.argv[1:]
+getattr(importlib.import_module(backend), hook)(folder)
+"""
+
+USE = """
+import json, sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from pkgutil import iter_modules
+import torch
+from torch import nn
+import emqlib as emq
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(
+    nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+    nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+    nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10),
+)
+model = emq.convert(net, emq.QuantSpec(bits=(2, 8)))
+data = emq.load_dataset("digits")
+emq.train(model, data, emq.TrainConfig(epochs=1, batch_size=32, lr=0.02))
+tables = [emq.evaluate(model, data, bits=(2, 5, 8))]
+emq.save(model, "digits.safetensors")
+loaded = emq.load("digits.safetensors", net)
+tables.append(emq.evaluate(loaded, data, bits=(2, 5, 8)))
+states = loaded.state_dict(), model.state_dict()
+modules = [import_module(f"emqlib.{module.name}").__file__ for module in iter_modules(emq.__path__)]
+print(json.dumps({
+    "versions": [emq.__version__, version("emqlib")], "path": sys.path, "modules": [emq.__file__, *modules],
+    "top1": [table.top1.tolist() for table in tables], "left": [path.name for path in Path().iterdir()],
+    "same": states[0].keys() == states[1].keys() and all(map(torch.equal, *(state.values() for state in states))),
+}))
+"""
+
+
+def run(*arguments: str | Path, cwd: Path, **environment: str) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def held() -> list[str]:
+    """What git holds here, or would with the next commit."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout, which says what belongs to it")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.check_output(command, cwd=ROOT, text=True).split("\0")
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def published(held: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel and the sdist, of a checkout that is in use; the wheel comes first and leaves folders of its own."""
+    checkout, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("published")
+    for name in held:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, checkout / name)
+    for name in ("data/digits.py", "build/demo/run.py", "emqlib/__pycache__/data.pyc", "results/checkpoints/a.npy"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    for hook in ("build_wheel", "build_sdist"):
+        run("-c", BUILD, PYPROJECT["build-system"]["build-backend"], hook, out, cwd=checkout)
+    files = {"wheel": out / f"{NAME}-py3-none-any.whl", "sdist": out / f"{NAME}.tar.gz"}
+    assert set(out.iterdir()) == set(files.values())
+    return files
+
+
+@pytest.fixture(scope="module")
+def installed(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each file, with what pip made of it."""
+    pip = ["-m", "pip", "--isolated", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in published}
+    for kind, file in published.items():
+        run(*pip, "--no-build-isolation", "--no-compile", "--target", folders[kind], file, cwd=file.parent)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def metadata(published: dict[str, Path]) -> Message:
+    with zipfile.ZipFile(published["wheel"]) as wheel:
+        return email.message_from_bytes(wheel.read(f"{NAME}.dist-info/METADATA"))
+
+
+def test_one_version_everywhere() -> None:
+    """`emqlib.__version__`, from which the files published have it; who cites it finds the changelog's date."""
+    released = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", CHANGELOG, re.MULTILINE)
+    cited = dict(re.findall(r"^(version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert released[:2] == [("Unreleased", ""), (emq.__version__, cited["date-released"])]
+    assert cited["version"] == emq.__version__
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    assert set(re.findall(r"emqlib[-=]+(\d[\d.]*\d)", README)) <= {emq.__version__}
+
+
+def test_wheel_holds_the_package_alone(held: list[str], published: dict[str, Path]) -> None:
+    modules = {name for name in held if name.startswith("emqlib/")}
+    about = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
+    with zipfile.ZipFile(published["wheel"]) as wheel:
+        names = wheel.namelist()
+        assert sorted(names) == sorted(modules | {f"{NAME}.dist-info/{name}" for name in about})
+        assert {name: wheel.read(name) for name in modules} == {name: (ROOT / name).read_bytes() for name in modules}
+
+
+def test_sdist_holds_what_it_takes_to_build(held: list[str], published: dict[str, Path]) -> None:
+    package = {name for name in held if name.startswith("emqlib/")}
+    papers = {"CHANGELOG.md", "CITATION.cff", "GUIDE.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    with tarfile.open(published["sdist"]) as sdist:
+        texts = {file.name: sdist.extractfile(file).read() for file in sdist.getmembers() if file.isfile()}
+    ours = {f"{NAME}/{name}": (ROOT / name).read_bytes() for name in package | papers}
+    assert {name: text for name, text in texts.items() if name in ours} == ours
+    made = {name.removeprefix(f"{NAME}/") for name in texts.keys() - ours}
+    assert {name for name in made if not name.startswith("emqlib.egg-info/")} == {"PKG-INFO", "setup.cfg"}
+
+
+def test_metadata(metadata: Message) -> None:
+    one = ["Name", "Version", "Requires-Python", "License-Expression", "License-File", "Project-URL"]
+    paper = "Paper, https://arxiv.org/abs/2510.20673"
+    assert [metadata.get_all(key) for key in one] == [
+        [value] for value in ("emqlib", emq.__version__, ">=3.11", "MIT", "LICENSE", paper)
+    ]
+    assert metadata["Summary"] == PROJECT["description"] and "emqlib" in metadata["Author"]
+    described = metadata.get_payload(decode=True).decode().strip()
+    assert metadata["Description-Content-Type"] == "text/markdown" and described == README.strip()
+
+
+def requirement(text: str, extra: str | None = None) -> tuple[str, frozenset[str], str | None]:
+    """Name, bounds in any order, extra."""
+    name, bounds, marked = re.fullmatch(r'([\w-]+)([^; ]+)(?:; extra == "(\w+)")?', text).groups()
+    return name, frozenset(bounds.split(",")), marked or extra
+
+
+def test_metadata_names_every_dependency_and_extra(metadata: Message) -> None:
+    extras = PROJECT["optional-dependencies"]
+    expected = [requirement(text) for text in PROJECT["dependencies"]]
+    expected += [requirement(text, extra) for extra, group in extras.items() for text in group]
+    found = [requirement(text) for text in metadata.get_all("Requires-Dist")]
+    assert len(found) == len(expected) and set(found) == set(expected)
+    offered = set(metadata.get_all("Provides-Extra"))
+    assert offered == set(extras)
+    named = {extra for group in re.findall(r"(?:emqlib|\.)\[([\w,]+)\]", README) for extra in group.split(",")}
+    assert named and named <= offered
+
+
+def test_the_sdist_makes_the_same_wheel(installed: dict[str, Path]) -> None:
+    """File for file, apart from what pip notes of where each came from."""
+    noted = {"direct_url.json", "RECORD"}
+    wheel, sdist = (
+        {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in noted}
+        for folder in (installed["wheel"], installed["sdist"])
+    )
+    assert "emqlib/train/loop.py" in wheel and wheel == sdist
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_works_where_it_is_installed(kind: str, installed: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    folder = installed[kind]
+    # -S: none of the .pth files by which a checkout is installed; -P: no folder that happens to be the current one.
+    path = os.pathsep.join([str(folder), *site.getsitepackages()])
+    told = json.loads(run("-B", "-P", "-S", "-c", USE, cwd=tmp_path, PYTHONPATH=path))
+    assert told["versions"] == [emq.__version__] * 2
+    assert set(told["modules"]) == {str(file) for file in (folder / "emqlib").glob("*.py")}  # and all can be imported
+    assert str(ROOT) not in told["path"]
+    assert [len(top1) for top1 in told["top1"]] == [3, 3] and min(map(min, told["top1"])) > 50
+    assert told["same"] and told["left"] == ["digits.safetensors"]

@@ -1,0 +1,100 @@
+"""One rank of training runs, for test_ranks: `torchrun --nproc_per_node 2 tests/rank_worker.py FOLDER CASE ...`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import emqlib as emq
+from emqlib.train import data as loading
+from emqlib.train.data import normalize
+from emqlib.train.distributed import current
+
+SCORED = {"score": "el2n", "pruning_rate": 0.5, "scoring_epochs": 2}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # fields of QuantSpec and TrainConfig
+    "bitwise": ({}, {"coreset": emq.CoresetConfig(**SCORED)}),
+    "joint": ({"norm": "switchable"}, {"scheme": "joint", "distillation": True, "clip_grad_norm": 1.0}),
+    "learned": ({"weight": "lsq", "activation": "lsq", "norm": "shared_affine"}, {"batch_size": 31}),
+    "tracked": (
+        {"activation_range": "tracked", "output_correction": True, "norm": "shared_affine"},
+        {"batch_size": 20},
+    ),
+    "features": ({}, {"coreset": emq.CoresetConfig(**SCORED | {"score": "grand", "rescore": True})}),
+}
+
+
+def network(dropout: float = 0.0, **spec: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=4),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        *([nn.Dropout(dropout)] if dropout else []),
+        nn.Linear(8, 10),
+    )
+    return emq.convert(net, emq.QuantSpec(**{"bits": (2, 8)} | spec))
+
+
+def run(
+    case: str, checkpoint: Path | None = None, observe: Any = None, dropout: float = 0.0, budget: float | None = None
+) -> dict[str, Any]:
+    """History, coresets and weights of one training run."""
+    spec, fields = CASES[case]
+    data = emq.load_dataset("digits").subset(120, 60)
+    model = network(
+        dropout, **spec
+    ).double()  # in float32 a rounding error could lift a weight over a quantization step
+    single, loading.normalize = loading.normalize, lambda *x: normalize(*x).double()
+    config = emq.TrainConfig(**{"epochs": 4, "batch_size": 30, "lr": 0.02, "device": "cpu"} | fields)
+    try:
+        history = emq.train(model, data, config, checkpoint, progress=False, observe=observe, budget=budget)
+    finally:
+        loading.normalize = single
+    found = {name: p.flatten().tolist() for name, p in model.state_dict().items() if p.is_floating_point()}
+    return {"loss": history.loss.tolist(), "coresets": history.attrs["coresets"], "state": found}
+
+
+def in_slices(rank: int, checkpoint: Path) -> dict[str, Any]:
+    """Whether a run in calls of one step, by the first rank's budget alone, ends as one that is not disturbed."""
+    whole, stops = run("bitwise", dropout=0.3), 0
+    while True:
+        try:
+            found = run("bitwise", checkpoint, dropout=0.3, budget=1e-9 if rank == 0 else 1e9)
+            return {"same": found == whole, "stops": stops}
+        except emq.OutOfTime:
+            stops += 1
+
+
+def main(folder: Path, *cases: str) -> None:
+    torch.set_num_threads(1)
+    place = current("cpu")
+    checkpoint = folder / "run.pt"
+
+    def kill(_: nn.Module) -> None:
+        if place.rank == 1 and checkpoint.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for case in cases:
+        if case == "killed":
+            run("bitwise", checkpoint, kill)
+        if case == "sliced":
+            found = in_slices(place.rank, folder / "sliced.pt")
+        else:
+            found = run("bitwise", checkpoint) if case == "resumed" else run(case)
+        found |= {"rank": place.rank, "count": place.count}
+        (folder / f"{case}-{place.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,729 @@
+"""Data sets: what is written here in each official format must come back, pixel for pixel, or as a clear error."""
+
+import hashlib
+import os
+import pickle
+import re
+import socket
+import sys
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, cifar
+
+from emqlib import files
+from emqlib.paper.experiments import write_class_folders
+from emqlib.train.data import Dataset, Split, augment, load_dataset, normalize
+
+REAL = Path(os.environ.get("EMQ_DATA") or "no data")
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No network, and nothing found or cached outside of the test's own folder."""
+
+    def no_network(*args, **kwargs):
+        raise URLError("no network in tests")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.delenv("EMQ_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "CHECKOUT", tmp_path)  # no pyproject.toml there: data/ is the working directory's
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths of all image files opened so far."""
+    paths, original = [], Image.open
+
+    def counting(path, *args, **kwargs):
+        paths.append(Path(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", counting)
+    return paths
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, array: np.ndarray, mode: str | None = None, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def write_folders(root: Path, classes=("a", "b"), per_class=3, size=(8, 8), held_out="test", seed=0, suffix=".png"):
+    """Class folders of random images; returns {split: (N, H, W, 3) in order of class and number}."""
+    written = {}
+    for split, count in (("train", per_class), (held_out, 1)):
+        images = pixels(len(classes) * count, *size, 3, seed=seed + (split == "train"))
+        for i, image in enumerate(images):
+            save(root / split / classes[i // count] / f"{i % count:04}{suffix}", image, lossless=True)
+        written[split] = images
+    return written
+
+
+def write_batch(path: Path, images: np.ndarray, **labels) -> list[str]:
+    """One official pickle: rows of 3,072 channel-first bytes; returns the entry of torchvision's list."""
+    content = pickle.dumps({"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), **labels})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return [path.name, hashlib.md5(content).hexdigest()]
+
+
+def write_meta(path: Path, key: str, names: list[str]) -> dict[str, str]:
+    path.write_bytes(content := pickle.dumps({key: names}))
+    return {"filename": path.name, "key": key, "md5": hashlib.md5(content).hexdigest()}
+
+
+def write_cifar10(root: Path, monkeypatch, seed=0) -> dict[str, tuple[np.ndarray, list[int]]]:
+    folder = root / "cifar-10-batches-py"
+    train, test = (
+        (pixels(50, 32, 32, 3, seed=seed), [7 * i % 10 for i in range(50)]),
+        pixels(10, 32, 32, 3, seed=seed + 1),
+    )
+    parts = [slice(10 * i, 10 * i + 10) for i in range(5)]
+    entries = [
+        write_batch(folder / f"data_batch_{i}", train[0][part], labels=train[1][part])
+        for i, part in enumerate(parts, 1)
+    ]
+    monkeypatch.setattr(CIFAR10, "train_list", entries)
+    monkeypatch.setattr(CIFAR10, "test_list", [write_batch(folder / "test_batch", test, labels=list(range(10)))])
+    monkeypatch.setattr(CIFAR10, "meta", write_meta(folder / "batches.meta", "label_names", NAMES))
+    return {"train": train, "test": (test, list(range(10)))}
+
+
+def write_tiny_imagenet(root: Path, classes=200) -> tuple[Path, list[str]]:
+    folder, wnids = root / "tiny-imagenet-200", [f"n{9 * i:08}" for i in range(classes)]
+    for i, wnid in enumerate(wnids):
+        image = np.full((8, 8), i, np.uint8) if i % 7 == 0 else np.full((8, 8, 3), i, np.uint8)  # some are grayscale
+        save(folder / "train" / wnid / "images" / f"{wnid}_0.JPEG", image, quality=100)
+    rows = []
+    for i in range(5):
+        save(folder / "val" / "images" / f"val_{i}.JPEG", np.full((8, 8, 3), 10 * i, np.uint8), quality=100)
+        rows.append(f"val_{i}.JPEG\t{wnids[-1 - i]}\t0\t32\t44\t62\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
+    save(folder / "test" / "images" / "test_0.JPEG", pixels(8, 8, 3))  # has no label: must not be read
+    return folder, wnids
+
+
+def made_up(batch: int = 6, height: int = 8, width: int = 8, flip: bool = True, crop_padding: int = 2) -> Dataset:
+    split = Split(torch.from_numpy(pixels(batch, 3, height, width)), torch.arange(batch) % 3)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    return Dataset("made up", split, split, ("a", "b", "c"), mean, std, flip, crop_padding, "")
+
+
+def as_tensor(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+# Names, places and their order
+
+
+def test_unknown_names_list_what_exists():
+    for name in ("mnist", "CIFAR10", "", "imagefolder", "imagefolder:", "cifar10:", "cifar10:x", None, 3, ["digits"]):
+        with pytest.raises(ValueError, match="cifar10, cifar100, digits, imagefolder:PATH, imagenet, tinyimagenet"):
+            load_dataset(name)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "32"])
+def test_image_size_is_checked_first(size):
+    with pytest.raises(ValueError, match="image_size="):
+        load_dataset("imagefolder:nowhere", image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("cifar10", ["cifar-10-batches-py", "cifar10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"]),
+        ("cifar100", ["cifar-100-python", "cifar100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"]),
+        ("tinyimagenet", ["tiny-imagenet-200", "tinyimagenet", "tiny-imagenet-200.zip", "val/val_annotations.txt"]),
+    ],
+)
+def test_missing_data_names_every_place_and_the_way_to_get_it(name, places, tmp_path):
+    timeout = socket.getdefaulttimeout()
+    with pytest.raises(FileNotFoundError, match="EMQ_DATA") as error:
+        load_dataset(name, tmp_path / "empty")
+    for place in places:
+        assert (place if "/" in place or "." in place else str(tmp_path / "empty" / place)) in str(error.value)
+    assert socket.getdefaulttimeout() == timeout
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_missing_imagefolder_names_its_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train/<class>") as error:
+        load_dataset(f"imagefolder:{tmp_path / 'nothing'}")
+    assert str(tmp_path / "nothing" / "train") in str(error.value)
+
+
+def test_root_comes_before_environment_before_data_folder(tmp_path, monkeypatch):
+    written = {
+        place: write_folders(tmp_path / place / "cifar10", NAMES, 1, seed=10 * i)["train"]
+        for i, place in enumerate(("root", "env", "data"))
+    }
+    assert torch.equal(load_dataset("cifar10").train.images, as_tensor(written["data"]))
+    monkeypatch.setenv("EMQ_DATA", str(tmp_path / "env"))
+    assert torch.equal(load_dataset("cifar10").train.images, as_tensor(written["env"]))
+    assert torch.equal(load_dataset("cifar10", tmp_path / "root").train.images, as_tensor(written["root"]))
+    assert torch.equal(load_dataset("cifar10", "root").train.images, as_tensor(written["root"]))
+
+
+# Official files
+
+
+def test_cifar10_official_files(tmp_path, monkeypatch):
+    written = write_cifar10(tmp_path, monkeypatch)
+    data = load_dataset("cifar10", tmp_path)
+    assert data.classes == tuple(NAMES) and data.num_classes == 10 and data.name == "cifar10"
+    for split, (images, labels) in ((data.train, written["train"]), (data.test, written["test"])):
+        assert split.images.dtype == torch.uint8 and split.labels.dtype == torch.int64 and len(split) == len(labels)
+        assert torch.equal(split.images, as_tensor(images)) and split.images.is_contiguous()
+        assert split.labels.tolist() == labels
+    assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    assert data.flip and data.crop_padding == 4
+
+
+def test_cifar100_official_files(tmp_path, monkeypatch):
+    folder, names = tmp_path / "cifar-100-python", [f"class{i:02}" for i in range(100)]
+    images = pixels(6, 32, 32, 3)
+    fine, coarse = [3, 99, 0, 50, 7, 7], [0, 1, 0, 1, 0, 1]
+    train = write_batch(folder / "train", images, fine_labels=fine, coarse_labels=coarse)
+    test = write_batch(folder / "test", images[:2], fine_labels=fine[:2], coarse_labels=coarse[:2])
+    monkeypatch.setattr(CIFAR100, "train_list", [train])
+    monkeypatch.setattr(CIFAR100, "test_list", [test])
+    monkeypatch.setattr(CIFAR100, "meta", write_meta(folder / "meta", "fine_label_names", names))
+    data = load_dataset("cifar100", tmp_path)
+    assert data.train.labels.tolist() == fine and data.test.labels.tolist() == fine[:2]
+    assert torch.equal(data.train.images, as_tensor(images)) and data.classes == tuple(names)
+    assert data.mean == (0.5071, 0.4865, 0.4409)
+
+
+def test_official_files_and_class_folders_give_the_same_images_and_labels(tmp_path, monkeypatch):
+    written = write_cifar10(tmp_path / "official", monkeypatch)
+    for split, (images, labels) in written.items():
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            save(tmp_path / "folders" / "cifar10" / split / NAMES[label] / f"{i:04}.png", image)
+    official, folders = (load_dataset("cifar10", tmp_path / place) for place in ("official", "folders"))
+    assert official.classes == folders.classes
+    for a, b in ((official.train, folders.train), (official.test, folders.test)):
+        for label in range(10):
+            assert torch.equal(a.images[a.labels == label], b.images[b.labels == label])
+
+
+def test_official_files_come_before_class_folders(tmp_path, monkeypatch):
+    folders = write_folders(tmp_path / "cifar10", NAMES, 1, seed=20)["train"]
+    assert torch.equal(load_dataset("cifar10", tmp_path).train.images, as_tensor(folders))
+    official = write_cifar10(tmp_path, monkeypatch)["train"][0]
+    assert torch.equal(load_dataset("cifar10", tmp_path).train.images, as_tensor(official))
+
+
+def test_damaged_official_files_never_count_as_the_data(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-100])
+    with pytest.raises(FileNotFoundError, match="incomplete or damaged"):
+        load_dataset("cifar10", tmp_path)
+    folders = write_folders(tmp_path / "cifar10", NAMES, 1)["train"]
+    assert torch.equal(load_dataset("cifar10", tmp_path).train.images, as_tensor(folders))
+
+
+def test_download_is_the_last_resort(tmp_path, monkeypatch):
+    written = write_cifar10(tmp_path / "server", monkeypatch)
+    timeouts = []
+
+    def download(url, root, filename, md5):
+        timeouts.append(socket.getdefaulttimeout())
+        Path(root).mkdir()
+        os.replace(tmp_path / "server" / "cifar-10-batches-py", Path(root) / "cifar-10-batches-py")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", download)
+    for _ in range(2):
+        data = load_dataset("cifar10", tmp_path / "root")
+        assert torch.equal(data.train.images, as_tensor(written["train"][0]))
+    assert len(timeouts) == 1 and 0 < timeouts[0] <= 30
+    assert socket.getdefaulttimeout() is None
+
+
+def test_tinyimagenet_official_layout(tmp_path):
+    _, wnids = write_tiny_imagenet(tmp_path)
+    data = load_dataset("tinyimagenet", tmp_path)
+    assert data.classes == tuple(wnids) and (len(data.train), len(data.test)) == (200, 5)
+    assert data.train.labels.tolist() == list(range(200)) and data.test.labels.tolist() == [199, 198, 197, 196, 195]
+    assert data.train.images[:, :, 4, 4].tolist() == [[i] * 3 for i in range(200)]
+    assert data.test.images[:, 0, 4, 4].tolist() == [0, 10, 20, 30, 40]
+
+
+def test_tinyimagenet_as_class_folders_with_val(tmp_path):
+    wnids = [f"n{i:08}" for i in range(200)]
+    written = write_folders(tmp_path / "tinyimagenet", wnids, 1, held_out="val")
+    data = load_dataset("tinyimagenet", tmp_path)
+    assert torch.equal(data.test.images, as_tensor(written["val"])) and data.classes == tuple(wnids)
+
+
+def test_tinyimagenet_without_annotations_is_not_the_data(tmp_path):
+    folder, _ = write_tiny_imagenet(tmp_path)
+    (folder / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val_annotations\.txt: no such file"):
+        load_dataset("tinyimagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("../../../secret.png\tn00000001", "secret"),
+        ("..\tn00000001", ".."),
+        ("/etc/passwd\tn00000001", "passwd"),
+        ("a\0b.JPEG\tn00000001", "b.JPEG"),
+        ("\tn00000001", "n00000001"),
+        ("missing.JPEG\tn00000001\t0\t0", "missing"),
+        ("val_0.JPEG\tn00000001", "val_0.JPEG"),  # twice
+        ("other.JPEG", "other"),
+        ("other.JPEG\t ", "other"),
+        ("\xff\xfe garbage", "garbage"),
+    ],
+)
+def test_annotations_name_each_image_of_their_folder_once_and_nothing_else(line, found, tmp_path):
+    folder, _ = write_tiny_imagenet(tmp_path)
+    (tmp_path / "secret.png").write_bytes((folder / "val" / "images" / "val_0.JPEG").read_bytes())
+    (folder / "val" / "images" / "other.JPEG").write_bytes(b"")
+    table = folder / "val" / "val_annotations.txt"
+    table.write_bytes(table.read_bytes() + line.encode("latin-1"))
+    message = (
+        rf"val_annotations\.txt, line 6: .*{re.escape(found)}.*: expected an image that lies in .*images, once, then"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_dataset("tinyimagenet", tmp_path)
+
+
+def test_annotations_cut_short_are_no_smaller_test_set(tmp_path):
+    folder, _ = write_tiny_imagenet(tmp_path)
+    table = folder / "val" / "val_annotations.txt"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:3]))
+    with pytest.raises(ValueError, match=r"expected a line for each image of .*images, found none for val_3\.JPEG$"):
+        load_dataset("tinyimagenet", tmp_path)
+
+
+def test_a_named_data_set_has_its_number_of_classes(tmp_path):
+    write_tiny_imagenet(tmp_path, classes=6)
+    with pytest.raises(ValueError, match=r"tiny-imagenet-200.*expected 200 classes, found 6"):
+        load_dataset("tinyimagenet", tmp_path)
+    write_folders(tmp_path / "cifar10", NAMES[:9])
+    with pytest.raises(ValueError, match=r"cifar10.*expected 10 classes, found 9"):
+        load_dataset("cifar10", tmp_path)
+
+
+# Class folders
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".PNG"])
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_class_folders_of_lossless_files(tmp_path, suffix, held_out):
+    written = write_folders(tmp_path, ("cat", "ant"), size=(6, 9), held_out=held_out, suffix=suffix)
+    data = load_dataset(f"imagefolder:{tmp_path}")
+    order = [3, 4, 5, 0, 1, 2]  # sorted by class
+    assert data.classes == ("ant", "cat") and data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(data.train.images, as_tensor(written["train"][order])) and data.train.images.is_contiguous()
+    assert torch.equal(data.test.images, as_tensor(written[held_out][[1, 0]]))
+    assert data.name == f"imagefolder:{tmp_path}" and data.train.images.dtype == torch.uint8
+
+
+def test_test_comes_before_val(tmp_path):
+    write_folders(tmp_path, held_out="val", seed=3)
+    written = write_folders(tmp_path, held_out="test", seed=5)
+    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").test.images, as_tensor(written["test"]))
+
+
+def test_every_image_mode_becomes_rgb(tmp_path):
+    gray, rgb, flags = pixels(8, 8), pixels(8, 8, 3, seed=1), pixels(8, 8, seed=2) > 127
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    palette = Image.fromarray(rgb).quantize(16)
+    palette.save(folder / "0.png", transparency=bytes([0] * 8 + [255] * 8))
+    save(folder / "1.png", gray)
+    save(folder / "2.png", gray.astype(np.uint16) * 257)  # 16 bits
+    save(folder / "3.png", np.dstack([rgb, gray]))  # RGBA
+    save(folder / "4.png", np.dstack([gray, gray.T]))  # gray with alpha
+    Image.fromarray(flags).save(folder / "5.png")
+    save(folder / "6.jpg", np.full((8, 8), 90, np.uint8), mode="CMYK", quality=100)
+    save(tmp_path / "test" / "a" / "0.png", rgb)
+    images = load_dataset(f"imagefolder:{tmp_path}").train.images.permute(0, 2, 3, 1).numpy()
+    three = np.dstack([gray] * 3)
+    expected = [np.asarray(palette.convert("RGB")), three, three, rgb, three, np.dstack([flags * 255] * 3)]
+    assert [np.array_equal(a, b) for a, b in zip(images[:6], expected, strict=True)] == [True] * 6
+    assert abs(images[6].astype(int) - 90).max() <= 2
+
+
+def test_what_is_no_image_is_left_out(tmp_path):
+    write_folders(tmp_path)
+    for junk in ("train/a/notes.txt", "train/a/.hidden.png", "train/README.md", "train/.cache/x.png", "labels.csv"):
+        (tmp_path / junk).parent.mkdir(exist_ok=True)
+        (tmp_path / junk).write_text("not an image")
+    data = load_dataset(f"imagefolder:{tmp_path}")
+    assert len(data.train) == 6 and data.classes == ("a", "b")
+
+
+def test_images_of_different_size_name_both_files_and_the_remedy(tmp_path):
+    write_folders(tmp_path)
+    odd = save(tmp_path / "train" / "b" / "0001.png", pixels(8, 12, 3))
+    with pytest.raises(ValueError, match="image_size=") as error:
+        load_dataset(f"imagefolder:{tmp_path}")
+    message = str(error.value)
+    assert str(odd) in message and "(8, 12)" in message
+    assert str(tmp_path / "train" / "a" / "0000.png") in message and "(8, 8)" in message
+    assert load_dataset(f"imagefolder:{tmp_path}", image_size=6).train.images.shape == (6, 3, 6, 6)
+
+
+def test_image_size_scales_the_shorter_side_and_cuts_out_the_centre(tmp_path):
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    save(tmp_path / "train" / "a" / "wide.png", wide)
+    save(tmp_path / "test" / "a" / "tall.png", wide.transpose(1, 0, 2))
+    data = load_dataset(f"imagefolder:{tmp_path}", image_size=8)
+    assert data.train.images.shape == data.test.images.shape == (1, 3, 8, 8)
+    assert data.train.images.unique().tolist() == data.test.images.unique().tolist() == [200]
+    half = load_dataset(f"imagefolder:{tmp_path}", image_size=4).train.images
+    assert half[..., 1:3].unique().tolist() == [200]  # at the edges, antialiasing takes in the neighbours
+    assert load_dataset(f"imagefolder:{tmp_path}", image_size=16).train.images.shape == (1, 3, 16, 16)
+
+
+def test_image_size_of_official_files(tmp_path, monkeypatch):
+    images = write_cifar10(tmp_path, monkeypatch)["train"][0]
+    data = load_dataset("cifar10", tmp_path, image_size=16)
+    expected = as_tensor(images).double().view(50, 3, 16, 2, 16, 2).mean((3, 5))
+    assert data.train.images.shape == (50, 3, 16, 16) and data.test.images.shape == (10, 3, 16, 16)
+    # antialiased bilinear weights are 1/8 3/8 3/8 1/8, so noise does not average as it would in 2 x 2 boxes
+    assert np.corrcoef(data.train.images.flatten(), expected.flatten())[0, 1] > 0.85
+    assert torch.equal(load_dataset("cifar10", tmp_path, image_size=32).train.images, as_tensor(images))
+
+
+@pytest.mark.parametrize("keep", [0, 30, -200])
+def test_a_damaged_image_is_named(tmp_path, keep):
+    write_folders(tmp_path, size=(16, 16))
+    damaged = tmp_path / "train" / "b" / "0002.png"
+    damaged.write_bytes(damaged.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"0002\.png: not a readable image"):
+        load_dataset(f"imagefolder:{tmp_path}")
+
+
+def test_missing_and_unexpected_classes_are_named(tmp_path):
+    write_folders(tmp_path / "empty class")
+    (tmp_path / "empty class" / "train" / "c").mkdir()
+    with pytest.raises(ValueError, match=r"train/c: expected images of this class"):
+        load_dataset(f"imagefolder:{tmp_path / 'empty class'}")
+    (tmp_path / "no class" / "train").mkdir(parents=True)
+    (tmp_path / "no class" / "test").mkdir()
+    with pytest.raises(ValueError, match=r"no class/train: expected one folder for each class"):
+        load_dataset(f"imagefolder:{tmp_path / 'no class'}")
+    write_folders(tmp_path / "unknown class")
+    save(tmp_path / "unknown class" / "test" / "z" / "0.png", pixels(8, 8, 3))
+    with pytest.raises(ValueError, match=r"test/z/0\.png.*'z' has no images for training"):
+        load_dataset(f"imagefolder:{tmp_path / 'unknown class'}")
+    (tmp_path / "no test" / "train" / "a").mkdir(parents=True)
+    save(tmp_path / "no test" / "train" / "a" / "0.png", pixels(8, 8, 3))
+    with pytest.raises(FileNotFoundError, match=r"no test/test: no such folder"):
+        load_dataset(f"imagefolder:{tmp_path / 'no test'}")
+
+
+def test_statistics_of_an_imagefolder_are_those_of_its_training_images(tmp_path):
+    images = write_folders(tmp_path)["train"] / 255.0
+    data = load_dataset(f"imagefolder:{tmp_path}")
+    assert data.mean == pytest.approx(images.mean((0, 1, 2)), abs=1e-12)
+    assert data.std == pytest.approx(images.std((0, 1, 2)), abs=1e-12)
+    assert abs(normalize(data.train.images, data).mean((0, 2, 3))).max() < 1e-5
+
+
+def test_constant_images_can_be_normalised(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "a" / "0.png", np.full((4, 4, 3), 51, np.uint8))
+    data = load_dataset(f"imagefolder:{tmp_path}")
+    assert data.mean == pytest.approx([0.2] * 3) and data.std == (1, 1, 1)
+    assert abs(normalize(data.train.images, data)).max() < 1e-6
+
+
+# The cache of decoded images
+
+
+def test_files_are_decoded_once(tmp_path, decoded):
+    write_folders(tmp_path / "data")
+    first = load_dataset("imagefolder:data")
+    assert len({*decoded}) == 8
+    decoded.clear()
+    second = load_dataset(f"imagefolder:{tmp_path / 'data'}")
+    assert not decoded and second.sha256 == first.sha256
+    assert torch.equal(first.train.images, second.train.images)
+    assert load_dataset("imagefolder:data", image_size=4).train.images.shape[-1] == 4
+    assert decoded
+
+
+def test_a_changed_added_or_removed_file_makes_the_cache_anew(tmp_path):
+    write_folders(tmp_path)
+    load_dataset(f"imagefolder:{tmp_path}")
+    image = np.full((8, 8, 3), 7, np.uint8)
+    changed = save(tmp_path / "train" / "a" / "0001.png", image)
+    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images[1], as_tensor(image[None])[0])
+    save(tmp_path / "train" / "b" / "9999.png", image)
+    assert len(load_dataset(f"imagefolder:{tmp_path}").train) == 7
+    changed.unlink()
+    assert len(load_dataset(f"imagefolder:{tmp_path}").train) == 6
+
+
+def test_a_file_of_the_same_length_but_a_later_time_makes_the_cache_anew(tmp_path):
+    write_folders(tmp_path, suffix=".bmp")
+    load_dataset(f"imagefolder:{tmp_path}")
+    image, path = pixels(8, 8, 3, seed=9), tmp_path / "train" / "a" / "0000.bmp"
+    before = path.stat()
+    save(path, image)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    assert path.stat().st_size == before.st_size
+    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images[0], as_tensor(image[None])[0])
+
+
+def test_two_folders_of_equal_names_lengths_and_times_are_not_mixed_up(tmp_path):
+    written = {}
+    for seed, name in enumerate(("one", "two")):
+        written[name] = write_folders(tmp_path / name, suffix=".bmp", seed=10 * seed)["train"]
+        (tmp_path / name / ".emqlib").write_text("")  # so that both use the user's cache
+        for path in (tmp_path / name).rglob("*.bmp"):
+            os.utime(path, ns=(0, 0))
+    for name, images in written.items():
+        assert torch.equal(load_dataset(f"imagefolder:{name}").train.images, as_tensor(images))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_damaged_cache_is_made_anew(tmp_path, decoded, keep):
+    written = write_folders(tmp_path)
+    load_dataset(f"imagefolder:{tmp_path}")
+    (cache,) = (tmp_path / ".emqlib").iterdir()
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:keep])
+    decoded.clear()
+    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
+    assert decoded and cache.read_bytes() == whole
+
+
+@pytest.mark.parametrize("other", [pixels(7, 3, 8, 8), pixels(8, 3, 8), np.ones((8, 3, 8, 8), np.float32)])
+def test_a_cache_of_something_else_is_made_anew(tmp_path, other):
+    written = write_folders(tmp_path)
+    load_dataset(f"imagefolder:{tmp_path}")
+    (cache,) = (tmp_path / ".emqlib").iterdir()
+    with cache.open("wb") as file:
+        np.save(file, other)
+    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
+
+
+def test_a_pickle_in_the_cache_is_never_run(tmp_path):
+    written = write_folders(tmp_path)
+    load_dataset(f"imagefolder:{tmp_path}")
+    (cache,) = (tmp_path / ".emqlib").iterdir()
+    with cache.open("wb") as file:
+        np.save(file, np.array([{"an": "object"}]), allow_pickle=True)
+    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
+
+
+def test_data_that_cannot_be_written_to_is_cached_for_the_user(tmp_path, decoded):
+    write_folders(tmp_path / "data")
+    (tmp_path / "data" / ".emqlib").write_text("a file where the cache would be")  # holds for root too
+    load_dataset("imagefolder:data")
+    assert any((tmp_path / "user-cache" / "emqlib").rglob("*.safetensors"))
+    decoded.clear()
+    load_dataset("imagefolder:data")
+    assert not decoded
+
+
+def test_nowhere_to_cache_is_no_error(tmp_path, decoded):
+    written = write_folders(tmp_path / "data")
+    (tmp_path / "data" / ".emqlib").write_text("")
+    (tmp_path / "user-cache").write_text("")
+    for _ in range(2):
+        decoded.clear()
+        assert torch.equal(load_dataset("imagefolder:data").train.images, as_tensor(written["train"]))
+        assert decoded
+
+
+# Digits
+
+
+def test_digits_are_whole_balanced_and_split_without_overlap():
+    pytest.importorskip("sklearn")
+    data = load_dataset("digits")
+    both = torch.cat([data.train.images, data.test.images])
+    assert both.shape == (1797, 3, 32, 32) and both.dtype == torch.uint8 and data.train.labels.dtype == torch.int64
+    assert torch.equal(both[:, 0], both[:, 1]) and torch.equal(both[:, 0], both[:, 2])
+    assert (both.min(), both.max()) == (0, 255)
+    train, test = ({image.numpy().tobytes() for image in split.images} for split in (data.train, data.test))
+    assert not train & test and len(train) + len(test) == 1797
+    for split, low, high in ((data.train, 139, 147), (data.test, 34, 36)):
+        assert all(low <= count <= high for count in split.labels.bincount(minlength=10))
+    assert data.classes == tuple("0123456789") and not data.flip and data.crop_padding == 2
+    assert data.sha256 == load_dataset("digits").sha256
+
+
+def test_digits_are_those_of_scikit_learn():
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    data = load_dataset("digits", image_size=8)  # the original size: nothing is interpolated
+    exact = (digits.images * 255 / 16).round().astype(np.uint8)
+    theirs = {(image.tobytes(), int(label)) for image, label in zip(exact, digits.target, strict=True)}
+    for split in (data.train, data.test):
+        assert {(i[0].numpy().tobytes(), int(n)) for i, n in zip(split.images, split.labels, strict=True)} <= theirs
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "emqlib\[notebook\]"'):
+        load_dataset("digits")
+
+
+# What a Dataset can do
+
+
+def test_subset_takes_the_first_of_each_class_in_the_original_order():
+    labels = torch.tensor([2, 2, 2, 0, 1, 0, 2, 1, 0, 1])
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 2, 2)
+    data = replace(made_up(), train=Split(images, labels), test=Split(images, labels), sha256="all")
+    small = data.subset(6, 4)
+    assert small.train.images[:, 0, 0, 0].tolist() == [0, 1, 3, 4, 5, 7]
+    assert small.train.labels.tolist() == [2, 2, 0, 1, 0, 1]
+    assert small.test.images[:, 0, 0, 0].tolist() == [0, 3, 4, 5]
+    assert small.sha256 == data.subset(6, 4).sha256 != data.subset(6, 5).sha256
+    assert (small.mean, small.classes, small.name) == (data.mean, data.classes, data.name)
+    assert torch.equal(data.subset(10, 10).train.images, images)
+
+
+def test_subset_fills_up_where_a_class_is_short():
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    split = Split(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), labels)
+    assert replace(made_up(), train=split, test=split).subset(4, 1).train.labels.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "name"), [(0, 1, "train"), (7, 1, "train"), (2, 99, "test"), (2, 0.5, "test")]
+)
+def test_subset_checks_its_sizes(train, test, name):
+    with pytest.raises(ValueError, match=rf"^{name}=.*an integer in \[1, 6\]"):
+        made_up().subset(train, test)
+
+
+def test_checksum_names_pixels_and_labels(tmp_path):
+    write_folders(tmp_path / "one", seed=1)
+    write_folders(tmp_path / "same", seed=1)
+    write_folders(tmp_path / "other", seed=2)
+    one, same, other = (load_dataset(f"imagefolder:{tmp_path / name}") for name in ("one", "same", "other"))
+    assert one.sha256 == same.sha256 != other.sha256 and len(one.sha256) == 64
+    (tmp_path / "same" / "train" / "a" / "0002.png").rename(tmp_path / "same" / "train" / "b" / "-.png")
+    relabelled = load_dataset(f"imagefolder:{tmp_path / 'same'}")
+    assert torch.equal(relabelled.train.images, one.train.images) and relabelled.sha256 != one.sha256
+
+
+def test_to_moves_every_tensor_and_nothing_else():
+    data = made_up()
+    moved = data.to("meta")
+    for split in (moved.train, moved.test):
+        assert split.images.device.type == split.labels.device.type == "meta"
+    assert (moved.sha256, moved.classes, len(moved.train)) == (data.sha256, data.classes, 6)
+    assert data.train.images.device.type == "cpu"
+
+
+# Normalisation and augmentation
+
+
+def test_normalize_is_the_formula():
+    data = made_up(batch=4, height=5, width=7)
+    ours = normalize(data.train.images, data)
+    exact = (data.train.images.numpy() / 255.0 - np.reshape(data.mean, (3, 1, 1))) / np.reshape(data.std, (3, 1, 1))
+    assert ours.dtype == torch.float32 and ours.shape == (4, 3, 5, 7)
+    assert np.abs(ours.numpy() - exact).max() < 2e-6
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 9)])
+def test_augment_is_a_flip_and_a_crop_of_the_padded_image(flip, padding, height, width):
+    data = made_up(40, height, width, flip, padding)
+    ours = augment(data.train.images, data, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)  # makes the same draws
+    mirrored = torch.rand(40, generator=generator) < 0.5 if flip else torch.zeros(40, dtype=torch.bool)
+    tops, lefts = torch.randint(2 * padding + 1, (2, 40), generator=generator) if padding else torch.zeros(2, 40).int()
+    for i, image in enumerate(data.train.images.numpy()):
+        image = image[:, :, ::-1] if mirrored[i] else image
+        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
+        expected = padded[:, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width]
+        assert np.array_equal(ours[i], expected)
+    assert ours.dtype == torch.uint8 and ours.shape == data.train.images.shape
+
+
+def test_augment_uses_flips_and_all_offsets_about_equally():
+    data = made_up(crop_padding=1)
+    image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
+    kinds, counts = augment(image.repeat(3600, 1, 1, 1), data, torch.Generator().manual_seed(0)).unique(
+        dim=0, return_counts=True
+    )
+    assert len(kinds) == 2 * 9  # flips x offsets
+    assert counts.min() > 130 and counts.max() < 270  # 200 each, +- 5 standard deviations
+
+
+def test_augment_draws_from_its_generator_only():
+    data, state = made_up(64), torch.get_rng_state()
+    images = data.train.images.clone()
+    one, same, other = (augment(images, data, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(images, data.train.images)  # never in place
+    generator = torch.Generator().manual_seed(1)
+    assert not torch.equal(augment(images, data, generator), augment(images, data, generator))
+
+
+def test_augment_without_flip_and_padding_changes_nothing():
+    data = made_up(flip=False, crop_padding=0)
+    assert torch.equal(augment(data.train.images, data, torch.Generator()), data.train.images)
+
+
+# Real files, where the machine has them
+
+
+@pytest.mark.skipif(not (REAL / "cifar10").is_dir(), reason="EMQ_DATA has no cifar10")
+def test_real_cifar10():
+    data = load_dataset("cifar10", REAL)
+    assert data.classes == tuple(NAMES) and data.train.images.shape == (50000, 3, 32, 32)
+    assert data.train.labels.bincount().tolist() == [5000] * 10 and data.test.labels.bincount().tolist() == [1000] * 10
+    mean = [channel.double().mean().item() / 255 for channel in data.train.images.unbind(1)]
+    assert mean == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-4)
+    assert mean == pytest.approx(data.mean, abs=1e-3)
+
+
+def test_class_folders_written_and_read_again_are_the_same_data(tmp_path):
+    data = load_dataset("digits").subset(30, 20)
+    folder = tmp_path / "a" / "digits"
+    write_class_folders(data, folder)
+    again = load_dataset(f"imagefolder:{folder}")
+    assert again.sha256 != data.sha256 and again.classes == data.classes  # class by class now
+    for ours, theirs in ((again.train, data.train), (again.test, data.test)):
+        order = theirs.labels.argsort(stable=True)
+        assert torch.equal(ours.labels, theirs.labels[order]) and torch.equal(ours.images, theirs.images[order])
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    write_class_folders(data, folder)
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} and len(times) == 50
+    assert [path.name for path in folder.parent.iterdir()] == ["digits"]
+
+
+def test_the_first_of_two_that_write_class_folders_wins(tmp_path, monkeypatch):
+    data, folder = load_dataset("digits").subset(10, 10), tmp_path / "digits"
+    rename = Path.rename
+
+    def late(path, target):
+        (folder / "theirs").mkdir(parents=True)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    write_class_folders(data, folder)
+    assert [path.name for path in folder.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [folder]

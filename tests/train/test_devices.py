@@ -1,0 +1,139 @@
+"""Devices, autocast types and memory formats."""
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from emqlib import models
+from emqlib.train import distributed as devices
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_cuda_where_there_is_one() -> None:
+    assert devices.device_named("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert devices.has_cuda() == torch.cuda.is_available()
+    assert devices.device_named("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["meta", "gpu", "cuda:99", 0, None, ""])
+def test_an_unknown_device_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match=r"^device=.*expected one of .*auto.*cpu"):
+        devices.device_named(name)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("none", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_autocast_chooses_the_type_of_products(name: str, dtype: torch.dtype) -> None:
+    with devices.autocast(name, CPU):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("convolution", "expected"),
+    [
+        (nn.Conv2d(16, 32, 1, stride=2), torch.channels_last),
+        (nn.Conv2d(8, 16, 1, stride=1), torch.channels_last),
+        (nn.Conv2d(3, 16, 3, stride=2), torch.channels_last),
+        (nn.Conv2d(8, 16, 1, stride=2), torch.contiguous_format),
+    ],
+)
+def test_channels_last_only_where_it_is_safe(convolution: nn.Conv2d, expected: torch.memory_format) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), convolution)
+    assert devices.memory_format(net, True, CPU) == expected
+    assert devices.memory_format(net, True, torch.device("cuda")) == torch.channels_last
+    assert devices.memory_format(net, False, CPU) == torch.contiguous_format
+
+
+def test_the_chosen_format_survives_the_convolution_that_crashes_in_the_other() -> None:
+    """In a process of its own, since the crash takes the process along: 8 channels, an odd batch, two threads."""
+    script = """
+import torch
+from emqlib.train import distributed as devices
+torch.set_num_threads(2)
+conv = torch.nn.Conv2d(8, 16, 1, stride=2, bias=False)
+form = devices.memory_format(torch.nn.Sequential(conv), True, torch.device("cpu"))
+conv.to(memory_format=form)
+x = torch.randn(63, 8, 32, 32).contiguous(memory_format=form)
+conv(x).square().sum().backward()
+y = torch.einsum("oi,nihw->nohw", conv.weight.detach()[:, :, 0, 0].double(), x[:, :, ::2, ::2].double())
+expected = torch.einsum("nohw,nihw->oi", 2 * y, x[:, :, ::2, ::2].double())
+assert torch.allclose(conv.weight.grad[:, :, 0, 0].double(), expected, rtol=1e-3)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_builder_has_a_format() -> None:
+    formats = {name: devices.memory_format(build(), True, CPU) for name, build in models.MODELS.items()}
+    assert set(formats.values()) == {torch.channels_last}
+    assert devices.memory_format(models.resnet8(width=8), True, CPU) == torch.contiguous_format
+
+
+def test_noise_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device its own generator too, if its state is among those kept."""
+    own = {"cuda": torch.arange(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: own[device.type])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: own.update({device.type: state}))
+    with torch.random.fork_rng(devices=[]):
+        on_cpu, on_cuda = devices.noise(CPU), devices.noise(torch.device("cuda"))
+        drawn, own["cuda"] = torch.rand(3), torch.arange(5)
+        for kept, device, expected in ((on_cuda, "cpu", 5), (on_cpu, "cuda", 5), (on_cuda, "cuda", 3)):
+            devices.set_noise(torch.device(device), kept)
+            assert torch.equal(torch.rand(3), drawn) and len(own["cuda"]) == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("could not create a memory object"),
+        MemoryError("Unable to allocate 9 GiB for an array"),
+    ],
+)
+def test_too_little_memory_names_what_to_try_and_lets_go_of_what_was_computed(error: Exception) -> None:
+    def work() -> None:
+        held = torch.ones(3)
+        kept.append(weakref.ref(held))
+        raise error
+
+    kept: list[weakref.ref] = []
+    with pytest.raises(MemoryError) as caught, devices.enough_memory("batch_size", 128, "batch_size=64"):
+        work()
+    told = str(error).splitlines()[0]
+    assert str(caught.value) == f"batch_size=128: out of memory ({told}); try batch_size=64"
+    gc.collect()
+    assert kept[0]() is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("bad_alloc"), KeyboardInterrupt()])
+def test_other_errors_are_what_they_are(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, devices.enough_memory("batch_size", 128, "batch_size=64"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    """Collecting another network's graphs then makes CUDA give the capture up, seen on a GPU."""
+    seen = []
+
+    def captured(model: nn.Module, *_: object, **__: object) -> nn.Module:
+        seen.append(gc.isenabled())
+        return model
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
+    graphed = devices.Graphed(nn.Linear(2, 2), lambda: 8)
+    (gc.enable if on else gc.disable)()
+    try:
+        for _ in range(3):
+            graphed(torch.ones(1, 2))
+        assert seen == [False] and gc.isenabled() == on
+    finally:
+        gc.enable()

@@ -1,0 +1,371 @@
+"""Streamed class folders: real files, decoded by real worker processes, against Pillow and torchvision by hand."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+import emqlib as emq
+from emqlib import Dataset, QuantSpec, TrainConfig
+from emqlib.train.coresets import Sampler
+from emqlib.train.data import FileLoader, ImageFiles, MemoryLoader, loader, normalize
+from emqlib.train.distributed import Ranks
+from emqlib.train.evaluate import batches
+
+CPU = torch.device("cpu")
+
+
+def write(folder: Path, train: int, test: int, size: int = 24) -> Path:
+    """Handwritten digits as class folders, 10 classes; the images of a class are of two sizes and two types."""
+    digits = emq.load_dataset("digits", image_size=size)
+    for name, split, count in (("train", digits.train, train), ("val", digits.test, test)):
+        for i in range(count):
+            image, label = split.images[i], int(split.labels[i])
+            place = folder / name / f"class{label}" / f"{i:04d}.{('png', 'jpg')[i % 2]}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            array = image.permute(1, 2, 0).numpy()
+            Image.fromarray(np.pad(array, ((0, 4 * (i % 3)), (0, 0), (0, 0)))).save(place)
+    return folder
+
+
+def streamed(folder: Path, workers: int = 0, size: int = 16) -> Dataset:
+    return emq.load_dataset(f"imagefolder:{folder}", image_size=size, stream=True, workers=workers)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("few"), 60, 30)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many files that one damaged one is no reason to stop."""
+    return write(tmp_path_factory.mktemp("many"), 1030, 20, size=8)
+
+
+@pytest.fixture
+def damage(many: Path) -> Iterator[list[Path]]:
+    """Two files of class 3, emptied; whole again afterwards."""
+    files = sorted((many / "train" / "class3").iterdir())[:2]
+    whole = [file.read_bytes() for file in files]
+    yield files
+    for file, content in zip(files, whole, strict=True):
+        file.write_bytes(content)
+
+
+def chunks(n: int, size: int = 8) -> list[Tensor]:
+    return list(torch.randperm(n, generator=torch.Generator().manual_seed(3)).split(size))
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_what_is_streamed_is_listed_and_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    data = streamed(folder)
+    assert isinstance(data.train, ImageFiles) and (len(data.train), len(data.test)) == (60, 30)
+    assert data.num_classes == 10 and data.train.image_size == 16 and data.mean == (0.485, 0.456, 0.406)
+    paths = [data.train.path(i) for i in range(60)]
+    assert paths == sorted(p for p in (folder / "train").rglob("*.*"))
+    assert [f"class{label}" for label in data.train.labels] == [p.parent.name for p in paths]
+    assert emq.load_dataset(f"imagefolder:{folder}", stream=True).train.image_size == 224
+    assert data.to("meta").train is data.train
+
+
+def test_plain_images_are_resized_and_cut_out_of_the_centre(folder: Path) -> None:
+    data = streamed(folder)
+    (images, labels, indices), *_ = loader(data, "test", CPU).epoch(chunks(30))
+    assert images.shape == (8, 3, 16, 16) and torch.equal(indices, chunks(30)[0])
+    assert torch.equal(labels, data.test.labels[indices])
+    cut = v2.Compose([v2.Resize(round(16 * 256 / 224), antialias=True), v2.CenterCrop(16)])
+    for image, index in zip(images, indices.tolist(), strict=True):
+        pixels = torch.from_numpy(np.array(Image.open(data.test.path(index)).convert("RGB"))).permute(2, 0, 1)
+        assert torch.equal(image, normalize(cut(pixels)[None], data)[0])
+
+
+def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_ranks(folder: Path) -> None:
+    data, parts = streamed(folder), chunks(60)
+    state = torch.random.get_rng_state()
+    first = list(loader(data, "train", CPU).epoch(parts, seeded()))
+    assert torch.equal(torch.random.get_rng_state(), state)  # the transforms draw from the global generator
+    assert torch.equal(torch.cat([i for *_, i in first]), torch.cat(parts))
+    by_workers = list(loader(streamed(folder, workers=2), "train", CPU).epoch(parts, seeded()))
+    ranks = [list(loader(data, "train", CPU, Ranks(r, 2)).epoch(parts, seeded())) for r in (0, 1)]
+    for whole, other, here, there in zip(first, by_workers, *ranks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+        assert all(torch.equal(a, torch.cat(b)) for a, *b in zip(whole, here, there, strict=True))
+    again = list(loader(data, "train", CPU).epoch(parts, seeded(6)))
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    twice = list(loader(data, "train", CPU).epoch([parts[0], parts[0]], seeded()))
+    assert not torch.equal(twice[0][0], twice[1][0])  # a child's sample is not another child's, augmented alike
+    plain, _, _ = next(loader(data, "train", CPU).epoch(parts))
+    assert not torch.equal(plain, first[0][0])
+
+
+@pytest.mark.parametrize("first", [0, 3, 7])
+def test_an_epoch_begins_with_any_of_its_chunks(first: int, folder: Path) -> None:
+    data, parts = streamed(folder), chunks(60)
+    memory = emq.load_dataset("digits", image_size=16).subset(60, 10)
+    for made in (lambda: loader(data, "train", CPU), lambda: loader(streamed(folder, workers=2), "train", CPU)):
+        whole, rest = list(made().epoch(parts, seeded())), list(made().epoch(parts, seeded(), first))
+        assert len(rest) == 8 - first
+        for ours, theirs in zip(rest, whole[first:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    draws = seeded()
+    whole = loader(memory, "train", CPU).epoch(parts, draws)
+    for _ in range(first):
+        next(whole)
+    rest = list(loader(memory, "train", CPU).epoch(parts, torch.Generator().set_state(draws.get_state()), first))
+    for ours, theirs in zip(rest, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_workers_live_as_long_as_their_loader(folder: Path) -> None:
+    live = loader(streamed(folder, workers=1), "train", CPU)
+    assert isinstance(live, FileLoader)
+    pids = []
+    for seed in (1, 2):
+        assert len(list(live.epoch(chunks(60), seeded(seed)))) == 8
+        pids.append([worker.pid for worker in live.batches._iterator._workers])
+    assert pids[0] == pids[1] and len(pids[0]) == 1
+    assert len(list(live.epoch(chunks(60)[:3]))) == 3  # an epoch of another length
+
+
+def test_memory_and_files_are_one_interface(folder: Path) -> None:
+    same = write(folder.parent / "same", 30, 30)
+    for file in same.rglob("*.*"):
+        Image.open(file).convert("RGB").resize((16, 16)).save(file)
+    held = emq.load_dataset(f"imagefolder:{same}", image_size=16)
+    held = replace(held, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    files = streamed(same)
+    assert isinstance(loader(held, "train", CPU), MemoryLoader) and held.classes == files.classes
+    # Resize(18) and CenterCrop(16) of a 16 x 16 image keep its middle
+    for ours, theirs in zip(
+        loader(held, "train", CPU).epoch(chunks(30)), loader(files, "train", CPU).epoch(chunks(30)), strict=True
+    ):
+        assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2]) and ours[0].shape == theirs[0].shape
+        assert torch.corrcoef(torch.stack([ours[0].flatten(), theirs[0].flatten()]))[0, 1] > 0.6
+
+
+def test_a_damaged_image_is_named_skipped_and_counted(many: Path, damage: list[Path]) -> None:
+    data = streamed(many)
+    damage[0].write_bytes(damage[0].read_bytes()[:40])
+    bad = next(i for i in range(len(data.train)) if data.train.path(i) == damage[0])
+    live = loader(data, "train", CPU)
+    with pytest.warns(UserWarning, match=rf"{damage[0]}: not a readable image.*; skipped, 1 so far"):
+        seen = torch.cat([indices for *_, indices in live.epoch(chunks(1030, 64), seeded())])
+    assert sorted(seen.tolist()) == [i for i in range(1030) if i != bad]
+    assert list(live.damaged) == [bad]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert sum(len(indices) for *_, indices in live.epoch(chunks(1030, 64), seeded())) == 1029
+
+
+@pytest.mark.filterwarnings("ignore:.*not a readable image")
+def test_more_than_one_in_a_thousand_is_an_error(many: Path, damage: list[Path]) -> None:
+    for file in damage:
+        file.write_bytes(b"")
+    live = loader(streamed(many), "train", CPU)
+    message = rf"(?s)^data='2 damaged files': expected at most 0.1% of the 1030 files damaged; .*{damage[0].parent}"
+    with pytest.raises(ValueError, match=message):
+        list(live.epoch(chunks(1030, 64), seeded()))
+    damage[1].write_bytes(b"")
+    with pytest.raises(ValueError, match="2 damaged files"):
+        emq.train(network(), streamed(many, size=8), TrainConfig(epochs=1, batch_size=64), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*not a readable image")
+def test_damaged_files_of_all_ranks_count_together(many: Path, damage: list[Path]) -> None:
+    for file in damage:
+        file.write_bytes(b"")
+    data = streamed(many)
+    bad = [i for i in range(len(data.train)) if data.train.path(i) in damage]
+
+    class Both(Ranks):
+        def collect(self, value: dict) -> list[dict]:
+            return [value, {bad[1]: "the other rank's"}]
+
+    live = loader(data, "train", CPU, Both())
+    assert len(list(live.epoch([torch.tensor([bad[0], 0])], seeded()))) == 1 and live.damaged.keys() == {bad[0]}
+    with pytest.raises(ValueError, match=r"^data='2 damaged files'"):
+        live.all_damaged()
+
+
+@pytest.mark.filterwarnings("ignore:.*not a readable image")
+def test_a_batch_of_nothing_else_is_an_error(many: Path, damage: list[Path]) -> None:
+    damage[0].write_bytes(b"")
+    data = streamed(many)
+    bad = next(i for i in range(len(data.train)) if data.train.path(i) == damage[0])
+    with pytest.raises(ValueError, match=rf"^{damage[0]}: damaged, and so is every image of its batch"):
+        list(loader(data, "train", CPU).epoch([torch.tensor([bad])], seeded()))
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return emq.convert(emq.models.resnet8(10, width=4), QuantSpec(bits=(2, 8)))
+
+
+def test_training_evaluation_and_adaptation_take_streamed_data(folder: Path, tmp_path: Path) -> None:
+    data = streamed(folder, workers=1)
+    coreset = emq.CoresetConfig(score="el2n", pruning_rate=0.5)
+    config = TrainConfig(epochs=3, batch_size=16, lr=0.05, coreset=coreset)
+    histories, models = [], []
+    for path in (None, tmp_path / "run.pt"):
+        models.append(network())
+        if path is not None:
+            with pytest.raises(KeyboardInterrupt):
+                emq.train(models[-1], data, config, path, progress=False, observe=interrupt_second(path))
+        models[-1] = network()
+        histories.append(emq.train(models[-1], data, config, path, progress=False))
+    assert histories[0].loss.tolist() == histories[1].loss.tolist() and histories[0].attrs["damaged"] == []
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    table = emq.evaluate(models[0], data, bits=(2, 3, 8))
+    assert table.n.tolist() == [30] * 3 and emq.evaluate(models[0], data, bits=(2, 3, 8)).equals(table)
+    adapted = emq.evaluate(models[0], data, bits=(2, 8), adapt_norm=True)
+    assert not adapted.loss.equals(table[table.bits != 3].loss)
+    before = models[0].get_submodule("bn1").running_mean.clone()
+    emq.adapt_norm(models[0], data, bits=(3,))
+    assert not torch.equal(models[0].get_submodule("bn1").running_mean, before)
+
+
+def interrupt_second(path: Path):
+    def observe(_: torch.nn.Module) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    return observe
+
+
+def test_damaged_files_are_named_in_the_history(many: Path, damage: list[Path]) -> None:
+    damage[0].write_bytes(b"")
+    with pytest.warns(UserWarning, match="not a readable image"):
+        history = emq.train(network(), streamed(many), TrainConfig(epochs=1, batch_size=256), progress=False)
+    assert history.attrs["damaged"] == [str(damage[0])] and history.damaged.tolist() == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*not a readable image")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_in_slices_of_a_step_takes_streamed_data(
+    workers: int, many: Path, damage: list[Path], tmp_path: Path
+) -> None:
+    """What is damaged counts to the end, also where the last slices did not come across it."""
+    damage[0].write_bytes(b"")
+    data, path = streamed(many, workers, size=8), tmp_path / "run.pt"
+    config = TrainConfig(epochs=2, batch_size=64, lr=0.05, seed=6, coreset=emq.CoresetConfig(pruning_rate=0.8))
+    bad = next(i for i in range(len(data.train)) if data.train.path(i) == damage[0])
+    drawn = Sampler(config.coreset, config.scheme, config.seed, (2, 8), data.train.labels, 2)
+    assert [bad in torch.cat(list(drawn.selection(epoch).subsets.values())) for epoch in (0, 1)] == [True, False]
+    models = [network(), network()]
+    history = emq.train(models[0], data, config, progress=False)
+    for _ in range(history.steps.sum() - 1):
+        with pytest.raises(emq.OutOfTime):
+            emq.train(network(), data, config, path, progress=False, budget=1e-9)
+    found = emq.train(models[1], data, config, path, progress=False, budget=1e-9)
+    assert found.attrs == history.attrs
+    assert found.drop(columns="seconds").equals(history.drop(columns="seconds"))
+    assert history.damaged.tolist() == [1, 1] and history.attrs["damaged"] == [str(damage[0])]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_images_are_mirrored_only_where_that_makes_sense(folder: Path) -> None:
+    from torchvision.transforms import v2
+
+    kinds = [
+        {
+            type(t)
+            for t in loader(replace(streamed(folder), flip=flip), "train", CPU).batches.dataset.augmented.transforms
+        }
+        for flip in (True, False)
+    ]
+    assert kinds[0] - kinds[1] == {v2.RandomHorizontalFlip} and kinds[1] == {v2.RandomResizedCrop}
+
+
+def test_an_unlabelled_test_folder_is_no_test_set(tmp_path: Path) -> None:
+    """As ImageNet's own: files without classes."""
+    folder = write(tmp_path / "data", 20, 10)
+    (folder / "test").mkdir()
+    (folder / "test" / "ILSVRC2012_test_00000001.JPEG").write_bytes(b"")
+    assert len(streamed(folder).test) == 10
+
+
+def test_a_part_of_streamed_data(folder: Path) -> None:
+    data = streamed(folder)
+    part = data.subset(20, 10)
+    assert part.train.labels.bincount().tolist() == [2] * 10 and len(part.test) == 10
+    assert part.sha256 != data.sha256 and part.train.path(0) == data.train.path(0)
+    images = torch.cat([x for x, _ in batches(part, "test", CPU, 4)])
+    assert images.shape == (10, 3, 16, 16)
+    some = [y for _, y in batches(data, "train", CPU, 8, limit=24)]
+    assert len(torch.cat(some)) == 24 and len(torch.cat(some).unique()) > 5  # not class by class
+
+
+def test_the_checksum_tells_names_sizes_and_labels(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", 20, 10)
+    first = streamed(folder).sha256
+    assert streamed(folder).sha256 == first
+    file = next((folder / "train" / "class0").iterdir())
+    content = file.read_bytes()
+    file.write_bytes(content + b"\0")
+    assert streamed(folder).sha256 != first
+    file.write_bytes(content)
+    assert streamed(folder).sha256 == first
+    file.rename(file.with_name("other.png"))
+    assert streamed(folder).sha256 != first
+
+
+def test_what_cannot_be_streamed_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^stream=True: expected False for 'digits'"):
+        emq.load_dataset("digits", stream=True)
+    for value in (1, "yes", 0):
+        with pytest.raises(ValueError, match=r"^stream=.*expected True or False"):
+            emq.load_dataset("digits", stream=value)
+    for value in (-1, 1.5, "2", True):
+        with pytest.raises(ValueError, match=r"^workers=.*expected an integer in \[0, 1024\]"):
+            emq.load_dataset(f"imagefolder:{folder}", workers=value)
+
+
+def imagenet(root: Path, flat: bool) -> dict[str, int]:
+    """1,000 classes of one training image each, as ImageNet is laid out: official folders, or as Kaggle packs it."""
+    top = root / "ILSVRC/Data/CLS-LOC" if flat else root / "imagenet"
+    names = [f"n{i:08d}" for i in range(1000)]
+    image = Image.fromarray(np.full((4, 4, 3), 7, np.uint8))
+    for name in names:
+        (top / "train" / name).mkdir(parents=True)
+        image.save(top / "train" / name / f"{name}_1.JPEG")
+    answers = {"ILSVRC2012_val_00000001": 998, "ILSVRC2012_val_00000002": 3}
+    for file, label in answers.items():
+        place = top / "val" / ("" if flat else names[label])
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{file}.JPEG")
+    if flat:
+        rows = [f"{file},{names[label]} 1 2 3 4 {names[0]} 5 6 7 8" for file, label in reversed(answers.items())]
+        (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
+    return answers
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_imagenet_is_streamed_from_either_layout(flat: bool, tmp_path: Path) -> None:
+    answers = imagenet(tmp_path, flat)
+    data = emq.load_dataset("imagenet", root=tmp_path)
+    assert isinstance(data.train, ImageFiles) and data.num_classes == 1000 and len(data.train) == 1000
+    found = {data.test.path(i).stem: int(label) for i, label in enumerate(data.test.labels)}
+    assert found == answers
+
+
+def test_missing_imagenet_says_where_to_put_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        emq.load_dataset("imagenet", root=tmp_path)
+    text = str(caught.value)
+    for part in (tmp_path / "imagenet", tmp_path / "ILSVRC", "image-net.org", "EMQ_DATA", "imagenet/train/<wnid>"):
+        assert str(part) in text

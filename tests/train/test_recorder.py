@@ -1,0 +1,274 @@
+"""Scores kept while training against those of the whole log at once, for any batches and with any gaps."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from emqlib import coreset
+from emqlib.train import coresets as recorder
+from emqlib.train.coresets import ForgettingRecorder, MeanRecorder, ModerateRecorder, Recorder, TDDSRecorder
+
+N, C, D, T = 53, 5, 6, 9
+CPU = torch.device("cpu")
+
+
+class Log:
+    """What N samples give in each of T epochs, in float64: p (T, N, C), labels (N,), features (T, N, D)."""
+
+    def __init__(self, rng: torch.Generator, n: int = N, epochs: int = T) -> None:
+        self.rng = rng
+        self.labels = torch.randint(0, C, (n,), generator=rng)
+        towards = torch.nn.functional.one_hot(self.labels, C) * torch.rand(n, 1, generator=rng)
+        steps = 0.4 * torch.randn(epochs, n, C, dtype=torch.float64, generator=rng) + 0.5 * towards
+        self.p = steps.cumsum(0).softmax(2)
+        self.features = torch.randn(epochs, n, D, dtype=torch.float64, generator=rng)
+        self.seen = torch.ones(epochs, n, dtype=torch.bool)
+
+    def with_gaps(self) -> "Log":
+        """The same, but every presentation is left out with probability 0.2."""
+        self.seen = torch.rand(self.seen.shape, generator=self.rng) < 0.8
+        return self
+
+    def into(self, record: Recorder, epochs: range | None = None, batch: int = 7, shuffled: bool = True) -> Recorder:
+        """Observed epoch by epoch, shuffled, in batches of which the last is smaller."""
+        for epoch in epochs or range(len(self.p)):
+            seen = self.seen[epoch].nonzero().flatten()
+            order = seen[torch.randperm(len(seen), generator=self.rng)] if shuffled else seen
+            for i in order.split(batch):
+                record.observe(epoch, i, self.p[epoch, i], self.labels[i], self.features[epoch, i])
+        return record
+
+
+def close(actual: Tensor, expected: object, atol: float) -> None:
+    torch.testing.assert_close(actual.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=atol)
+
+
+def exact_tdds(window: int, decay: float = 0.9, n: int = N) -> TDDSRecorder:
+    return TDDSRecorder(n, C, window, decay, torch.float64)
+
+
+# A recorder of each kind, and how far two ways to the same scores may be apart
+KINDS: dict[str, tuple[Callable[[], Recorder], float]] = {
+    "tdds": (lambda: exact_tdds(3), 1e-12),
+    "tdds in half precision": (lambda: TDDSRecorder(N, C, 3, 0.9), 1e-6),
+    "entropy": (lambda: MeanRecorder(N, "entropy"), 1e-6),
+    "el2n": (lambda: MeanRecorder(N, "el2n"), 1e-6),
+    "grand": (lambda: MeanRecorder(N, "grand"), 1e-5),
+    "forgetting": (lambda: ForgettingRecorder(N), 0),
+    "moderate": (lambda: ModerateRecorder(N, D), 0),
+}
+each_kind = pytest.mark.parametrize(("make", "atol"), KINDS.values(), ids=KINDS)
+
+
+@pytest.mark.parametrize("batch", [1, 7, N])
+@pytest.mark.parametrize(("window", "decay"), [(3, 0.9), (4, 0.5), (8, 0.9), (T, 1.0)])
+def test_streamed_tdds_is_that_of_the_whole_log(window: int, decay: float, batch: int, rng: torch.Generator) -> None:
+    log = Log(rng)
+    record = log.into(exact_tdds(window, decay), batch=batch)
+    close(record.scores(), coreset.tdds(log.p, window, decay), 1e-12)
+
+
+def test_half_precision_keeps_the_same_samples(rng: torch.Generator) -> None:
+    log = Log(rng, n=4000, epochs=6)
+    record = log.into(TDDSRecorder(4000, C, 3, 0.9), batch=1001)
+    kept, exact = (set(coreset.select(s, 0.8).tolist()) for s in (record.scores(), coreset.tdds(log.p, 3)))
+    assert len(kept & exact) >= 0.997 * len(exact)  # bfloat16: 0.994
+
+
+@each_kind
+def test_neither_order_nor_batch_size_matters(make: Callable[[], Recorder], atol: float, rng: torch.Generator) -> None:
+    log = Log(rng).with_gaps()
+    expected = log.into(make(), batch=N, shuffled=False).scores()
+    assert len(expected.unique()) > 1
+    for batch in (5, 16):
+        close(log.into(make(), batch=batch).scores(), expected, atol)
+
+
+def tdds_of_runs(p: Tensor, seen: Tensor, window: int, decay: float) -> float:
+    """Of one sample, (T, C) and (T,): the moving average over the windows that lie in epochs without a gap."""
+    score = 0.0
+    for start in range(len(p) - window + 1):
+        if all(seen[start : start + window]):
+            snapshots = [p[t].numpy() for t in range(start, start + window)]
+            score = (1 - decay) * score + decay * reference.tdds_window(snapshots)
+    return score
+
+
+@pytest.mark.parametrize("window", [3, 4])
+def test_a_gap_starts_a_new_window(window: int, rng: torch.Generator) -> None:
+    log = Log(rng, epochs=16).with_gaps()
+    expected = [tdds_of_runs(log.p[:, i], log.seen[:, i], window, 0.6) for i in range(N)]
+    # several windows on both sides of a gap, somewhere
+    assert any(seen[:5].all() and not seen.all() and seen[-5:].all() for seen in log.seen.T)
+    close(log.into(exact_tdds(window, 0.6)).scores(), expected, 1e-12)
+
+
+def test_tdds_of_samples_that_stay_away_is_kept(rng: torch.Generator) -> None:
+    log = Log(rng)
+    before = log.into(exact_tdds(3), range(4)).scores()
+    log.seen[4:, :20] = False
+    after = log.into(exact_tdds(3)).scores()
+    assert torch.equal(after[:20], before[:20]) and not bool((after[20:] == before[20:]).any())
+
+
+def test_the_first_epochs_number_does_not_matter(rng: torch.Generator) -> None:
+    log = Log(rng)
+    late = log.into(exact_tdds(3), range(4, T))
+    close(late.scores(), coreset.tdds(log.p[4:], 3), 1e-12)
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_no_tdds_before_a_full_window(window: int, rng: torch.Generator) -> None:
+    log, record = Log(rng), exact_tdds(window)
+    for epoch in range(window - 1):
+        with pytest.raises(ValueError, match=rf"^window={window}: expected at most as many epochs"):
+            log.into(record, range(epoch, epoch + 1)).scores()
+    assert bool((log.into(record, range(window - 1, window)).scores() > 0).all())
+
+
+def test_what_scores_returns_is_not_changed_by_what_follows(rng: torch.Generator) -> None:
+    log, record = Log(rng), exact_tdds(3)
+    scores = log.into(record, range(4)).scores()
+    before = scores.clone()
+    log.into(record, range(4, T))
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("window", 2), ("window", 3.0), ("decay", 0), ("decay", 1.5)])
+def test_wrong_tdds_parameters(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={value}: expected "):
+        TDDSRecorder(**{"n": N, "num_classes": C, "window": 3, "decay": 0.9, name: value})
+
+
+@pytest.mark.parametrize("score", ["entropy", "el2n", "grand"])
+def test_mean_over_the_epochs_in_which_a_sample_was_seen(score: str, rng: torch.Generator) -> None:
+    log = Log(rng).with_gaps()
+    log.seen[:, 0] = False
+    arguments = {"entropy": (), "el2n": (log.labels,), "grand": (log.labels,)}[score]
+    rows = []
+    for p, features in zip(log.p, log.features, strict=True):
+        rows.append(getattr(coreset, score)(p, *arguments, *([features] if score == "grand" else [])))
+    expected = [row[seen].mean().nan_to_num(0) for row, seen in zip(torch.stack(rows).T, log.seen.T, strict=True)]
+    close(log.into(MeanRecorder(N, score)).scores(), torch.stack(expected), 1e-5)
+
+
+def test_streamed_forgetting_is_that_of_the_whole_log(rng: torch.Generator) -> None:
+    log = Log(rng)
+    log.labels[:9] = log.p[:, :9].sum(0).argmin(1)  # hardly ever right
+    correct = log.p.argmax(2) == log.labels
+    assert not bool(correct.any(0).all())
+    assert torch.equal(log.into(ForgettingRecorder(N)).scores(), coreset.forgetting(correct))
+
+
+def test_forgetting_with_gaps_is_that_of_the_epochs_in_which_a_sample_was_seen(rng: torch.Generator) -> None:
+    log = Log(rng).with_gaps()
+    log.labels[:9] = log.p[:, :9].sum(0).argmin(1)
+    correct = log.p.argmax(2) == log.labels
+    expected = [reference.forgetting(correct[log.seen[:, i], i].tolist()) for i in range(N)]
+    assert log.into(ForgettingRecorder(N)).scores().tolist() == expected
+
+
+def test_moderate_is_the_centrality_of_the_last_features(rng: torch.Generator) -> None:
+    log = Log(rng, n=400, epochs=3)
+    scores = log.into(ModerateRecorder(400, D)).scores()
+    rounded = coreset.moderate(log.features[-1].half(), log.labels)
+    assert torch.equal(scores, coreset.centrality(rounded))
+    exact = coreset.centrality(coreset.moderate(log.features[-1], log.labels))
+    close(scores, exact, atol=4)  # of 400 ranks
+
+
+BYTES = {
+    "tdds": N * (2 * C + 4 * (4 - 1) + 8),
+    "entropy": 8 * N,
+    "el2n": 8 * N,
+    "grand": 8 * N,
+    "forgetting": 10 * N,
+    "moderate": N * (2 * D + 8),
+}
+
+
+@pytest.mark.parametrize("score", BYTES)
+def test_memory_is_what_the_docstring_says(score: str, rng: torch.Generator) -> None:
+    record = recorder.recorder(score, N, C, D, 4, 0.9, CPU)
+    assert record.nbytes() == BYTES[score]
+    assert Log(rng).into(record).nbytes() == BYTES[score]
+
+
+def mapped_file(table: Tensor) -> str | None:
+    return table.untyped_storage().filename
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_large_table_lies_in_a_file_and_scores_the_same(
+    dtype: torch.dtype, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, size = Log(rng).with_gaps(), N * C * dtype.itemsize
+    made = {}
+    for limit in (size, size - 1):
+        monkeypatch.setattr(recorder, "MAPPED_BYTES", limit)
+        made[limit] = TDDSRecorder(N, C, 3, 0.9, dtype)
+    small, large = made.values()
+    file = mapped_file(large.previous)
+    assert mapped_file(small.previous) is None and file is not None
+    assert not Path(file).exists()  # nothing to clean up
+    assert small.nbytes() == large.nbytes() and not bool(large.previous.any())
+    for record in made.values():
+        log.into(record, shuffled=False)
+    assert torch.equal(large.scores(), small.scores())
+    assert torch.equal(large.previous, small.previous) and mapped_file(large.previous) == file
+
+
+@pytest.mark.parametrize(("limit", "device"), [(N * C * 2, "meta"), (N * C * 2 - 1, "cpu")])
+def test_only_a_table_that_fits_goes_to_the_device(limit: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "MAPPED_BYTES", limit)
+    record = recorder.recorder("tdds", N, C, D, 3, 0.9, torch.device("meta"))
+    assert {buffer.device.type for buffer in record.buffers()} == {device}
+
+
+@each_kind
+def test_saved_and_loaded_between_two_epochs(
+    make: Callable[[], Recorder], atol: float, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "MAPPED_BYTES", 2 * N * C)  # the double-precision table lies in a file
+    log, file = Log(rng).with_gaps(), io.BytesIO()
+    log.seen[5:, :9] = False
+    first = log.into(make(), range(5))
+    torch.save(first.state_dict(), file)
+    resumed = make()
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for record in (first, resumed):
+        log.into(record, range(5, T))
+    close(resumed.scores(), first.scores(), atol)
+    assert not torch.allclose(resumed.scores(), log.into(make(), range(5, T)).scores())
+
+
+FULL = """
+import resource, signal
+from emqlib.train import coresets as recorder
+recorder.MAPPED_BYTES = 0
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+recorder.TDDSRecorder(1000, 40, window=3, decay=0.9).previous.fill_(1)
+recorder.TDDSRecorder(1000, 60, window=3, decay=0.9).previous.fill_(1)
+"""
+
+
+def test_a_disk_too_small_for_a_table_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    """Pages of a sparse file that the disk has no room for would kill the process where they are written to."""
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(recorder.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True)
+    assert result.returncode == 1 and "line 8" in result.stderr, result.stderr
+    message = (
+        rf"OSError: \[Errno 27\] File too large: a table of scores of 0.0 GB; TMPDIR names the folder: '{tmp_path}"
+    )
+    assert re.search(message, result.stderr.splitlines()[-1])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,772 @@
+"""Which child trains on what, and when: coresets by made-up observations, against scores and rows worked out anew."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+
+from emqlib import CoresetConfig, TrainConfig, coreset
+from emqlib.train import loop as training
+from emqlib.train.coresets import Sampler, Selection
+
+BITS, N, CLASSES, WIDTH = (2, 4, 8), 120, 4, 5
+LABELS = torch.arange(N) % CLASSES
+UNEVEN = torch.arange(N).sqrt().long() % CLASSES  # classes of different sizes, in runs
+PAIRS = [(a, b) for a in BITS for b in BITS if a != b]
+
+
+def sampler(
+    scheme: str = "bitwise", epochs: int = 8, labels: Tensor = LABELS, seed: int = 0, **options: Any
+) -> Sampler:
+    return Sampler(CoresetConfig(**options), scheme, seed, BITS, labels, epochs)
+
+
+class Observations:
+    """Made-up logits and features of each epoch, bit-width and sample."""
+
+    def __init__(self, epochs: int = 8, seed: int = 0) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        base = torch.randn(N, CLASSES, generator=rng)  # in common: scores of different bit-widths are correlated
+        noise = torch.randn(epochs, len(BITS), N, CLASSES, generator=rng)
+        scale = 0.2 + torch.rand(len(BITS), N, 1, generator=rng)
+        self.logits = 2 * base + noise * scale
+        self.features = torch.randint(-64, 64, (epochs, len(BITS), N, WIDTH), generator=rng) / 16  # exact in float16
+
+    def show(self, drawn: Sampler, selection: Selection, epoch: int) -> None:
+        """What training does with a recorder: batches of each child's data, in no particular order."""
+        layer = nn.Linear(WIDTH, CLASSES)
+        with drawn.recording(layer, selection):
+            for b, subset in selection.subsets.items():
+                i = BITS.index(b)
+                for chunk in subset[torch.randperm(len(subset), generator=torch.Generator().manual_seed(epoch))].split(
+                    7
+                ):
+                    layer(self.features[epoch, i, chunk])
+                    drawn.observe(b, epoch, chunk, self.logits[epoch, i, chunk], drawn.labels[chunk])
+
+    def scores(self, score: str, b: int, epochs: int, labels: Tensor, window: int = 3, decay: float = 0.9) -> Tensor:
+        """The score of all samples at `b` by the formula for whole arrays."""
+        i = BITS.index(b)
+        p, h = self.logits[:epochs, i].softmax(-1), self.features[:epochs, i]
+        if score == "tdds":
+            return coreset.tdds(p, window, decay)
+        if score == "forgetting":
+            return coreset.forgetting(p.argmax(-1) == labels)
+        if score == "moderate":
+            return coreset.centrality(coreset.moderate(h[-1], labels))
+        arguments = {"entropy": [(q,) for q in p], "el2n": [(q, labels) for q in p]}
+        arguments["grand"] = [(q, labels, own) for q, own in zip(p, h, strict=True)]
+        return torch.stack([getattr(coreset, score)(*each) for each in arguments[score]]).mean(0)
+
+
+def selections(drawn: Sampler, seen: Observations | None = None) -> list[Selection]:
+    """All epochs of a run whose children see `seen`."""
+    found = []
+    for epoch in range(drawn.epochs):
+        found.append(drawn.selection(epoch))
+        if seen is not None:
+            seen.show(drawn, found[-1], epoch)
+    return found
+
+
+def sets(selection: Selection) -> dict[int, set[int]]:
+    return {b: set(subset.tolist()) for b, subset in selection.subsets.items()}
+
+
+def draws(scheme: str, epochs: int, n: int = 200, bits: tuple[int, ...] = BITS, **options: Any) -> list[dict]:
+    """For each epoch, each bit-width's random coreset as a tuple."""
+    drawn = Sampler(CoresetConfig(**options), scheme, 0, bits, torch.arange(n) % CLASSES, epochs)
+    return [{b: tuple(i.tolist()) for b, i in drawn.selection(e).subsets.items()} for e in range(epochs)]
+
+
+# Random coresets
+
+
+def test_bitwise_children_draw_independently() -> None:
+    epoch = draws("bitwise", 1, n=2000, pruning_rate=0.5)[0]
+    for a, b in ((2, 4), (2, 8), (4, 8)):  # hypergeometric: 500 +- 11
+        assert abs(len(set(epoch[a]) & set(epoch[b])) - 500) < 50
+
+
+def test_joint_children_share_a_batch_so_also_a_coreset() -> None:
+    epoch = draws("joint", 1, pruning_rate=0.8)[0]
+    assert epoch[2] == epoch[4] == epoch[8] and len(epoch[2]) == 40
+
+
+@pytest.mark.parametrize("scheme", ["joint", "bitwise"])
+@pytest.mark.parametrize(("every", "numbers"), [(0, "000000"), (1, "012345"), (2, "001122"), (4, "000011")])
+def test_coresets_are_drawn_again(scheme: str, every: int, numbers: str) -> None:
+    epochs = draws(scheme, 6, resample_every=every)
+    for b in BITS:
+        names: dict[tuple, str] = {}
+        assert "".join(names.setdefault(epoch[b], str(len(names))) for epoch in epochs) == numbers
+
+
+@pytest.mark.parametrize("scheme", ["joint", "bitwise"])
+@pytest.mark.parametrize("config", [None, CoresetConfig(pruning_rate=0), CoresetConfig(score="tdds", pruning_rate=0)])
+def test_no_pruning_is_the_full_data_from_the_first_epoch(scheme: str, config: CoresetConfig | None) -> None:
+    drawn = Sampler(config, scheme, 0, BITS, LABELS, 3)
+    for epoch in range(3):
+        selection = drawn.selection(epoch)
+        assert {b: subset.tolist() for b, subset in selection.subsets.items()} == {b: list(range(N)) for b in BITS}
+        assert not selection.scored and not selection.weights and selection.scheme == scheme
+    assert not drawn.rows
+
+
+def test_another_child_does_not_change_a_childs_coreset() -> None:
+    """Dedicated networks and the children of one bit-wise run see the same subsets: only the sharing differs."""
+    together = draws("bitwise", 2)
+    assert [e[4] for e in together] == [e[4] for e in draws("bitwise", 2, bits=(4,))]
+    assert [e[4] for e in together] == [e[4] for e in draws("dedicated", 2, bits=(4,))]
+
+
+def test_every_sample_is_drawn_as_often_as_any_other() -> None:
+    counts = torch.zeros(200)
+    for epoch in draws("bitwise", 400, bits=(4,), pruning_rate=0.8):
+        counts[list(epoch[4])] += 1
+    assert (counts - 80).abs().max() < 4.5 * (400 * 0.2 * 0.8) ** 0.5
+
+
+# Coresets by score
+
+
+@pytest.mark.parametrize("score", ["tdds", "el2n", "entropy", "grand", "moderate"])
+@pytest.mark.parametrize("rate", [0.5, 0.8])
+def test_each_child_keeps_the_top_of_its_own_scores(score: str, rate: float) -> None:
+    seen, drawn = Observations(), sampler(score=score, pruning_rate=rate, scoring_epochs=5, labels=UNEVEN, epochs=6)
+    found = selections(drawn, seen)[-1]
+    for b in BITS:
+        expected = coreset.select(seen.scores(score, b, 5, UNEVEN), rate)
+        assert found.subsets[b].tolist() == expected.tolist()
+    assert found.subsets[2].tolist() != found.subsets[8].tolist()
+
+
+@pytest.mark.parametrize("options", [{"window": 4}, {"window": 5, "decay": 0.4}])
+def test_tdds_takes_window_and_decay_from_the_config(options: dict) -> None:
+    seen, drawn = Observations(), sampler(score="tdds", pruning_rate=0.5, scoring_epochs=6, epochs=7, **options)
+    found = selections(drawn, seen)[-1]
+    default = coreset.select(seen.scores("tdds", 4, 6, LABELS), 0.5).tolist()
+    assert found.subsets[4].tolist() == coreset.select(seen.scores("tdds", 4, 6, LABELS, **options), 0.5).tolist()
+    assert found.subsets[4].tolist() != default
+
+
+def test_forgetting_keeps_what_was_forgotten_most_often() -> None:
+    """A count, with ties: which of the equal ones are kept is not told."""
+    seen, drawn = Observations(), sampler(score="forgetting", pruning_rate=0.2, scoring_epochs=6, epochs=7)
+    found = selections(drawn, seen)[-1]
+    for b in BITS:
+        scores = seen.scores("forgetting", b, 6, LABELS)
+        kept = scores[found.subsets[b]].sort(descending=True).values
+        assert torch.equal(kept, scores.sort(descending=True).values[:96]) and len(kept.unique()) > 2
+
+
+@pytest.mark.parametrize("scheme", ["bitwise", "joint"])
+def test_a_shared_coreset_is_the_top_of_the_mean_rank(scheme: str) -> None:
+    seen = Observations()
+    drawn = sampler(scheme, score="el2n", pruning_rate=0.8, across_bits="identical", epochs=2)
+    found = sets(selections(drawn, seen)[-1])
+    ranks = [seen.scores("el2n", b, 1, LABELS).argsort().argsort() for b in BITS]
+    total = sum(ranks)
+    kept, rest = sorted(found[2]), sorted(set(range(N)) - found[2])
+    assert found[2] == found[4] == found[8] and len(kept) == 24
+    assert total[kept].min() >= total[rest].max()
+    assert set(ranks[0].topk(24).indices.tolist()) != found[2]
+
+
+class Alike(Observations):
+    """All samples look the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.ones_like(self.logits)
+
+
+def test_of_equal_scores_a_random_part_is_kept_whatever_the_order_of_the_data() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        drawn = sampler(score="entropy", pruning_rate=0.5, seed=seed, epochs=2)
+        found.append(sets(selections(drawn, Alike())[-1]))
+    assert found[0] == found[1] != found[2]
+    assert found[0][2] != found[0][4] != found[0][8] != found[0][2]
+    for own in found[0].values():  # of 60 first ones 30 +- 2.7
+        assert 18 < sum(i < N // 2 for i in own) < 42
+
+
+def test_the_order_of_presentation_does_not_matter() -> None:
+    def reversed_show(seen: Observations, drawn: Sampler, selection: Selection, epoch: int) -> None:
+        with drawn.recording(nn.Linear(WIDTH, CLASSES), selection):
+            for b in reversed(BITS):
+                own = selection.subsets[b].flip(0)
+                drawn.observe(b, epoch, own, seen.logits[epoch, BITS.index(b), own], LABELS[own])
+
+    seen, found = Observations(), []
+    for show in (Observations.show, reversed_show):
+        drawn = sampler(score="tdds", pruning_rate=0.8, how="sample", epochs=4)
+        for epoch in range(4):
+            selection = drawn.selection(epoch)
+            show(seen, drawn, selection, epoch)
+        found.append(sets(selection))
+    assert found[0] == found[1]
+
+
+def test_draws_by_importance_prefer_high_scores() -> None:
+    """The chance of a draw grows with the rank from a tenth to the whole of the highest."""
+    seen = Observations()
+    drawn = sampler(score="el2n", pruning_rate=0.8, how="sample", power=2.0, epochs=401)
+    counts = torch.zeros(N)
+    for selection in selections_without_showing(drawn, seen):
+        counts[selection.subsets[4]] += 1
+    p = literal_inclusion(seen.scores("el2n", 4, 1, LABELS), 24, power=2.0)
+    assert bool(((counts - 400 * p).abs() <= 4.5 * (400 * p * (1 - p)).sqrt() + 1e-6).all())
+    assert p.min() > 0 and p.max() / p.min() == pytest.approx(1 / (0.1 + 0.9 / N**2), rel=1e-4)
+
+
+def test_a_draw_may_reach_what_was_not_scored() -> None:
+    """Samples that are no candidates come in as often as a candidate of mean weight."""
+    seen = Observations()
+    options = {"candidates": 0.4, "how": "sample", "unscored": True, "power": 2.0}
+    drawn = sampler(score="el2n", pruning_rate=0.8, epochs=401, **options)
+    own = drawn.selection(0).subsets[4]
+    counts = torch.zeros(N)
+    for selection in selections_without_showing(drawn, seen):
+        counts[selection.subsets[4]] += 1
+    scored = torch.zeros(N, dtype=torch.bool).index_fill_(0, own, True)
+    w = torch.zeros(N, dtype=torch.double)
+    ranks = seen.scores("el2n", 4, 1, LABELS)[own].argsort().argsort() + 1
+    w[own] = 0.1 + 0.9 * (ranks.double() / len(own)) ** 2
+    w[~scored] = w[own].mean()
+    p = 24 * w / w.sum()
+    assert p.max() < 1 and len(own) == 48  # none is certain, so that p is that simple
+    assert bool(((counts - 400 * p).abs() <= 4.5 * (400 * p * (1 - p)).sqrt()).all())
+
+
+def selections_without_showing(drawn: Sampler, seen: Observations) -> Iterator[Selection]:
+    """The epochs after a scoring phase of one epoch, in which nothing is recorded."""
+    seen.show(drawn, drawn.selection(0), 0)
+    yield from (drawn.selection(epoch) for epoch in range(1, drawn.epochs))
+
+
+def literal_inclusion(scores: Tensor, keep: int, power: float = 1.0) -> Tensor:
+    """min(1, c w) of sum `keep`, by bisection on c; w = 0.1 + 0.9 (rank / N)^power, ranks from 1."""
+    w = 0.1 + 0.9 * ((scores.argsort().argsort() + 1).double() / len(scores)) ** power
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if (c * w).clamp_max(1).sum() < keep else (low, c)
+    return (low * w).clamp_max(1)
+
+
+# Sizes, and what bit-widths have in common
+
+
+@pytest.mark.parametrize("candidates", [1.0, 0.5])
+@pytest.mark.parametrize("across", ["independent", "identical", "disjoint"])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("how", ["top", "sample", "ccs"])
+def test_sizes_are_exact_and_coresets_come_from_the_own_candidates(
+    how: str, balanced: bool, across: str, candidates: float
+) -> None:
+    options = {"how": how, "balanced": balanced, "across_bits": across, "candidates": candidates}
+    for rate in (0.5, 0.8):
+        drawn = sampler(score="el2n", pruning_rate=rate, labels=UNEVEN, epochs=4, **options)
+        phase, *rest = selections(drawn, Observations())
+        held: set[int] = set()
+        for b in reversed(BITS):
+            own = set(phase.subsets[b].tolist())
+            assert len(own) == round(candidates * N)
+            for selection in rest:
+                subset = selection.subsets[b].tolist()
+                assert len(subset) == round((1 - rate) * N) and subset == sorted(set(subset)) and set(subset) <= own
+            if across == "disjoint":  # another's sample is taken only where no own one is left
+                shared = set(subset) & held
+                assert not shared or own - held <= set(subset)
+            held |= set(subset)
+            if across == "identical":
+                assert held == set(subset)
+
+
+def test_strata_are_of_the_scores_and_not_of_their_ranks() -> None:
+    """Strata of equal width in rank would all be of one size, and drawing evenly over them no more than random."""
+    seen, drawn = Observations(), sampler(score="el2n", pruning_rate=0.5, how="ccs", cut=0.1, epochs=2)
+    for b, subset in sets(selections(drawn, seen)[1]).items():
+        scores = seen.scores("el2n", b, 1, LABELS)
+        parts = reference.strata(scores.tolist(), N // 2, 0.1)
+        assert [len(subset & set(part)) for part, _ in parts] == [share for _, share in parts]
+
+
+@pytest.mark.parametrize("score", ["el2n", "random"])
+@pytest.mark.parametrize("how", ["top", "sample", "ccs"])
+@pytest.mark.parametrize("across", ["independent", "identical"])
+def test_balanced_coresets_keep_the_same_fraction_of_each_class(score: str, how: str, across: str) -> None:
+    sizes = UNEVEN.bincount()
+    drawn = sampler(score=score, pruning_rate=0.7, how=how, across_bits=across, balanced=True, labels=UNEVEN, epochs=4)
+    for selection in selections(drawn, Observations())[1:]:
+        for subset in selection.subsets.values():
+            counts = UNEVEN[subset].bincount(minlength=CLASSES)
+            assert len(subset) == 36 and bool(((counts - 0.3 * sizes).abs() < 1).all())
+    assert len(sizes.unique()) == CLASSES
+
+
+@pytest.mark.parametrize(("candidates", "overlap"), [(1 / 3, 0), (0.5, 20), (2 / 3, 40), (1.0, 120)])
+def test_candidates_of_different_bit_widths_overlap_as_little_as_they_can(candidates: float, overlap: int) -> None:
+    """A third each is disjoint and everything together; of more, as much as must be is in common."""
+    phase = sets(sampler(score="el2n", pruning_rate=0.8, candidates=candidates).selection(0))
+    assert {len(own) for own in phase.values()} == {round(candidates * N)}
+    assert {len(phase[a] & phase[b]) for a, b in PAIRS} == {overlap}
+    assert set().union(*phase.values()) == set(range(N))
+    other = sampler(score="el2n", pruning_rate=0.8, candidates=candidates, seed=1)
+    assert (sets(other.selection(0)) == phase) == (candidates == 1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"), [("joint", {}), ("bitwise", {"across_bits": "identical"}), ("bitwise", {"scoring": "joint"})]
+)
+def test_who_shares_batches_or_a_coreset_shares_candidates(scheme: str, options: dict) -> None:
+    phase = sampler(scheme, score="el2n", candidates=0.5, **options).selection(0)
+    assert len(phase.subsets[2]) == N // 2 and phase.scored
+    assert phase.subsets[2].tolist() == phase.subsets[4].tolist() == phase.subsets[8].tolist()
+
+
+@pytest.mark.parametrize("score", ["random", "el2n"])
+@pytest.mark.parametrize("how", ["top", "sample"])
+def test_disjoint_coresets_are_disjoint_while_the_data_lasts(score: str, how: str) -> None:
+    for rate, union, overlap in ((0.7, 0.9, 0.0), (0.5, 1.0, None)):
+        drawn = sampler(score=score, how=how, pruning_rate=rate, across_bits="disjoint", epochs=3)
+        for selection in selections(drawn, Observations())[1:]:
+            found = sets(selection)
+            assert {len(subset) for subset in found.values()} == {round((1 - rate) * N)}
+            assert len(set().union(*found.values())) == union * N
+            assert overlap is None or not any(found[a] & found[b] for a, b in PAIRS)
+        assert {row["union"] for row in drawn.rows} == {union}
+        assert overlap is None or {v for row in drawn.rows for v in row["overlap"].values()} == {overlap}
+
+
+def test_a_disjoint_coreset_is_the_top_of_what_is_left() -> None:
+    """The highest bit-width chooses first."""
+    seen, drawn = Observations(), sampler(score="el2n", pruning_rate=0.8, across_bits="disjoint", epochs=2)
+    found, left = selections(drawn, seen)[-1].subsets, torch.ones(N, dtype=torch.bool)
+    for b in reversed(BITS):
+        scores = seen.scores("el2n", b, 1, LABELS)
+        assert found[b].tolist() == scores.where(left, torch.tensor(-1.0)).topk(24).indices.sort().values.tolist()
+        left[found[b]] = False
+
+
+# Phases
+
+
+def test_phases_follow_one_another() -> None:
+    drawn = sampler(score="tdds", pruning_rate=0.8, candidates=0.5, full_epochs=2, epochs=7, rescore=True)
+    found = selections(drawn, Observations())
+    sizes = [[len(subset) for subset in selection.subsets.values()] for selection in found]
+    assert sizes == [[60] * 3] * 3 + [[24] * 3] * 2 + [[120] * 3] * 2
+    assert [selection.scored for selection in found] == [True] * 3 + [False] * 4
+    assert [row["epoch"] for row in drawn.rows] == [4, 4, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        ({}, 0),
+        ({"score": "el2n"}, 1),
+        ({"score": "grand"}, 1),
+        ({"score": "entropy"}, 1),
+        ({"score": "moderate"}, 1),
+        ({"score": "forgetting"}, 2),
+        ({"score": "tdds"}, 3),
+        ({"score": "tdds", "window": 5}, 5),
+        ({"score": "tdds", "scoring_epochs": 7}, 7),
+        ({"score": "el2n", "scoring_epochs": 3}, 3),
+        ({"score": "el2n", "scoring_epochs": 3, "pruning_rate": 0}, 0),
+    ],
+)
+def test_the_scoring_phase_is_as_short_as_the_score_allows(options: dict, warmup: int) -> None:
+    drawn = sampler(**options)
+    assert CoresetConfig(**options).warmup == warmup
+    assert [selection.scored for selection in selections(drawn, Observations())] == [True] * warmup + [False] * (
+        8 - warmup
+    )
+
+
+@pytest.mark.parametrize("how", ["top", "sample"])
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_draws_after_the_scoring_phase(how: str, every: int) -> None:
+    drawn = sampler(score="el2n", how=how, resample_every=every, epochs=7)
+    found = [sets(selection)[4] for selection in selections(drawn, Observations())[1:]]
+    changed = [a != b for a, b in pairwise(found)]
+    redrawn = [bool(every) and epoch % every == 0 for epoch in range(1, 6)]
+    assert changed == [again and how == "sample" for again in redrawn]
+    drifts = [row["drift"] for row in drawn.rows if row["bits"] == 4]
+    assert drifts[0] is None and len(drifts) == 1 + sum(redrawn)
+    assert all(drift > 0 if how == "sample" else drift == 0 for drift in drifts[1:])
+
+
+class Learned(Observations):
+    """From the second epoch on, what is trained on is known for sure, and so has the lowest error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits /= 8
+        self.logits[1:] = 20.0 * nn.functional.one_hot(LABELS, CLASSES)
+
+
+@pytest.mark.parametrize("score", ["el2n", "grand", "entropy"])
+@pytest.mark.parametrize("rescore", [True, False])
+def test_rescoring_replaces_what_was_learned(score: str, rescore: bool) -> None:
+    seen, drawn = Learned(), sampler(score=score, pruning_rate=0.5, rescore=rescore, epochs=3)
+    seen.features.fill_(1.0)
+    _, first, second = selections(drawn, seen)
+    for b in BITS:
+        known, new = sets(first)[b], sets(second)[b]
+        assert new == (set(range(N)) - known if rescore else known)
+    assert [row["drift"] for row in drawn.rows] == [None] * 3 + [1.0 if rescore else 0.0] * 3
+    assert bool(drawn.recorders) == rescore  # their memory is free once nothing is scored any more
+
+
+def test_nothing_is_recorded_outside_of_the_phases() -> None:
+    seen, drawn = Observations(), sampler(score="el2n", epochs=4)
+    drawn.observe(4, 0, torch.arange(N), seen.logits[0, 1], LABELS)
+    assert not drawn.recorders
+    selection = drawn.selection(0)
+    seen.show(drawn, selection, 0)
+    before = drawn.recorders[4].scores()
+    drawn.observe(4, 1, torch.arange(N), seen.logits[1, 1], LABELS)
+    assert set(drawn.recorders) == set(BITS) and torch.equal(drawn.recorders[4].scores(), before)
+
+
+COUNTED = {
+    "random": {},
+    "scored": {"score": "tdds", "pruning_rate": 0.7},
+    "candidates": {"score": "el2n", "scoring_epochs": 2, "candidates": 0.45, "full_epochs": 1},
+    "joint scoring": {"score": "el2n", "scoring": "joint", "candidates": 0.45, "full_epochs": 2},
+    "disjoint": {"score": "el2n", "pruning_rate": 0.5, "across_bits": "disjoint"},
+    "identical": {"score": "forgetting", "across_bits": "identical", "resample_every": 2},
+    "none": {"pruning_rate": 0.0},
+}
+
+
+@pytest.mark.parametrize("scheme", ["bitwise", "joint", "dedicated"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_every_epoch_has_as_many_steps_as_were_counted(name: str, scheme: str) -> None:
+    bits = (4,) if scheme == "dedicated" else BITS
+    config = TrainConfig(scheme=scheme, epochs=6, batch_size=16, coreset=CoresetConfig(**COUNTED[name]))
+    drawn, seen = Sampler(config.coreset, scheme, 0, bits, LABELS, 6), Observations()
+    for epoch in range(6):
+        selection = drawn.selection(epoch)
+        seen.show(drawn, selection, epoch)
+        steps = training.plan(selection, config, epoch)
+        assert training._count(drawn, config, epoch) == len(steps)
+        assert selection.scheme == drawn.scheme_of(epoch)
+        for b in bits:
+            assert sum(len(step.indices) for step in steps if b in step.bits) == drawn.size(epoch)
+        joint = scheme == "joint" or (selection.scored and name == "joint scoring" and scheme == "bitwise")
+        assert {step.bits for step in steps} == ({bits[::-1]} if joint else {(b,) for b in bits})
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "el2n", "how": "sample", "candidates": 0.5},
+        {"score": "el2n", "how": "ccs", "balanced": True, "cut": 0.1},
+        {"score": "el2n", "rescore": True},
+        {"score": "el2n", "across_bits": "disjoint", "pruning_rate": 0.5},
+        {"score": "random", "resample_every": 2},
+    ],
+)
+def test_rows_tell_what_the_coresets_have_in_common(options: dict) -> None:
+    drawn = sampler(**{"pruning_rate": 0.7, "labels": UNEVEN, "epochs": 6} | options)
+    found = selections(drawn, Observations())
+    firsts = [row["epoch"] for row in drawn.rows if row["bits"] == 2]
+    assert len(firsts) > 2 and len(drawn.rows) == 3 * len(firsts)
+    for number, epoch in enumerate(firsts):
+        own = sets(found[epoch - 1])
+        before = sets(found[firsts[number - 1] - 1]) if number else None
+        for row in [row for row in drawn.rows if row["epoch"] == epoch]:
+            b, keep = row["bits"], row["size"]
+            assert keep == len(own[b])
+            assert row["union"] == pytest.approx(len(own[2] | own[4] | own[8]) / N, abs=1e-4)
+            others = {str(o): len(own[b] & own[o]) / keep for o in BITS if o != b}
+            assert row["overlap"] == pytest.approx(others, abs=1e-4)
+            drift = None if before is None else len(before[b] - own[b]) / keep
+            assert row["drift"] == (drift if drift is None else pytest.approx(drift, abs=1e-4))
+            assert row["classes"] == [sum(int(UNEVEN[i]) == c for i in own[b]) for c in range(CLASSES)]
+            assert row["clipped"] == 0
+
+
+@pytest.mark.parametrize("candidates", [0.6, 1.0])
+def test_rank_correlation_is_spearmans_over_what_both_scored(candidates: float) -> None:
+    seen, drawn = Observations(), sampler(score="el2n", candidates=candidates, epochs=3)
+    phase = sets(selections(drawn, seen)[0])
+    for row in drawn.rows:
+        b, found = row["bits"], {}
+        for other in (o for o in BITS if o != b):
+            both = sorted(phase[b] & phase[other])
+            pair = {str(x): seen.scores("el2n", x, 1, LABELS)[both].numpy() for x in (b, other)}
+            found[str(other)] = pd.DataFrame(pair).corr(method="spearman").iloc[0, 1]
+        assert row["rank_correlation"] == pytest.approx(found, abs=1e-4)
+        assert all(0.2 < value < 0.99 for value in found.values())
+
+
+def test_there_is_no_rank_correlation_where_nothing_is_scored_by_both() -> None:
+    drawn = sampler(score="el2n", candidates=1 / 3, epochs=2)
+    selections(drawn, Observations())
+    assert [list(row["rank_correlation"].values()) for row in drawn.rows] == [[None, None]] * 3
+    drawn = sampler(epochs=2)
+    selections(drawn)
+    assert [row["rank_correlation"] for row in drawn.rows] == [{}] * 6
+
+
+# Weights of losses
+
+
+@pytest.mark.parametrize("across", ["independent", "identical"])
+def test_weights_are_k_over_n_times_the_chance(across: str) -> None:
+    seen, options = Observations(), {"how": "sample", "unbiased": True, "across_bits": across, "max_weight": 1e9}
+    drawn = sampler(score="el2n", pruning_rate=0.6, epochs=2, **options)
+    selection = selections(drawn, seen)[-1]
+    for b in BITS:
+        scores = seen.scores("el2n", b, 1, LABELS)
+        if across == "identical":
+            ranks = sum(seen.scores("el2n", o, 1, LABELS).argsort().argsort() for o in BITS) / 3.0
+            w = 0.1 + 0.9 * (ranks + 1) / (ranks.max() + 1)
+            p = coreset.inclusion(w, 48)
+        else:
+            p = literal_inclusion(scores, 48)
+        assert selection.weights[b].shape == (N,)
+        torch.testing.assert_close(selection.weights[b].double(), 48 / (N * p), rtol=1e-4, atol=0)
+    assert {row["clipped"] for row in drawn.rows} == {0.0}
+
+
+def test_weighted_means_over_draws_are_means_over_the_data() -> None:
+    """Of any quantity, here of the index; the mean weight itself is one."""
+    drawn = sampler(score="el2n", pruning_rate=0.8, how="sample", unbiased=True, power=2.0, max_weight=1e9, epochs=601)
+    ones, index = [], []
+    for selection in selections_without_showing(drawn, Observations()):
+        subset, weights = selection.subsets[2], selection.weights[2]
+        ones.append(weights[subset].mean().item())
+        index.append((weights[subset] * subset).mean().item())
+    for values, expected in ((ones, 1.0), (index, (N - 1) / 2)):
+        error = torch.tensor(values).std().item() / len(values) ** 0.5
+        assert abs(torch.tensor(values).mean().item() - expected) < 4.5 * error + 1e-6 and error < 0.02 * expected
+
+
+@pytest.mark.parametrize("largest", [1.0, 1.5, 2.5])
+def test_weights_are_clipped_and_the_clipped_are_counted(largest: float) -> None:
+    options = {"score": "el2n", "pruning_rate": 0.8, "how": "sample", "unbiased": True, "epochs": 5}
+    free, clipped = sampler(max_weight=1e9, **options), sampler(max_weight=largest, **options)
+    before, after = selections(free, Observations()), selections(clipped, Observations())
+    for row in clipped.rows:
+        b, epoch = row["bits"], row["epoch"] - 1
+        own, weights = before[epoch].subsets[b], before[epoch].weights[b]
+        assert torch.equal(after[epoch].subsets[b], own)
+        assert torch.equal(after[epoch].weights[b], weights.clamp_max(largest))
+        assert row["clipped"] == pytest.approx((weights[own] > largest).float().mean().item(), abs=1e-4)
+    assert len(clipped.rows) == 12 and max(row["clipped"] for row in clipped.rows) > 0
+
+
+@pytest.mark.parametrize("scheme", ["bitwise", "joint"])
+def test_random_coresets_have_weights_of_one(scheme: str) -> None:
+    drawn = sampler(scheme, how="sample", unbiased=True, pruning_rate=0.7, epochs=3)
+    for selection in selections(drawn):
+        assert set(selection.weights) == set(BITS)
+        assert all(bool(((w - 1).abs() < 1e-6).all()) for w in selection.weights.values())
+
+
+@pytest.mark.parametrize("score", ["random", "el2n"])
+def test_balanced_weights_make_up_for_rounded_quotas(score: str) -> None:
+    """The weighted number of samples of each class has the expectation that its share of the data is."""
+    drawn = sampler(
+        score=score, how="sample", unbiased=True, balanced=True, pruning_rate=0.9, labels=UNEVEN, epochs=301
+    )
+    shares = []
+    for selection in selections_without_showing(drawn, Observations()):
+        own, weights = selection.subsets[8], selection.weights[8]
+        shares.append(torch.zeros(CLASSES).index_add_(0, UNEVEN[own], weights[own]) / len(own))
+    mean, error = torch.stack(shares).mean(0), torch.stack(shares).std(0) / 300**0.5
+    assert bool(((mean - UNEVEN.bincount() / N).abs() <= 4.5 * error + 1e-6).all())
+
+
+# Recording
+
+
+def test_recording_leaves_the_global_generator_and_the_layer_alone() -> None:
+    for score in ("random", "tdds", "el2n", "entropy", "forgetting", "grand", "moderate"):
+        layer, before = nn.Linear(WIDTH, CLASSES), torch.get_rng_state()
+        seen, drawn = Observations(), sampler(score=score, how="sample", epochs=5)
+        for epoch in range(5):
+            selection = drawn.selection(epoch)
+            with drawn.recording(layer, selection):
+                hooks = len(layer._forward_pre_hooks)
+                for b, own in selection.subsets.items():
+                    x = seen.features[epoch, 0, own].requires_grad_()
+                    logits = layer(x)
+                    drawn.observe(b, epoch, own, logits, LABELS[own])
+            assert hooks == (selection.scored and score in ("grand", "moderate"))
+            assert not layer._forward_pre_hooks and logits.requires_grad
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("score", ["grand", "moderate"])
+def test_the_hook_is_removed_after_an_error(score: str) -> None:
+    model = nn.Sequential(nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES))
+    drawn = sampler(score=score)
+    with suppress(ZeroDivisionError), drawn.recording(model, drawn.selection(0)):
+        assert len(model[1]._forward_pre_hooks) == 1 and not model[0]._forward_pre_hooks
+        raise ZeroDivisionError
+    assert not model[1]._forward_pre_hooks
+    drawn.observe(4, 0, torch.arange(3), torch.ones(3, CLASSES), LABELS[:3])
+    assert not drawn.recorders
+
+
+@pytest.mark.parametrize("score", ["grand", "moderate"])
+def test_features_need_a_linear_layer(score: str) -> None:
+    drawn = sampler(score=score)
+    with pytest.raises(ValueError, match=rf"^score='{score}': expected another, where a network has no linear layer$"):
+        drawn.recording(nn.Sequential(nn.Conv2d(3, CLASSES, 1)), drawn.selection(0)).__enter__()
+
+
+# Going on from a state
+
+
+@pytest.mark.parametrize("score", ["tdds", "forgetting", "el2n", "moderate"])
+@pytest.mark.parametrize("at", [1, 2, 4, 6])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_sampler_goes_on_from_its_state(score: str, at: int, every: int) -> None:
+    """Also between two draws, where the last one stays."""
+    options = {"score": score, "scoring_epochs": 3, "how": "sample", "rescore": True, "unbiased": True}
+    options["resample_every"] = every
+    seen, whole, first = Observations(), sampler(**options), sampler(**options)
+    expected = selections(whole, seen)
+    for epoch in range(at):
+        seen.show(first, first.selection(epoch), epoch)
+    second = sampler(**options)
+    second.load(first.state(), torch.device("cpu"))
+    for epoch in range(at, 8):
+        selection = second.selection(epoch)
+        assert sets(selection) == sets(expected[epoch])
+        assert all(torch.equal(w, expected[epoch].weights[b]) for b, w in selection.weights.items())
+        seen.show(second, selection, epoch)
+    assert second.rows == whole.rows
+
+
+# The config
+
+NAN, INF = float("nan"), float("inf")
+NOT_A_NUMBER = ["0.5", True, None, NAN, INF, [0.5]]
+NOT_AN_INTEGER = [-1, 1.0, "1", True, None, NAN]
+NOT_A_FLAG = [0, 1, "yes", None]
+NOT_A_NAME = ["", None, 1, True, ["top"]]
+WRONG: dict[str, list[object]] = {
+    "score": ["tdd", "Random", *NOT_A_NAME],
+    "pruning_rate": [1, 1.5, -0.1, *NOT_A_NUMBER],
+    "resample_every": NOT_AN_INTEGER,
+    "scoring_epochs": [1, 2, *NOT_AN_INTEGER],
+    "scoring": ["dedicated", "Joint", *NOT_A_NAME],
+    "candidates": [0, 0.19, 1.1, -0.5, *NOT_A_NUMBER],
+    "window": [0, 1, 2, *NOT_AN_INTEGER],
+    "decay": [0, -0.1, 1.1, *NOT_A_NUMBER],
+    "rescore": NOT_A_FLAG,
+    "how": ["best", "Top", *NOT_A_NAME],
+    "power": [-1, *NOT_A_NUMBER],
+    "unscored": NOT_A_FLAG,
+    "cut": [-0.1, 0.81, 1, *NOT_A_NUMBER],
+    "balanced": NOT_A_FLAG,
+    "across_bits": ["joint", "same", *NOT_A_NAME],
+    "unbiased": NOT_A_FLAG,
+    "max_weight": [0.5, 0, -1, *NOT_A_NUMBER],
+    "full_epochs": NOT_AN_INTEGER,
+}
+
+
+def test_every_field_has_wrong_values() -> None:
+    assert set(WRONG) == {field.name for field in fields(CoresetConfig)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_wrong_config(name: str, value: object) -> None:
+    good = CoresetConfig(score="tdds", pruning_rate=0.8)
+    with pytest.raises(ValueError, match=rf"^{name}=") as caught:
+        replace(good, **{name: value})
+    given, _, allowed = str(caught.value).removeprefix(f"{name}=").partition(": expected ")
+    assert given == repr(value) and len(allowed) > 5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"score": "tdds", "scoring_epochs": 2}, r'^scoring_epochs=2: expected at least 3 for score="tdds", or 0$'),
+        ({"score": "tdds", "window": 5, "scoring_epochs": 4}, r"^scoring_epochs=4: expected at least 5 "),
+        ({"score": "forgetting", "scoring_epochs": 1}, r"^scoring_epochs=1: expected at least 2 "),
+        ({"score": "el2n", "pruning_rate": 0.5, "candidates": 0.49}, r"^candidates=0\.49: .*fraction in \[0\.5, 1\]$"),
+        ({"score": "el2n", "pruning_rate": 0.5, "cut": 0.51}, r"^cut=0\.51: expected a fraction in \[0, 0\.5\]$"),
+        ({"unbiased": True}, r'^unbiased=True: expected how="sample", all as candidates or '),
+        ({"unscored": True}, r'^unscored=True: expected how="sample" without rescore$'),
+        ({"unscored": True, "how": "sample", "score": "el2n", "rescore": True}, r"^unscored=True: .* without rescore$"),
+        ({"unbiased": True, "how": "ccs"}, r'^unbiased=True: expected how="sample"'),
+        ({"unbiased": True, "how": "sample", "score": "el2n", "candidates": 0.5}, r"^unbiased=True: .*unscored=True"),
+        ({"unbiased": True, "how": "sample", "across_bits": "disjoint"}, r'^unbiased=True: .* not "disjoint"$'),
+        ({"rescore": True}, r"^score='random': expected a score, where scoring_epochs, rescore or candidates "),
+        ({"scoring_epochs": 1}, r"^score='random': expected a score"),
+        ({"candidates": 0.5}, r"^score='random': expected a score"),
+    ],
+)
+def test_options_that_do_not_fit_together(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CoresetConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"score": "tdds", "scoring_epochs": 3},
+        {"score": "el2n", "scoring_epochs": 1},
+        {"score": "el2n", "pruning_rate": 0.8, "candidates": 0.2},
+        {"score": "el2n", "pruning_rate": 0.9, "candidates": 0.1},
+        {"score": "el2n", "pruning_rate": 0.7, "how": "ccs", "cut": 0.7},
+        {"unbiased": True, "how": "sample", "across_bits": "identical", "max_weight": 1},
+        {"resample_every": 0, "full_epochs": 3, "power": 0},
+    ],
+)
+def test_options_at_the_edge_of_what_is_allowed(values: dict) -> None:
+    config = CoresetConfig(**values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({"score": "tdds"}, 4),
+        ({"score": "tdds", "full_epochs": 2}, 6),
+        ({"score": "el2n", "scoring_epochs": 5}, 6),
+        ({"full_epochs": 3}, 4),
+        ({"score": "tdds", "full_epochs": 2, "pruning_rate": 0}, 1),
+    ],
+)
+def test_a_run_is_longer_than_its_scoring_phase_and_full_epochs(options: dict, least: int) -> None:
+    config = CoresetConfig(**options)
+    assert TrainConfig(epochs=least, coreset=config).epochs == least
+    if least > 1:
+        with pytest.raises(
+            ValueError, match=rf"^epochs={least - 1}: expected more than the {least - 1} that the cores"
+        ):
+            TrainConfig(epochs=least - 1, coreset=config)
+
+
+def test_numpy_numbers_become_plain_ones() -> None:
+    numpy = pytest.importorskip("numpy")
+    reals = {"pruning_rate": 0.5, "decay": 0.5, "power": 0.5, "candidates": 0.5, "cut": 0.5, "max_weight": 2.0}
+    integers = dict.fromkeys(("resample_every", "scoring_epochs", "window", "full_epochs"), 4)
+    given = {k: numpy.float32(v) for k, v in reals.items()} | {k: numpy.int64(v) for k, v in integers.items()}
+    config = CoresetConfig(score="tdds", **given)
+    assert {type(getattr(config, name)) for name in reals} == {float}
+    assert {type(getattr(config, name)) for name in integers} == {int}
+    assert config == CoresetConfig(score="tdds", **reals, **integers)
