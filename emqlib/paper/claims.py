@@ -1,113 +1,415 @@
-"""The claims, their numbers and verdicts: each number is worked out from the rows of a CSV and written into the texts.
+"""What the paper claims and what this project adds, with the numbers measured here and a verdict on each.
 
-`results/claims.toml` has each claim's texts with names in place of numbers, and for each name where its rows are.
-`python -m emqlib.paper.claims` writes the tables of `results/README.md` and `README.md` anew, between two marks.
+Every number in these texts is worked out from the rows of a CSV file below `results/`. After a change of rows or of a
+text, `python -m emqlib.paper.claims` writes the tables of `results/README.md` and `README.md` anew.
 """
 
-import re
 import sys
-import tomllib
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from .. import checks
 from ..files import home, write_text
 
-VERDICTS = ("supported", "partly", "not supported", "not run")
 MARKS = ("<!-- claims: python -m emqlib.paper.claims -->", "<!-- end of claims -->")
-TABLES = {"results/README.md": ["claim", "paper", "measured", "verdict", "why"]}
-TABLES["README.md"] = ["claim", "paper", "measured", "verdict"]
-_KEYS = {"rows", "where", "of", "how", "minus", "over", "digits", "spread"}
+AS_TRAINED = {"trained": True, "adapted": False}  # at the trained bit-widths, without batch-norm adaptation
 
 
-def number(source: dict[str, Any], folder: Path) -> str:
-    """What a text says of the rows of a CSV file below `folder`: mean ± standard deviation over seeds, "71.2 ± 0.3".
+@dataclass(frozen=True)
+class Claim:
+    """One line of the table."""
 
-    source: rows, the file without suffix; where, the values (or lists of them) that its columns have in them; of, the
-    column, "top1" without; how, "mean", "min", "max", "sum" or "nunique" of each seed's rows; minus or over, another
-    source, or what differs in it, to take off or to divide by, seed by seed; digits after the point, 1 without; spread,
-    False for the mean alone. ValueError: not so, no such rows, or rows that do not say where they come from.
+    claim: str
+    paper: str  # what the paper reports, empty for a claim of this project
+    measured: str  # the same measured here
+    verdict: Literal["supported", "partly", "not supported", "not run"]
+    why: str
+
+
+def read(results: Path, name: str, **where: Any) -> pd.DataFrame:
+    """The rows of `results`/name.csv whose columns have the values `where`."""
+    return at(pd.read_csv(results / f"{name}.csv"), **where)
+
+
+def at(rows: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    """The rows whose columns have the values `where`."""
+    for column, value in where.items():
+        rows = rows[checks.table("rows", rows, [column])[column] == value]
+    return rows
+
+
+def seeds(rows: pd.DataFrame, of: str = "top1", **where: Any) -> pd.Series:
+    """The mean of a column for each seed; rows without a seed count as one. ValueError: no rows, or no such column."""
+    part = checks.table("rows", at(rows, **where), [of])
+    return part.groupby(part.seed if "seed" in part else 0 * part.index)[of].mean()
+
+
+def said(values: pd.DataFrame | pd.Series, of: str = "top1", digits: int = 1, **where: Any) -> str:
+    """The mean and, of several seeds, the standard deviation: "71.2 ± 0.3".
+
+    Args:
+        values: rows, of whose column `of` and values `where` this is, or one number for each seed.
+        digits: how many after the point.
     """
-    value = _by_seed(checks.instance("source", source, dict, "a table of what the number is of"), Path(folder))
-    for key, combine in {"minus": pd.Series.sub, "over": pd.Series.div}.items():
-        if key in source:
-            where = source.get("where", {}) | source[key].get("where", {})
-            value = combine(value, _by_seed(source | source[key] | {"where": where}, Path(folder))).dropna()
-    digits = checks.integer("digits", source.get("digits", 1), 0, 6)
-    if value.empty:
-        raise checks.invalid("source", source, "rows of the same seeds")
-    spread = f" ± {value.std():.{digits}f}" if source.get("spread", True) and len(value) > 1 else ""
-    return f"{round(value.mean(), digits) + 0.0:,.{digits}f}{spread}"  # a zero without a sign
+    numbers = (seeds(values, of, **where) if isinstance(values, pd.DataFrame) else values).dropna()
+    return plain(numbers, digits=digits) + (f" ± {numbers.std():.{digits}f}" if len(numbers) > 1 else "")
 
 
-def _by_seed(source: dict[str, Any], folder: Path) -> pd.Series:
-    """The number of each seed; rows without seeds are of one."""
-    if "rows" not in source or not set(source) <= _KEYS:
-        raise checks.invalid("source", source, f"rows, and others of {', '.join(sorted(_KEYS))}")
-    rows, how = pd.read_csv(folder / f"{source['rows']}.csv"), source.get("how", "mean")
-    checks.choice("how", how, ("mean", "min", "max", "sum", "nunique"))
-    for column, wanted in source.get("where", {}).items():
-        checks.table("rows", rows, (column,))
-        rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
-    of = source.get("of", "top1")
-    origin = ["source"] if source["rows"].startswith("paper/") else ["commit", "data_sha256"]
-    if rows.empty or of not in rows or rows.reindex(columns=origin).isna().any(axis=None):
-        raise checks.invalid("source", source, f"rows that have {', '.join([of, *origin])}")
-    return rows.groupby(rows.seed if "seed" in rows else 0 * rows.index)[of].agg(how)
+def plain(values: pd.DataFrame | pd.Series, of: str = "top1", digits: int = 0, **where: Any) -> str:
+    """The mean alone, as of what is the same in all rows."""
+    numbers = (seeds(values, of, **where) if isinstance(values, pd.DataFrame) else values).dropna()
+    if numbers.empty:
+        raise checks.invalid("values", "none", "numbers of the same seeds")
+    return f"{round(numbers.mean(), digits) + 0.0:,.{digits}f}"  # + 0.0: a zero without a sign
 
 
-def _claims(folder: Path) -> list[dict[str, str]]:
-    """The claims of `folder`/claims.toml, each with claim, paper, measured, verdict and why, numbers filled in.
+def claims(results: Path) -> list[Claim]:
+    """The claims of the paper and then those beyond it, with numbers from the CSV files below `results`.
 
-    ValueError: a text missing, another verdict than VERDICTS, a name without a number or a number without a place.
+    ValueError: rows that a claim is about are missing.
     """
-    with (checks.path("folder", folder) / "claims.toml").open("rb") as file:
-        return [_filled(claim, Path(folder)) for claim in tomllib.load(file)["claim"]]
+    groups = (_correction, _children, _coresets, _cost, _transformers, _beyond, _time, _large)
+    return [claim for group in groups for claim in group(checks.path("results", results))]
 
 
-def _filled(claim: dict[str, Any], folder: Path) -> dict[str, str]:
-    texts = {name: claim.get(name, "") for name in TABLES["results/README.md"]}
-    checks.choice("verdict", texts["verdict"], VERDICTS)
-    numbers = claim.get("numbers", {})
-    named = set(re.findall(r"{(\w+)}", "".join(texts.values())))
-    if not texts["why"] or named != set(numbers):
-        raise checks.invalid("claim", texts["claim"], f"a why, and a number for each of {sorted(named ^ set(numbers))}")
-    found = {name: number(_source(claim, name), folder) for name in numbers}
-    return {name: re.sub(r"{(\w+)}", lambda match: found[match[1]], text) for name, text in texts.items()}
+def _correction(results: Path) -> list[Claim]:
+    none, corrected = (
+        read(results, "small/08_mismatch", bits=2, trained_with=correction) for correction in ("none", "mean_var")
+    )
+    full = {"method": "Ours", "pruning_rate": 0}
+    rows = read(results, "small/01_cifar10", **full)
+    states = (("none", False), ("mean_var", False), ("mean_var", True))
+    two, eight = ([said(rows, bits=b, correction=c, adapted=a) for c, a in states] for b in (2, 8))
+    curves, large = read(results, "small/01_cifar10_curves", **full), read(results, "benchmarks/paper_network", **full)
+    short, long = at(curves, epochs=4), at(curves, epochs=8)
+    return [
+        Claim(
+            "Weight bias correction aligns the distributions of bit-widths",
+            "yes (Figure 3)",
+            "shift of the mean from the shared running mean at 2 bits, in standard deviations: "
+            f"{said(none, 'mean_shift', 2)} without, {said(corrected, 'mean_shift', 2)} with it; distance to the "
+            f"distribution at 8 bits {said(none, 'wasserstein', 3)} and {said(corrected, 'wasserstein', 3)}",
+            "partly",
+            "The distributions come much closer and do not become one: a channel's inputs have means of their own, and "
+            "quantized activations another variance.",
+        ),
+        Claim(
+            "One shared batch norm needs no calibration",
+            "yes",
+            f"2 bits: {two[0]} % uncorrected, {two[1]} % corrected, {two[2]} % corrected and calibrated; 8 bits: "
+            f"{eight[0]}, {eight[1]} and {eight[2]} %",
+            "partly",
+            "Correction closes nearly all of the uncorrected network's gap from 2 bits up; calibrating the corrected "
+            "network still gains about a point.",
+        ),
+        Claim(
+            "The same in a longer training",
+            "yes",
+            f"ours on the full data, 2 bits, {plain(short, 'epochs')} and {plain(long, 'epochs')} epochs: "
+            f"{_gain(short)} and {_gain(long)} points below the calibrated network; the paper's network, "
+            f"{plain(large, 'epochs')} epochs on an H200: {_gain(large)}",
+            "not supported",
+            "The longer the training, the less one table of running statistics fits 2 bits; own statistics for each "
+            "bit-width (below) do away with it.",
+        ),
+    ]
 
 
-def _source(claim: dict[str, Any], name: str) -> dict[str, Any]:
-    """Where the number `name` of `claim` is worked out from: the claim's own rows, where it names no others."""
-    source = claim["numbers"][name]
-    if "rows" in source:
-        return source
-    shared = {key: claim[key] for key in ("rows", "where") if key in claim}
-    return shared | source | {"where": shared.get("where", {}) | source.get("where", {})}
+def _gain(rows: pd.DataFrame) -> str:
+    """How many points calibration gains at 2 bits."""
+    return said(seeds(rows, bits=2, adapted=True) - seeds(rows, bits=2, adapted=False))
 
 
-def _written(text: str, table: list[dict[str, str]], columns: list[str]) -> str:
-    """`text` with `columns` of `table` between the two MARKS. ValueError: it does not have them."""
-    parts = re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text)
-    if parts[1::2] != list(MARKS):
+def _children(results: Path) -> list[Claim]:
+    rows = read(results, "small/10_untrained_bitwidths", method="Ours", trained_bits="2 4 8", adapted=False)
+    reported = read(results, "paper/figure4", metric="angle")
+    angles = read(results, "small/09_angles", layer="all layers", epoch=8)
+    high, low, ends, others = (
+        said(angles, "angle", 0, bits=a, other_bits=b) for a, b in ((4, 8), (2, 4), (2, 8), (4, 4))
+    )
+    steps = read(results, "small/09_knowledge_transfer", adapted=True)
+    without = ", ".join(said(steps, bits=b, trained_bits=rest) for b, rest in ((2, "4 8"), (4, "2 8"), (8, "2 4")))
+    alone = ", ".join(said(steps, bits=b, trained_bits=str(b)) for b in (2, 4, 8))
+    return [
+        Claim(
+            "Bit-widths that were not trained work",
+            "yes",
+            f"trained at 2, 4 and 8 bits, not calibrated: 3 bits {said(rows, bits=3)} %, 6 bits {said(rows, bits=6)} "
+            f"%, beside {said(rows, bits=4)} % at 4 bits; 1 bit {said(rows, bits=1)} %",
+            "partly",
+            "From 3 bits up they lie with their trained neighbours; 1 bit fails.",
+        ),
+        Claim(
+            "The children's gradients align",
+            f"below about {plain(reported, 'value')} degrees (Figure 4)",
+            f"after {plain(angles, 'epoch')} epochs: 4 and 8 bits {high}, 2 and 4 bits {low}, 2 and 8 bits {ends} "
+            f"degrees; other images at 4 bits {others}",
+            "partly",
+            "Far closer than gradients of other images are, but below the paper's angle only between 4 and 8 bits.",
+        ),
+        Claim(
+            "A child gains from steps that only the others took",
+            "yes",
+            f"others' steps alone {without} % at 2, 4 and 8 bits; its own alone {alone} % (half as many); "
+            "all calibrated",
+            "supported",
+            "Steps of the others take a child further than half as many of its own.",
+        ),
+    ]
+
+
+def _coresets(results: Path) -> list[Claim]:
+    curves = read(results, "small/01_cifar10_curves", epochs=8, **AS_TRAINED)
+    pruned = at(curves, method="Ours", coreset="tdds")
+    hundred, tiny = (read(results, f"small/02_{name}", **AS_TRAINED) for name in ("cifar100", "tinyimagenet"))
+    by_score = read(results, "small/05_coreset_comparison", **AS_TRAINED)
+    tdds, random, longer = (
+        ", ".join(said(by_score, coreset=name, pruning_rate=rate) for rate in (0.5, 0.8, 0.9))
+        for name in ("tdds", "RS2", "RS2, epochs=9")
+    )
+    options = read(results, "small/07_ablation_scoring_scheme", **AS_TRAINED)
+    whole, joint, identical = (
+        said(options, coreset=f"tdds{name}, all candidates")
+        for name in ("", ", scoring=joint", ", across_bits=identical")
+    )
+    return [
+        Claim(
+            "Coresets keep accuracy up to 80 % pruning",
+            f"{plain(read(results, 'paper/table1', metric='mean_top1'), 'value', 2)} % at 80 % pruning (CIFAR-10)",
+            f"mean over trained bit-widths after {plain(pruned, 'epochs')} epochs of CIFAR-10: Any-Precision "
+            f"{said(curves, method='Any-Precision')} %; TDDS coresets {said(pruned, pruning_rate=0.5)} % at 50 % "
+            f"pruning, {said(pruned, pruning_rate=0.8)} % at 80 %, {said(pruned, pruning_rate=0.9)} % at 90 %; at 80 % "
+            f"CIFAR-100 {said(hundred, pruning_rate=0.8)} against {said(hundred, method='Any-Precision')} %, "
+            f"TinyImageNet {said(tiny, pruning_rate=0.8)} against {said(tiny, method='Any-Precision')} %",
+            "partly",
+            "At 50 % yes; at 80 % a coreset that is chosen once loses at equal epochs, and is ahead at equal passes "
+            "(below).",
+        ),
+        Claim(
+            "Importance beats random",
+            "yes",
+            f"{plain(by_score, 'epochs', coreset='tdds')} epochs on {plain(by_score, 'n_train')} images, 50, 80 and 90 "
+            f"% pruned: TDDS {tdds} %; random, drawn anew each epoch (RS2) {random} %; RS2 for as many passes as TDDS "
+            f"with its scoring {longer} %",
+            "not supported",
+            "Ahead at equal epochs, but no more once random coresets get the passes that scoring costs.",
+        ),
+        Claim(
+            "Scores extracted bit-wise are better than joint ones (Table 7)",
+            "yes",
+            f"80 % pruned, at equal passes: {whole} % against {joint} %; coresets identical for all bit-widths "
+            f"{identical} %",
+            "partly",
+            "The direction holds, but joint scoring also makes a third of the steps meanwhile; coresets of its own "
+            "gain a bit-width no more than random ones do, which cover more images too.",
+        ),
+    ]
+
+
+def _cost(results: Path) -> list[Claim]:
+    curves = read(results, "small/01_cifar10_curves", epochs=8, **AS_TRAINED)
+    joint, pruned = at(curves, method="Any-Precision"), at(curves, method="Ours", coreset="tdds")
+    fewer, faster = (seeds(joint, of) / seeds(pruned, of, pruning_rate=0.8) for of in ("sample_passes", "seconds"))
+    schemes = read(results, "benchmarks/schemes")
+    alternating = seeds(schemes, "seconds", scheme="Any-Precision") / seeds(
+        schemes, "seconds", scheme="ours, 80% pruned"
+    )
+    large = read(results, "benchmarks/paper_network")
+    many, few = at(large, coreset="tdds"), at(large, method="Any-Precision")
+    ratios = [
+        plain(read(results, f"paper/{name}", metric="time_ratio"), "value", 2)
+        for name in ("table1", "table3", "tinyimagenet")
+    ]
+    return [
+        Claim(
+            "Coresets save training time",
+            f"{ratios[0]} times less on CIFAR-10, {ratios[1]} on ImageNet, {ratios[2]} on TinyImageNet",
+            f"80 % pruned against Any-Precision, scoring included: {plain(fewer, digits=1)} times fewer passes and "
+            f"{said(faster)} times less time at {plain(joint, 'epochs')} epochs; alternating in one process "
+            f"{said(alternating)} times less time",
+            "partly",
+            "By a factor of five at most, which is what pruning 80 % can give at equal bit-widths; the paper's ratios "
+            "fit a baseline that trains more of them (notebook 11).",
+        ),
+        Claim(
+            "At equal cost ours is ahead of Any-Precision",
+            "yes",
+            f"{plain(pruned, 'epochs')} epochs, in no more time: {said(pruned, pruning_rate=0.5)} % at 50 % pruning "
+            f"against {said(joint)} %; the paper's network on an H200, {said(many, **AS_TRAINED)} % after "
+            f"{plain(many, 'epochs')} epochs at 80 % pruning ({plain(many, 'sample_passes')} passes) against "
+            f"{said(few, **AS_TRAINED)} % after {plain(few, 'epochs')} ({plain(few, 'sample_passes')})",
+            "supported",
+            "Bit-wise training makes several optimizer steps for each of joint training's.",
+        ),
+    ]
+
+
+def _transformers(results: Path) -> list[Claim]:
+    full = {"pruning_rate": 0, "trained": True}
+    here, there = (read(results, f"small/04_vit_{name}", **full) for name in ("cifar10", "tinyimagenet"))
+    ours = {"method": "Ours", "correction": "mean_var"}
+    ratio = plain(read(results, "paper/table3", metric="time_ratio"), "value", 2)
+    return [
+        Claim(
+            "Vision transformers: bit-wise training of one network",
+            "yes",
+            f"ViT, mean over trained bit-widths: CIFAR-10 {said(here, **ours)} % against "
+            f"{said(here, method='Any-Precision')} % for Any-Precision and {said(here, method='Dedicated')} % for "
+            f"dedicated networks; TinyImageNet {said(there, **ours)}, {said(there, method='Any-Precision')} and "
+            f"{said(there, method='Dedicated')} %",
+            "supported",
+            "At as many sample passes, with several times the optimizer steps.",
+        ),
+        Claim(
+            "Vision transformers: weight bias correction",
+            "yes",
+            "ViT on CIFAR-10, mean over trained bit-widths: "
+            f"{said(here, method='Ours', correction='none')} % without, {said(here, **ours)} % with it",
+            "not supported",
+            "Not wrong, but not needed: layer norm keeps no statistics that bit-widths would have to share.",
+        ),
+        Claim(
+            "ImageNet-1K (Table 3)",
+            f"{ratio} times less time",
+            "not run: neither its images nor the GPU-hours were at hand",
+            "not run",
+            "Notebook 03 runs in `smoke`, on images from files; see the README for what a run needs.",
+        ),
+    ]
+
+
+def _beyond(results: Path) -> list[Claim]:
+    rows = read(results, "small/06_remedies", remedy="own, output correction")
+    gaps = {b: said(seeds(rows, bits=b) - seeds(rows, "adapted_top1", bits=b)) for b in (1, 2, 3, 4, 8)}
+    equal, large = (
+        read(results, "small/07_equal_epochs", epochs=8, **AS_TRAINED),
+        read(results, "benchmarks/paper_network"),
+    )
+    chosen_once = at(large, coreset="tdds", **AS_TRAINED)
+    return [
+        Claim(
+            "Beyond the paper: no calibration, by own statistics and output correction",
+            "",
+            f"points above the calibrated network, none of it calibrated: 2 bits {gaps[2]}, 3 bits {gaps[3]}, 4 bits "
+            f"{gaps[4]}, 8 bits {gaps[8]}; 1 bit {gaps[1]}",
+            "supported",
+            '`QuantSpec(norm="shared_affine", output_correction=True)` is as good as calibration from 2 bits up, '
+            "trained or not.",
+        ),
+        Claim(
+            "Beyond the paper: 80 % pruning at equal epochs, with coresets drawn anew, small batches, own statistics",
+            "",
+            f"after {plain(equal, 'epochs')} epochs: by TDDS {said(equal, coreset='tdds, sample of all')} %, at random "
+            f"{said(equal, coreset='RS2')} %, by EL2N of one epoch on all data "
+            f"{said(equal, coreset='el2n, how=sample, all candidates')} %, a coreset chosen once "
+            f"{said(equal, coreset='tdds, batch_size=128')} %, Any-Precision {said(equal, method='Any-Precision')} %; "
+            f"the paper's network on an H200, {plain(chosen_once, 'epochs')} epochs: "
+            f"{said(large, method='Ours, own statistics', **AS_TRAINED)} % against {said(chosen_once)} % chosen once",
+            "partly",
+            "Most of the loss goes, and one epoch on all data takes the rest; Any-Precision gains from smaller batches "
+            "too (notebook 7).",
+        ),
+    ]
+
+
+def _time(results: Path) -> list[Claim]:
+    codes = read(results, "benchmarks/any_precision")
+    published, ours = at(codes, way="published code"), at(codes, way="ours, 80% pruned", epochs=5, epoch=4)
+    steps = read(results, "benchmarks/steps", phase="training", network="resnet20")
+    speed, half, eager = (
+        said(seeds(steps, "plain", **how) / seeds(steps, "ours", **how), digits=2)
+        for how in (
+            {"mode": "compiled", "precision": "none"},
+            {"mode": "compiled", "precision": "bfloat16"},
+            {"mode": "eager", "precision": "none"},
+        )
+    )
+    return [
+        Claim(
+            "Time to an accuracy against the published Any-Precision code",
+            "",
+            f"pre-activation ResNet-20, {plain(published, 'train')} images of CIFAR-10, two cores, to "
+            f"{plain(published, digits=1, epoch=9)} % (mean over bit-widths): {plain(published, 'seconds', epoch=9)} s "
+            f"of the published code, {plain(ours, 'seconds')} s of ours at 80 % pruning",
+            "supported",
+            "Ten times less, of which the recipe, bfloat16, bit-wise training and coresets each have a part ([factor "
+            "by factor](benchmarks/any_precision.md)); one seed.",
+        ),
+        Claim(
+            "A quantized training step costs nearly nothing",
+            "",
+            "two cores, compiled, mean over 1 to 8 bits, the plain network's speed is 1: ResNet-20 "
+            f"{speed} in float32, {half} in bfloat16; not compiled {eager}",
+            "supported",
+            "Compiled, quantizers and correction are fused into what a step does anyway; brevitas and torchao are "
+            "slower ([implementations](benchmarks/implementations.md)).",
+        ),
+    ]
+
+
+def _large(results: Path) -> list[Claim]:
+    growth = read(results, "benchmarks/growth")
+    pruned = at(growth, scheme="80% pruned", bit_widths=8, mode="compiled")
+    trainings = seeds(pruned, "seconds") / seeds(growth, "seconds", scheme="full precision", bit_widths=1, mode="eager")
+    graphs = read(results, "benchmarks/paper_network", method="Ours", pruning_rate=0, seed=0)
+    files = read(results, "small/12_deploy", runtime="onnxruntime")
+    least = plain(files.groupby("seed").agreement.min(), digits=2)
+    two, eight, full = (at(files, bits=b) for b in (2, 8, 32))
+    smaller, slower = seeds(full, "file") / seeds(two, "file"), seeds(two, "latency") / seeds(full, "latency")
+    return [
+        Claim(
+            "Eight bit-widths at 80 % pruning cost at most two trainings in full precision",
+            "",
+            f"ResNet-20, {plain(pruned, 'epochs')} epochs of {plain(pruned, 'train')} images, compiled: "
+            f"{said(trainings, digits=2)} trainings",
+            "supported",
+            "Where runs are long enough to compile; compilation is not counted ([growth](benchmarks/growth.md)).",
+        ),
+        Claim(
+            "ResNet-20 of width 80, five bit-widths, 200 epochs at 80 % pruning in under 3 minutes of an H100",
+            "",
+            f"on an H200, as CUDA graphs, {plain(seeds(graphs, 'sample_passes') / seeds(graphs, 'seconds'))} sample "
+            "passes a second",
+            "not supported",
+            "These are ten million passes, a quarter of an hour; a graph of unfused kernels waits for memory. Compiled "
+            "graphs were not measured: compiling took longer than the GPU was at hand.",
+        ),
+        Claim(
+            "One checkpoint is served at every bit-width",
+            "",
+            f"ONNX files answer as the network in training on {least} % of the images or more; {said(two)} % right "
+            f"at 2 bits, {said(eight)} % at 8 bits, float32 {said(full)} %; a file at 2 bits is {plain(smaller, digits=1)} "
+            f"times smaller than in float32, an image takes {plain(slower, digits=1)} times as long",
+            "partly",
+            "Smaller, not faster: onnxruntime's CPU kernels compute in float32.",
+        ),
+    ]
+
+
+def texts(root: Path) -> dict[Path, str]:
+    """What `results/README.md`, with all claims, and `README.md`, with the paper's, are to hold."""
+    table = pd.DataFrame(map(asdict, claims(root / "results")))
+    tables = {root / "results/README.md": table, root / "README.md": table[table.paper != ""].drop(columns="why")}
+    return {path: _written(path.read_text(), part) for path, part in tables.items()}
+
+
+def _written(text: str, table: pd.DataFrame) -> str:
+    """`text` with `table` between the two MARKS, each of which it must have once, in this order."""
+    before, _, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end or any(mark in before + after for mark in MARKS):
         raise checks.invalid("text", text[:60], f"the marks {MARKS}, each once")
-    lines = ["", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in table]
-    return "".join([*parts[:2], "\n".join([*lines, "", ""]), *parts[3:]])
+    lines = [list(table), ["---"] * table.shape[1], *table.to_numpy()]
+    return "\n".join([before + MARKS[0], *(f"| {' | '.join(line)} |" for line in lines), "", MARKS[1] + after])
 
 
 def main(root: Path) -> None:
-    """Write the tables of claims of the project at `root` anew: all in the gallery, the paper's own in the README."""
-    for path, text in _texts(checks.path("root", root)).items():
+    """Write both files anew, for the project at `root`."""
+    for path, text in texts(checks.path("root", root)).items():
         write_text(path, text)
-
-
-def _texts(root: Path) -> dict[Path, str]:
-    """What `main` writes: each file and its whole text."""
-    table = _claims(root / "results")
-    rows = {"results/README.md": table, "README.md": [claim for claim in table if claim["paper"]]}
-    return {root / name: _written((root / name).read_text(), rows[name], columns) for name, columns in TABLES.items()}
 
 
 if __name__ == "__main__":
