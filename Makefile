@@ -5,8 +5,8 @@
 # make mutants     change the sources in hundreds of places: does a test notice? into results/reliability/; ten minutes
 # make browser     run the quickstart in JupyterLab in headless Chromium, if one is installed; look at build/browser.png
 # make figures     redraw every figure in results/ from the CSV beside it
-# make results     train what the notebooks need, JOBS runs side by side, and execute them: PROFILE=small (default), smoke
-#                  or paper; goes on where it was stopped. BUDGET=seconds stops it; ONLY="01_cifar10 12_deploy" takes some
+# make results     execute the notebooks, JOBS side by side, which train what is not trained yet: PROFILE=small (default),
+#                  smoke or paper; ONLY="01_cifar10 12_deploy" takes some. Stopped at any time, it goes on from there
 # Another interpreter: make install PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -80,8 +80,32 @@ figures: install
 	$(BIN)/python -m emqlib.paper.plots
 	$(BIN)/python benchmarks/redraw.py
 
+# Executed notebooks lie beside the results. Those of `small` are committed, and so go to notebooks/ without the times that
+# papermill notes and without progress bars.
+ONLY     ?= $(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))
+EXECUTED := $(if $(filter smoke,$(PROFILE)),build/smoke/smoke,$(if $(filter small,$(PROFILE)),build/small,results/$(PROFILE)))
+CLEAN    := import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); nb.metadata.pop('papermill'); \
+	[cell.update(metadata={k: v for k, v in cell.metadata.items() if k == 'tags' and v}) for cell in nb.cells]; \
+	[cell.update(outputs=[out for out in cell.outputs if out.output_type != 'stream']) for cell in nb.cells if 'outputs' in cell]; \
+	nbformat.write(nb, sys.argv[2])
+
+define EXECUTE
+mkdir -p $(EXECUTED) && $(BIN)/papermill -k python3 notebooks/$(1).ipynb $(EXECUTED)/$(1).ipynb \
+	$(if $(filter small,$(PROFILE)),&& $(BIN)/python -c "$(CLEAN)" $(EXECUTED)/$(1).ipynb notebooks/$(1).ipynb)
+endef
+
 results: install
-	$(BIN)/python -m emqlib.paper.suite $(ONLY) --profile $(PROFILE) --jobs $(JOBS) $(if $(BUDGET),--budget $(BUDGET))
+	@$(MAKE) --no-print-directory -j $(JOBS) $(addprefix execute-,$(ONLY))
+
+# One thread each, on which rows depend.
+execute-%: export OMP_NUM_THREADS := 1
+execute-%: export EMQ_PROFILE := $(PROFILE)
+execute-%:
+	$(call EXECUTE,$*)
+
+execute-03_imagenet:
+	@if [ $(PROFILE) = smoke ] || $(BIN)/python -c "import emqlib; emqlib.load_dataset('imagenet')" 2>/dev/null; \
+	then $(call EXECUTE,03_imagenet); else echo "03_imagenet: not run, there is no ImageNet here (see GUIDE.md)"; fi
 
 # Leaves .venv, which is gigabytes to install again.
 clean:

@@ -1,4 +1,7 @@
-"""A paper table becomes a list of runs, for `run_all` to run or to read."""
+"""Each table and figure of the paper as a list of runs, for `runs.run_all` to finish or to read.
+
+`python -m emqlib.paper.experiments NAME` finishes the runs of one of them from a shell.
+"""
 
 import argparse
 import inspect
@@ -19,21 +22,27 @@ from ..train.config import SCORES, CoresetConfig, TrainConfig
 from ..train.data import Dataset, check_name, load_dataset
 from ..train.distributed import current, started
 from .profiles import Parameters, Setting, parameters
-from .runs import Run, coreset_rows, run_all
+from .runs import Run, run_all
+
+# Beyond the paper: what serves every bit-width, trained or not, without a calibration pass.
+UNCALIBRATED = {"norm": "shared_affine", "output_correction": True}
 
 
 def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
     """What all runs of a profile share, on the full data.
 
-    epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated, and milestones of
-    the learning rate move in proportion.
+    Args:
+        p: a notebook's parameters.
+        seed: of the training.
+        dataset: the experiment's own, in whose place a profile may have another.
+        epochs: 0 for the profile's own number. With another one only the trained bit-widths are evaluated, and
+            milestones of the learning rate move in proportion.
     """
     checks.instance("p", p, Parameters, "what profiles.parameters gives")
     check_name("dataset", checks.instance("dataset", dataset, str, "the name of a data set"))
     own = p.profile.training
     length = epochs or own.epochs
     milestones = tuple(max(1, round(m * length / own.epochs)) for m in own.milestones)
-    config = replace(own, seed=seed, epochs=length, milestones=milestones)
     return Run(
         profile=p.profile.name,
         dataset=p.profile.dataset or dataset,
@@ -41,9 +50,19 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         model_args=p.profile.model_args,
         subset=p.profile.subset,
         spec=QuantSpec(bits=p.bits),
-        config=config,
+        config=replace(own, seed=seed, epochs=length, milestones=milestones),
         eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
     )
+
+
+def of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
+    """`base` for as many epochs, and the very one of Table 1 where they are the profile's own."""
+    return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
+
+
+def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
+    """What runs that compare coresets share: more epochs, on as much of the data as they can then afford."""
+    return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
 
 def in_setting(base: Run, setting: Setting) -> Run:
@@ -59,18 +78,16 @@ def in_setting(base: Run, setting: Setting) -> Run:
 
 
 def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
-    """What runs of a ViT share, with as many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32."""
+    """What runs of a ViT share, with as many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32.
+
+    Weights take one step size an output channel. Activations, signed and long-tailed, learn theirs (LSQ).
+    """
     shared = in_setting(base(p, seed, dataset), p.profile.vit)
     args = dict(shared.model_args)
     if shared.dataset == "tinyimagenet":
         args |= {"image_size": 64, "patch_size": 2 * args["patch_size"]}
     spec = replace(shared.spec, weight="minmax", activation="lsq")
     return replace(shared, model_args=tuple(args.items()), spec=spec)
-
-
-def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
-    """What runs that compare coresets share: more epochs, on as much of the data as they can then afford."""
-    return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
 
 def _run(name: str, value: Any) -> Run:
@@ -97,10 +114,10 @@ def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
 
 
 def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
-    """Coresets by importance, TDDS where not said otherwise, as the notebooks use them; None where nothing is pruned.
+    """Coresets by importance as the notebooks use them, or None where nothing is pruned.
 
-    Cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs at
-    least, and so spends on them the price of one epoch more of its coreset.
+    They are cheap enough for short runs. Each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs
+    at least, and so spends on scoring what one more epoch of its coreset costs. `options`: fields of `CoresetConfig`.
     """
     if not checks.pruning_rate(pruning_rate):
         return None
@@ -108,14 +125,11 @@ def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None
     return CoresetConfig(**{"pruning_rate": pruning_rate} | usual | options)
 
 
-def of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
-    """`base` for as many epochs, and the very one of Table 1 where they are the profile's own."""
-    return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
-
-
 def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
-    """Ours where steps and images are few (beyond the paper): each batch of the base in `parts` ones, coresets
-    drawn anew each epoch from all data by importance, and running statistics for each trained bit-width.
+    """Ours where steps and images are few, which goes beyond the paper.
+
+    Each batch of the base is cut in `parts` smaller ones, coresets are drawn anew each epoch from all data by
+    importance, and each trained bit-width has running statistics of its own.
     """
     drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
     return ours(in_parts(base, parts), drawn, norm="shared_affine")
@@ -135,10 +149,7 @@ def as_files(run: Run, results_dir: Path) -> str:
 
 
 def write_class_folders(data: Dataset, folder: Path) -> None:
-    """Write a data set that lies in memory as class folders of PNG files, {train,val}/<class>/*, unless it is there.
-
-    So `imagefolder:PATH` reads it, or streams it. Whoever looks finds all of it or nothing.
-    """
+    """Write a data set as class folders of PNG files, {train,val}/<class>/*, all of it or nothing, unless it is there."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -158,35 +169,6 @@ def write_class_folders(data: Dataset, folder: Path) -> None:
         shutil.rmtree(half_done, ignore_errors=True)
 
 
-__all__ = [
-    "UNCALIBRATED",
-    "any_precision",
-    "base",
-    "bias_correction",
-    "bitwise_coreset",
-    "comparison",
-    "coreset_rows",
-    "corrected_or_not",
-    "curves",
-    "dedicated",
-    "deployed",
-    "equal_epochs",
-    "growth",
-    "imagenet",
-    "ours",
-    "quickstart",
-    "redrawn",
-    "run_all",
-    "scoring_ablation",
-    "table1",
-    "table2",
-    "transfer",
-    "uncalibrated",
-    "untrained",
-    "vit",
-]
-
-
 def quickstart(p: Parameters) -> list[Run]:
     """One network on the embedded digits, without and with weight bias correction."""
     shared = base(p, p.seeds[0], "digits")
@@ -199,9 +181,8 @@ def quickstart(p: Parameters) -> list[Run]:
 def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Table 1: Dedicated, Any-Precision, and ours at several pruning rates; on the full data with each correction.
 
-    Coresets are random ones, drawn anew each epoch (RS2), and bit-wise ones by TDDS. At the middle rate also without
-    gradient through the correction's statistics, which measures that option's default.
-    The paper's numbers: results/paper/table1.csv.
+    Coresets are random ones, drawn anew each epoch (RS2), and bit-wise ones by TDDS. At the middle rate there is one
+    more run without gradient through the correction's statistics. The paper's numbers: results/paper/table1.csv.
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
@@ -231,10 +212,11 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
     """What coresets lose to Any-Precision at as many epochs, and what takes the loss away.
 
-    In the longest run: Any-Precision; the coreset of Table 1, also with batches a quarter as large; and, with half-size
-    batches and statistics for each bit-width, `redrawn` by TDDS, by EL2N of one epoch on all data, and random ones
-    (RS2). In the others: Any-Precision and both `redrawn`. In the shortest alone, the controls: Any-Precision with
-    half-size batches, and one epoch on all data before coresets drawn at random (EL2N's weights to the power 0).
+    - The longest run: Any-Precision; the coreset of Table 1, also with batches a quarter as large; `redrawn` by TDDS,
+      by EL2N of one epoch on all data, and at random (RS2).
+    - Shorter runs: Any-Precision, and `redrawn` by TDDS and by EL2N.
+    - The controls, in the shortest run: Any-Precision with half-size batches, and one epoch on all data before coresets
+      that are drawn at random (EL2N's weights to the power 0).
     """
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
     runs = []
@@ -253,8 +235,8 @@ def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Coresets by score: Random and RS2, TDDS and EL2N at every pruning rate, all the others at the middle one.
 
-    All scores are recorded in the same scoring phase, and so at the same price; Random and RS2 have none, and train on
-    their coresets from the first epoch. RS2 also for one epoch more, which is that price (see `bitwise_coreset`).
+    All scores are recorded in the same scoring phase, and so at the same price. Random and RS2 have none, and train on
+    their coresets from the first epoch; RS2 also for one epoch more, which is that price (see `bitwise_coreset`).
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
@@ -272,22 +254,19 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
-    """What of a TDDS coreset matters: how it is scored, drawn, drawn again and shared between bit-widths.
+    """What of a TDDS coreset matters: how it is scored, drawn and shared between bit-widths, and trained on.
 
-    The seven from joint scoring on have all candidates, so nothing else sets bit-widths apart: "joint" against
-    "bitwise" scoring is Table 7, and coresets that are identical, independent or disjoint across bit-widths, by
-    importance and at random, tell what scores of its own are worth to a bit-width from what wider coverage is. The
-    last ones train on the first coreset with another batch size, learning rate or weight decay.
+    - The first four differ in how a coreset is drawn.
+    - The next seven have all samples as candidates, so that nothing else sets bit-widths apart. "joint" against
+      "bitwise" scoring is Table 7. Coresets that are identical, independent or disjoint across bit-widths, by
+      importance and at random, tell what its own scores are worth to a bit-width from what wider coverage is worth.
+    - The last three train on the first coreset with another batch size, learning rate or weight decay.
     """
     options = [
         {},
         {"how": "sample"},
         {"how": "sample", "resample_every": 0},
-        {"how": "sample", "rescore": True},
         {"how": "sample", "unbiased": True, "candidates": 1.0},
-        {"how": "ccs", "cut": 0.1},
-        {"balanced": True},
-        {"full_epochs": 1},
     ]
     ways = ("identical", "independent", "disjoint")
     options += [{"candidates": 1.0, "scoring": "joint"}]
@@ -314,11 +293,9 @@ def table2(p: Parameters) -> list[Run]:
 
 
 def vit(p: Parameters) -> list[Run]:
-    """The comparison for ViT, on CIFAR-10 and on TinyImageNet.
+    """The comparison for ViT, on CIFAR-10 and on TinyImageNet: ours without and with correction and pruned, the others.
 
-    Dedicated, Any-Precision, and ours without and with correction, and at several pruning rates. Layer norm keeps no
-    statistics: no bit-width needs a norm of its own, and nothing is adapted. Weights take one step size an output
-    channel, activations learn theirs (LSQ), since those of a transformer are signed and long-tailed.
+    Layer norm keeps no statistics, so that no bit-width needs a norm of its own, and nothing is adapted.
     """
     runs = []
     for shared in (vit_base(p, seed, dataset) for dataset in ("cifar10", "tinyimagenet") for seed in p.seeds):
@@ -329,10 +306,9 @@ def vit(p: Parameters) -> list[Run]:
 
 
 def imagenet(p: Parameters) -> list[Run]:
-    """Table 3: ImageNet-1K, streamed, or any data set of class folders; one seed.
+    """Table 3: Any-Precision, and ours on the full data and at several pruning rates, of one seed.
 
-    Any-Precision, and ours on the full data and at several pruning rates. Smoke has the digits, written as files.
-    ValueError: another data set.
+    On ImageNet-1K, streamed, or any class folders; smoke has digits, written as files. ValueError: another data set.
     """
     if p.dataset not in ("", "imagenet") and not p.dataset.startswith("imagefolder:"):
         raise checks.invalid("dataset", p.dataset, "imagenet, or imagefolder:PATH for class folders")
@@ -359,14 +335,14 @@ def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
 
 
 def deployed(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """What `studies.deploy` serves, for each seed: Table 1's network, ours on the full data; one in full precision."""
+    """What `measure.deploy` serves, of each seed: Table 1's network, ours on the full data; one in full precision."""
     full = replace(p, bits=(32,))
     pairs = [(ours(base(p, seed, dataset)), *dedicated(base(full, seed, dataset))) for seed in p.seeds]
     return [run for pair in pairs for run in pair]
 
 
 def corrected_or_not(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """Table 1's networks, ours on the full data, without and with correction: for `studies.distributions`."""
+    """Table 1's networks, ours on the full data, without and with correction: for `measure.distributions`."""
     pairs = product(p.seeds, ("none", "mean_var"))
     return [ours(base(p, seed, dataset), correction=correction) for seed, correction in pairs]
 
@@ -380,12 +356,8 @@ def bias_correction(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-# Beyond the paper: what serves every bit-width, trained or not, without a calibration pass (see `studies.remedies`).
-UNCALIBRATED = {"norm": "shared_affine", "output_correction": True}
-
-
 def uncalibrated(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """What `studies.remedies` starts from, on the full data: shared or own statistics, output correction or none."""
+    """What takes the place of calibration, on the full data: shared or own statistics, output correction or none."""
     kinds = product(("shared", "shared_affine"), (False, True))
     specs = [{"norm": norm, "output_correction": output} for norm, output in kinds]
     return [ours(base(p, seed, dataset), **spec) for seed in p.seeds for spec in specs]
@@ -394,7 +366,7 @@ def uncalibrated(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Every bit-width from few trained ones: all of `bits`, then the lowest and the highest alone.
 
-    Any-Precision, which calibrates what it has not trained; ours; and ours with `UNCALIBRATED`; on the full data.
+    Any-Precision, which calibrates what it has not trained; ours; ours with `UNCALIBRATED`. All on the full data.
     """
     runs = []
     for bits, seed in product((p.bits, (p.bits[0], p.bits[-1])), p.seeds):
@@ -428,10 +400,16 @@ CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL 
 def main(arguments: list[str]) -> int:
     """Finish the runs of one experiment from a shell, in one process or in all that a launcher started.
 
-    arguments: its name, and parameters as `papermill` takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
-    Prints a report and returns the exit status: CALL_AGAIN where the budget is spent and work is left, else 0; always 0
-    in each of several processes, whose launcher would take it for a failure. SystemExit: a wrong name, or a budget that
-    is no number. ValueError: a wrong parameter, or a budget that is not > 0.
+    Args:
+        arguments: its name, and parameters as `papermill` takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
+
+    Returns:
+        The exit status: CALL_AGAIN where the budget is spent and work is left, else 0. Each of several processes returns
+        0, since their launcher would take another status for a failure.
+
+    Raises:
+        SystemExit: a wrong name, or a budget that is no number.
+        ValueError: a wrong parameter, or a budget that is not > 0.
     """
     names = {function.__name__: function for function in RUNS}
     asked = _parser(list(names)).parse_args(arguments)
@@ -457,8 +435,10 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("PARAMETER", "VALUE"))
     profile = {"type": lambda name: ("profile", name), "help": "the same as -p profile NAME"}
     parser.add_argument("--profile", dest="p", action="append", metavar="NAME", **profile)
-    text = "stop at the next step of training, or after an evaluation, once so many seconds have passed; the same call "
-    text += f"goes on from there. Exit status {CALL_AGAIN} where work is left (0 in processes that a launcher started)"
+    text = (
+        "stop at the end of an epoch once so many seconds have passed; the same call goes on from there. Exit status "
+    )
+    text += f"{CALL_AGAIN} where work is left (0 in processes that a launcher started)"
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
     return parser
 

@@ -1,8 +1,12 @@
-"""What is measured in a trained network: weights, pre-activations, gradients and features."""
+"""What is measured in trained networks: weights, pre-activations, tokens, gradients and features.
+
+The first functions measure one network. The last ones, which take a notebook's parameters, measure the networks of an
+experiment over all seeds, and keep each table beside its run's rows.
+"""
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
 
@@ -17,14 +21,18 @@ from ..correction import CORRECTIONS, correct_weight
 from ..norms import MultiBitBatchNorm
 from ..train.data import Dataset
 from ..train.evaluate import Batches, batches, undisturbed
+from . import deployment, experiments
+from .profiles import Parameters
+from .runs import Run, derived, trained
 
 SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins
+ALL = "all layers"
 
 
 class Moments:
-    """Mean and variance of each of C channels over any number of batches; nothing else of them is kept.
+    """Mean and variance of each of C channels over any number of batches, in 16 C bytes.
 
-    Memory: 16 C bytes. Source: Chan, Golub and LeVeque 1979, the pairwise update.
+    Source: Chan, Golub and LeVeque 1979, the pairwise update.
     """
 
     def __init__(self) -> None:
@@ -67,12 +75,14 @@ class Histogram:
 
 
 def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.DataFrame:
-    """What quantization does to each layer's weight moments, by bit-width and correction: one row each.
+    """What quantization does to the moments of each layer's weight w, taken in the quantizer's own domain.
 
-    Columns: layer, bits, correction, mean_shift (root mean square over output channels o of (mean_o(w_q) - mean_o(w)) /
-    std_o(w)), scale (mean over o of std_o(w_q) / std_o(w)); w is the full-precision weight in the quantizer's own
-    domain. Weight bias correction is what makes mean_shift 0 ("mean") and scale 1 ("mean_var"). The model is left as it
-    was. ValueError: not a converted network, bad bits.
+    The correction "mean" makes mean_shift 0, and "mean_var" makes scale 1 too. The model is left as it was.
+
+    Returns:
+        One row a bit-width, layer and correction: layer, bits, correction; mean_shift, the root mean square over output
+        channels o of (mean_o(w_q) - mean_o(w)) / std_o(w); scale, the mean over o of std_o(w_q) / std_o(w).
+        ValueError: not a converted network, bad bits.
     """
     rows = []
     for b in bit_widths("bits", bits):
@@ -91,17 +101,6 @@ def _change(w_q: Tensor, w: Tensor) -> dict[str, float]:
     return {"mean_shift": float(shift), "scale": float((w_q.std(1) / std).mean())}
 
 
-@contextmanager
-def watched(modules: dict[str, nn.Module], watchers: dict[str, "Watcher | TokenWatcher"]) -> Iterator[None]:
-    """Within the block, each watcher sees the input of the module of its name; the hooks go whatever happens."""
-    hooks = [modules[name].register_forward_pre_hook(watcher) for name, watcher in watchers.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class Watcher:
     """A batch norm's input at one bit-width, in units of the statistics that the norm assumes at it."""
 
@@ -109,7 +108,7 @@ class Watcher:
         self.moments, self.histogram = Moments(), Histogram()
 
     def __call__(self, norm: MultiBitBatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        """z = (x - mean) / std of the running statistics in force, (N, C, ...)."""
+        """Take in x (N, C, ...): z = (x - mean) / std of the running statistics in force."""
         x = inputs[0].detach().float()
         mean, var = (v.view(1, -1, *[1] * (x.dim() - 2)) for v in norm.statistics())
         z = (x - mean) / (var + norm.eps).sqrt()
@@ -117,62 +116,76 @@ class Watcher:
         self.histogram.update(z)
 
 
+class TokenWatcher:
+    """A layer norm's input at one bit-width: the size of its tokens, and moments of what is left once normalized."""
+
+    def __init__(self) -> None:
+        self.moments, self.size, self.n = Moments(), 0.0, 0
+
+    def __call__(self, norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> None:
+        """Take in tokens (N, T, C): the standard deviation of each, and z, normalized without weight and bias."""
+        x = inputs[0].detach().float()
+        self.size += float(x.std(-1).sum())
+        self.n += x.shape[:-1].numel()
+        self.moments.update(nn.functional.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1]))
+
+
 def _watch(
     model: nn.Module,
     data: Dataset | Batches,
-    wanted: tuple[int, ...],
-    kind: type[nn.Module],
-    watcher: type["Watcher"] | type["TokenWatcher"],
+    bits: Iterable[int],
+    watchers: tuple[type[nn.Module], type[Watcher] | type[TokenWatcher]],
     samples: int,
     batch_size: int,
 ) -> dict[int, dict[str, Any]]:
-    """What a watcher of each module of that very type, by name, sees at each bit-width of so many training images."""
+    """What a watcher of each module of one type, by name, sees at each bit-width of the same training images."""
+    wanted, (kind, watcher) = bit_widths("bits", bits), watchers
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 1)
     seen = {}
     with undisturbed(model, data, batch_size) as device:
         modules = {name: m for name, m in model.named_modules() if type(m) is kind}
         if not modules:
-            norm = {MultiBitBatchNorm: "batch norm", nn.LayerNorm: "layer norm"}[kind]
+            norm = "layer norm" if kind is nn.LayerNorm else "batch norm"
             raise invalid("model", type(model).__name__, f"a network with {norm}")
         for b in wanted:
             seen[b] = {name: watcher() for name in modules}
-            with at_bits(model, b), watched(modules, seen[b]):
+            with at_bits(model, b), ExitStack() as hooks:
+                for name, module in modules.items():
+                    hooks.callback(module.register_forward_pre_hook(seen[b][name]).remove)
                 for images, _ in batches(data, "train", device, batch_size, samples):
                     model(images)
+            if next(iter(seen[b].values())).moments.n == 0:
+                raise invalid("data", "no images", "at least one batch of images")
     return seen
 
 
 def preactivations(
-    model: nn.Module,
-    data: Dataset | Batches,
-    bits: Iterable[int],
-    samples: int = 2000,
-    batch_size: int = 250,
+    model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How far each bit-width's pre-activations are from what its batch norm assumes: (mismatch, histograms).
+    """How far each bit-width's pre-activations are from what its batch norm assumes.
 
-    A pre-activation is the input of a batch norm, standardized by the running statistics in force: if they fit, it has
-    mean 0 and variance 1 in each channel. mismatch has one row a layer and bit-width: layer, bits, mean_shift (root
-    mean square over channels of the mean), variance (mean over channels), wasserstein (W1 to the distribution at the
-    highest of `bits`, all channels together). histograms has one row a layer, bit-width and bin: layer, bits, z,
-    density.
-    `samples` training images, augmented as in training, or all of an iterable of (images, labels), go through once
-    for each bit-width, in evaluation mode; moments and counts are kept, activations are not. The model is left as it
-    was. ValueError: not a converted network, bad bits, no batch norm, no images.
+    A pre-activation is the input of a batch norm, standardized by the running statistics in force. If they fit, it has
+    mean 0 and variance 1 in each channel. Only moments and counts are kept; the model is left as it was.
+
+    Args:
+        model: a converted network.
+        data: a Dataset, or an iterable of (images, labels).
+        bits: the bit-widths.
+        samples: how many training images, augmented as in training, go through at each bit-width, in evaluation mode.
+        batch_size: of these images.
+
+    Returns:
+        One row a layer and bit-width: layer, bits, mean_shift (root mean square over channels of the mean), variance
+        (mean over channels), wasserstein (W1 to the distribution at the highest of `bits`, all channels together).
+        And one row a layer, bit-width and bin of a histogram: layer, bits, z, density.
+        ValueError: not a converted network, bad bits, no batch norm, no images.
     """
-    wanted = bit_widths("bits", bits)
-    integer("samples", samples, 2)
-    integer("batch_size", batch_size, 1)
-    seen = _watch(model, data, wanted, MultiBitBatchNorm, Watcher, samples, batch_size)
-    return _tables(seen)
-
-
-def _tables(seen: dict[int, dict[str, Watcher]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    seen = _watch(model, data, bits, (MultiBitBatchNorm, Watcher), samples, batch_size)
     mismatch, histograms = [], []
     centers = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * SPAN / BINS) - SPAN).numpy().round(6)
     for b, watchers in seen.items():
         for name, watcher in watchers.items():
-            if watcher.moments.n == 0:
-                raise invalid("data", "no images", "at least one batch of images")
             row = {"layer": name, "bits": b, "mean_shift": float(watcher.moments.mean.square().mean().sqrt())}
             row |= {"variance": float(watcher.moments.var().mean())}
             reference = seen[max(seen)][name].histogram
@@ -182,56 +195,34 @@ def _tables(seen: dict[int, dict[str, Watcher]]) -> tuple[pd.DataFrame, pd.DataF
     return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)
 
 
-class TokenWatcher:
-    """What a layer norm takes in: the size of each token, and the moments of what is left once it is normalized."""
-
-    def __init__(self) -> None:
-        self.moments, self.size, self.n = Moments(), 0.0, 0
-
-    def __call__(self, norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> None:
-        """Tokens (N, T, C): the standard deviation over C of each, and z, normalized without weight and bias."""
-        x = inputs[0].detach().float()
-        self.size += float(x.std(-1).sum())
-        self.n += x.shape[:-1].numel()
-        self.moments.update(nn.functional.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1]))
-
-
 def layer_norms(
     model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
 ) -> pd.DataFrame:
-    """How far tokens at each bit-width are from those at the highest, before every layer norm: one row each.
+    """How far the tokens before every layer norm are from those at the highest bit-width; arguments: `preactivations`.
 
-    Columns: layer, bits, size (mean standard deviation of a token, as a multiple), which layer norm takes away, and
-    what it leaves: mean_shift (root mean square over features of the shift of the mean, in standard deviations) and
-    variance (mean over features of the ratio), both of normalized tokens. Images as in `preactivations`.
-    ValueError: not a converted network, bad bits, no layer norm, no images.
+    Returns:
+        One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a multiple, which
+        layer norm takes away; and what it leaves, of normalized tokens: mean_shift, the root mean square over features
+        of the shift of the mean in standard deviations, and variance, the mean over features of the ratio.
+        ValueError: not a converted network, bad bits, no layer norm, no images.
     """
-    wanted = bit_widths("bits", bits)
-    integer("samples", samples, 2)
-    integer("batch_size", batch_size, 1)
-    seen = _watch(model, data, wanted, nn.LayerNorm, TokenWatcher, samples, batch_size)
-    norms = list(seen[wanted[0]])
-    return pd.DataFrame([_compared(seen[b][name], seen[max(seen)][name], name, b) for b in wanted for name in norms])
-
-
-def _compared(tokens: TokenWatcher, reference: TokenWatcher, layer: str, bits: int) -> dict[str, str | float]:
-    if tokens.n == 0:
-        raise invalid("data", "no images", "at least one batch of images")
-    var = reference.moments.var()
-    shift = ((tokens.moments.mean - reference.moments.mean) / var.sqrt()).square().mean().sqrt()
-    size = (tokens.size / tokens.n) / (reference.size / reference.n)
-    row = {"layer": layer, "bits": bits, "size": size, "mean_shift": float(shift)}
-    return row | {"variance": float((tokens.moments.var() / var).mean())}
-
-
-ALL = "all layers"
+    seen = _watch(model, data, bits, (nn.LayerNorm, TokenWatcher), samples, batch_size)
+    rows = []
+    for b, watchers in seen.items():
+        for name, tokens in watchers.items():
+            reference = seen[max(seen)][name]
+            var = reference.moments.var()
+            shift = ((tokens.moments.mean - reference.moments.mean) / var.sqrt()).square().mean().sqrt()
+            size = (tokens.size / tokens.n) / (reference.size / reference.n)
+            row = {"layer": name, "bits": b, "size": size, "mean_shift": float(shift)}
+            rows.append(row | {"variance": float((tokens.moments.var() / var).mean())})
+    return pd.DataFrame(rows)
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """The angle in degrees between the directions u and v of a and b: 2 atan2(|u - v|, |u + v|), |u| = |v| = 1.
+    """The angle in degrees between two tensors of equal shape: 2 atan2(|u - v|, |u + v|) of their directions u and v.
 
-    a, b: tensors (N,) or any other equal shape. NaN where one of them is zero. Source: Kahan 2006; unlike the arc
-    cosine it is exact for small angles. ValueError: unequal shapes.
+    Unlike the arc cosine it is exact for small angles. NaN where a tensor is zero. Source: Kahan 2006.
     """
     if tensor("a", a, "a tensor").shape != tensor("b", b, "a tensor").shape:
         raise invalid("b", tuple(b.shape), f"the shape of a, {tuple(a.shape)}")
@@ -242,13 +233,16 @@ def angle(a: Tensor, b: Tensor) -> float:
 def gradient_angles(
     model: nn.Module, data: Dataset, bits: Iterable[int], samples: int = 1000, batch_size: int = 250
 ) -> pd.DataFrame:
-    """Angles between the children's gradients of the same loss, in degrees: one row a layer and pair of bit-widths.
+    """Angles between the gradients that the child models give to the weights they share, of the same loss.
 
-    Columns: layer (and `ALL`, all of them as one vector), depth (from 0; -1 for `ALL`), bits, other_bits, other_images,
-    angle. The gradient is that of the cross entropy, mean over `samples` augmented training images, to the
-    full-precision weight of each convolution and linear layer, with batch norm as in training. Where bits and
-    other_bits are equal, other_images is True and the second gradient is of as many other images: the angle that
-    sampling alone makes. The model is left as it was. ValueError: not a converted network, bad bits, too few images.
+    The gradient is that of the cross entropy, mean over `samples` augmented training images, to the full-precision
+    weight of each convolution and linear layer, with batch norm as in training. The model is left as it was.
+
+    Returns:
+        One row a layer and pair of bit-widths: layer (or `ALL`, all of them as one vector), depth (from 0; -1 for
+        `ALL`), bits, other_bits, other_images, angle (degrees). Where bits and other_bits are equal, the second
+        gradient is of as many other images: the angle that sampling alone makes.
+        ValueError: not a converted network, bad bits, too few images.
     """
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
@@ -296,12 +290,14 @@ def _angle_rows(a: dict[str, Tensor], b: dict[str, Tensor], pair: dict[str, int 
 def linear_probes(
     model: nn.Module, data: Dataset, bits: Iterable[int], samples: int = 2000, batch_size: int = 500
 ) -> pd.DataFrame:
-    """How much of the classes a linear classifier reads from each child's features: one row a pair of bit-widths.
+    """How much of the classes a linear classifier reads from each child model's features. Needs scikit-learn.
 
-    Columns: probe_bits, whose features of `samples` training images (augmented as in training) the classifier was
-    fitted on; bits, whose features of the test images it reads; top1 (%). Features are the input of the network's last
-    linear layer, (N, D), standardized; the classifier is ridge regression on one-hot classes. The model is left as it
-    was. Needs scikit-learn. ValueError: not a converted network, bad bits, no linear layer.
+    Features are the input of the network's last linear layer, (N, D), standardized. The classifier is ridge regression
+    on one-hot classes, fitted on `samples` augmented training images. The model is left as it was.
+
+    Returns:
+        One row a pair of bit-widths: probe_bits, on whose features the classifier was fitted; bits, whose features of
+        the test images it reads; top1 (%). ValueError: not a converted network, bad bits, no linear layer.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -334,3 +330,67 @@ def _features(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple
     if not labels:
         raise invalid("data", "no images", "at least one batch of images")
     return torch.cat(kept).numpy(), torch.cat(labels).numpy()
+
+
+def _each(runs: Iterable[Run], measured: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat([measured(run) for run in runs], ignore_index=True)
+
+
+def token_shifts(p: Parameters) -> pd.DataFrame:
+    """What weight bias correction changes before each layer norm: rows of `layer_norms`.
+
+    Of ViTs trained on CIFAR-10 without and with correction, at the trained bit-widths.
+    """
+    starts = (experiments.vit_base(p, seed, "cifar10") for seed in p.seeds)
+    runs = [experiments.ours(start, correction=name) for start in starts for name in ("none", "mean_var")]
+    return _each(runs, lambda run: derived(run, "norms", p.results_dir, lambda *net: layer_norms(*net, p.bits)))
+
+
+def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Figure 3: what quantization does to weights and pre-activations, without and with correction.
+
+    Returns:
+        The `weight_shift` of the networks trained without correction; the mismatch and the histograms of
+        `preactivations` of all of them, at the trained bit-widths, histograms of the first seed.
+    """
+    runs = experiments.corrected_or_not(p, dataset)
+
+    def found(run: Run, name: str, part: int) -> pd.DataFrame:
+        return derived(run, name, p.results_dir, lambda *net: preactivations(*net, p.bits)[part])
+
+    weights = _each(runs[::2], lambda run: derived(run, "weights", p.results_dir, lambda net, _: weight_shift(net)))
+    mismatch = _each(runs, lambda run: found(run, "mismatch", 0))
+    return weights, mismatch, _each(runs[:2], lambda run: found(run, "histograms", 1))
+
+
+def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Figure 4: `gradient_angles` before training and after each epoch, and `linear_probes` at the end.
+
+    Of the runs of `experiments.transfer` that train all child models.
+    """
+    runs = [run for run in experiments.transfer(p, dataset) if run.spec.bits == p.bits]
+
+    def angles(run: Run) -> pd.DataFrame:
+        count = min(1000, run.subset[0] // 4) if run.subset[0] else 1000
+        return derived(run, "angles", p.results_dir, lambda *net: gradient_angles(*net, p.bits, count), True)
+
+    probes = _each(runs, lambda run: derived(run, "probes", p.results_dir, lambda *net: linear_probes(*net, p.bits)))
+    return _each(runs, angles), probes
+
+
+def deploy(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What Table 1's networks, ours on the full data, cost where they are served; a switch of bit-width, of the first.
+
+    Tables of `deployment.served`, beside networks trained alike in full precision, and of `deployment.switching`.
+    """
+    runs, kept = experiments.deployed(p, dataset), p.results_dir
+    bits, repeats = (p.bits, 1) if p.profile.name == "smoke" else (runs[0].eval_bits, 5)
+    tables = []
+    for run, full in zip(runs[::2], runs[1::2], strict=True):
+
+        def measure(model: nn.Module, data: Dataset, full: Run = full) -> pd.DataFrame:
+            return deployment.served(model.cpu(), data, trained(full, kept)[0].cpu(), bits, repeats)
+
+        tables.append(derived(run, "served", kept, measure))
+    switching = derived(runs[0], "switching", kept, lambda net, data: deployment.switching(net.cpu(), data, bits))
+    return pd.concat(tables, ignore_index=True), switching

@@ -1,38 +1,41 @@
 """Figures as functions of tidy rows; `python -m emqlib.paper.plots [FOLDER]` redraws all of them."""
 
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import pandas as pd
-
-from .. import checks
-from ..files import write_atomic
-from .tables import SETTING, growth_table, remedy_gaps, seed_means, spread, with_cost
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from ..files import home
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-_OF_ANGLES = ("epoch", "depth", "bits", "other_bits", "other_images", "angle")
-_MARKERS = "osD^vP*Xhd<>"
-_OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend of many lines would cover some of them
+from .. import checks
+from ..files import home, write_atomic
+from .tables import SETTING, adaptation_gaps, growth_table, seed_means, with_cost
+
+_COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
+_BITS = "bit-width of weights and activations (*: trained)"
+_CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
+_SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 
 
-def axes(ax: "Axes | None", title: str) -> "Axes":
+def axes(ax: Axes | None, title: str) -> Axes:
     """`ax`, or new ones of the size and style that all figures share, under `title`."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    checks.instance("ax", ax, (type(None), plt.Axes), "axes of matplotlib, or None for new ones")
+    checks.instance("ax", ax, (type(None), Axes), "axes of matplotlib, or None for new ones")
     if ax is None:
         with sns.axes_style("whitegrid"):
-            ax = plt.subplots(figsize=(6.4, 4.0), dpi=100, layout="constrained")[1]
+            ax = plt.subplots(figsize=(7.2, 4.2), dpi=100, layout="constrained")[1]
     ax.set_title(title, fontsize=10)
+    return ax
+
+
+def _named(ax: Axes, x: str, y: str, beside: bool = False) -> Axes:
+    """`ax` with the names of its axes and a small legend, inside or, where it has many lines, beside them."""
+    ax.set(xlabel=x, ylabel=y)
+    if ax.get_legend() is not None:
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {"loc": "best"}
+        sns.move_legend(ax, **place, title=None, fontsize=7, handlelength=3.5)
     return ax
 
 
@@ -44,202 +47,167 @@ def _setting(rows: pd.DataFrame, title: str) -> str:
     return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {count} seed(s)"
 
 
-def accuracy_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+def _label(row: pd.Series) -> str:
+    if not row.method.startswith("Ours"):
+        return row.method
+    pruned = f", {row.pruning_rate:.0%} pruned, {row.coreset}" if row.pruning_rate else ""
+    return f"{row.method}, correction {row.correction}{pruned}"
+
+
+def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with a column "method and setting"."""
+    settings = checks.table("rows", rows, SETTING)[SETTING].drop_duplicates()
+    labels = settings.assign(**{"method and setting": settings.apply(_label, axis=1)})
+    return rows.merge(labels, on=SETTING, how="left")
+
+
+def _widths(rows: pd.DataFrame) -> dict[int, str]:
+    """How each bit-width is shown: with a * where it was trained."""
+    trained = set(rows.bits[rows.trained.astype(bool)])
+    return {b: f"{b}*" if b in trained else f"{b}" for b in sorted(set(rows.bits))}
+
+
+def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Top-1 accuracy (%) against bit-width, a line for each method and setting; adapted ones are dashed.
 
-    rows: of `experiments.run_all`; bars show the standard deviation over seeds, hollow markers untrained bit-widths.
-    ValueError: no rows.
+    Bars show the standard deviation over seeds. rows: of `runs.run_all`. ValueError: no rows.
     """
-    import seaborn as sns
-
     ax = axes(ax, _setting(rows, "Accuracy by bit-width"))
-    lines = spread(rows, [*SETTING, "adapted", "bits", "trained"])
-    settings = list(dict.fromkeys(map(tuple, lines[SETTING].to_numpy())))
-    colors = sns.color_palette("colorblind", len(settings))
-    for (*setting, adapted), line in lines.groupby([*SETTING, "adapted"], sort=False):
-        line, i = line.sort_values("bits"), settings.index(tuple(setting))
-        look = {"color": colors[i], "marker": _MARKERS[i % len(_MARKERS)], "ls": "--" if adapted else "-", "ms": 5}
-        label = _label(*setting) + (", adapted" if adapted else "")
-        ax.errorbar(line.bits, line["mean"], line["std"].fillna(0), label=label, capsize=2, **look)
-        untrained = line[~line.trained.astype(bool)]
-        ax.plot(
-            untrained.bits, untrained["mean"], ls="", marker=look["marker"], ms=5, mfc="white", mec=colors[i], zorder=5
-        )
-    ax.set_xlabel("bit-width of weights and activations (hollow: not trained)")
-    ax.set_ylabel("top-1 accuracy (%)")
-    ax.set_xticks(sorted(rows.bits.unique()))
-    ax.legend(fontsize=7, handlelength=4)  # long enough to tell dashed from solid behind a marker
-    return ax
+    rows = _labelled(checks.table("rows", rows, ("bits", "top1", "trained", "adapted")))
+    rows = rows.assign(**{"batch norm": rows.adapted.map({False: "as trained", True: "adapted"})})
+    look = {"hue": "method and setting", "palette": "colorblind", "style": "batch norm"}
+    look |= {"markers": {"as trained": "o", "adapted": "s"}, "dashes": {"as trained": "", "adapted": (4, 1.5)}}
+    sns.lineplot(rows, x="bits", y="top1", **look, **_SPREAD, ax=ax)
+    widths = _widths(rows)
+    ax.set_xticks(list(widths), list(widths.values()))
+    return _named(ax, _BITS, "top-1 accuracy (%)", beside=True)
 
 
-def _label(method: str, correction: str, pruning_rate: float, coreset: str = "", *_: object) -> str:
-    if not method.startswith("Ours"):
-        return method
-    return f"{method}, {correction}" + (f", {pruning_rate:.0%} pruned, {coreset}" if pruning_rate else "")
-
-
-def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":
+def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
     """Mean top-1 accuracy (%) over the trained bit-widths against the cost of training, a line for each setting.
 
-    A line joins the run lengths of a setting, in epochs beside the markers. rows: of `experiments.run_all`, those
-    without adaptation; cost: "sample_passes" or "seconds"; bars show the standard deviation over seeds.
-    ValueError: no rows, or another cost.
+    A line joins the run lengths of a setting, in epochs beside the points. Bars show the standard deviation over seeds.
+    rows: of `runs.run_all`, those without adaptation; cost: "sample_passes" or "seconds". ValueError: no rows, or
+    another cost.
     """
-    import seaborn as sns
-
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
     ax = axes(ax, _setting(rows, "Accuracy against training cost"))
-    points = with_cost(rows, cost)
-    groups = points.groupby(SETTING[:-1], sort=False, dropna=False)
-    colors = sns.color_palette("colorblind", groups.ngroups)
-    for i, (setting, group) in enumerate(groups):
-        lengths = group.groupby("epochs").agg({"top1": ["mean", "std"], cost: "mean"})
-        x, y, spreads = lengths[cost, "mean"] / unit, lengths["top1", "mean"], lengths["top1", "std"].fillna(0)
-        look = {"color": colors[i % len(colors)], "marker": _MARKERS[i % len(_MARKERS)], "capsize": 2, "ms": 5, "lw": 1}
-        ax.errorbar(x, y, spreads, label=_label(*setting), **look)
-        for epochs in lengths.index if points.epochs.nunique() > 1 else ():
-            place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6, "color": look["color"]}
-            ax.annotate(f"{epochs}", (x[epochs], y[epochs]), **place)
-    _logarithmic(ax)
-    ax.tick_params(axis="x", which="both", length=0, labelsize=8, pad=4)
-    ax.set_xlabel(f"{label}, logarithmic")
-    ax.set_ylabel("mean top-1 accuracy (%)")
-    ax.legend(fontsize=7)
-    return ax
+    points = _labelled(with_cost(rows, cost))
+    points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / unit
+    look = {"hue": "method and setting", "style": "method and setting", "markers": True, "dashes": False}
+    sns.lineplot(points, x="cost", y="top1", **look, palette="colorblind", **_SPREAD, ax=ax)
+    several = points.epochs.nunique() > 1
+    if several:
+        for point in points.groupby(SETTING, dropna=False)[["cost", "top1"]].mean().reset_index().itertuples():
+            place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6}
+            ax.annotate(f"{point.epochs}", (point.cost, point.top1), **place)
+    label += ", logarithmic" + ("; beside the points: epochs" if several else "")
+    return _named(_logarithmic(ax), label, "mean top-1 accuracy (%)")
 
 
-def _logarithmic(ax: "Axes") -> None:
+def _logarithmic(ax: Axes) -> Axes:
     ax.set_xscale("log")
     for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")  # the others would overlap
-
-
-_COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
-
-
-def accuracy_by_pruning(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
-    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each way to select coresets.
-
-    rows: of `experiments.run_all`, those without adaptation; bars show the standard deviation over seeds.
-    ValueError: no rows.
-    """
-    ax = axes(ax, _setting(rows, "Accuracy by pruning rate"))
-    by = ["coreset", "pruning_rate"]
-    lines = spread(seed_means(rows, by), by)
-    _error_lines(ax, lines.assign(percent=100 * lines.pruning_rate), "coreset", "percent", 0.4)
-    ax.set_xticks(100 * lines.pruning_rate.unique())
-    ax.set_xlabel("pruning rate (%)")
-    ax.set_ylabel("mean top-1 accuracy (%)")
-    ax.legend(fontsize=7)
     return ax
 
 
-def _error_lines(ax: "Axes", lines: pd.DataFrame, name: str, x: str, step: float) -> None:
-    """Mean and standard deviation against column `x`, a line for each value of column `name`, `step` apart."""
-    import seaborn as sns
+def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each way to select coresets.
 
-    names = list(dict.fromkeys(lines[name]))
-    colors = sns.color_palette("colorblind", len(names))
-    for i, value in enumerate(names):
-        line = lines[lines[name] == value].sort_values(x)
-        shift = step * (i - len(names) / 2)  # beside one another, or bars hide each other
-        look = {"color": colors[i], "marker": _MARKERS[i % len(_MARKERS)], "capsize": 2, "ms": 5, "lw": 1}
-        ax.errorbar(line[x] + shift, line["mean"], line["std"].fillna(0), label=value, **look)
+    Bars show the standard deviation over seeds. rows: of `runs.run_all`, those without adaptation. ValueError: no rows.
+    """
+    ax = axes(ax, _setting(rows, "Accuracy by pruning rate"))
+    seeds = seed_means(rows, ["coreset", "pruning_rate"])
+    _side_by_side(
+        ax, seeds.assign(percent=(100 * seeds.pruning_rate).round().astype(int)), "percent", "top1", "coreset"
+    )
+    return _named(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
 
 
-def accuracy_by_coreset(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> None:
+    """Means and standard deviations, lines of one `hue` a little beside the others, or bars would hide each other."""
+    look = {"markers": list("osD^vP*Xhd<>")[: rows[hue].nunique()], "markersize": 5, "lw": 1, "palette": "colorblind"}
+    spread = {"errorbar": "sd", "capsize": 0.05, "err_kws": {"lw": 1}, "dodge": 0.5}
+    sns.pointplot(rows, x=x, y=y, hue=hue, **look, **spread, ax=ax)
+
+
+def accuracy_by_coreset(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Mean top-1 accuracy (%) over the trained bit-widths for each coreset, the best at the top.
 
-    rows: of `experiments.run_all`, as `results.named` names them, those without adaptation; bars show the standard
-    deviation over seeds, small dots are seeds.
-    ValueError: no rows.
+    Bars show the standard deviation over seeds, small dots are seeds. rows: of `runs.run_all`, as `tables.named` names
+    them, those without adaptation. ValueError: no rows.
     """
-    import seaborn as sns
-
     ax = axes(ax, _setting(rows, "Accuracy by coreset"))
     seeds = seed_means(rows, ["method", "coreset"])
     pairs = zip(seeds.method, seeds.coreset, strict=True)
     names = [name + method.removeprefix("Ours") if method.startswith("Ours") else method for method, name in pairs]
     seeds = seeds.assign(coreset=names)
-    order = spread(seeds, ["coreset"]).sort_values("mean", ascending=False).coreset
-    color = sns.color_palette("colorblind")[0]
-    shared = {"data": seeds, "x": "top1", "y": "coreset", "order": list(order), "color": color, "ax": ax}
-    sns.stripplot(**shared, size=3, alpha=0.5, jitter=False)
-    sns.pointplot(**shared, errorbar="sd", linestyle="none", marker="D", markersize=4, capsize=0.2, err_kws={"lw": 1})
-    ax.figure.set_size_inches(6.4, 1.4 + 0.22 * len(order))
+    order = list(seeds.groupby("coreset").top1.mean().sort_values(ascending=False).index)
+    shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0], "ax": ax}
+    sns.stripplot(seeds, **shared, size=3, alpha=0.5, jitter=False)
+    sns.pointplot(
+        seeds, **shared, errorbar="sd", linestyle="none", marker="D", markersize=4, capsize=0.2, err_kws={"lw": 1}
+    )
+    ax.figure.set_size_inches(7.2, 1.4 + 0.22 * len(order))
     ax.tick_params(axis="y", labelsize=7)
-    ax.set_xlabel("mean top-1 accuracy (%)")
-    ax.set_ylabel("")
-    return ax
+    return _named(ax, "mean top-1 accuracy (%)", "")
 
 
-def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: "Axes | None" = None) -> "Axes":
+def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
     """Training cost against the number of bit-widths, a line for each scheme; rows: of `experiments.growth`.
 
     ValueError: no rows, or another cost than "sample_passes" and "seconds".
     """
-    import seaborn as sns
-
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
     ax, table = axes(ax, _setting(rows, "Training cost by number of bit-widths")), growth_table(rows)
-    names = list(dict.fromkeys(table.scheme))
-    colors, markers = sns.color_palette("colorblind", len(names)), "osD^"
-    for i, name in enumerate(names):
-        line = table[table.scheme == name]
-        ax.plot(line["bit-widths"], line[cost] / unit, color=colors[i], marker=markers[i % 4], label=name)
-    ax.set_xticks(sorted(table["bit-widths"].unique()))
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("number of bit-widths")
-    ax.set_ylabel(label)
-    ax.legend(fontsize=7)
-    return ax
+    look = {"hue": "scheme", "style": "scheme", "markers": True, "dashes": False, "palette": "colorblind"}
+    sns.lineplot(table.assign(cost=table[cost] / unit), x="bit-widths", y="cost", **look, ax=ax)
+    ax.set(xticks=sorted(table["bit-widths"].unique()), ylim=(0, None))
+    return _named(ax, "number of bit-widths", label)
 
 
-def bit_color(bits: int) -> tuple[float, float, float]:
-    """The color of a bit-width, the same in every figure that tells bit-widths apart by color."""
-    import seaborn as sns
+def _palette(rows: pd.DataFrame, name: str = "{}") -> dict[str, tuple[float, float, float]]:
+    """The color of each bit-width, the same in every figure that tells bit-widths apart by color."""
+    colors = sns.color_palette("colorblind", 9)
+    return {name.format(b): colors[min(b, 9) - 1] for b in sorted(set(rows.bits))}
 
-    return sns.color_palette("colorblind", 9)[min(checks.bit_width("bits", bits), 9) - 1]
 
-
-def distributions(histograms: pd.DataFrame) -> "Axes":
+def distributions(histograms: pd.DataFrame) -> Axes:
     """Distributions of one layer's pre-activations by bit-width, networks without and with correction side by side.
 
     Pre-activations are standardized by the batch norm's running statistics, which fit where the curves are one; the
-    dotted line is the standard normal distribution. histograms: of `studies.distributions`, one layer of them.
+    dotted line is the standard normal distribution. histograms: of `measure.distributions`, one layer of them.
     Returns the left panel. ValueError: no rows, or rows of several layers.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
     checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
     if histograms.layer.nunique() != 1:
         raise checks.invalid("histograms", sorted(set(histograms.layer)), "the rows of one layer")
+    title = _setting(histograms, f"Pre-activations of {histograms.layer.iloc[0]} by bit-width")
+    columns = {"trained_with": histograms.trained_with.map(_CORRECTIONS), "bit-width": histograms.bits.astype(str)}
+    rows, palette = histograms.assign(**columns), _palette(histograms)
+    look = {"hue": "bit-width", "hue_order": list(palette), "palette": palette, "errorbar": None}
+    inside = {"facet_kws": {"legend_out": False}}  # else room for it is kept within the figure
     with sns.axes_style("whitegrid"):
-        figure, panels = plt.subplots(1, 2, figsize=(8.0, 3.6), dpi=100, layout="constrained", sharex=True, sharey=True)
-    figure.suptitle(_setting(histograms, f"Pre-activations of {histograms.layer.iloc[0]} by bit-width"), fontsize=10)
-    for ax, (correction, title) in zip(panels, _TRAINED_WITH.items(), strict=True):
-        for b, line in histograms[histograms.trained_with == correction].groupby("bits"):
-            ax.plot(line.z, line.density, color=bit_color(b), label=f"{b} bits", lw=1.5)
-        z = histograms.z.drop_duplicates()
-        normal = (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi)
-        ax.plot(z, normal, color="black", ls=":", lw=1, label="standard normal")
-        ax.set_title(title, fontsize=9)
-        ax.set_xlim(-4, 4)
-        ax.set_xlabel("standard deviations from the running mean")
-    panels[0].set_ylabel("density")
-    panels[0].legend(fontsize=7)
-    return panels[0]
+        grid = sns.relplot(
+            rows, x="z", y="density", col="trained_with", kind="line", **look, height=3.6, aspect=1.1, **inside
+        )
+    z = rows.z.drop_duplicates()
+    for ax in grid.axes.flat:
+        ax.plot(z, (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi), color="black", ls=":", lw=1)
+        ax.set(xlim=(-4, 4), xticks=range(-3, 4))
+    grid.set_titles("{col_name}", size=9).set_axis_labels("standard deviations from the running mean", "density")
+    sns.move_legend(grid, "center left", bbox_to_anchor=(1, 0.5), title="bit-width\n(dotted:\nstandard\nnormal)")
+    grid.figure.set_dpi(100)
+    grid.figure.suptitle(title, fontsize=10, y=1.06)
+    return grid.axes.flat[0]
 
 
-_TRAINED_WITH = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
-
-
-def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
+def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """How far the input of each norm lies from what it is at other bit-widths, in standard deviations.
 
     A line for each bit-width, means over seeds, dashed without correction; rows: the mismatch of
-    `studies.distributions`, with the running mean of a batch norm, or `studies.layer_norms`, with the highest
+    `measure.distributions`, with the running mean of a batch norm, or `measure.token_shifts`, with the highest
     bit-width. ValueError: no rows.
     """
     checks.table("rows", rows, ("layer", "trained_with", "bits", "mean_shift"))
@@ -247,214 +215,175 @@ def mismatch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
     if "wasserstein" in rows:
         title = "Mismatch with the shared batch norm, by layer"
     ax = axes(ax, _setting(rows, title))
-    layers = list(dict.fromkeys(rows.layer))
-    for (correction, b), line in rows.groupby(["trained_with", "bits"], sort=False):
-        look = {"color": bit_color(b), "ls": "--" if correction == "none" else "-", "marker": "o", "ms": 4, "lw": 1}
-        label, shifts = f"{b} bits, {_TRAINED_WITH[correction].split()[0]} correction", line.groupby("layer").mean_shift
-        ax.plot(range(len(layers)), shifts.mean().reindex(layers), label=label, **look)
-    short = [".".join(name.split(".")[-2:]) for name in layers]
-    ticks = short if len(set(short)) == len(layers) else layers
-    ax.set_xticks(range(len(layers)), ticks, rotation=60, ha="right", fontsize=7)
+    short = rows.layer.map(lambda name: ".".join(name.split(".")[-2:]))
+    layer = short if short.nunique() == rows.layer.nunique() else rows.layer
+    networks = {"network": rows.trained_with.map(_CORRECTIONS), "bit-width": rows.bits.map("{} bits".format)}
+    palette = _palette(rows, "{} bits")
+    look = {"hue": "bit-width", "hue_order": list(palette), "palette": palette, "style": "network", "markers": True}
+    look |= {"style_order": list(_CORRECTIONS.values())[::-1], "errorbar": None, "sort": False}
+    sns.lineplot(rows.assign(layer=layer, **networks), x="layer", y="mean_shift", **look, ax=ax)
+    ax.tick_params(axis="x", rotation=60, labelsize=7)
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("shift of the mean (standard deviations)")
-    ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
-    return ax
+    return _named(ax, "", "shift of the mean (standard deviations)", beside=True)
 
 
-def gap_by_bits(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
-    """Top-1 accuracy of each remedy against bit-width, in points above the same network after batch-norm adaptation.
+def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Top-1 accuracy against bit-width, in points above the same network after batch-norm adaptation.
 
-    rows: of `studies.remedies`, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded band
-    is 1.5 points wide. ValueError: no rows.
+    A line for each choice of statistics, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded
+    band is 1.5 points wide. rows: of `experiments.uncalibrated`. ValueError: no rows.
     """
     checks.table("rows", rows, ("bits",))
     ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
-    gaps = remedy_gaps(rows[rows.bits >= 2])
+    gaps = adaptation_gaps(rows[rows.bits >= 2])
     ax.axhspan(-1.5, 0, color="0.9", zorder=0)
-    _error_lines(ax, gaps, "remedy", "bits", 0.06)
-    trained = sorted(set(gaps.bits[gaps.trained.astype(bool)]))
-    ax.set_xlabel(f"bit-width of weights and activations (trained: {', '.join(map(str, trained))})")
-    ax.set_ylabel("top-1 above adapted (points)")
-    ax.legend(fontsize=7, **_OUTSIDE)
-    return ax
+    gaps = gaps.assign(width=gaps.bits.map(_widths(gaps))).sort_values("bits", kind="stable")
+    _side_by_side(ax, gaps, "width", "gap", "statistics")
+    return _named(ax, _BITS, "top-1 above adapted (points)")
 
 
-def angles_by_layer(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
-    """Angles between the children's gradients after the last epoch, by layer from the input to the output.
+def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Angles between the child models' gradients after the last epoch, by layer from the input to the output.
 
     A line for each pair of bit-widths on the same images; dashed: one bit-width on other images. rows: the angles of
-    `studies.alignment`. ValueError: no rows.
+    `measure.alignment`. ValueError: no rows.
     """
-    checks.table("rows", rows, ("layer", *_OF_ANGLES))
+    checks.table("rows", rows, ("layer", "depth", "epoch"))
     ax = axes(ax, _setting(rows, "Angles between gradients, by layer"))
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
-    layers = list(dict.fromkeys(last.sort_values("depth").layer))
-    _angle_lines(ax, last, "depth")
-    ax.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
-    return ax
+    _angle_lines(ax, last.sort_values("depth", kind="stable"), "layer")
+    ax.tick_params(axis="x", rotation=60, labelsize=7)
+    return _named(ax, "", "angle (degrees)", beside=True)
 
 
-def angles_by_epoch(rows: pd.DataFrame, ax: "Axes | None" = None) -> "Axes":
-    """Angles between the children's gradients, all layers as one vector, before training and after each epoch.
-
-    Lines as in `angles_by_layer`. rows: the angles of `studies.alignment`. ValueError: no rows.
-    """
-    checks.table("rows", rows, _OF_ANGLES)
+def angles_by_epoch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The same angles, all layers as one vector, before training and after each epoch. ValueError: no rows."""
+    checks.table("rows", rows, ("depth", "epoch"))
     ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"))
     _angle_lines(ax, rows[rows.depth < 0], "epoch")
-    ax.set_xlabel("epochs trained")
-    return ax
+    return _named(ax, "epochs trained", "angle (degrees)", beside=True)
 
 
-def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
-    import seaborn as sns
-
-    pairs = [pair for pair, _ in rows[~rows.other_images.astype(bool)].groupby(["bits", "other_bits"])]
-    colors = dict(zip(pairs, sns.color_palette("dark", len(pairs)), strict=True))
-    means = rows.groupby(["bits", "other_bits", x]).angle.mean().reset_index()  # over seeds
-    for (a, b), line in means.groupby(["bits", "other_bits"]):
-        look = {"color": bit_color(a), "ls": "--"} if a == b else {"color": colors[a, b], "marker": "o", "ms": 4}
-        label = f"{a} bits, other images" if a == b else f"{a} and {b} bits, same images"
-        ax.plot(line[x], line.angle, lw=1, label=label, **look)
+def _angle_lines(ax: Axes, rows: pd.DataFrame, x: str) -> None:
+    checks.table("rows", rows, (x, "bits", "other_bits", "other_images", "angle"))
+    images = rows.other_images.astype(bool).map({False: "same images", True: "other images"})
+    both = rows.bits.astype(str) + " and " + rows.other_bits.astype(str) + " bits"
+    pair = both.where(rows.bits != rows.other_bits, rows.bits.astype(str) + " bits")
+    look = {"hue": "gradients at", "style": "of", "style_order": ["same images", "other images"], "markers": ["o", "s"]}
+    tidy = rows.assign(**{"gradients at": pair, "of": images})
+    sns.lineplot(tidy, x=x, y="angle", **look, palette="dark", errorbar=None, sort=False, lw=1, ax=ax)
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("angle (degrees)")
-    ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
 
 
-def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
+def accuracy_by_size(rows: pd.DataFrame) -> Axes:
     """Top-1 accuracy (%) against the size of a file (KB, logarithmic), a point a bit-width and kind of file.
 
     rows: of `deployment.served`, means over seeds. ValueError: no rows.
     """
-    import seaborn as sns
-
     checks.table("rows", rows, ("dataset", "model", "runtime", "weights", "bits", "top1", "packed", "file"))
     ax = axes(None, _setting(rows, "One checkpoint, served at each bit-width"))
-    files = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
-    colors = sns.color_palette("colorblind", len(files))
-    for color, marker, (label, (runtime, size)) in zip(colors, "sxD", files.items(), strict=True):
-        kinds = rows[rows.runtime == runtime].groupby(["weights", "bits"], sort=False)
-        points = kinds[[size, "top1"]].mean().reset_index().sort_values(size)
-        ax.plot(points[size] / 1e3, points.top1, ls="", color=color, marker=marker, ms=5, label=label)
-        for point in points.itertuples() if label != "ONNX" else ():  # several bit-widths share a file's integers
-            name = "float32" if point.bits == 32 else f"{point.bits}" if label == "packed" else point.weights
-            place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 7, "color": color}
-            if (label, name) != ("TorchScript", "float32"):  # all three have one size
-                ax.annotate(name, (getattr(point, size) / 1e3, point.top1), **place)
-    _logarithmic(ax)
-    ax.margins(y=0.1)
-    ax.set_xlabel("size of the file (KB, logarithmic; above the points: bits)")
-    ax.set_ylabel("top-1 accuracy (%)")
-    ax.legend(fontsize=7, loc="lower right")
-    return ax
+    onnx, torchscript = rows[rows.runtime == "onnxruntime"], rows[rows.runtime == "PyTorch"]
+    kinds = {"packed": onnx.packed, "ONNX": onnx.file, "TorchScript": torchscript.file}
+    files = pd.concat([rows.loc[size.index].assign(kind=name, size=size / 1e3) for name, size in kinds.items()])
+    points = files.groupby(["kind", "weights", "bits"], sort=False)[["size", "top1"]].mean().reset_index()
+    sns.scatterplot(points, x="size", y="top1", hue="kind", style="kind", palette="colorblind", s=40, ax=ax)
+    for point in points[points.kind != "ONNX"].itertuples():  # whose sizes are those of int2, int4 and int8
+        name = "float32" if point.bits == 32 else f"{point.bits}" if point.kind == "packed" else point.weights
+        if (point.kind, name) != ("TorchScript", "float32"):  # which lies on the packed one
+            place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 7}
+            ax.annotate(name, (point.size, point.top1), **place)
+    _logarithmic(ax).margins(y=0.1)
+    return _named(ax, "size of the file (KB, logarithmic; above the points: bits)", "top-1 accuracy (%)")
 
 
-def latency(rows: pd.DataFrame) -> "Axes":
+def latency(rows: pd.DataFrame) -> Axes:
     """Milliseconds for one image, a line a runtime and bit-width, a dot a repeat; rows: of `deployment.served`."""
     checks.table("rows", rows, ("runtime", "weights", "bits", "latency"))
     named = rows.runtime + ", " + rows.weights + rows.bits.map(lambda b: "" if b == 32 else f", {b} bits")
     return ranges(rows.assign(case=named, ms=1e3 * rows.latency), "case", "ms", "One image at a time", "milliseconds")
 
 
-def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> "Axes":
+def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> Axes:
     """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
 
     label, value: columns; unit: what `value` is measured in; mark: where a dashed line shows what is claimed.
     ValueError: no rows.
     """
     checks.table("rows", rows, (label, value))
-    import seaborn as sns
-
-    (dots, bar, *_), labels = sns.color_palette("colorblind"), list(dict.fromkeys(rows[label]))
-    ax = axes(None, title)
-    for place, name in enumerate(labels):
-        values = rows[rows[label] == name][value]
-        ax.plot(values, [place] * len(values), ls="", marker="o", ms=4, color=dots, alpha=0.5)
-        ax.plot([values.median()], [place], ls="", marker="|", ms=16, mew=2, color=bar)
+    ax, (dots, bar, *_) = axes(None, title), sns.color_palette("colorblind")
+    shared = {"x": value, "y": label, "order": list(dict.fromkeys(rows[label])), "ax": ax}
+    sns.stripplot(rows, **shared, orient="h", size=4, alpha=0.5, jitter=False, color=dots)
+    line = {"linestyle": "none", "marker": "|", "markersize": 16, "markeredgewidth": 2, "color": bar}
+    sns.pointplot(rows, **shared, orient="h", estimator="median", errorbar=None, **line)
     if mark is not None:
         ax.axvline(mark, ls="--", lw=1, color="0.3")
-    ax.set_yticks(range(len(labels)), labels, fontsize=7)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.tick_params(axis="y", labelsize=7)
     ax.set_xlim(left=0)
-    ax.set_xlabel(unit)
-    return ax
+    return _named(ax, unit, "")
 
 
-def save(ax: "Axes", path: Path) -> None:
+def save(ax: Axes, path: Path) -> None:
     """Write the figure of `ax` as `path`.png, without date or version: the same rows give the same bytes."""
-    from matplotlib.axes import Axes
-
     figure, path = checks.instance("ax", ax, Axes, "axes of matplotlib").figure, checks.path("path", path)
-    write_atomic(path.with_suffix(".png"), lambda f: figure.savefig(f, format="png", metadata={"Software": None}))
+    form = {"format": "png", "metadata": {"Software": None}, "bbox_inches": "tight"}
+    write_atomic(path.with_suffix(".png"), lambda f: figure.savefig(f, **form))
 
 
-Draw = Callable[[pd.DataFrame], "Axes"]
+Draw = Callable[[pd.DataFrame], Axes]
 
-# The figure's name: its CSV, and the function of the rows in it.
-FIGURES: dict[str, tuple[str, Draw]] = {
-    "00_quickstart": ("00_quickstart", accuracy_by_bits),
-    "01_cifar10": ("01_cifar10", lambda rows: accuracy_by_bits(_ours_on_full_data(rows))),
-    "01_cifar10_curves": ("01_cifar10_curves", accuracy_by_cost),
-    "01_cifar10_curves_time": ("01_cifar10_curves", lambda rows: accuracy_by_cost(rows, "seconds")),
-    "02_cifar100": ("02_cifar100", accuracy_by_cost),
-    "02_tinyimagenet": ("02_tinyimagenet", accuracy_by_cost),
-    "03_imagenet": ("03_imagenet", accuracy_by_bits),
-    "04_vit_cifar10": ("04_vit_cifar10", accuracy_by_bits),
-    "04_vit_tinyimagenet": ("04_vit_tinyimagenet", accuracy_by_bits),
-    "04_layer_norms": ("04_layer_norms", mismatch),
-    "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_pruning),
-    "06_bias_correction": ("06_bias_correction", lambda rows: accuracy_by_bits(_ends_of_correction(rows))),
-    "06_remedies": ("06_remedies", gap_by_bits),
-    "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset),
-    "07_equal_epochs": ("07_equal_epochs", lambda rows: accuracy_by_coreset(_longest(rows))),
-    "08_activation_distributions": ("08_activation_distributions", distributions),
-    "08_mismatch": ("08_mismatch", mismatch),
-    "09_angles_by_layer": ("09_angles", angles_by_layer),
-    "09_angles_by_epoch": ("09_angles", angles_by_epoch),
-    "10_untrained_bitwidths": ("10_untrained_bitwidths", lambda rows: accuracy_by_bits(_most_trained(rows))),
-    "10_two_trained_bitwidths": ("10_untrained_bitwidths", lambda rows: accuracy_by_bits(_fewest_trained(rows))),
-    "11_training_cost": ("11_training_cost", lambda rows: growth(rows, "sample_passes")),
-    "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds")),
-    "12_deploy": ("12_deploy", accuracy_by_size),
-    "12_deploy_latency": ("12_deploy", latency),
+# The figure's name: its CSV, the function of the rows in it, and which of the rows, as of `DataFrame.query`.
+FIGURES: dict[str, tuple[str, Draw, str]] = {
+    "00_quickstart": ("00_quickstart", accuracy_by_bits, ""),
+    "01_cifar10": ("01_cifar10", accuracy_by_bits, "method == 'Ours' and pruning_rate == 0 and bits > 1"),
+    "01_cifar10_curves": ("01_cifar10_curves", accuracy_by_cost, ""),
+    "01_cifar10_curves_time": ("01_cifar10_curves", lambda rows: accuracy_by_cost(rows, "seconds"), ""),
+    "02_cifar100": ("02_cifar100", accuracy_by_cost, ""),
+    "02_tinyimagenet": ("02_tinyimagenet", accuracy_by_cost, ""),
+    "03_imagenet": ("03_imagenet", accuracy_by_bits, ""),
+    "04_vit_cifar10": ("04_vit_cifar10", accuracy_by_bits, ""),
+    "04_vit_tinyimagenet": ("04_vit_tinyimagenet", accuracy_by_bits, ""),
+    "04_layer_norms": ("04_layer_norms", mismatch, ""),
+    "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_pruning, ""),
+    "06_bias_correction": ("06_bias_correction", accuracy_by_bits, "correction in ('none', 'mean_var')"),
+    "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),
+    "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset, ""),
+    "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
+    "08_activation_distributions": ("08_activation_distributions", distributions, ""),
+    "08_mismatch": ("08_mismatch", mismatch, ""),
+    "09_angles_by_layer": ("09_angles", angles_by_layer, ""),
+    "09_angles_by_epoch": ("09_angles", angles_by_epoch, ""),
+    "10_untrained_bitwidths": (
+        "10_untrained_bitwidths",
+        accuracy_by_bits,
+        "trained_bits.str.len() == trained_bits.str.len().max()",
+    ),
+    "10_two_trained_bitwidths": (
+        "10_untrained_bitwidths",
+        accuracy_by_bits,
+        "trained_bits.str.len() == trained_bits.str.len().min()",
+    ),
+    "11_training_cost": ("11_training_cost", growth, ""),
+    "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
+    "12_deploy": ("12_deploy", accuracy_by_size, ""),
+    "12_deploy_latency": ("12_deploy", latency, ""),
 }
 
 
-def _ours_on_full_data(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows.method.eq("Ours") & rows.pruning_rate.eq(0) & rows.bits.gt(1)]
-
-
-def _ends_of_correction(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows.correction.isin(("none", "mean_var"))]
-
-
-def _longest(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows.epochs.eq(rows.epochs.max())]
-
-
-def _most_trained(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows.trained_bits.eq(max(rows.trained_bits, key=len))]
-
-
-def _fewest_trained(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows.trained_bits.eq(min(rows.trained_bits, key=len))]
-
-
-def draw(path: Path) -> "Axes":
+def draw(path: Path) -> Axes:
     """Draw the figure that `path` names, without suffix, from its CSV in the same folder; write `path`.png.
 
     The same CSV gives the same bytes. ValueError: no such figure, or no whole CSV of it there.
     """
     path = checks.path("path", path)
-    csv, function = FIGURES[checks.choice("path", path.name, FIGURES)]
-    rows = path.with_name(f"{csv}.csv")
-    if not rows.exists():
-        raise checks.invalid("path", str(path), f"{rows.name} beside it, which the notebook writes")
+    csv, function, where = FIGURES[checks.choice("path", path.name, FIGURES)]
+    source = path.with_name(f"{csv}.csv")
+    if not source.exists():
+        raise checks.invalid("path", str(path), f"{source.name} beside it, which the notebook writes")
     try:
-        table = pd.read_csv(rows)
+        rows = checks.table("rows", pd.read_csv(source))
     except ValueError as error:
-        raise checks.invalid("path", str(path), f"a whole {rows.name} beside it ({error})") from error
-    ax = function(checks.table("rows", table))
+        raise checks.invalid("path", str(path), f"a whole {source.name} beside it ({error})") from error
+    ax = function(rows.query(where) if where else rows)
     save(ax, path)
     return ax
 
@@ -462,9 +391,7 @@ def draw(path: Path) -> "Axes":
 def main(folder: Path) -> int:
     """Redraw all figures below `folder`; returns how many."""
     folder = checks.path("folder", folder)
-    import matplotlib.pyplot as plt
-
-    paths = [rows.with_name(name) for name, (csv, _) in FIGURES.items() for rows in sorted(folder.rglob(f"{csv}.csv"))]
+    paths = [rows.with_name(name) for name, (csv, *_) in FIGURES.items() for rows in sorted(folder.rglob(f"{csv}.csv"))]
     for path in paths:
         plt.close(draw(path).figure)
     return len(paths)

@@ -1,10 +1,8 @@
-"""What a notebook is asked for: its profile, which says what a run costs, and its parameters, checked."""
+"""A notebook's parameters, checked, and its profile, which says how much its runs cost."""
 
 import ast
-import inspect
 import os
-import re
-import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,37 +18,33 @@ from ..train.distributed import has_cuda
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A network, how it is trained, on how many (train, test) images, (0, 0) for all, and of how many pixels a side."""
+    """A network and how it is trained."""
 
-    model: str
+    model: str  # a name of `models.build`
     training: TrainConfig
-    model_args: tuple[tuple[str, int], ...] = ()
-    subset: tuple[int, int] = (0, 0)
-    image_size: int = 0  # the data set's own
+    model_args: tuple[tuple[str, int], ...] = ()  # keyword arguments of `models.build`
+    subset: tuple[int, int] = (0, 0)  # training and test images, 0 for all
+    image_size: int = 0  # pixels a side, 0 for the data set's own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What a run costs: the data, the network and the schedule behind every notebook."""
+class Profile(Setting):
+    """The network, the training and the amount of data behind every notebook."""
 
     name: str
-    model: str
-    training: TrainConfig
-    repeats: int
+    repeats: int  # seeds
     lengths: tuple[int, ...]  # epochs of the runs of an accuracy-against-cost curve
-    coreset_epochs: int  # of runs that compare coresets: longer than a scoring phase
-    coreset_subset: tuple[int, int]  # (train, test) images of those runs, (0, 0) for all
+    coreset_epochs: int  # of runs that compare coresets, which need more epochs than a scoring phase has
+    coreset_subset: tuple[int, int]  # training and test images of those runs, 0 for all
     vit: Setting
     imagenet: Setting
-    cost_subset: tuple[int, int] = (1280, 500)  # of runs that measure cost alone
+    cost_subset: tuple[int, int] = (1280, 500)  # images of runs that measure cost alone
     bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
-    model_args: tuple[tuple[str, int], ...] = ()
-    dataset: str | None = None  # in place of the experiment's own
-    subset: tuple[int, int] = (0, 0)
+    dataset: str = ""  # in place of every experiment's own
 
 
 PROFILES = {
-    # proves that everything runs, in seconds, with no download
+    # shows in seconds and without a download that everything runs
     "smoke": Profile(
         name="smoke",
         dataset="digits",
@@ -157,7 +151,7 @@ PROFILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """A notebook's parameters, checked: see `parameters`, which makes them."""
+    """A notebook's parameters, checked. `parameters` makes them and says what each of them means."""
 
     profile: Profile
     bits: tuple[int, ...]
@@ -186,29 +180,37 @@ def parameters(
     model: str = "",
     processes: Any = 1,
 ) -> Parameters:
-    """Check a notebook's parameters, as Python values or as the strings that `papermill -p` makes of lists.
+    """Check a notebook's parameters. Lists may also be the strings that `papermill -p` makes of them.
 
-    profile: "smoke", "small", "paper", or "auto" for $EMQ_PROFILE, else paper with CUDA, else small. bits: the trained
-    bit-widths. seed: the first of `repeats` seeds (0: as many as the profile has). results_dir: "auto" is `results`
-    beside the package, or below the working directory where the package was installed without it, but
-    `build/smoke` there for smoke. pruning_rates: fractions in [0, 1), none twice. lengths: numbers of
-    epochs, none twice (empty: the profile's own). dataset, model: names of `data.load_dataset` and `models.build`
-    (empty: the experiment's own). processes: that train together, one a GPU.
-    ValueError: names the parameter, its value and what is allowed; also for a name papermill injected that no
-    parameter of the notebook has.
+    Args:
+        profile: "smoke", "small", "paper", or "auto": $EMQ_PROFILE, else paper with CUDA and small without.
+        bits: the trained bit-widths.
+        seed: the first seed.
+        repeats: how many seeds, 0 for as many as the profile has.
+        results_dir: a folder, or "auto": `results` beside the package, or below the working directory where the package
+            was installed without it; `build/smoke` there for smoke.
+        pruning_rates: fractions in [0, 1), none twice; empty for the experiment's own.
+        lengths: numbers of epochs, none twice; empty for the profile's own.
+        dataset: a name of `load_dataset`; empty for the experiment's own.
+        model: a name of `models.build`; empty for the profile's own.
+        processes: how many train together, one a GPU.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
     """
-    _refuse_misspelt(set(inspect.signature(parameters).parameters))
     chosen = PROFILES[_profile_name(profile)]
     trained = checks.bit_widths("bits", _listed("bits", bits))
     first = checks.integer("seed", seed, 0)
     count = checks.integer("repeats", repeats, 0, 1000) or chosen.repeats
+    rates = "fractions in [0, 1), none twice, for example [0.5, 0.8]"
+    epochs = "numbers of epochs, none twice, for example [4, 12]"
     return Parameters(
         profile=chosen,
         bits=trained,
         seeds=tuple(range(first, first + count)),
         results_dir=_results_dir(results_dir, chosen),
-        pruning_rates=_rates(pruning_rates),
-        lengths=_lengths(lengths) or chosen.lengths,
+        pruning_rates=_each("pruning_rates", pruning_rates, rates, checks.pruning_rate),
+        lengths=tuple(sorted(_each("lengths", lengths, epochs, _epochs))) or chosen.lengths,
         dataset=_dataset(dataset),
         model="" if isinstance(model, str) and not model else check_model("model", model),
         processes=checks.integer("processes", processes, 1, 1024),
@@ -222,8 +224,8 @@ def _profile_name(profile: str) -> str:
     return ("paper" if has_cuda() else "small") if name == "auto" else name
 
 
-def _listed(name: str, value: Any) -> Any:
-    """A list or tuple; papermill makes a string of "[2,4,8]", and an int of 2."""
+def _listed(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
+    """A list or tuple; papermill makes a string of "[2,4,8]", and a number of 2."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip())
@@ -232,22 +234,18 @@ def _listed(name: str, value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _rates(value: Any) -> tuple[float, ...]:
-    items = _listed("pruning_rates", value)
+def _each(name: str, value: Any, expected: str, check: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """Every item of a list as `check` gives it; ValueError: one that it refuses, or one that stands there twice."""
+    items = _listed(name, value)
     with suppress(ValueError):
-        rates = tuple(checks.pruning_rate(item) for item in items)
-        if len(set(rates)) == len(rates):
-            return rates
-    raise checks.invalid("pruning_rates", items, "fractions in [0, 1), none twice, for example [0.5, 0.8]")
+        found = tuple(check(item) for item in items)
+        if len(set(found)) == len(found):
+            return found
+    raise checks.invalid(name, items, expected)
 
 
-def _lengths(value: Any) -> tuple[int, ...]:
-    items = _listed("lengths", value)
-    with suppress(ValueError):
-        lengths = tuple(sorted(checks.integer("lengths", item, 1, MOST_EPOCHS) for item in items))
-        if len(set(lengths)) == len(lengths):
-            return lengths
-    raise checks.invalid("lengths", items, "numbers of epochs, none twice, for example [4, 12]")
+def _epochs(value: Any) -> int:
+    return checks.integer("lengths", value, 1, MOST_EPOCHS)
 
 
 def _results_dir(value: str | Path, profile: Profile) -> Path:
@@ -268,14 +266,3 @@ def _dataset(value: Any) -> str:
     if colon:
         checks.path("dataset", path, "imagefolder:PATH of a folder")
     return f"{kind}:{Path(os.path.expanduser(path)).absolute()}" if colon else value
-
-
-def _refuse_misspelt(known: set[str]) -> None:
-    """papermill injects `-p bitz 4` all the same, and only warns: look at the cell that it wrote, and refuse."""
-    shell = sys.modules["IPython"].get_ipython() if sys.modules.get("IPython") else None
-    cells = shell.user_ns.get("In", []) if shell else []
-    injected = [cell for cell in cells if cell.startswith("# Parameters\n")][-1:]  # one corrected by hand replaces it
-    own = set(re.findall(r"^(\w+) *:", "\n".join(cells), re.MULTILINE))  # declared with a type, as parameters are
-    wrong = sorted(set(re.findall(r"^(\w+) *=", "".join(injected), re.MULTILINE)) - own)
-    if wrong and own & known:
-        raise checks.invalid("parameter", wrong[0], "one of " + ", ".join(sorted(own & known)))

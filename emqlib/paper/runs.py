@@ -1,4 +1,4 @@
-"""A run is one frozen config, one hash and one file of rows, and is never run twice."""
+"""A run is one network, trained once. Its configuration has a hash, which names the file of its rows."""
 
 import json
 import os
@@ -19,47 +19,32 @@ from .. import checks, models
 from ..convert import convert
 from ..files import Busy, alone, can_hold_files, canonical_json, digest, remove_parts, software, write_text
 from ..layers import QuantSpec
-from ..train import distributed as devices
+from ..train import distributed
 from ..train.checkpoint import Deadline, OutOfTime
 from ..train.config import CoresetConfig, TrainConfig
 from ..train.coresets import generator
 from ..train.data import Dataset, load_dataset
 from ..train.data import check_name as check_data
-from ..train.distributed import Ranks, accelerate, current, started
 from ..train.evaluate import ADAPTATION_SAMPLES, batch_norms, evaluate
 from ..train.loop import train
 
-
-def provenance(data: Dataset, device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Where a number came from: `software`, device, checksum of the data."""
-    several = f"{processes} x " if processes > 1 else ""
-    cpu = f"cpu, {torch.get_num_threads()} threads"
-    name = several + (cpu if device.type == "cpu" else torch.cuda.get_device_name(device))
-    return software() | {"device": name, "data_sha256": data.sha256}
-
-
-COST = ("sample_passes", "scoring_passes", "steps", "seconds")
+COST = ("sample_passes", "scoring_passes", "steps", "seconds")  # columns of a training's history, summed over epochs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One network trained once and evaluated at every bit-width; its hash names its rows and its checkpoint.
+    """One network that is trained once and evaluated at every bit-width."""
 
-    dataset, model: names of `load_dataset` and `models.build`; model_args: its keyword arguments. subset: (train, test)
-    images, (0, 0) for all. eval_bits: bit-widths to evaluate, trained or not. image_size, stream: see `load_dataset`; 0
-    and False for the data set's own.
-    """
-
-    profile: str
-    dataset: str
-    model: str
+    profile: str  # its name
+    dataset: str  # a name of `load_dataset`
+    model: str  # a name of `models.build`
     spec: QuantSpec
     config: TrainConfig
-    model_args: tuple[tuple[str, int], ...] = ()
-    subset: tuple[int, int] = (0, 0)
-    eval_bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    image_size: int = 0
-    stream: bool = False
+    model_args: tuple[tuple[str, int], ...] = ()  # keyword arguments of `models.build`
+    subset: tuple[int, int] = (0, 0)  # training and test images, 0 for all
+    eval_bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)  # bit-widths to evaluate, trained or not
+    image_size: int = 0  # pixels a side, 0 for the data set's own
+    stream: bool = False  # whether images are read from files while training, see `load_dataset`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_bits", checks.bit_widths("eval_bits", self.eval_bits))
@@ -73,8 +58,9 @@ class Run:
             raise checks.invalid("model_args", args, "a tuple of pairs, a name and its value")
         if not isinstance(self.subset, tuple) or len(self.subset) != 2:
             raise checks.invalid("subset", self.subset, "two numbers of images")
-        for name, number in (("subset", self.subset[0]), ("subset", self.subset[1]), ("image_size", self.image_size)):
-            checks.integer(name, number, 0)
+        for number in self.subset:
+            checks.integer("subset", number, 0)
+        checks.integer("image_size", self.image_size, 0)
         checks.flag("stream", self.stream)
 
     @property
@@ -88,8 +74,14 @@ class Run:
         return f"Ours{norms[self.spec.norm]}"
 
     @property
+    def correction(self) -> str:
+        """What is corrected: of weights, and of layers' outputs."""
+        gradient = "" if self.spec.correction_gradient else ", no gradient"
+        return self.spec.correction + gradient + (", output" if self.spec.output_correction else "")
+
+    @property
     def pruning_rate(self) -> float:
-        """Fraction of the training set a child does not see in an epoch."""
+        """The fraction of the training set that a child model does not see in an epoch."""
         return 0.0 if self.config.coreset is None else self.config.coreset.pruning_rate
 
     @property
@@ -110,37 +102,16 @@ class Run:
     def hash(self) -> str:
         """12 hexadecimal digits of the SHA-256 of what differs from the defaults, the device left out.
 
-        So an option that a later version adds does not rename the runs that never asked for it.
+        An option that a later version adds does not rename the runs that never asked for it.
         """
         return digest(canonical_json(_asked(self)))[:12]
 
 
 def _asked(config: Any) -> dict[str, Any]:
-    """The fields of a config dataclass that differ from their defaults, those of nested configs likewise."""
+    """The fields of a configuration that differ from their defaults, those of nested configurations likewise."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "device"}
     differing = {f.name: values[f.name] for f in fields(config) if f.name in values and values[f.name] != f.default}
     return {name: _asked(value) if is_dataclass(value) else value for name, value in differing.items()}
-
-
-def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
-    """One row a draw and bit-width of finished `runs`: what was asked for, and what `results.coreset_table` explains.
-
-    overlap and rank_correlation are means over the other bit-widths. ValueError: a run that is not finished.
-    """
-    rows = []
-    for run in _listed(runs):
-        record = _stored(run, Path(results_dir))
-        if record is None:
-            raise checks.invalid("runs", run, "runs that run_all has finished")
-        for draw in record["coresets"]:
-            classes = pd.Series(draw["classes"]) / draw["size"]
-            means = {k: pd.Series(draw[k], dtype=float).mean() for k in ("overlap", "rank_correlation")}
-            told = {k: draw[k] for k in ("epoch", "bits", "size", "union", "drift", "clipped")}
-            spread = {"rarest_class": classes.min(), "commonest_class": classes.max()}
-            asked = {"pruning_rate": run.pruning_rate, "coreset": run.coreset, "epochs": run.config.epochs}
-            asked |= {"candidates": run.config.coreset.candidates, "seed": run.config.seed, "run": run.hash}
-            rows.append(asked | told | means | spread)
-    return pd.DataFrame(rows)
 
 
 def run_all(
@@ -150,26 +121,32 @@ def run_all(
     processes: int = 1,
     budget: float | Deadline | None = None,
 ) -> pd.DataFrame:
-    """The tidy rows of all `runs`: read where a run is finished, run where it is not, resumed where it was cut short.
+    """Finish all `runs` and return their rows: one a run, bit-width and adaptation, with its provenance.
 
-    One row a run, bit-width and adaptation, with its provenance. A killed call loses at most the epoch it was in.
-    results_dir: holds runs/ and checkpoints/. Jobs that share it share the work: a run that another is at work on comes
-    last, and is waited for. processes: how many to start, one a GPU, that train together, as `training.train` says;
-    those that a launcher started all call this with 1. budget: seconds after which it stops, by OutOfTime, at the next
-    step of training (one at least), for the next call to go on; a run whose last step is done is still evaluated.
-    ValueError: no runs; a folder that cannot be written to; a damaged or foreign file where the rows of a run should
-    be; rows of other images than there are now.
+    A finished run is read and never trained again; one that was stopped goes on from its last epoch. Calls that share
+    `results_dir` share the work: a run that another process is at work on comes last, and is waited for.
+
+    Args:
+        runs: what to train and evaluate.
+        results_dir: the folder of runs/, the rows, and of checkpoints/.
+        progress: whether a bar is shown.
+        processes: how many to start, one a GPU, that train together; 1 where a launcher has started them already.
+        budget: the seconds after which the call stops at the end of an epoch; it always makes some progress.
+
+    Raises:
+        OutOfTime: the budget is spent, and the same call goes on from here.
+        ValueError: no runs; a folder that cannot be written to; a damaged file, or one of another configuration, where
+            the rows of a run should be; rows of other images than there are now.
     """
     runs, deadline = _listed(runs), Deadline.of(budget)
     results_dir = checks.path("results_dir", results_dir, "a folder")
     checks.flag("progress", progress)
-    if checks.integer("processes", processes, 1, 1024) > 1 and started() > 1:
+    if checks.integer("processes", processes, 1, 1024) > 1 and distributed.started() > 1:
         raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
     if None in records and not all(can_hold_files(results_dir.absolute() / name) for name in ("runs", "checkpoints")):
-        raise checks.invalid(
-            "results_dir", str(results_dir), "a folder that can be written to, runs/ and checkpoints/ too"
-        )
+        expected = "a folder that can be written to, runs/ and checkpoints/ too"
+        raise checks.invalid("results_dir", str(results_dir), expected)
     _refuse_other_data(runs, records)
     launched = processes > 1 and None in records
     if launched:
@@ -198,35 +175,32 @@ def _finish(
     deadline: Deadline,
     worked: bool,
 ) -> list[dict[str, Any]]:
-    """The records of all `runs`; worked: whether this call has made a step already, and may stop where time is up.
-
-    A run that another job is at work on comes last, and is waited for.
-    """
+    """The records of all `runs`; worked: whether this call has made progress already, and may stop where time is up."""
     loaded: dict[tuple, Dataset] = {}
-    left, patience = [i for i, record in enumerate(records) if record is None], 0
-    while left:
-        for i in tuple(left):
-            run, place = runs[i], current(runs[i].config.device)
-            records[i] = place.share(_stored(run, results_dir))  # another job may have finished it meanwhile
+    patience = 0  # seconds to wait for another process: in the first round other runs come before that
+    while None in records:
+        for i, run in enumerate(runs):
             if records[i] is not None:
-                left.remove(i)
+                continue
+            place = distributed.current(run.config.device)
+            records[i] = place.share(_stored(run, results_dir))  # another process may have finished it meanwhile
+            if records[i] is not None:
                 continue
             if worked and deadline.passed(place):
                 raise OutOfTime("")
-            with place.first():  # a download is not for all at once
+            with place.first():  # a download is not for all processes at once
                 data = data_of(run, loaded)
             _refuse_other_data(runs, records, run, data)
             label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
             with _claimed(run, results_dir, place, patience) as ours:
-                if not ours:
-                    _tell_of_waiting(label, progress and place.main and patience == 0)
-                    continue
-                records[i] = place.share(_stored(run, results_dir))
-                if records[i] is None:
+                if ours:
+                    records[i] = place.share(_stored(run, results_dir))
+                if ours and records[i] is None:
                     records[i] = _execute(run, data, results_dir, progress and label, place, deadline)
                     worked = True
-            left.remove(i)
-        patience, worked = 10, True  # from now on this call waits, which a budget does not allow for ever
+            if not ours and progress and place.main and patience == 0:
+                tqdm.write(f"{label}: another process is at work on it; the others first", file=sys.stderr)
+        patience, worked = 10, True  # waiting counts as progress, or a budget would never end it
     return records
 
 
@@ -245,8 +219,8 @@ def _refuse_other_data(
 
 
 @contextmanager
-def _claimed(run: Run, results_dir: Path, place: Ranks, patience: float) -> Iterator[bool]:
-    """Whether this job, of one rank or several, is the only one at work on `run`, and stays so within the block."""
+def _claimed(run: Run, results_dir: Path, place: distributed.Ranks, patience: float) -> Iterator[bool]:
+    """Whether nobody else is at work on `run`, nor will be within the block; asked for by all processes together."""
     with ExitStack() as stack:
         ours = True
         if place.main:
@@ -258,14 +232,9 @@ def _claimed(run: Run, results_dir: Path, place: Ranks, patience: float) -> Iter
         yield place.share(ours)
 
 
-def _tell_of_waiting(label: str, asked: bool) -> None:
-    if asked:
-        tqdm.write(f"{label}: another process is at work on it; the others first", file=sys.stderr)
-
-
 def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int, deadline: Deadline) -> None:
     """Finish `runs` in so many processes of their own, forked from this one: it must not have touched a GPU yet."""
-    launch = accelerate().notebook_launcher
+    launch = distributed.accelerate().notebook_launcher
     loaded: dict[tuple, Dataset] = {}
     for run in runs:
         data_of(run, loaded)  # an error about the data is better told here than by a process that dies of it
@@ -282,52 +251,18 @@ def _forked(runs: list[Run], results_dir: Path, progress: bool, deadline: Deadli
         run_all(runs, results_dir, progress, budget=deadline)
 
 
-def _data_key(run: Run) -> tuple:
-    return run.dataset, run.image_size, run.stream, run.subset
-
-
-def data_of(run: Run, loaded: dict[tuple, Dataset]) -> Dataset:
-    """The data set of `run`, as `loaded` has it already or has it from now on."""
-    key = _data_key(run)
-    if key not in loaded:
-        data = load_dataset(run.dataset, image_size=run.image_size or None, stream=run.stream or None)
-        loaded[key] = data.subset(*run.subset) if any(run.subset) else data
-    return loaded[key]
-
-
-def build(run: Run, num_classes: int) -> nn.Module:
-    """The converted, untrained network of `run`, initialised from its seed."""
-    checks.instance("run", run, Run, "a Run")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator(run.config.seed, "init").initial_seed())
-        return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
-
-
-def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:
-    """The network of `run` and its data: trained, or read where a checkpoint is there, as `run_all` leaves one."""
-    data = data_of(checks.instance("run", run, Run, "a Run"), {})
-    with alone(checkpoint_file(run, results_dir), patience=-1):
-        return _train(run, data, results_dir, progress)[0], data
-
-
-def _train(
-    run: Run, data: Dataset, results_dir: str | Path, progress: bool | str, deadline: Deadline | None = None
-) -> tuple[nn.Module, pd.DataFrame]:
-    model = build(run, data.num_classes)
-    checkpoint = checkpoint_file(run, results_dir)
-    return model, train(model, data, run.config, checkpoint=checkpoint, progress=progress, budget=deadline)
-
-
-def checkpoint_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
-    """Where the checkpoint of `run` lies, or that of a training of it with a name of its own."""
-    return Path(results_dir) / "checkpoints" / f"{run.hash}{name}.safetensors"
-
-
 def _execute(
-    run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: Ranks, deadline: Deadline
+    run: Run,
+    data: Dataset,
+    results_dir: Path,
+    progress: bool | str,
+    place: distributed.Ranks,
+    deadline: Deadline,
 ) -> dict[str, Any]:
+    """Train and evaluate `run`, and write its record."""
     model, history = _train(run, data, results_dir, progress, deadline)
-    rows = evaluate(model, data, bits=_served(run, model)).assign(adapted=False)
+    switchable = run.spec.norm == "switchable" and batch_norms(model)  # which knows the trained bit-widths alone
+    rows = evaluate(model, data, bits=run.spec.bits if switchable else run.eval_bits).assign(adapted=False)
     if batch_norms(model):
         adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)
         rows = pd.concat([rows, adapted.assign(adapted=True)])
@@ -346,9 +281,112 @@ def _execute(
     return record
 
 
-def _served(run: Run, model: nn.Module) -> tuple[int, ...]:
-    """The bit-widths that need no adaptation first: a switchable norm, where there is one, knows the trained alone."""
-    return run.spec.bits if run.spec.norm == "switchable" and batch_norms(model) else run.eval_bits
+def provenance(data: Dataset, device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Where a number came from: the software, the device and the checksum of the data."""
+    cpu = f"cpu, {torch.get_num_threads()} threads"
+    name = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
+    several = f"{processes} x " if processes > 1 else ""
+    return software() | {"device": several + name, "data_sha256": data.sha256}
+
+
+def _data_key(run: Run) -> tuple:
+    return run.dataset, run.image_size, run.stream, run.subset
+
+
+def data_of(run: Run, loaded: dict[tuple, Dataset] | None = None) -> Dataset:
+    """The data set of `run`, from `loaded` if it is there, where it is kept from now on."""
+    key, loaded = _data_key(run), {} if loaded is None else loaded
+    if key not in loaded:
+        data = load_dataset(run.dataset, image_size=run.image_size or None, stream=run.stream or None)
+        loaded[key] = data.subset(*run.subset) if any(run.subset) else data
+    return loaded[key]
+
+
+def build(run: Run, num_classes: int) -> nn.Module:
+    """The converted, untrained network of `run`, initialised from its seed."""
+    checks.instance("run", run, Run, "a Run")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator(run.config.seed, "init").initial_seed())
+        return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
+
+
+def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:
+    """The network of `run` and its data: trained, or read where `run_all` has left its checkpoint."""
+    data = data_of(checks.instance("run", run, Run, "a Run"))
+    with alone(checkpoint_file(run, results_dir), patience=-1):
+        return _train(run, data, results_dir, progress)[0], data
+
+
+def _train(
+    run: Run,
+    data: Dataset,
+    results_dir: str | Path,
+    progress: bool | str,
+    deadline: Deadline | None = None,
+) -> tuple[nn.Module, pd.DataFrame]:
+    model = build(run, data.num_classes)
+    return model, train(model, data, run.config, checkpoint_file(run, results_dir), progress, budget=deadline)
+
+
+Measure = Callable[[nn.Module, Dataset], pd.DataFrame]
+
+
+def derived(run: Run, name: str, results_dir: str | Path, measure: Measure, each_epoch: bool = False) -> pd.DataFrame:
+    """What `measure` finds in the network of `run`: read where it is kept, else measured and kept.
+
+    Args:
+        run: trained for this, unless its checkpoint is there.
+        name: the table is kept as runs/<hash>-<name>.json.
+        results_dir: as of `run_all`.
+        measure: makes a tidy table of a network and its data.
+        each_epoch: whether to measure before the training and after each of its epochs, which column epoch tells, in
+            place of once at its end.
+
+    Returns:
+        The table, each row with what the run was asked for and its provenance. ValueError: a damaged file.
+    """
+    checks.instance("run", run, Run, "a Run")
+    if not callable(measure):
+        raise checks.invalid("measure", measure, "a function of a network and its data")
+    path = rows_file(run, results_dir, f"-{name}")
+    checkpoint = checkpoint_file(run, results_dir, f"-{name}" if each_epoch else "")
+    with nullcontext() if path.exists() else alone(checkpoint, patience=-1):
+        if not path.exists():  # another process may have been at work on it
+            if each_epoch:
+                data, table = _followed(run, checkpoint, measure)
+            else:
+                model, data = trained(run, results_dir)
+                table = measure(model, data)
+            remove_parts(path)
+            write_text(path, json.dumps({"asked": _about(run, data), "table": table.to_dict("list")}) + "\n")
+    try:
+        record = json.loads(path.read_text())
+        return pd.DataFrame(record["table"]).assign(**record["asked"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
+
+
+def _followed(run: Run, checkpoint: Path, measure: Measure) -> tuple[Dataset, pd.DataFrame]:
+    """The data and what `measure` finds before training and after each epoch, which the checkpoint keeps."""
+    data = data_of(run)
+    model = build(run, data.num_classes)
+    tables = [measure(model, data)]
+    history = train(model, data, run.config, checkpoint, observe=lambda m: measure(m, data).to_dict("list"))
+    tables += map(pd.DataFrame, history.observed)
+    return data, pd.concat([t.assign(epoch=e) for e, t in enumerate(tables)], ignore_index=True)
+
+
+def _about(run: Run, data: Dataset) -> dict[str, Any]:
+    """What the rows of a derived table say of their run."""
+    about = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
+    about |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
+    about |= {"profile": run.profile, "run": run.hash}
+    return about | provenance(data, distributed.device_named(run.config.device))
+
+
+def checkpoint_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
+    """Where the checkpoint of `run` lies, or that of a training of it with a name of its own."""
+    return Path(results_dir) / "checkpoints" / f"{run.hash}{name}.safetensors"
 
 
 def rows_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
@@ -357,7 +395,11 @@ def rows_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
 
 
 def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
-    """The finished record, if there is one; ValueError if it is another config's, whose defaults were others then."""
+    """The finished record, if there is one.
+
+    ValueError: a damaged one, or one of another configuration, as when a default has changed. Fields of the stored
+    configuration that there are no more are not looked at: the hash would be another if they had not had their default.
+    """
     path = rows_file(run, results_dir)
     if not path.exists():
         return None
@@ -367,11 +409,9 @@ def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
         now, then = _flat(json.loads(canonical_json(asdict(run)))), _flat(record["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise checks.invalid("results_dir", str(path), f"a whole record of a run, or none ({error!r})") from error
-    changed = [k for k, v in then.items() if now.get(k) != v and not k.endswith(".device")]
-    if changed:
-        raise checks.invalid(
-            "results_dir", str(path), f"rows of this config, but {changed[0]} was {then[changed[0]]!r}"
-        )
+    for key, value in then.items():
+        if now.get(key, value) != value and not key.endswith(".device"):
+            raise checks.invalid("results_dir", str(path), f"rows of this config, but {key} was {value!r}")
     return record
 
 
@@ -386,11 +426,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     """A run's rows, with what was asked for before them and its cost and provenance after them."""
     asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme}
-    correction = run.spec.correction + ("" if run.spec.correction_gradient else ", no gradient")
-    correction += ", output" if run.spec.output_correction else ""
-    asked |= {"norm": run.spec.norm, "correction": correction, "pruning_rate": run.pruning_rate, "coreset": run.coreset}
+    asked |= {"norm": run.spec.norm, "correction": run.correction, "pruning_rate": run.pruning_rate}
     pruned = run.config.coreset if run.pruning_rate else CoresetConfig(pruning_rate=0)
-    asked |= {"candidates": pruned.candidates, "scoring_epochs": pruned.warmup}
+    asked |= {"coreset": run.coreset, "candidates": pruned.candidates, "scoring_epochs": pruned.warmup}
     asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]}
     asked |= {k: getattr(run.config, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
     cost = {k: sum(epoch[k] for epoch in record["history"]) for k in COST}
@@ -400,65 +438,21 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     return pd.concat([pd.DataFrame([asked] * len(rows)), rows], axis=1)
 
 
-def derived(
-    run: Run, name: str, results_dir: str | Path, measure: Callable[[nn.Module, Dataset], pd.DataFrame]
-) -> pd.DataFrame:
-    """What `measure` finds in the trained network of `run`: read where it is there, else trained and measured.
+def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
+    """One row a draw and bit-width of finished `runs`: what was asked for, and what `tables.coreset_table` explains.
 
-    A tidy table, each row with what the run was asked for and its provenance; kept as runs/<hash>-<name>.json.
-    ValueError: a damaged file there.
+    The columns overlap and rank_correlation are means over the other bit-widths. ValueError: a run is not finished.
     """
-    path = rows_file(_checked(run, measure), results_dir, f"-{name}")
-    with nullcontext() if path.exists() else alone(checkpoint_file(run, results_dir), patience=-1):
-        if not path.exists():  # another job may have been at work on it
-            model, data = trained(run, results_dir)
-            _keep(path, run, data, measure(model, data))
-    return _kept(path)
-
-
-def followed(
-    run: Run, name: str, results_dir: str | Path, measure: Callable[[nn.Module, Dataset], pd.DataFrame]
-) -> pd.DataFrame:
-    """What `measure` finds in the network of `run` before training, column epoch 0, and after each epoch of it.
-
-    Read, kept and failing as `derived`. A killed call loses at most the epoch it was in.
-    """
-    _checked(run, measure)
-    path, checkpoint = (file(run, results_dir, f"-{name}") for file in (rows_file, checkpoint_file))
-    with nullcontext() if path.exists() else alone(checkpoint, patience=-1):
-        if not path.exists():  # another job may have been at work on it
-            _keep(path, run, *_follow(run, checkpoint, measure))
-    return _kept(path)
-
-
-def _checked(run: Any, measure: Any) -> Run:
-    if not callable(measure):
-        raise checks.invalid("measure", measure, "a function of a network and its data")
-    return checks.instance("run", run, Run, "a Run")
-
-
-def _follow(
-    run: Run, checkpoint: Path, measure: Callable[[nn.Module, Dataset], pd.DataFrame]
-) -> tuple[Dataset, pd.DataFrame]:
-    data = data_of(run, {})
-    model = build(run, data.num_classes)
-    tables = [measure(model, data)]
-    history = train(model, data, run.config, checkpoint, observe=lambda m: measure(m, data).to_dict("list"))
-    tables += map(pd.DataFrame, history.observed)
-    return data, pd.concat([t.assign(epoch=e) for e, t in enumerate(tables)], ignore_index=True)
-
-
-def _keep(path: Path, run: Run, data: Dataset, table: pd.DataFrame) -> None:
-    asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
-    asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
-    asked |= {"profile": run.profile, "run": run.hash} | provenance(data, devices.device_named(run.config.device))
-    remove_parts(path)
-    write_text(path, json.dumps({"asked": asked, "table": table.to_dict("list")}) + "\n")
-
-
-def _kept(path: Path) -> pd.DataFrame:
-    try:
-        record = json.loads(path.read_text())
-        return pd.DataFrame(record["table"]).assign(**record["asked"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
+    rows = []
+    for run in _listed(runs):
+        record = _stored(run, Path(results_dir))
+        if record is None:
+            raise checks.invalid("runs", run, "runs that run_all has finished")
+        asked = {"pruning_rate": run.pruning_rate, "coreset": run.coreset, "epochs": run.config.epochs}
+        for draw in record["coresets"]:
+            asked |= {"candidates": run.config.coreset.candidates, "seed": run.config.seed, "run": run.hash}
+            told = {k: draw[k] for k in ("epoch", "bits", "size", "union", "drift", "clipped")}
+            means = {k: pd.Series(draw[k], dtype=float).mean() for k in ("overlap", "rank_correlation")}
+            classes = pd.Series(draw["classes"]) / draw["size"]
+            rows.append(asked | told | means | {"rarest_class": classes.min(), "commonest_class": classes.max()})
+    return pd.DataFrame(rows)

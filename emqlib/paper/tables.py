@@ -1,4 +1,4 @@
-"""Rows into tables: mean and spread over seeds, the paper's numbers in a column of their own, CSV and Markdown."""
+"""Tables as functions of tidy rows: means ± standard deviations over seeds, and the paper's numbers beside them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,20 @@ SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epo
 
 
 def paper(table: str) -> pd.DataFrame:
-    """What the paper reports, one row a number: method, pruning_rate, metric, value, source; empty where unknown."""
+    """What the paper reports: one row a number, with method, pruning_rate, metric, value and source; maybe empty."""
     checks.path("table", checks.instance("table", table, str, "the name of a table, for example table1"))
     path = home() / "results" / "paper" / f"{table}.csv"
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["method", "pruning_rate", "metric", "value"])
+
+
+def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:
+    """Write `table` as `path`.md, and the tidy `rows` it was made of as `path`.csv, each file whole or not at all."""
+    path, table = checks.path("path", path), checks.instance("table", table, pd.DataFrame, "a DataFrame")
+    if rows is not None:
+        checks.instance("rows", rows, pd.DataFrame, "a DataFrame, or None")
+        write_text(path.with_suffix(".csv"), rows.to_csv(index=False))
+    cells = table.astype(object).where(table.notna(), None)  # missing is empty, not "nan"
+    write_text(path.with_suffix(".md"), cells.to_markdown(index=False) + "\n")
 
 
 def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFrame:
@@ -26,6 +36,26 @@ def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFra
     return groups.agg(mean="mean", std="std", seeds="count").reset_index()
 
 
+def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
+    """ "71.2 ± 0.3", or "71.2" where one seed has no spread."""
+    pairs = zip(means, stds, strict=True)
+    return [f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}" for mean, std in pairs]
+
+
+def _wide(rows: pd.DataFrame, index: list[str], columns: str, value: str = "top1") -> pd.DataFrame:
+    """`spread` as text, one column a value of `columns`, in order; what was not run is empty."""
+    cells = spread(rows, [*index, columns], value)
+    cells = cells.assign(text=_texts(cells["mean"], cells["std"]))
+    wide = cells.pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
+    return wide.sort_index(axis=1).fillna("").rename_axis(columns=None)
+
+
+def _marked(wide: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Columns of bit-widths as text, the trained ones with a *."""
+    trained = set(rows.bits[rows.trained])
+    return wide.rename(columns=lambda b: f"{b}*" if b in trained else f"{b}").reset_index()
+
+
 def seed_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """One row a group of `by` and seed: top1, the mean (%) over the trained bit-widths, without adaptation."""
     checks.table("rows", rows, [*by, "seed", "top1", "trained", "adapted"])
@@ -33,59 +63,60 @@ def seed_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return part.groupby([*by, "seed"], sort=False, dropna=False).top1.mean().reset_index()
 
 
-def with_cost(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """`seed_means` of each setting, and a column of what its training cost; cost: a column of `rows`, or COST."""
-    means = seed_means(rows, SETTING).set_index([*SETTING, "seed"])
-    return means.join(training_cost(rows[rows.trained & ~rows.adapted], [cost])).reset_index()
+def _mean_over_bits(rows: pd.DataFrame, by: list[str]) -> pd.Series:
+    """mean ± standard deviation over seeds of each seed's mean over bit-widths, for each group of `by`."""
+    seeds = rows.groupby([*by, "seed"], sort=False).top1.mean().groupby(by, sort=False)
+    means = seeds.mean()
+    return pd.Series(_texts(means, seeds.std()), index=means.index, dtype=object)
 
 
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a method, setting and adaptation, one column a bit-width: top-1 (%), mean ± std over seeds.
 
-    rows: of `experiments.run_all`. Trained bit-widths are marked with *; an empty cell was not run.
+    Trained bit-widths are marked with *; an empty cell was not run. rows: of `runs.run_all`.
     """
     checks.table("rows", rows, ("trained",))
-    index = [*SETTING, "adapted"]
-    cells = spread(rows, [*index, "bits"])
-    cells["text"] = _texts(cells["mean"], cells["std"])
-    wide = cells.pivot_table(index=index, columns="bits", values="text", aggfunc="first", sort=False).fillna("")
-    trained = set(rows.bits[rows.trained])
-    wide = wide[sorted(wide.columns)].rename(columns=lambda b: f"{b}*" if b in trained else f"{b}")
-    return wide.rename_axis(columns=None).reset_index()
-
-
-def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
-    """ "71.2 ± 0.3", or "71.2" where one seed has no spread."""
-    pairs = zip(means, stds, strict=True)
-    return [f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}" for mean, std in pairs]
+    return _marked(_wide(rows, [*SETTING, "adapted"], "bits"), rows)
 
 
 def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """`columns` of each setting and seed, summed over its runs, each counted once: Dedicated has one a bit-width.
 
-    "calibration" are the images that went forward in batch-norm adaptation of the bit-widths of `rows` that cannot be
-    served without, as those that a switchable norm was not trained for.
+    "calibration" are the images that go forward in the adaptation of those bit-widths of `rows` that cannot be served
+    without it, as those that a switchable norm was not trained for.
     """
     parts = ["adapted", "bits", "calibration_passes"] if "calibration" in columns else []
     needed = [*SETTING, "run", "seed", *parts, *(name for name in columns if name != "calibration")]
     runs = checks.table("rows", rows, needed).drop_duplicates("run")
     if "calibration" in columns:
-        runs = runs.assign(calibration=runs.run.map(_calibration(rows)).fillna(0))
+        needing = served(rows)
+        passes = needing[needing.adapted].groupby("run").calibration_passes.sum()
+        runs = runs.assign(calibration=runs.run.map(passes).fillna(0))
     return runs.groupby([*SETTING, "seed"], sort=False)[columns].sum()
 
 
-def _calibration(rows: pd.DataFrame) -> pd.Series:
-    adapted, served = (pd.MultiIndex.from_frame(rows[rows.adapted == a][["run", "bits"]]) for a in (True, False))
-    return rows[rows.adapted][~adapted.isin(served)].groupby("run").calibration_passes.sum()
+def served(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each run and bit-width the row that a user gets: without adaptation, or with it where there is no other."""
+    checks.table("rows", rows, ("adapted", "run", "bits"))
+    return rows.sort_values("adapted", kind="stable").drop_duplicates(["run", "bits"]).sort_index()
+
+
+def with_cost(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """`seed_means` of each setting, and a column of what its training cost; cost: a column of `rows`, or of COST."""
+    means = seed_means(rows, SETTING).set_index([*SETTING, "seed"])
+    return means.join(training_cost(rows[rows.trained & ~rows.adapted], [cost])).reset_index()
 
 
 def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row a method and setting: mean top-1 (%) over the trained bit-widths, and what training cost.
 
-    The mean is without and with batch-norm adaptation; the cost is sample passes (millions) and the part of them (%) in
+    The mean is without and with batch-norm adaptation. The cost is sample passes (millions) and the part of them (%) in
     the scoring phase, forward passes of calibration (millions), optimizer steps, seconds, and how many times fewer
-    passes and seconds than Any-Precision at as many epochs; all are means over seeds, and the paper's numbers have
-    columns of their own. rows: of `experiments.run_all`; table: whose numbers of the paper, for example "table1".
+    passes and seconds than Any-Precision at as many epochs. All are means over seeds.
+
+    Args:
+        rows: of `runs.run_all`.
+        table: whose numbers of the paper stand in the last two columns, for example "table1".
     """
     checks.table("rows", rows, ("trained", "adapted", "top1"))
     trained = rows[rows.trained]
@@ -108,17 +139,9 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
 def _times_less(cost: pd.Series) -> pd.Series:
     """How many times less than the first Any-Precision's of as many epochs; empty where there is none."""
     epochs = cost.index.get_level_values("epochs")
-    baseline = (
-        cost[cost.index.get_level_values("method") == "Any-Precision"].groupby(level="epochs", sort=False).first()
-    )
-    return (baseline.reindex(epochs).set_axis(cost.index) / cost).round(2)
-
-
-def _mean_over_bits(rows: pd.DataFrame, by: list[str]) -> pd.Series:
-    """mean ± standard deviation over seeds of each seed's mean over bit-widths, for each group of `by`."""
-    seeds = rows.groupby([*by, "seed"], sort=False).top1.mean().groupby(by, sort=False)
-    means = seeds.mean()
-    return pd.Series(_texts(means, seeds.std()), index=means.index, dtype=object)
+    baselines = cost[cost.index.get_level_values("method") == "Any-Precision"]
+    first = baselines.groupby(level="epochs", sort=False).first()
+    return (first.reindex(epochs).set_axis(cost.index) / cost).round(2)
 
 
 def _paper_columns(wide: pd.DataFrame, reported: pd.DataFrame) -> dict[str, list[float | None]]:
@@ -146,7 +169,7 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     table = part.pivot_table(index=["bits", "trained"], columns=["adapted", "correction"], values="top1")
     table.columns = [correction + (", adapted" if adapted else "") for adapted, correction in table.columns]
     gap = table["none, adapted"] - table["none"]
-    for name in [correction for correction in ("mean", "mean_var") if correction in table]:
+    for name in table.columns.intersection(["mean", "mean_var"]):
         table[f"{name} closes (%)"] = (100 * (table[name] - table["none"]) / gap).where(gap >= 1)
     return table.round(1).reset_index()
 
@@ -156,34 +179,33 @@ def comparison_table(
 ) -> pd.DataFrame:
     """One row a way to select coresets, one column a pruning rate: mean top-1 (%) over the trained bit-widths.
 
-    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run. columns, index:
-    what else to spread the numbers over.
+    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run. columns, index: what
+    else to spread the numbers over.
     """
-    cells = spread(seed_means(rows, [*index, columns]), [*index, columns])
-    cells["text"] = _texts(cells["mean"], cells["std"])
-    wide = cells.pivot_table(index=list(index), columns=columns, values="text", aggfunc="first", sort=False)
-    return wide[sorted(wide.columns)].fillna("").rename_axis(columns=None).reset_index()
+    return _wide(seed_means(rows, [*index, columns]), list(index), columns).reset_index()
+
+
+def curve_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """`comparison_table` of one row a method and setting and one column a run length in epochs."""
+    return comparison_table(rows, columns="epochs", index=SETTING[:-1])
 
 
 def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     """One row a way to select coresets: what they had in common, means over draws, bit-widths and seeds.
 
-    union: fraction of the data in any coreset of a draw; overlap: of a coreset that another bit-width's has too; drift:
-    of it that the draw before had not; rank_correlation: Spearman's, of two bit-widths' scores; the share of the rarest
-    and of the commonest class. draws: of `experiments.coreset_rows`.
+    - union: the fraction of the data that is in any coreset of a draw.
+    - overlap: the fraction of a coreset that another bit-width's has too.
+    - drift: the fraction of a coreset that was not in the draw before.
+    - rank_correlation: Spearman's, of two bit-widths' scores.
+    - clipped: the fraction of samples whose weight in the loss was cut to the largest allowed one.
+    - rarest_class, commonest_class: the share of that class.
+
+    draws: of `runs.coreset_rows`.
     """
     values = ["size", "union", "overlap", "drift", "rank_correlation", "clipped", "rarest_class", "commonest_class"]
     by = ["pruning_rate", "coreset", "candidates"]
     means = checks.table("draws", draws, [*by, *values]).groupby(by, sort=False)[values].mean()
     return means.round(3).reset_index()
-
-
-def curve_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a method and setting, one column a run length in epochs: mean top-1 (%) over the trained bit-widths.
-
-    Mean ± standard deviation over seeds, without batch-norm adaptation. rows: of `experiments.curves`.
-    """
-    return comparison_table(rows, columns="epochs", index=SETTING[:-1])
 
 
 def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
@@ -195,14 +217,13 @@ def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
     checks.choice("cost", cost, ("seconds", "sample_passes"))
     points = with_cost(rows, cost).groupby(SETTING, sort=False)[["top1", cost]].mean().reset_index()
     ours, table = points[points.method.str.startswith("Ours")], []
-    for baseline in points[points.method == "Any-Precision"].itertuples():
-        spent = getattr(baseline, cost)
-        row = {"epochs": baseline.epochs, cost: round(spent), "Any-Precision": round(baseline.top1, 1)}
+    for baseline in points[points.method == "Any-Precision"].to_dict("records"):
+        row = {"epochs": baseline["epochs"], cost: round(baseline[cost])}
+        row |= {"Any-Precision": round(baseline["top1"], 1)}
         for (method, rate), runs in ours.groupby(["method", "pruning_rate"], sort=False):
-            affordable = runs[runs[cost] <= spent].sort_values("epochs")
-            row[f"{method}, {rate:.0%} pruned"] = "".join(
-                f"{run.top1:.1f} ({run.epochs} epochs)" for run in affordable.tail(1).itertuples()
-            )
+            longest = runs[runs[cost] <= baseline[cost]].sort_values("epochs").tail(1)
+            texts = [f"{run.top1:.1f} ({run.epochs} epochs)" for run in longest.itertuples()]
+            row[f"{method}, {rate:.0%} pruned"] = "".join(texts)
         table.append(row)
     return pd.DataFrame(table)
 
@@ -227,44 +248,33 @@ def option_table(rows: pd.DataFrame) -> pd.DataFrame:
     checks.table("rows", rows, ("coreset", "trained", "adapted", "seed", "top1", "run", "sample_passes"))
     trained = rows[rows.trained]
     cost = rows.drop_duplicates("run").groupby("coreset", sort=False).sample_passes.mean()
-    means = [trained[trained.adapted == adapted] for adapted in (False, True)]
-    top1, adapted = (_mean_over_bits(part, ["coreset"]) for part in means)
+    top1, adapted = (_mean_over_bits(trained[trained.adapted == value], ["coreset"]) for value in (False, True))
     columns = {"top1 (%)": top1, "adapted top1 (%)": adapted, "passes (k)": (cost / 1e3).round(1)}
     return pd.DataFrame(columns, index=cost.index).reset_index()
 
 
-def remedy_gaps(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each remedy and bit-width, how far its top-1 is above that of the same network adapted: points over seeds.
+def adaptation_gaps(rows: pd.DataFrame) -> pd.DataFrame:
+    """How far each network is above its batch-norm-adapted self: one row a seed and bit-width, gap in points.
 
-    Columns: remedy, bits, trained, mean, std, seeds. rows: of `studies.remedies`.
+    Column statistics says what takes the place of adaptation: running statistics that bit-widths share, or that each
+    trained bit-width has of its own, without or with output correction. rows: of `experiments.uncalibrated`.
     """
-    checks.table("rows", rows, ("remedy", "bits", "trained", "top1", "adapted_top1"))
-    return spread(rows.assign(gap=rows.top1 - rows.adapted_top1), ["remedy", "bits", "trained"], "gap")
+    keys = ["run", "seed", "bits", "trained"]
+    checks.table("rows", rows, (*keys, "norm", "correction", "adapted", "top1"))
+    norms = rows.norm.map({"shared": "shared statistics", "shared_affine": "own statistics"})
+    corrected = rows.correction.str.endswith(", output").map({True: ", output correction", False: ""})
+    wide = rows.assign(statistics=norms + corrected).pivot_table(
+        index=["statistics", *keys], columns="adapted", values="top1", sort=False
+    )
+    return wide.assign(gap=wide[False] - wide[True]).reset_index()
 
 
-def remedy_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a remedy, one column a bit-width: points above the adapted network, mean ± std over seeds.
+def adaptation_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a choice of statistics, one column a bit-width: points above the adapted network, mean ± std over seeds.
 
-    "worst": the lowest mean of bit-widths from 2 up, by which the rows are sorted, the best first; the last row is the
-    adapted network's own top-1 (%), of the run that the most remedies start from. Trained bit-widths are marked with *.
-    rows: of `studies.remedies`.
+    Trained bit-widths are marked with *. rows: of `experiments.uncalibrated`.
     """
-    checks.table("rows", rows, ("run", "seed"))
-    gaps = remedy_gaps(rows)
-    worst = gaps[gaps.bits >= 2].groupby("remedy")["mean"].min().sort_values(ascending=False)
-    gaps["text"] = _texts(gaps["mean"], gaps["std"])
-    wide = gaps.pivot_table(index="remedy", columns="bits", values="text", aggfunc="first").loc[worst.index]
-    adapted = spread(rows[rows.run.isin(rows.groupby("seed").run.agg(lambda r: r.mode()[0]))], ["bits"], "adapted_top1")
-    wide.loc["adapted (top-1, %)"] = pd.Series(_texts(adapted["mean"], adapted["std"]), index=adapted.bits)
-    trained = set(rows.bits[rows.trained])
-    table = wide.rename(columns=lambda b: f"{b}*" if b in trained else f"{b}").rename_axis(columns=None)
-    return table.assign(worst=worst.round(1)).reset_index()
-
-
-def served(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each run and bit-width the row that a user gets: without adaptation, or with it where there is no other."""
-    checks.table("rows", rows, ("adapted", "run", "bits"))
-    return rows.sort_values("adapted", kind="stable").drop_duplicates(["run", "bits"]).sort_index()
+    return _marked(_wide(adaptation_gaps(rows), ["statistics"], "bits", "gap"), rows)
 
 
 def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -275,23 +285,19 @@ def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     checks.table("rows", rows, ("sample_passes", "calibration_passes", "seconds"))
     index = ["trained_bits", "method", "correction"]
-    cells = spread(served(rows), [*index, "bits"])
-    cells["text"] = _texts(cells["mean"], cells["std"])
-    wide = cells.pivot_table(index=index, columns="bits", values="text", aggfunc="first", sort=False).sort_index(axis=1)
+    wide = _wide(served(rows), index, "bits")
     runs = served(rows).groupby([*index, "run"], sort=False)
-    cost = runs.agg(
-        passes=("sample_passes", "first"), calibration=("calibration_passes", "sum"), s=("seconds", "first")
-    )
-    cost = cost.groupby(index, sort=False).mean()
+    names = {"passes": ("sample_passes", "first"), "calibration": ("calibration_passes", "sum")}
+    cost = runs.agg(**names, s=("seconds", "first")).groupby(index, sort=False).mean()
     columns = {"passes (M)": cost.passes / 1e6, "calibration (k)": cost.calibration / 1e3, "seconds": cost.s.round()}
-    return wide.assign(**columns).rename_axis(columns=None).rename(columns=str).reset_index()
+    return wide.assign(**columns).rename(columns=str).reset_index()
 
 
 def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a child: top-1 (%) after all steps, after its own alone, after the others' alone, mean ± std over seeds.
+    """One row a child model: top-1 (%) after all steps, after its own alone, after the others' alone.
 
-    All are after batch-norm adaptation, so that what is compared are weights; "gained" is what the others' steps add to
-    its own. rows: of `experiments.transfer`.
+    Means ± std over seeds, all after batch-norm adaptation, so that what is compared are weights; "gained" is what the
+    others' steps add to its own. rows: of `experiments.transfer`.
     """
     checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "top1"))
     adapted = rows[rows.adapted]
@@ -300,19 +306,18 @@ def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
     kinds = kinds.where(kinds.notna() | adapted.trained, "others' steps alone")
     seeds = adapted.assign(kind=kinds).pivot_table(index=["bits", "seed"], columns="kind", values="top1", sort=False)
     seeds["gained"] = seeds["all steps"] - seeds["own steps alone"]
-    parts = {kind: seeds[kind].groupby("bits", sort=True).agg(["mean", "std"]) for kind in seeds}
-    table = pd.DataFrame({kind: _texts(part["mean"], part["std"]) for kind, part in parts.items()})
+    tidy = seeds.melt(ignore_index=False, var_name="kind", value_name="top1").dropna().reset_index()
     order = ["own steps alone", "others' steps alone", "all steps", "gained"]
-    return table.assign(bits=next(iter(parts.values())).index)[["bits", *order]]
+    return _wide(tidy, ["bits"], "kind").sort_index()[order].reset_index()
 
 
 def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Training cost by scheme and number of bit-widths: sample passes, by formula too, calibration, steps, seconds.
 
-    calibration: images that go forward to serve the bit-widths that were evaluated and not trained. Dedicated is the
-    sum of one network for each of the bit-widths. rows: of `experiments.growth`. The formulas, for B bit-widths, N
-    images and E epochs: B N E; ours with coresets B N (c S + (1 - r) (E - S)), where S scoring epochs see the fraction
-    c, and r is the pruning rate.
+    The formula, for B bit-widths, N images and E epochs, is B N E; of ours with coresets it is B N (c S + (1 - r)
+    (E - S)), where S scoring epochs see the fraction c of the images, and r is the pruning rate. Calibration are the
+    images that go forward to serve bit-widths that were not trained. Dedicated is the sum of one network for each
+    bit-width. rows: of `experiments.growth`.
     """
     checks.table("rows", rows, (*SETTING, "run", "trained_bits", "scoring_epochs", "n_train"))
     runs = rows.drop_duplicates("run")
@@ -340,45 +345,12 @@ def deployment_table(rows: pd.DataFrame) -> pd.DataFrame:
     columns = ["top1", "agreement", "difference", *units, "images_a_second", "peak", "peak_batch"]
     by = ["runtime", "weights", "bits"]
     table = checks.table("rows", rows, [*by, *columns]).groupby(by, sort=False)[columns].median()
-    digits = {"difference": 5, "latency": 3, "images_a_second": 0, "peak": 0, "peak_batch": 0}
     scaled = table.assign(**{name: table[name] / unit for name, unit in units.items()})
-    return scaled.round(
-        {name: digits.get(name, 2 if name in ("top1", "agreement") else 1) for name in columns}
-    ).reset_index()
+    digits = dict.fromkeys(columns, 1) | {"top1": 2, "agreement": 2, "difference": 5, "latency": 3}
+    return scaled.round(digits | dict.fromkeys(columns[-3:], 0)).reset_index()
 
 
 def switching_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a way to another bit-width: milliseconds of all bit-widths and repeats of `deployment.switching`."""
     checks.table("rows", rows, ("way", "milliseconds"))
     return rows.groupby("way", sort=False).milliseconds.agg(["median", "min", "max"]).round(2).reset_index()
-
-
-def ratio_definitions(bits: range = range(2, 6), epochs: int = 200) -> pd.DataFrame:
-    """Which definition of cost would give the paper's times: an inference, by our own counts, from numbers alone.
-
-    The ratio is passes of a baseline over k bit-widths to ours over B <= k, both for `epochs`, with S epochs of scoring
-    on the full data: k E / (B (S + (1 - r) (E - S))). Rows: for each reported ratio the three nearest of all k up to 9
-    (8 and full precision) and S in 0, 5, 10, 20. Where the pruning rate is not known to us, 60 and 80 % are tried.
-    """
-    for count in checks.instance("bits", bits, (range, tuple, list), "numbers of bit-widths, for example range(2, 6)"):
-        checks.integer("bits", count, 1, 9)
-    checks.integer("epochs", epochs, 20)
-    reported = [(7.88, "CIFAR-10", (0.8,)), (5.75, "ImageNet-1K", (0.6, 0.8)), (8.41, "TinyImageNet", (0.6,))]
-    table = []
-    for ratio, data, rates in reported:
-        options = [(r, b, k, s) for r in rates for b in bits for k in range(b, 10) for s in (0, 5, 10, 20)]
-        counted = [(k * epochs / (b * (s + (1 - r) * (epochs - s))), r, b, k, s) for r, b, k, s in options]
-        for value, r, b, k, s in sorted(counted, key=lambda row: abs(row[0] - ratio))[:3]:
-            row = {"data": data, "paper": ratio, "by passes": round(value, 2), "pruning rate": r}
-            table.append(row | {"our bit-widths": b, "baseline's": k, "scoring epochs": s})
-    return pd.DataFrame(table)
-
-
-def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:
-    """Write `table` as `path`.md, and the tidy `rows` it was made of as `path`.csv, each file whole or not at all."""
-    path, table = checks.path("path", path), checks.instance("table", table, pd.DataFrame, "a DataFrame")
-    if rows is not None:
-        checks.instance("rows", rows, pd.DataFrame, "a DataFrame, or None")
-        write_text(path.with_suffix(".csv"), rows.to_csv(index=False))
-    cells = table.astype(object).where(table.notna(), None)  # missing is empty, not "nan"
-    write_text(path.with_suffix(".md"), cells.to_markdown(index=False) + "\n")

@@ -1,8 +1,6 @@
 """A notebook's parameters, by wrong and right values, and the profile they name."""
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,46 +139,6 @@ def test_results_dir_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ValueError, match=r"^results_dir=.*that can be written to"):
         parameters(profile="smoke", results_dir=tmp_path)
-
-
-DECLARED = 'profile: str = "auto"  # which\nbits: list = [2]  # trained'
-
-
-def notebook(monkeypatch: pytest.MonkeyPatch, *cells: str) -> None:
-    """As if this were a kernel that has run these cells."""
-    shell = SimpleNamespace(user_ns={"In": ["", *cells]})
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-
-
-@pytest.mark.parametrize("name", ["bitz", "repeats", "BITS", "__import__"])
-def test_misspelt_parameter(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    notebook(monkeypatch, "import emqlib", DECLARED, f'# Parameters\nprofile = "smoke"\n{name} = 4\n')
-    with pytest.raises(ValueError, match=rf"^parameter='{name}': expected one of bits, profile$"):
-        parameters(profile="smoke")
-
-
-@pytest.mark.parametrize(
-    "cells",
-    [
-        [DECLARED],
-        [DECLARED, '# Parameters\nbits = "[2,4]"\nprofile = "smoke"\n'],
-        [DECLARED, '# Parameters\nprofile = "a\\nbitz = 4"\n'],  # a value that looks like a parameter
-        [DECLARED, "# Parameters\nbits = [\n    2,\n]\n"],  # as papermill writes it where black is installed
-        [DECLARED, "bitz = 4"],  # the reader's own variable
-        [DECLARED, "get_ipython().run_line_magic('time', '')", "bits = [", "# Parameters\nbits = 4\n"],
-        [DECLARED, "# Parameters\nbitz = 4\n", "# Parameters\nbits = 4\n"],  # corrected by hand, run again
-        ["# Parameters\nlearning_rate = 4\n"],  # a notebook of the reader's, which declares none of ours
-    ],
-)
-def test_not_misspelt(monkeypatch: pytest.MonkeyPatch, cells: list[str]) -> None:
-    notebook(monkeypatch, *cells)
-    assert parameters(profile="smoke").profile.name == "smoke"
-
-
-def test_outside_a_kernel_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ipython in (None, SimpleNamespace(get_ipython=lambda: None)):
-        monkeypatch.setitem(sys.modules, "IPython", ipython)
-        assert parameters(profile="smoke").profile.name == "smoke"
 
 
 def test_data_network_and_processes() -> None:

@@ -318,48 +318,27 @@ def test_growth_table() -> None:
     assert columns(table, *names) == expected
 
 
-def remedied() -> pd.DataFrame:
-    """Two seeds of two remedies, "own" with two tables from its run; bit-widths 1, 2, and 3, of which 2 is trained."""
-    rows = []
-    for seed, run_name, remedies in ((0, "a", ("own", "nearest")), (1, "b", ("own", "nearest")), (0, "c", ("shared",))):
-        for remedy in remedies:
-            gaps = {"own": (-30, -1, -2), "nearest": (-9, -1, -6), "shared": (-5, -12, 1)}[remedy]
-            rows += [
-                {"remedy": remedy, "seed": seed, "run": run_name, "bits": b, "trained": b == 2}
-                | {"adapted_top1": 60.0 + b + seed, "top1": 60.0 + b + seed + gap + seed * (b == 3)}
-                for b, gap in zip((1, 2, 3), gaps, strict=True)
-            ]
-    return pd.DataFrame(rows)
+def uncalibrated() -> pd.DataFrame:
+    """Two seeds of own statistics, one of shared ones; bit-widths 1, 2, and 3, of which 2 is trained."""
+    parts = []
+    for norm, seed, gaps in (
+        ("shared_affine", 0, (-30, -1, -2)),
+        ("shared_affine", 1, (-30, -1, -1)),
+        ("shared", 0, (-5, -12, 1)),
+    ):
+        accuracy = {b: (60.0 + gap, 60.0) for b, gap in zip((1, 2, 3), gaps, strict=True)}
+        correction = "mean_var, output" if norm == "shared_affine" else "mean_var"
+        parts.append(run("Ours", accuracy, correction=correction, seed=seed, trained=(2,)).assign(norm=norm))
+    return together(*parts)
 
 
-def test_remedy_table() -> None:
-    table = results.remedy_table(remedied())
-    assert list(table.columns) == ["remedy", "1", "2*", "3", "worst"]
-    assert columns(table, "remedy", "1", "2*", "3", "worst") == [
-        ("own", "-30.0 ± 0.0", "-1.0 ± 0.0", "-1.5 ± 0.7", -1.5),
-        ("nearest", "-9.0 ± 0.0", "-1.0 ± 0.0", "-5.5 ± 0.7", -5.5),
-        ("shared", "-5.0", "-12.0", "1.0", -12.0),
-        ("adapted (top-1, %)", "61.5 ± 0.6", "62.5 ± 0.6", "63.5 ± 0.6", None),
+def test_adaptation_table() -> None:
+    table = results.adaptation_table(uncalibrated())
+    assert columns(table, *table.columns) == [
+        ("own statistics, output correction", "-30.0 ± 0.0", "-1.0 ± 0.0", "-1.5 ± 0.7"),
+        ("shared statistics", "-5.0", "-12.0", "1.0"),
     ]
-
-
-def test_remedy_table_rounds_to_a_tenth() -> None:
-    rows = [
-        {
-            "remedy": "own",
-            "seed": s,
-            "run": "a",
-            "bits": 2,
-            "trained": True,
-            "top1": 50.0 + (s == 2),
-            "adapted_top1": 60.0,
-        }
-        for s in range(3)
-    ]
-    assert columns(results.remedy_table(pd.DataFrame(rows)), "2*", "worst") == [
-        ("-9.7 ± 0.6", -9.7),
-        ("60.0 ± 0.0", None),
-    ]
+    assert list(table.columns) == ["statistics", "1", "2*", "3"]
 
 
 def test_untrained_table() -> None:
@@ -436,43 +415,6 @@ def test_switching_table() -> None:
         ("set_bits", 0.31, 0.13, 0.5),
         ("packed file", 8.0, 7.0, 9.13),
     ]
-
-
-def test_ratio_definitions_of_the_fewest() -> None:
-    assert len(results.ratio_definitions(range(1, 2), epochs=20)) == 9
-
-
-def test_ratio_definitions() -> None:
-    """Each row's ratio follows from its own definition; three for each number of the paper, the nearest first."""
-    table = results.ratio_definitions(epochs=200)
-    assert list(table.groupby("data", sort=False).size()) == [3, 3, 3]
-    assert list(table["by passes"]) == [round(ratio, 2) for ratio in table["by passes"]]
-    for row in table.to_dict("records"):
-        seen = row["scoring epochs"] + (1 - row["pruning rate"]) * (200 - row["scoring epochs"])
-        ratio = row["baseline's"] * 200 / (row["our bit-widths"] * seen)
-        assert row["by passes"] == pytest.approx(ratio, abs=0.005) and abs(ratio / row["paper"] - 1) < 0.05
-        assert row["our bit-widths"] <= row["baseline's"] <= 9
-
-
-@pytest.mark.parametrize("bits", [None, range(2, 6), range(3, 7)])
-def test_ratio_definitions_are_the_nearest_of_all(bits: range | None) -> None:
-    """Each k up to 9, S of 0, 5, 10 and 20, by k E / (B (S + (1 - r) (E - S))); 2 to 5 bit-widths and 200 epochs."""
-    table = results.ratio_definitions() if bits is None else results.ratio_definitions(bits, epochs=120)
-    epochs, expected = 200 if bits is None else 120, []
-    for paper, data, rates in (
-        (7.88, "CIFAR-10", [0.8]),
-        (5.75, "ImageNet-1K", [0.6, 0.8]),
-        (8.41, "TinyImageNet", [0.6]),
-    ):
-        found = []
-        for rate in rates:
-            for own in bits or (2, 3, 4, 5):
-                for scored in (0, 5, 10, 20):
-                    seen = own * (scored + (1 - rate) * (epochs - scored))
-                    found += [(abs(k * epochs / seen - paper), rate, own, k, scored) for k in range(own, 10)]
-        expected += [(data, paper, *case[1:]) for case in sorted(found)[:3]]
-    names = ("data", "paper", "pruning rate", "our bit-widths", "baseline's", "scoring epochs")
-    assert columns(table, *names) == expected
 
 
 def test_cost_table_without_a_baseline() -> None:

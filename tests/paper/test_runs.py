@@ -1,0 +1,555 @@
+"""Runs: their hashes, and rows that are stored, read again, stopped, damaged and made by several processes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig, evaluate, files, load_dataset
+from emqlib.paper import experiments
+from emqlib.paper.experiments import table1
+from emqlib.paper.profiles import parameters
+from emqlib.paper.runs import Run, checkpoint_file, coreset_rows, derived, provenance, rows_file, run_all, trained
+from emqlib.train.checkpoint import OutOfTime
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMQ_PROFILE", raising=False)
+
+
+# Runs
+
+
+def test_every_committed_record_is_of_a_run_of_today() -> None:
+    """Its name is the hash of its configuration, written with the fields and the defaults that there are now."""
+    listed = {
+        run.hash: run
+        for table in experiments.RUNS
+        if table is not experiments.imagenet
+        for run in table(parameters(profile="small"))
+    }
+    found = {path.stem.partition("-")[0] for path in (ROOT / "results/runs").glob("*.json")}
+    benchmarks = {
+        path.stem
+        for path in (ROOT / "results/runs").glob("*.json")
+        if "-" not in path.stem and json.loads(path.read_text())["config"]["profile"] != "small"
+    }
+    assert found - benchmarks == set(listed)
+    for name, run in listed.items():
+        record = json.loads((ROOT / f"results/runs/{name}.json").read_text())
+        assert _of_today(record["config"]).hash == name == record["run"] and run.hash == name
+    for name in benchmarks:
+        assert _of_today(json.loads((ROOT / f"results/runs/{name}.json").read_text())["config"]).hash == name
+
+
+def _of_today(stored: dict[str, Any]) -> Run:
+    """The run of a stored configuration; fields that there are no more are left out."""
+
+    def known(owner: type, values: dict[str, Any]) -> dict[str, Any]:
+        names = {field.name for field in fields(owner)}
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+
+    training, coreset = stored["config"], stored["config"]["coreset"]
+    coreset = coreset and CoresetConfig(**known(CoresetConfig, coreset))
+    config = TrainConfig(**known(TrainConfig, training | {"coreset": coreset}))
+    own = known(Run, stored) | {"spec": QuantSpec(**known(QuantSpec, stored["spec"])), "config": config}
+    return Run(**own | {"model_args": tuple(map(tuple, stored["model_args"]))})
+
+
+CHANGED: dict[type, dict[str, Any]] = {
+    Run: {
+        "profile": "other",
+        "dataset": "cifar100",
+        "model": "resnet20",
+        "spec": QuantSpec(bits=(1,)),
+        "config": TrainConfig(epochs=1),
+        "model_args": (("width", 8),),
+        "subset": (100, 100),
+        "eval_bits": (2, 4),
+        "image_size": 64,
+        "stream": True,
+    },
+    QuantSpec: {
+        "bits": (2, 4),
+        "weight": "lsq",
+        "activation": "pact",
+        "correction": "none",
+        "norm": "switchable",
+        "full_precision": ("first",),
+        "zero_level": True,
+        "correction_gradient": False,
+        "activation_range": "unit",
+        "output_correction": True,
+    },
+    TrainConfig: {
+        "scheme": "bitwise",
+        "epochs": 5,
+        "batch_size": 64,
+        "accumulate": 2,
+        "optimizer": "adamw",
+        "lr": 0.2,
+        "momentum": 0.8,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "schedule": "step",
+        "milestones": (1,),
+        "gamma": 0.2,
+        "warmup_epochs": 1.0,
+        "label_smoothing": 0.1,
+        "clip_grad_norm": 1.0,
+        "distillation": True,
+        "autocast": "bfloat16",
+        "channels_last": False,
+        "compile": True,
+        "seed": 1,
+        "coreset": None,
+    },
+    CoresetConfig: {
+        "score": "el2n",
+        "pruning_rate": 0.5,
+        "resample_every": 2,
+        "scoring_epochs": 5,
+        "scoring": "joint",
+        "candidates": 0.5,
+        "window": 4,
+        "decay": 0.8,
+        "how": "top",
+        "power": 2.0,
+        "unscored": True,
+        "across_bits": "identical",
+        "unbiased": True,
+        "max_weight": 3.0,
+    },
+}
+GONE = {"rescore", "cut", "balanced", "full_epochs"}  # options of version 1.0.0, at their default in all stored runs
+BASE = Run(
+    profile="small",
+    dataset="cifar10",
+    model="resnet8",
+    spec=QuantSpec(bits=(2, 4, 8), weight="minmax"),
+    config=TrainConfig(scheme="joint", coreset=CoresetConfig(score="tdds", how="sample")),
+)
+
+
+def changed(owner: type, name: str, value: object) -> Run:
+    if owner is Run:
+        return replace(BASE, **{name: value})
+    if owner is QuantSpec:
+        return replace(BASE, spec=replace(BASE.spec, **{name: value}))
+    if owner is TrainConfig:
+        return replace(BASE, config=replace(BASE.config, **{name: value}))
+    coreset = replace(BASE.config.coreset, **{name: value})
+    return replace(BASE, config=replace(BASE.config, coreset=coreset))
+
+
+def test_the_hash_tells_every_field_apart() -> None:
+    for owner, values in CHANGED.items():
+        assert {field.name for field in fields(owner)} - GONE == set(values) | ({"device"} & set(owner.__annotations__))
+    runs = [changed(owner, name, value) for owner, values in CHANGED.items() for name, value in values.items()]
+    assert len({run.hash for run in [BASE, *runs]}) == len(runs) + 1
+    assert all(len(run.hash) == 12 and int(run.hash, 16) >= 0 for run in runs)
+
+
+def test_the_hash_does_not_depend_on_the_device_or_on_numbers_types() -> None:
+    assert changed(TrainConfig, "device", "cpu").hash == BASE.hash
+    assert changed(TrainConfig, "weight_decay", 1).hash == changed(TrainConfig, "weight_decay", 1.0).hash
+    assert changed(QuantSpec, "bits", [8, 4, 2]).hash == BASE.hash
+
+
+def test_an_option_of_a_later_version_renames_nothing() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(TrainConfig):
+        novelty: float = 0.0
+
+    later = Later(scheme="joint", coreset=BASE.config.coreset)
+    assert replace(BASE, config=later).hash == BASE.hash
+    assert replace(BASE, config=replace(later, novelty=1.0)).hash != BASE.hash
+
+
+@pytest.mark.parametrize("value", [(), (9,), (2, 2), None, "2,4", [True]])
+def test_wrong_eval_bits(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^eval_bits=.*expected bit-widths out of 1 to 8 and 32"):
+        replace(BASE, eval_bits=value)
+
+
+ALL = tuple(range(1, 9))
+
+
+# Stored rows
+
+TRAIN, TEST, EPOCHS = 40, 20, 2
+TIMED = ["seconds"]  # columns that no two runs have in common
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits_on_one_thread() -> Iterator[None]:
+    pytest.importorskip("sklearn")
+    digits, threads = load_dataset("digits").subset(60, 30), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "emqlib.paper.runs.load_dataset",
+            lambda name, **how: load_dataset(name, **how) if name == "imagenet" or any(how.values()) else digits,
+        )
+        yield
+    torch.set_num_threads(threads)
+
+
+def tiny_runs() -> list[Run]:
+    """One of each method, one with coresets by score, and one on all images that there are."""
+    plan = table1(parameters(profile="smoke", bits=(2, 4), pruning_rates=[0.5]))
+    runs = [plan[0], *plan[3:-1]]  # not the last, whose scoring phase takes longer
+    config = {"epochs": EPOCHS, "batch_size": TRAIN, "lr": 0.01}
+    runs = [replace(r, subset=(TRAIN, TEST), config=replace(r.config, **config)) for r in runs]
+    runs = [r if r.method == "Dedicated" else replace(r, eval_bits=(2, 3)) for r in runs]
+    scored = replace(runs[1].config, coreset=CoresetConfig(score="el2n", pruning_rate=0.5, unbiased=True, how="sample"))
+    return [*runs, replace(runs[1], config=scored), replace(runs[0], subset=(0, 0))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run_all(tiny_runs(), folder, progress=False)
+
+
+@pytest.fixture
+def finished(undisturbed: tuple[Path, pd.DataFrame], tmp_path: Path) -> Path:
+    """A folder of one's own with all runs finished."""
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "finished"))
+
+
+def refuse_to_train(*_: object, **__: object) -> None:
+    raise AssertionError("trained")
+
+
+def assert_same(rows: pd.DataFrame, expected: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(rows.drop(columns=TIMED), expected.drop(columns=TIMED), check_exact=True)
+
+
+def test_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    """As the stored record tells it: overlap and correlation as means over the other bit-widths, classes as shares."""
+    folder, runs = undisturbed[0], [run for run in tiny_runs() if run.pruning_rate]
+    rows = coreset_rows(runs, folder)
+    records = [json.loads((folder / f"runs/{run.hash}.json").read_text()) for run in runs]
+    draws = [(run, draw) for run, record in zip(runs, records, strict=True) for draw in record["coresets"]]
+    assert len(rows) == len(draws) > 0
+    for row, (run, draw) in zip(rows.itertuples(), draws, strict=True):
+        assert (row.run, row.epoch, row.bits, row.size) == (run.hash, draw["epoch"], draw["bits"], TRAIN // 2)
+        assert row.overlap == pytest.approx(sum(draw["overlap"].values()) / len(draw["overlap"]))
+        classes = (min(draw["classes"]) / row.size, max(draw["classes"]) / row.size)
+        assert (row.rarest_class, row.commonest_class) == classes
+    assert set(rows.coreset) == {run.coreset for run in runs}
+
+
+def test_one_file_a_run(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    folder, rows = undisturbed
+    names = [run.hash for run in tiny_runs()]
+    assert {path.name for path in (folder / "runs").iterdir()} == {f"{name}.json" for name in names}
+    assert list(rows.run.drop_duplicates()) == names
+    record = json.loads((folder / "runs" / f"{names[1]}.json").read_text())
+    assert record["config"]["config"]["coreset"]["pruning_rate"] == 0.5
+    assert [epoch["epoch"] for epoch in record["history"]] == [1, 2]
+    assert record["calibration_passes"] == TRAIN
+
+
+def test_a_file_holds_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    for run in tiny_runs():
+        draws = json.loads((undisturbed[0] / f"runs/{run.hash}.json").read_text())["coresets"]
+        epochs = [] if not run.pruning_rate else [2] if run.config.coreset.score == "el2n" else [1, 2]
+        assert sorted((d["epoch"], d["bits"]) for d in draws) == [(e, b) for e in epochs for b in run.spec.bits]
+        assert all(d["size"] == sum(d["classes"]) == TRAIN // 2 for d in draws)
+        assert all(0.5 <= d["union"] <= 1 and set(d["overlap"]) < {"2", "4"} for d in draws)
+
+
+@pytest.mark.parametrize(
+    ("coreset", "name"),
+    [
+        (None, "full data"),
+        (CoresetConfig(pruning_rate=0.0), "full data"),
+        (CoresetConfig(), "RS2"),
+        (CoresetConfig(pruning_rate=0.5), "RS2"),
+        (CoresetConfig(across_bits="disjoint"), "RS2, across_bits=disjoint"),
+        (CoresetConfig(resample_every=0), "random"),
+        (CoresetConfig(score="tdds", pruning_rate=0.5, candidates=0.75), "tdds"),
+        (CoresetConfig(score="el2n", how="sample", power=2), "el2n, how=sample, power=2.0"),
+        (CoresetConfig(score="tdds", how="sample", unscored=True, power=2), "tdds, sample of all, power=2.0"),
+    ],
+)
+def test_the_name_of_a_coreset(coreset: CoresetConfig | None, name: str) -> None:
+    run = replace(BASE, config=TrainConfig(coreset=coreset))
+    assert run.coreset == name
+
+
+def test_rows(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    """A row a bit-width and adaptation; a switchable norm serves the other bit-widths only once adapted."""
+    _, rows = undisturbed
+    for run, (name, part) in zip(tiny_runs(), rows.groupby("run", sort=False), strict=True):
+        served = run.spec.bits if run.spec.norm == "switchable" else run.eval_bits
+        expected = [(b, False) for b in served] + [(b, True) for b in run.eval_bits]
+        assert name == run.hash
+        assert list(zip(part.bits, part.adapted, strict=True)) == expected
+        assert list(part.trained) == [b in run.spec.bits for b, _ in expected]
+        names = ["method", "scheme", "norm", "correction", "pruning_rate", "seed", "epochs", "coreset", "batch_size"]
+        asked = part[names].drop_duplicates()
+        correction = run.spec.correction if run.spec.correction_gradient else "mean_var, no gradient"
+        values = (run.method, run.config.scheme, run.spec.norm, correction, run.pruning_rate, 0, EPOCHS)
+        assert [tuple(row) for row in asked.to_numpy()] == [(*values, run.coreset, TRAIN)]
+        adapted = TRAIN if run.subset[0] else 60  # images a bit-width adapts to
+        scoring = (run.config.coreset.candidates, run.config.coreset.warmup) if run.pruning_rate else (1.0, 0)
+        names, bits = ["candidates", "scoring_epochs", "trained_bits", "n_train"], " ".join(map(str, run.spec.bits))
+        assert [tuple(row) for row in part[names].drop_duplicates().to_numpy()] == [(*scoring, bits, adapted)]
+        assert list(part.calibration_passes) == [adapted * adaptation for _, adaptation in expected]
+        assert set(part.n) == {TEST if run.subset[1] else 30}
+    assert rows.top1.between(0, 100).all() and not rows.drop(columns="commit").isna().any(axis=None)
+
+
+def test_cost_in_closed_form(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    costs = undisturbed[1].drop_duplicates("run")
+    children = 2
+    half = children * TRAIN // 2
+    scored = (children * TRAIN + half) // 2  # the first of two epochs scores all images
+    passes = [children * TRAIN, half, children * TRAIN, TRAIN, TRAIN, half, scored, children * 60]
+    assert list(costs.sample_passes) == [EPOCHS * n for n in passes]
+    assert list(costs.scoring_passes) == [0] * 6 + [children * TRAIN, 0]
+    steps = [children, children, 1, 1, 1, children, children, children * 2]
+    assert list(costs.steps) == [EPOCHS * n for n in steps]
+    assert (costs.seconds > 0).all()
+
+
+def test_provenance(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    _, rows = undisturbed
+    one = rows[["profile", "python", "torch", "device", "dataset", "model"]].drop_duplicates()
+    versions = (".".join(map(str, sys.version_info[:3])), torch.__version__)
+    expected = ("smoke", *versions, f"cpu, {torch.get_num_threads()} threads", "digits", "resnet8")
+    assert [tuple(row) for row in one.to_numpy()] == [expected]
+    digits = load_dataset("digits").subset(60, 30)
+    sums = {digits.sha256, digits.subset(TRAIN, TEST).sha256}
+    assert set(rows.data_sha256) == sums and len(sums) == 2
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def commit_and_dirty(root: Path) -> tuple[str, bool]:
+        monkeypatch.setattr(files, "CHECKOUT", root)
+        found = provenance(load_dataset("digits"), torch.device("cpu"))
+        return found["commit"], found["dirty"]
+
+    (tmp_path / "emqlib").mkdir()
+    (tmp_path / "emqlib/a.py").touch()
+    assert commit_and_dirty(tmp_path) == ("", False)
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    assert commit_and_dirty(tmp_path) == ("", True)  # nothing committed yet
+    git(tmp_path, "commit", "--message", "a")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert len(commit) == 40 and commit_and_dirty(tmp_path) == (commit, False)
+    (tmp_path / "notes.txt").touch()
+    assert commit_and_dirty(tmp_path) == (commit, False)
+    (tmp_path / "emqlib/a.py").write_text("1")
+    assert commit_and_dirty(tmp_path) == (commit, True)
+    # installed into an environment that lies inside somebody else's checkout
+    assert commit_and_dirty(tmp_path / "emqlib") == ("", False)
+
+
+def test_rows_tell_what_is_corrected(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that differ in that alone: read from a record that is given another name."""
+    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
+    run = tiny_runs()[1]
+    texts = {(True, False): "mean_var", (False, False): "mean_var, no gradient", (True, True): "mean_var, output"}
+    for (gradient, output), text in texts.items():
+        options = {"correction_gradient": gradient, "output_correction": output}
+        other = replace(run, spec=replace(run.spec, **options))
+        path = finished / f"runs/{other.hash}.json"
+        if other != run:
+            shutil.copy(finished / f"runs/{run.hash}.json", path)
+            edit(path, lambda record, options=options: record["config"]["spec"].update(options))
+        assert set(run_all([other], finished).correction) == {text}
+
+
+def test_a_derived_table_is_kept_with_what_it_is_of(finished: Path) -> None:
+    run = tiny_runs()[1]
+    (finished / f"runs/{run.hash}.json").unlink()  # the network is in its checkpoint
+    table = pd.DataFrame({"layer": ["a", "b"], "value": [0.1, 1e-30]})
+    part = finished / f"runs/.{run.hash}-name.json.half.tmp"
+    part.write_text("of a killed process")
+    kept = derived(run, "name", finished, lambda *_: table)
+    assert not part.exists()
+    pd.testing.assert_frame_equal(kept, derived(run, "name", finished, refuse_to_train), check_exact=True)
+    pd.testing.assert_frame_equal(kept[["layer", "value"]], table, check_exact=True)
+    asked = {
+        "method": "Ours",
+        "dataset": "digits",
+        "model": "resnet8",
+        "trained_with": "mean_var",
+        "trained_bits": "2 4",
+    }
+    asked |= {"epochs": EPOCHS, "seed": 0, "profile": "smoke", "run": run.hash}
+    asked |= provenance(load_dataset("digits").subset(60, 30).subset(TRAIN, TEST), torch.device("cpu"))
+    assert kept.drop(columns=["layer", "value"]).to_dict("records") == [asked] * 2
+    assert (finished / f"runs/{run.hash}-name.json").read_text().endswith("}\n")
+
+
+def test_a_trained_network_comes_from_its_checkpoint(finished: Path, undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    """The very network that gave the rows, without another step."""
+    run, rows = tiny_runs()[1], undisturbed[1]
+    before = checkpoint_file(run, finished).stat().st_mtime_ns
+    model, data = trained(run, finished, progress=False)
+    expected = rows[(rows.run == run.hash) & ~rows.adapted]
+    found = evaluate(model, data, bits=run.eval_bits)
+    assert found.loss.tolist() == expected.loss.tolist() and len(data.train) == TRAIN
+    assert checkpoint_file(run, finished).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"table": {}}', '{"table": {"a": [1], "b": []}, "asked": {}}'])
+def test_a_damaged_table_of_a_run_is_named(content: str, tmp_path: Path) -> None:
+    run = tiny_runs()[0]
+    path = tmp_path / "runs" / f"{run.hash}-name.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    for each_epoch in (False, True):
+        with pytest.raises(ValueError, match=r"^results_dir='.*-name\.json': expected a whole table of a run, or none"):
+            derived(run, "name", tmp_path, refuse_to_train, each_epoch)
+    assert path.read_text() == content
+
+
+def test_what_is_measured_after_each_epoch_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    run, seen = tiny_runs()[0], []
+
+    def measure(model: nn.Module, _: Dataset) -> pd.DataFrame:
+        seen.append(float(model.fc.weight.detach().norm()))
+        if interrupted and len(seen) == 3:
+            raise KeyboardInterrupt
+        return pd.DataFrame({"norm": seen[-1:]})
+
+    interrupted = False
+    undisturbed = derived(run, "norm", tmp_path / "undisturbed", measure, each_epoch=True)
+    assert undisturbed.epoch.tolist() == [0, 1, 2] and undisturbed.norm.tolist() == seen and len(set(seen)) == 3
+    seen.clear()
+    interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        derived(run, "norm", tmp_path, measure, each_epoch=True)
+    again = derived(run, "norm", tmp_path, measure, each_epoch=True)
+    pd.testing.assert_frame_equal(again, undisturbed, check_exact=True)
+    assert len(seen) == 5  # the first epoch was not trained again
+
+
+def test_a_second_call_trains_nothing(
+    finished: Path,
+    undisturbed: tuple[Path, pd.DataFrame],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
+    rows = run_all(tiny_runs(), str(finished), progress=False)
+    pd.testing.assert_frame_equal(rows, undisturbed[1], check_exact=True)
+    assert capsys.readouterr() == ("", "")
+    some = run_all(iter(tiny_runs()[2:3]), finished)
+    assert set(some.method) == {"Any-Precision"}
+    assert capsys.readouterr() == ("", "")  # no bar for what is only read
+
+
+def test_progress_names_the_run_on_stderr(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_runs()[2]
+    (finished / f"runs/{run.hash}.json").unlink()
+    (finished / f"checkpoints/{run.hash}.safetensors").unlink()
+    run_all([run], finished)
+    out, err = capsys.readouterr()
+    assert not out and "run 1 of 1: Any-Precision" in err  # tables are on the other stream
+
+
+@pytest.mark.parametrize("checkpoint", ["kept", "deleted"])
+def test_a_deleted_run_alone_is_run_again(
+    finished: Path, undisturbed: tuple[Path, pd.DataFrame], checkpoint: str
+) -> None:
+    run = tiny_runs()[1]
+    rows, state = rows_file(run, finished), checkpoint_file(run, finished)
+    others = {path: path.stat().st_mtime_ns for path in (finished / "runs").iterdir() if path != rows}
+    rows.unlink()
+    if checkpoint == "deleted":
+        state.unlink()
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    assert_same(run_all(tiny_runs(), finished, progress=False), undisturbed[1])
+    assert rows.exists() and (state.stat().st_mtime_ns == before) == (checkpoint == "kept")
+    assert all(path.stat().st_mtime_ns == time for path, time in others.items())
+
+
+def test_slices_of_any_length_lead_to_the_same_rows(undisturbed: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    """Each call makes some progress, however short its budget, and goes on where the one before has stopped."""
+    runs, finished = tiny_runs()[:3], []
+    with pytest.raises(OutOfTime, match=r"^0 of 3 runs finished, of the next one .*; time is up, call again to go on$"):
+        run_all(runs, tmp_path, progress=False, budget=1e-9)
+    for _ in range(40):
+        try:
+            rows = run_all(runs, tmp_path, progress=False, budget=1e-9)
+            break
+        except OutOfTime:
+            finished.append(len(list((tmp_path / "runs").glob("*.json"))))
+    assert finished == sorted(finished) and {1, 2} <= set(finished)
+    assert_same(rows, undisturbed[1][: len(rows)])
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_rows_of_another_config_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a default changes, which the hash does not show."""
+    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
+    path = finished / f"runs/{tiny_runs()[1].hash}.json"
+    edit(path, lambda record: record["config"]["config"].update(momentum=0.5))
+    with pytest.raises(ValueError, match=rf"^results_dir='{path}': .*config\.momentum was 0\.5"):
+        run_all(tiny_runs(), finished, progress=False)
+
+
+def test_rows_of_another_device_or_another_version_are_taken(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
+    path = finished / f"runs/{tiny_runs()[0].hash}.json"
+    edit(path, lambda record: record["config"]["config"].update(device="cuda:1"))
+    edit(path, lambda record: record["config"]["config"].pop("compile"))  # there was no such option
+    edit(path, lambda record: record["config"]["config"].update(another=3))  # there is no such option any more
+    assert len(run_all(tiny_runs()[:1], finished, progress=False)) == 4
+
+
+@pytest.mark.parametrize("key", ["config", "provenance", "history", "rows", "calibration_passes"])
+def test_a_record_without_a_part_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
+    path = finished / f"runs/{tiny_runs()[-1].hash}.json"
+    edit(path, lambda record: record.pop(key))
+    with pytest.raises(ValueError, match=rf"^results_dir='{path}': expected a whole record.*{key}"):
+        run_all(tiny_runs(), finished, progress=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"config": 3}', b"{} {}"])
+def test_a_damaged_record_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Also when an earlier run is still to be trained: nothing starts before all that is stored has been read."""
+    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
+    (finished / f"runs/{tiny_runs()[0].hash}.json").unlink()
+    path = finished / f"runs/{tiny_runs()[-1].hash}.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^results_dir='{path}': expected a whole record"):
+        run_all(tiny_runs(), finished, progress=False)
+
+
+def test_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^runs=\[\]: expected at least one Run$"):
+        run_all([], tmp_path)
