@@ -116,7 +116,7 @@ def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
 def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
     """Coresets by importance as the notebooks use them, or None where nothing is pruned.
 
-    They are cheap enough for short runs. Each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs
+    They are cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs
     at least, and so spends on scoring what one more epoch of its coreset costs. `options`: fields of `CoresetConfig`.
     """
     if not checks.pruning_rate(pruning_rate):
@@ -149,7 +149,7 @@ def as_files(run: Run, results_dir: Path) -> str:
 
 
 def write_class_folders(data: Dataset, folder: Path) -> None:
-    """Write a data set as class folders of PNG files, {train,val}/<class>/*, all of it or nothing, unless it is there."""
+    """Write a data set as class folders of PNG files, {train,val}/<class>/*, unless it is there, whole or not at all."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -376,7 +376,7 @@ def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """What a child gains from others' steps: all children; all but one, each left out once; each one alone.
+    """What a child model gains from others' steps: all of them; all but one, each left out once; each one alone.
 
     ValueError: a single bit-width, which has no others.
     """
@@ -401,10 +401,10 @@ def main(arguments: list[str]) -> int:
     """Finish the runs of one experiment from a shell, in one process or in all that a launcher started.
 
     Args:
-        arguments: its name, and parameters as `papermill` takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
+        arguments: its name, and parameters as papermill takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
 
     Returns:
-        The exit status: CALL_AGAIN where the budget is spent and work is left, else 0. Each of several processes returns
+        The exit status: CALL_AGAIN where the budget is spent and work is left, else 0. In several processes it is always
         0, since their launcher would take another status for a failure.
 
     Raises:
@@ -435,10 +435,8 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("PARAMETER", "VALUE"))
     profile = {"type": lambda name: ("profile", name), "help": "the same as -p profile NAME"}
     parser.add_argument("--profile", dest="p", action="append", metavar="NAME", **profile)
-    text = (
-        "stop at the end of an epoch once so many seconds have passed; the same call goes on from there. Exit status "
-    )
-    text += f"{CALL_AGAIN} where work is left (0 in processes that a launcher started)"
+    text = "stop at the end of an epoch once so many seconds have passed; the same call goes on from there. "
+    text += f"Exit status {CALL_AGAIN} where work is left (0 in processes that a launcher started)"
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
     return parser
 

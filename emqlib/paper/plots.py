@@ -330,6 +330,7 @@ def save(ax: Axes, path: Path) -> None:
 
 
 Draw = Callable[[pd.DataFrame], Axes]
+_TRAINED = "trained_bits.str.len() == trained_bits.str.len().{}()"  # at the most or the fewest bit-widths
 
 # The figure's name: its CSV, the function of the rows in it, and which of the rows, as of `DataFrame.query`.
 FIGURES: dict[str, tuple[str, Draw, str]] = {
@@ -352,16 +353,8 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "08_mismatch": ("08_mismatch", mismatch, ""),
     "09_angles_by_layer": ("09_angles", angles_by_layer, ""),
     "09_angles_by_epoch": ("09_angles", angles_by_epoch, ""),
-    "10_untrained_bitwidths": (
-        "10_untrained_bitwidths",
-        accuracy_by_bits,
-        "trained_bits.str.len() == trained_bits.str.len().max()",
-    ),
-    "10_two_trained_bitwidths": (
-        "10_untrained_bitwidths",
-        accuracy_by_bits,
-        "trained_bits.str.len() == trained_bits.str.len().min()",
-    ),
+    "10_untrained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("max")),
+    "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
     "12_deploy": ("12_deploy", accuracy_by_size, ""),

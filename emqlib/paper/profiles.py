@@ -4,7 +4,7 @@ import ast
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ class Profile(Setting):
     dataset: str = ""  # in place of every experiment's own
 
 
+_SMOKE = TrainConfig(epochs=4, batch_size=32, lr=0.05)
+_TINY_VIT = (("patch_size", 8), ("width", 16), ("depth", 1), ("heads", 1))
+_SMALL_VIT = (("patch_size", 8), ("width", 64), ("depth", 4), ("heads", 2))
+_CPU = TrainConfig(autocast="bfloat16")
+_GPU = TrainConfig(autocast="bfloat16", compile="auto")
+_STEPS = replace(_GPU, schedule="step")
+
 PROFILES = {
     # shows in seconds and without a download that everything runs
     "smoke": Profile(
@@ -51,23 +58,18 @@ PROFILES = {
         subset=(320, 160),
         model="resnet8",
         model_args=(("width", 4),),
-        training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
+        training=_SMOKE,
         repeats=1,
         lengths=(4, 5),
         coreset_epochs=5,
         coreset_subset=(160, 80),
         vit=Setting(
             model="vit_tiny",
-            model_args=(("patch_size", 8), ("width", 16), ("depth", 1), ("heads", 1)),
-            training=TrainConfig(epochs=5, batch_size=32, optimizer="adamw", lr=1e-3),
+            model_args=_TINY_VIT,
+            training=replace(_SMOKE, epochs=5, optimizer="adamw", lr=1e-3),
             subset=(160, 80),
         ),
-        imagenet=Setting(
-            model="resnet8",
-            model_args=(("width", 4),),
-            training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
-            image_size=32,
-        ),
+        imagenet=Setting(model="resnet8", model_args=(("width", 4),), training=_SMOKE, image_size=32),
         cost_subset=(320, 160),
         bit_counts=(2, 3),
     ),
@@ -76,14 +78,14 @@ PROFILES = {
         name="small",
         model="resnet8",
         model_args=(("width", 16),),
-        training=TrainConfig(epochs=4, batch_size=128, lr=0.1, warmup_epochs=0.5, autocast="bfloat16"),
+        training=replace(_CPU, epochs=4, warmup_epochs=0.5),
         repeats=3,
         lengths=(4, 8),
         coreset_epochs=8,
         coreset_subset=(10000, 5000),
         vit=Setting(
             model="vit_tiny",
-            model_args=(("patch_size", 8), ("width", 64), ("depth", 4), ("heads", 2)),
+            model_args=_SMALL_VIT,
             training=TrainConfig(
                 epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0
             ),
@@ -91,25 +93,17 @@ PROFILES = {
         ),
         imagenet=Setting(
             model="torchvision.resnet18",
-            training=TrainConfig(epochs=5, batch_size=32, lr=0.05, warmup_epochs=1, autocast="bfloat16"),
+            training=replace(_CPU, epochs=5, batch_size=32, lr=0.05, warmup_epochs=1),
             image_size=224,
         ),
     ),
-    # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
     "paper": Profile(
         name="paper",
         model="preact_resnet20",
         model_args=(("width_factor", 5),),
-        training=TrainConfig(
-            epochs=200,
-            batch_size=128,
-            optimizer="adamw",
-            lr=1e-3,
-            weight_decay=0.0,
-            schedule="step",
-            milestones=(100, 150, 180),
-            autocast="bfloat16",
-            compile="graphs",
+        # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
+        training=replace(
+            _STEPS, epochs=200, optimizer="adamw", lr=1e-3, weight_decay=0, milestones=(100, 150, 180), compile="graphs"
         ),
         repeats=1,
         lengths=(50, 100, 200),
@@ -119,30 +113,14 @@ PROFILES = {
         vit=Setting(
             model="vit_tiny",
             model_args=(("patch_size", 4),),
-            training=TrainConfig(
-                epochs=300,
-                optimizer="adamw",
-                lr=1.25e-4,
-                weight_decay=0.05,
-                warmup_epochs=5,
-                label_smoothing=0.1,
-                autocast="bfloat16",
-                compile="auto",
+            training=replace(
+                _GPU, epochs=300, optimizer="adamw", lr=1.25e-4, weight_decay=0.05, warmup_epochs=5, label_smoothing=0.1
             ),
         ),
         # Any-Precision's schedule for ImageNet, on torchvision's network
         imagenet=Setting(
             model="torchvision.resnet50",
-            training=TrainConfig(
-                epochs=80,
-                batch_size=256,
-                lr=0.5,
-                weight_decay=1e-5,
-                schedule="step",
-                milestones=(45, 60, 70),
-                autocast="bfloat16",
-                compile="auto",
-            ),
+            training=replace(_STEPS, epochs=80, batch_size=256, lr=0.5, weight_decay=1e-5, milestones=(45, 60, 70)),
             image_size=224,
         ),
     ),

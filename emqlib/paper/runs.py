@@ -252,12 +252,7 @@ def _forked(runs: list[Run], results_dir: Path, progress: bool, deadline: Deadli
 
 
 def _execute(
-    run: Run,
-    data: Dataset,
-    results_dir: Path,
-    progress: bool | str,
-    place: distributed.Ranks,
-    deadline: Deadline,
+    run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: distributed.Ranks, deadline: Deadline
 ) -> dict[str, Any]:
     """Train and evaluate `run`, and write its record."""
     model, history = _train(run, data, results_dir, progress, deadline)
@@ -318,11 +313,7 @@ def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[n
 
 
 def _train(
-    run: Run,
-    data: Dataset,
-    results_dir: str | Path,
-    progress: bool | str,
-    deadline: Deadline | None = None,
+    run: Run, data: Dataset, results_dir: str | Path, progress: bool | str, deadline: Deadline | None = None
 ) -> tuple[nn.Module, pd.DataFrame]:
     model = build(run, data.num_classes)
     return model, train(model, data, run.config, checkpoint_file(run, results_dir), progress, budget=deadline)

@@ -1,0 +1,50 @@
+"""The notebooks as they are committed and as `make results` makes them: executed, with results and nothing else."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emqlib.paper import experiments, measure, plots, profiles, runs, tables
+
+nbformat = pytest.importorskip("nbformat")
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (experiments, measure, plots, profiles, runs, tables)}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_committed_notebook_holds_results_alone(path: Path) -> None:
+    """Executed from the first cell to the last, without times, progress bars and errors."""
+    notebook = nbformat.read(path, 4)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(cell.metadata in ({}, {"tags": ["parameters"]}) for cell in notebook.cells)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert {out.output_type for cell in code for out in cell.outputs} <= {"execute_result", "display_data"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_calls_is_there(path: Path) -> None:
+    code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    called = re.findall(rf"\b({'|'.join(MODULES)})\.(\w+)", code)
+    assert called and all(hasattr(MODULES[module], name) for module, name in called)
+
+
+def test_every_experiment_has_a_notebook_and_every_figure_is_drawn() -> None:
+    code = "".join(path.read_text() for path in NOTEBOOKS)
+    through_measure = {"corrected_or_not", "deployed"}  # which measure.distributions and measure.deploy train
+    assert {f.__name__ for f in experiments.RUNS} - through_measure == set(re.findall(r"experiments\.(\w+)\(p\)", code))
+    assert set(plots.FIGURES) == set(re.findall(r'plots\.draw\(p\.output\(\\"(\w+)\\"\)\)', code))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_without_imagenet_its_notebook_is_said_not_to_run(tmp_path: Path) -> None:
+    command = ["make", "execute-03_imagenet", "PROFILE=small", f"VENV={sys.prefix}"]
+    environment = os.environ | {"EMQ_DATA": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "03_imagenet: not run, there is no ImageNet here (see GUIDE.md)\n"
