@@ -116,8 +116,8 @@ def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
 def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
     """Coresets by importance as the notebooks use them, or None where nothing is pruned.
 
-    They are cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS needs
-    at least, and so spends on scoring what one more epoch of its coreset costs. `options`: fields of `CoresetConfig`.
+    They are cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS
+    needs at least, and so spends on scoring what one more epoch of its coreset costs. options: of `CoresetConfig`.
     """
     if not checks.pruning_rate(pruning_rate):
         return None
@@ -149,7 +149,7 @@ def as_files(run: Run, results_dir: Path) -> str:
 
 
 def write_class_folders(data: Dataset, folder: Path) -> None:
-    """Write a data set as class folders of PNG files, {train,val}/<class>/*, unless it is there, whole or not at all."""
+    """Write a data set as class folders of PNG files, {train,val}/<class>/*, whole or not at all; once only."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -404,8 +404,8 @@ def main(arguments: list[str]) -> int:
         arguments: its name, and parameters as papermill takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
 
     Returns:
-        The exit status: CALL_AGAIN where the budget is spent and work is left, else 0. In several processes it is always
-        0, since their launcher would take another status for a failure.
+        The exit status: CALL_AGAIN where the budget is spent and work is left, else 0. In several processes it is
+        always 0, since their launcher would take another status for a failure.
 
     Raises:
         SystemExit: a wrong name, or a budget that is no number.

@@ -17,15 +17,16 @@ from .tables import SETTING, adaptation_gaps, growth_table, seed_means, with_cos
 _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
 _BITS = "bit-width of weights and activations (*: trained)"
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
+_WIDE = 10.0  # inches, of a figure with its legend beside it
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 
 
-def axes(ax: Axes | None, title: str) -> Axes:
-    """`ax`, or new ones of the size and style that all figures share, under `title`."""
+def axes(ax: Axes | None, title: str, width: float = 7.2) -> Axes:
+    """`ax`, or new ones of the style that all figures share, under `title`; width: inches, of the figure."""
     checks.instance("ax", ax, (type(None), Axes), "axes of matplotlib, or None for new ones")
     if ax is None:
         with sns.axes_style("whitegrid"):
-            ax = plt.subplots(figsize=(7.2, 4.2), dpi=100, layout="constrained")[1]
+            ax = plt.subplots(figsize=(width, 4.2), dpi=100, layout="constrained")[1]
     ax.set_title(title, fontsize=10)
     return ax
 
@@ -72,7 +73,7 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Bars show the standard deviation over seeds. rows: of `runs.run_all`. ValueError: no rows.
     """
-    ax = axes(ax, _setting(rows, "Accuracy by bit-width"))
+    ax = axes(ax, _setting(rows, "Accuracy by bit-width"), _WIDE)
     rows = _labelled(checks.table("rows", rows, ("bits", "top1", "trained", "adapted")))
     rows = rows.assign(**{"batch norm": rows.adapted.map({False: "as trained", True: "adapted"})})
     look = {"hue": "method and setting", "palette": "colorblind", "style": "batch norm"}
@@ -214,7 +215,7 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     title = "Tokens before each layer norm, against the highest bit-width"
     if "wasserstein" in rows:
         title = "Mismatch with the shared batch norm, by layer"
-    ax = axes(ax, _setting(rows, title))
+    ax = axes(ax, _setting(rows, title), _WIDE)
     short = rows.layer.map(lambda name: ".".join(name.split(".")[-2:]))
     layer = short if short.nunique() == rows.layer.nunique() else rows.layer
     networks = {"network": rows.trained_with.map(_CORRECTIONS), "bit-width": rows.bits.map("{} bits".format)}
@@ -249,7 +250,7 @@ def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     `measure.alignment`. ValueError: no rows.
     """
     checks.table("rows", rows, ("layer", "depth", "epoch"))
-    ax = axes(ax, _setting(rows, "Angles between gradients, by layer"))
+    ax = axes(ax, _setting(rows, "Angles between gradients, by layer"), _WIDE)
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
     _angle_lines(ax, last.sort_values("depth", kind="stable"), "layer")
     ax.tick_params(axis="x", rotation=60, labelsize=7)
@@ -259,7 +260,7 @@ def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def angles_by_epoch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The same angles, all layers as one vector, before training and after each epoch. ValueError: no rows."""
     checks.table("rows", rows, ("depth", "epoch"))
-    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"))
+    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"), _WIDE)
     _angle_lines(ax, rows[rows.depth < 0], "epoch")
     return _named(ax, "epochs trained", "angle (degrees)", beside=True)
 
