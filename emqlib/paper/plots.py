@@ -283,9 +283,9 @@ def accuracy_by_size(rows: pd.DataFrame) -> Axes:
     """
     checks.table("rows", rows, ("dataset", "model", "runtime", "weights", "bits", "top1", "packed", "file"))
     ax = axes(None, _setting(rows, "One checkpoint, served at each bit-width"))
-    onnx, torchscript = rows[rows.runtime == "onnxruntime"], rows[rows.runtime == "PyTorch"]
-    kinds = {"packed": onnx.packed, "ONNX": onnx.file, "TorchScript": torchscript.file}
-    files = pd.concat([rows.loc[size.index].assign(kind=name, size=size / 1e3) for name, size in kinds.items()])
+    kinds = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
+    parts = [(name, rows[rows.runtime == runtime], column) for name, (runtime, column) in kinds.items()]
+    files = pd.concat([part.assign(kind=name, size=part[column] / 1e3) for name, part, column in parts])
     points = files.groupby(["kind", "weights", "bits"], sort=False)[["size", "top1"]].mean().reset_index()
     sns.scatterplot(points, x="size", y="top1", hue="kind", style="kind", palette="colorblind", s=40, ax=ax)
     for point in points[points.kind != "ONNX"].itertuples():  # whose sizes are those of int2, int4 and int8
