@@ -321,41 +321,6 @@ def _angle_lines(ax: "Axes", rows: pd.DataFrame, x: str) -> None:
     ax.legend(fontsize=7, handlelength=4, **_OUTSIDE)
 
 
-def accuracy_by_size(rows: pd.DataFrame) -> "Axes":
-    """Top-1 accuracy (%) against the size of a file (KB, logarithmic), a point a bit-width and kind of file.
-
-    rows: of `deployment.served`, means over seeds. ValueError: no rows.
-    """
-    import seaborn as sns
-
-    checks.table("rows", rows, ("dataset", "model", "runtime", "weights", "bits", "top1", "packed", "file"))
-    ax = axes(None, _setting(rows, "One checkpoint, served at each bit-width"))
-    files = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
-    colors = sns.color_palette("colorblind", len(files))
-    for color, marker, (label, (runtime, size)) in zip(colors, "sxD", files.items(), strict=True):
-        kinds = rows[rows.runtime == runtime].groupby(["weights", "bits"], sort=False)
-        points = kinds[[size, "top1"]].mean().reset_index().sort_values(size)
-        ax.plot(points[size] / 1e3, points.top1, ls="", color=color, marker=marker, ms=5, label=label)
-        for point in points.itertuples() if label != "ONNX" else ():  # several bit-widths share a file's integers
-            name = "float32" if point.bits == 32 else f"{point.bits}" if label == "packed" else point.weights
-            place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 7, "color": color}
-            if (label, name) != ("TorchScript", "float32"):  # all three have one size
-                ax.annotate(name, (getattr(point, size) / 1e3, point.top1), **place)
-    _logarithmic(ax)
-    ax.margins(y=0.1)
-    ax.set_xlabel("size of the file (KB, logarithmic; above the points: bits)")
-    ax.set_ylabel("top-1 accuracy (%)")
-    ax.legend(fontsize=7, loc="lower right")
-    return ax
-
-
-def latency(rows: pd.DataFrame) -> "Axes":
-    """Milliseconds for one image, a line a runtime and bit-width, a dot a repeat; rows: of `deployment.served`."""
-    checks.table("rows", rows, ("runtime", "weights", "bits", "latency"))
-    named = rows.runtime + ", " + rows.weights + rows.bits.map(lambda b: "" if b == 32 else f", {b} bits")
-    return ranges(rows.assign(case=named, ms=1e3 * rows.latency), "case", "ms", "One image at a time", "milliseconds")
-
-
 def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> "Axes":
     """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
 
@@ -415,8 +380,6 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", lambda rows: accuracy_by_bits(_fewest_trained(rows))),
     "11_training_cost": ("11_training_cost", lambda rows: growth(rows, "sample_passes")),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds")),
-    "12_deploy": ("12_deploy", accuracy_by_size),
-    "12_deploy_latency": ("12_deploy", latency),
 }
 
 

@@ -3,16 +3,13 @@
 from collections.abc import Callable, Iterable
 
 import pandas as pd
-from torch import nn
 
-from ..train.data import Dataset
-from . import deployment
 from . import measure as analysis
-from .experiments import corrected_or_not, deployed, ours, transfer, uncalibrated, vit_base
+from .experiments import corrected_or_not, ours, transfer, uncalibrated, vit_base
 from .measure import gradient_angles, linear_probes
 from .profiles import Parameters
 from .remedies import compare
-from .runs import Run, derived, followed, run_all, trained
+from .runs import Run, derived, followed, run_all
 
 
 def _each(runs: Iterable[Run], measured: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
@@ -92,21 +89,3 @@ def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd
 
     probes = _each(runs, lambda run: derived(run, "probes", kept, lambda *net: linear_probes(*net, p.bits)))
     return _each(runs, angles), probes
-
-
-def deploy(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What Table 1's networks, ours on the full data, cost where they are served; a switch of bit-width, of the first.
-
-    Tables of `deployment.served`, beside networks trained alike in full precision, and of `deployment.switching`.
-    """
-    runs, kept = deployed(p, dataset), p.results_dir
-    bits, repeats = (p.bits, 1) if p.profile.name == "smoke" else (runs[0].eval_bits, 5)
-    tables = []
-    for run, full in zip(runs[::2], runs[1::2], strict=True):
-
-        def measure(model: nn.Module, data: Dataset, full: Run = full) -> pd.DataFrame:
-            return deployment.served(model.cpu(), data, trained(full, kept)[0].cpu(), bits, repeats)
-
-        tables.append(derived(run, "served", kept, measure))
-    switching = derived(runs[0], "switching", kept, lambda net, data: deployment.switching(net.cpu(), data, bits))
-    return pd.concat(tables, ignore_index=True), switching

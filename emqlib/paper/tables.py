@@ -331,28 +331,6 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def deployment_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a runtime and bit-width, medians over repeats and seeds; rows: of `deployment.served`.
-
-    top1 and agreement in %; sizes in KB (1,000 bytes), memory in MiB, load and latency in milliseconds.
-    """
-    units = {"file": 1e3, "packed": 1e3, "arithmetic": 1e3, "load": 1e-3, "latency": 1e-3}
-    columns = ["top1", "agreement", "difference", *units, "images_a_second", "peak", "peak_batch"]
-    by = ["runtime", "weights", "bits"]
-    table = checks.table("rows", rows, [*by, *columns]).groupby(by, sort=False)[columns].median()
-    digits = {"difference": 5, "latency": 3, "images_a_second": 0, "peak": 0, "peak_batch": 0}
-    scaled = table.assign(**{name: table[name] / unit for name, unit in units.items()})
-    return scaled.round(
-        {name: digits.get(name, 2 if name in ("top1", "agreement") else 1) for name in columns}
-    ).reset_index()
-
-
-def switching_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a way to another bit-width: milliseconds of all bit-widths and repeats of `deployment.switching`."""
-    checks.table("rows", rows, ("way", "milliseconds"))
-    return rows.groupby("way", sort=False).milliseconds.agg(["median", "min", "max"]).round(2).reset_index()
-
-
 def ratio_definitions(bits: range = range(2, 6), epochs: int = 200) -> pd.DataFrame:
     """Which definition of cost would give the paper's times: an inference, by our own counts, from numbers alone.
 
