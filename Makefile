@@ -60,7 +60,7 @@ format: install
 	$(BIN)/ruff format .
 
 # Time to an accuracy is measured against another project's code, which is not ours to bring.
-BENCHMARKS := $(filter-out %/redraw.py $(if $(EMQ_ANY_PRECISION),,%/any_precision.py),$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out %/common.py %/redraw.py $(if $(EMQ_ANY_PRECISION),,%/any_precision.py),$(sort $(wildcard benchmarks/*.py)))
 
 bench: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[bench]"

@@ -21,19 +21,16 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from common import RESULTS, write
 from matplotlib.axes import Axes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import emqlib as emq
-from emqlib.paper import experiments as methods
-from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
-from emqlib.train import loop as training
+from emqlib.paper import experiments, plots, runs
+from emqlib.train import distributed, loop
 
 BITS = (2, 4, 8)
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/any_precision"
 # How long each way trains, in epochs: a schedule that ends at zero has to be tried at several lengths.
 LENGTHS = {
     "published code": (10,),
@@ -111,7 +108,7 @@ def _train_published(data: emq.Dataset, epochs: int, ours: bool, batch: int = 12
     net, config = published_network(code), _base(epochs).config
     pictures, plain = (_Pictures(getattr(data, s), code.data.get_transform("cifar10", t)) for s, t in _SPLITS)
     loader = DataLoader(pictures, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(0))
-    optimizer = training.optimizer(net, config) if ours else code.optimizer.get_optimizer_config(net, "adam", 1e-3, 0.0)
+    optimizer = loop.optimizer(net, config) if ours else code.optimizer.get_optimizer_config(net, "adam", 1e-3, 0.0)
     milestones = [ADAM_EPOCHS // 2, ADAM_EPOCHS * 3 // 4, ADAM_EPOCHS * 9 // 10]
     schedule = code.optimizer.get_lr_scheduler("adam", optimizer, milestones)
     seconds = 0.0
@@ -121,7 +118,7 @@ def _train_published(data: emq.Dataset, epochs: int, ours: bool, batch: int = 12
         for i, (images, labels) in enumerate(loader):
             if ours:
                 for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate(epoch + (i + 1) / len(loader), config)
+                    group["lr"] = loop.learning_rate(epoch + (i + 1) / len(loader), config)
             optimizer.zero_grad()
             published_gradients(code, net, images, labels, BITS, net)
             optimizer.step()
@@ -154,10 +151,10 @@ def _base(epochs: int, autocast: str = "none") -> runs.Run:
 
 def _ours(way: str, epochs: int) -> runs.Run:
     if way == "ours, joint":
-        return methods.any_precision(_base(epochs))
+        return experiments.any_precision(_base(epochs))
     fast = _base(epochs, "bfloat16")
-    ways = {"ours, joint, bfloat16": methods.any_precision, "ours, bit by bit": methods.ours}
-    return methods.redrawn(fast, 0.8, **SCORED) if way == "ours, 80% pruned" else ways[way](fast)
+    ways = {"ours, joint, bfloat16": experiments.any_precision, "ours, bit by bit": experiments.ours}
+    return experiments.redrawn(fast, 0.8, **SCORED) if way == "ours, 80% pruned" else ways[way](fast)
 
 
 def _train_ours(data: emq.Dataset, run: runs.Run) -> Iterator[dict[str, float]]:
@@ -182,7 +179,7 @@ def measure(data: emq.Dataset, way: str, epochs: int) -> pd.DataFrame:
     else:
         rows = _train_ours(data, _ours(way, epochs))
     table = pd.DataFrame(rows).assign(way=way, epochs=epochs, train=len(data.train), test=len(data.test))
-    return table.assign(**runs.provenance(data, devices.device_named("auto")))
+    return table.assign(**runs.provenance(data, distributed.device_named("auto")))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -232,12 +229,10 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 if __name__ == "__main__":
     published()
-    data, csv = emq.load_dataset("cifar10").subset(10000, 2000), OUTPUT.with_suffix(".csv")
+    data, csv = emq.load_dataset("cifar10").subset(10000, 2000), RESULTS / "any_precision.csv"
     rows = pd.read_csv(csv) if csv.exists() else pd.DataFrame(columns=["way", "epochs"])
     for way, lengths in LENGTHS.items():
         for epochs in lengths:
             if not (rows.way.eq(way) & rows.epochs.eq(epochs)).any():
                 rows = pd.concat([rows, measure(data, way, epochs)], ignore_index=True)
-                results.save(summary(rows), OUTPUT, rows)
-                plots.save(figure(rows), OUTPUT)
-    print(summary(rows).to_string(index=False))
+                write("any_precision", rows, summary(rows), figure(rows))

@@ -12,16 +12,13 @@ from time import perf_counter
 
 import pandas as pd
 import torch
+from common import write
 from matplotlib.axes import Axes
 
 from emqlib.files import digest
 from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import data
-from emqlib.train import distributed as devices
+from emqlib.train import data, distributed
 from emqlib.train.data import ImageFiles, list_classes, loader
-
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/decoding"
 
 
 def listed(folder: Path, workers: int, size: int = 224) -> data.Dataset:
@@ -43,7 +40,7 @@ def measure(folder: Path, workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3
             n = sum(len(indices) for *_, indices in batches.epoch(chunks, torch.Generator().manual_seed(repeat + 1)))
             rows.append({"repeat": repeat, "workers": w, "images": n, "images a second": n / (perf_counter() - start)})
     table = pd.DataFrame(rows[len(workers) :]).assign(cpus=os.cpu_count(), folder=folder.name)
-    return table.assign(**runs.provenance(listed(folder, 0), devices.device_named("cpu")))
+    return table.assign(**runs.provenance(listed(folder, 0), distributed.device_named("cpu")))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -61,9 +58,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(os.environ.get("EMQ_DATA", "data"), "imagenet-sample/val")
     if place.is_dir():
-        measured = measure(place)
-        results.save(summary(measured), OUTPUT, measured)
-        plots.save(figure(measured), OUTPUT)
-        print(summary(measured).to_string(index=False))
+        rows = measure(place)
+        write("decoding", rows, summary(rows), figure(rows))
     else:
         print(f"{place}: no such folder, decoding is not measured")

@@ -6,32 +6,24 @@ Claim: eight bit-widths at 80 % pruning cost at most two trainings in full preci
 """
 
 import itertools
-import sys
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 from time import perf_counter
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from common import resident, write
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import experiments as methods
-from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
-from emqlib.train import loop as training
+from emqlib.paper import experiments, plots, runs
+from emqlib.train import distributed, loop
 from emqlib.train.data import loader
 
-sys.path.insert(0, str(Path(__file__).parent))
-from streaming import resident
-
 ORDER = (2, 4, 8, 6, 3, 5, 7, 1)
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/growth"
 
 
 def measure(
@@ -54,7 +46,7 @@ def measure(
             row = fresh.apply(_measured, (scheme, ORDER[:count], data, config, width, threads))
         rows.append({"scheme": scheme, "bit_widths": count, "mode": mode, "repeat": repeat} | row)
     return pd.DataFrame(rows).assign(
-        epochs=epochs, train=len(data.train), **runs.provenance(data, devices.device_named("cpu"))
+        epochs=epochs, train=len(data.train), **runs.provenance(data, distributed.device_named("cpu"))
     )
 
 
@@ -79,7 +71,7 @@ def _train_ours(bits: tuple[int, ...], data: emq.Dataset, config: emq.TrainConfi
     arguments = {"model": "resnet20", "model_args": (("width", width),)}
     spec = emq.QuantSpec(bits=tuple(sorted(bits)))
     base = runs.Run(profile="small", dataset="cifar10", spec=spec, config=config, **arguments)
-    run = methods.ours(base, methods.bitwise_coreset(0.8))
+    run = experiments.ours(base, experiments.bitwise_coreset(0.8))
     both_phases = replace(run.config, epochs=run.config.coreset.scoring_epochs + 1)
     emq.train(runs.build(run, data.num_classes), data, both_phases, progress=False)
     return emq.train(runs.build(run, data.num_classes), data, run.config, progress=False)
@@ -88,16 +80,16 @@ def _train_ours(bits: tuple[int, ...], data: emq.Dataset, config: emq.TrainConfi
 def _train_plain(net: nn.Module, data: emq.Dataset, config: emq.TrainConfig) -> int:
     """Train a network that is not converted as `emq.train` would; returns the sample passes."""
     device = torch.device("cpu")
-    memory_format = devices.memory_format(net, config.channels_last, device)
+    memory_format = distributed.memory_format(net, config.channels_last, device)
     net.to(memory_format=memory_format).train()
-    forward = devices.compiled(net, config.compile, steps=0)
-    optimizer, batches = training.optimizer(net, config), loader(data, "train", device)
+    forward = distributed.compiled(net, config.compile, steps=0)
+    optimizer, batches = loop.optimizer(net, config), loader(data, "train", device)
     for epoch in range(config.epochs):
         chunks = torch.randperm(len(data.train)).tensor_split(-(-len(data.train) // config.batch_size))
         found = batches.epoch(chunks, torch.Generator().manual_seed(epoch))
         for i, (images, labels, _) in enumerate(found):
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate(epoch + (i + 1) / len(chunks), config)
+                group["lr"] = loop.learning_rate(epoch + (i + 1) / len(chunks), config)
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(forward(images.contiguous(memory_format=memory_format)), labels).backward()
             optimizer.step()
@@ -140,7 +132,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(640, 10))
+    write("growth", rows, summary(rows), figure(rows))

@@ -8,28 +8,23 @@ with is another network. Claim: ours is ahead of all that quantize.
 """
 
 import copy
-import sys
 import warnings
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
+import any_precision
 import pandas as pd
+import steps
 import torch
+from common import write
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
 from emqlib import models
 from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
+from emqlib.train import distributed
 
-sys.path.insert(0, str(Path(__file__).parent))
-import any_precision
-import steps
-
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/implementations"
 BITS = 8
 PHASES = ("training", "inference")
 COMPILED = ("plain", "ours", "published code")
@@ -100,7 +95,7 @@ def measure(
 
     All are channels-last, the published code also as it is. Compiled are plain, ours and the published code.
     """
-    device = devices.device_named("auto")
+    device = distributed.device_named("auto")
     x = data.train.images[:batch].float().div(255).to(device)
     y = data.train.labels[:batch].to(device)
     cases: dict[tuple[str, str, str, str], Callable[[], None]] = {}
@@ -144,7 +139,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    write("implementations", rows, summary(rows), figure(rows))

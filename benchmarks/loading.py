@@ -3,27 +3,25 @@
 `python benchmarks/loading.py` writes a row a network and repeat to results/benchmarks/loading.csv. Claim: below 5 %.
 """
 
-from pathlib import Path
 from time import perf_counter
 
 import pandas as pd
 import torch
+from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
 from emqlib import models
 from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
+from emqlib.train import distributed
 from emqlib.train.data import loader
 
 NETWORKS = {"resnet8": {"width": 16}, "resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/loading"
 
 
 def measure(data: emq.Dataset, networks: dict[str, dict[str, int]] = NETWORKS, repeats: int = 5) -> pd.DataFrame:
     """Rows: network, repeat; seconds of a batch of 128 augmented images and of a bfloat16 step with it; their ratio."""
-    device, rows = devices.device_named("auto"), []
+    device, rows = distributed.device_named("auto"), []
     config = emq.TrainConfig(scheme="joint", epochs=1, autocast="bfloat16")
     for repeat in range(-1, repeats):  # the first one allocates
         for name, arguments in networks.items():
@@ -55,18 +53,10 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure(rows: pd.DataFrame) -> Axes:
     """The share of each repeat, a line a network."""
-    return plots.ranges(
-        rows.assign(percent=100 * rows.share),
-        "network",
-        "percent",
-        "Loading and augmentation",
-        "share of a training step (%)",
-        mark=5,
-    )
+    percent, unit = rows.assign(percent=100 * rows.share), "share of a training step (%)"
+    return plots.ranges(percent, "network", "percent", "Loading and augmentation", unit, mark=5)
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(2560, 10))
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(2560, 10))
+    write("loading", rows, summary(rows), figure(rows))

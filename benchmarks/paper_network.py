@@ -6,18 +6,15 @@ are read. Ours at 80 % pruning can make five times as many epochs. Few epochs: a
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
+from common import RESULTS, write
 from matplotlib.axes import Axes
 
-from emqlib.paper import experiments as methods
-from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
+from emqlib.paper import experiments, plots, runs, tables
 from emqlib.paper.profiles import Parameters, parameters
 
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/paper_network"
 EPOCHS = {"any_precision": 5, "full": 4, "coreset": 26, "redrawn": 26}
 
 
@@ -28,11 +25,11 @@ def asked() -> list[runs.Run]:
 
 
 def _of_seed(p: Parameters, seed: int) -> list[runs.Run]:
-    """Any-Precision; ours on the full data; at 80 % with the paper's coresets, and as `methods.redrawn`, one part."""
-    start = {name: methods.of_length(p, seed, "cifar10", count) for name, count in EPOCHS.items()}
-    coreset = methods.bitwise_coreset(0.8)
-    found = [methods.any_precision(start["any_precision"]), methods.ours(start["full"])]
-    found += [methods.ours(start["coreset"], coreset), methods.redrawn(start["redrawn"], 0.8, 1)]
+    """Any-Precision; ours on the full data, on the paper's coresets at 80 %, and as `experiments.redrawn`, one part."""
+    start = {name: experiments.of_length(p, seed, "cifar10", count) for name, count in EPOCHS.items()}
+    coreset = experiments.bitwise_coreset(0.8)
+    found = [experiments.any_precision(start["any_precision"]), experiments.ours(start["full"])]
+    found += [experiments.ours(start["coreset"], coreset), experiments.redrawn(start["redrawn"], 0.8, 1)]
     return [replace(run, eval_bits=runs.Run.eval_bits) for run in found]
 
 
@@ -42,17 +39,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     Without seconds, which the rows have: runs shared the GPU but for ours on the full data, seed 0.
     """
     unused = ["candidates", "calibration (M)", "fewer passes", "faster", "seconds"]
-    return results.cost_table(rows, "table1").drop(columns=unused)
+    return tables.cost_table(rows, "table1").drop(columns=unused)
 
 
 def figure(rows: pd.DataFrame) -> Axes:
     """Top-1 by bit-width, as served: Any-Precision calibrated where it was not trained, ours nowhere."""
-    return plots.accuracy_by_bits(results.served(rows[rows.bits.gt(1)]).assign(adapted=False))
+    return plots.accuracy_by_bits(tables.served(rows[rows.bits.gt(1)]).assign(adapted=False))
 
 
 if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True  # few shapes of batches: the fastest convolutions are looked for once
-    measured = runs.run_all(asked(), OUTPUT.parents[1])
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = runs.run_all(asked(), RESULTS.parent)
+    write("paper_network", rows, summary(rows), figure(rows))

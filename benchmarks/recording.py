@@ -5,18 +5,16 @@ median, lowest and highest ratio of each score. Claim: at most 1.05.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
+from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
 from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
+from emqlib.train import distributed
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/recording"
 
 
 def measure(data: emq.Dataset, scores: tuple[str, ...] = SCORES, repeats: int = 5, epochs: int = 3) -> pd.DataFrame:
@@ -34,7 +32,7 @@ def measure(data: emq.Dataset, scores: tuple[str, ...] = SCORES, repeats: int = 
             scored = _seconds(data, replace(plain, epochs=epochs + 1, coreset=coreset), epochs)
             row = {"score": score, "repeat": repeat, "classes": data.num_classes, "plain": without, "scored": scored}
             rows.append(row | {"ratio": scored / without})
-    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device_named("auto")))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, distributed.device_named("auto")))
 
 
 def _seconds(data: emq.Dataset, config: emq.TrainConfig, epochs: int) -> float:
@@ -54,7 +52,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(640, 10))
+    write("recording", rows, summary(rows), figure(rows))

@@ -6,17 +6,14 @@ with batches as large as Any-Precision's.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
+from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
 from emqlib.paper import experiments, plots, profiles, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
-
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/schemes"
+from emqlib.train import distributed
 
 
 def measure(data: emq.Dataset, repeats: int = 5, epochs: int = 8, pruning_rate: float = 0.8) -> pd.DataFrame:
@@ -35,7 +32,7 @@ def measure(data: emq.Dataset, repeats: int = 5, epochs: int = 8, pruning_rate: 
             history = _train(run, data)
             cost = {"sample_passes": history.sample_passes.sum(), "seconds": history.seconds.sum()}
             rows.append({"scheme": name, "repeat": repeat, "bits": "2 4 8", "epochs": epochs} | cost)
-    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device_named("auto")))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, distributed.device_named("auto")))
 
 
 def _train(run: runs.Run, data: emq.Dataset) -> pd.DataFrame:
@@ -55,13 +52,10 @@ def figure(rows: pd.DataFrame) -> Axes:
     """How many times faster than Any-Precision each repeat was."""
     baseline = rows[rows.scheme == "Any-Precision"].set_index("repeat").seconds
     faster = rows.assign(times=rows.repeat.map(baseline) / rows.seconds)
-    return plots.ranges(
-        faster, "scheme", "times", "Whole runs at 2, 4 and 8 bits", "times faster than Any-Precision", 4
-    )
+    title, unit = "Whole runs at 2, 4 and 8 bits", "times faster than Any-Precision"
+    return plots.ranges(faster, "scheme", "times", title, unit, mark=4)
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    write("schemes", rows, summary(rows), figure(rows))

@@ -5,24 +5,17 @@ results/benchmarks/score_tables.csv. Claim: the table of probabilities, 2.6 GB i
 so that what a process must hold is under 100 MB, and an epoch takes seconds of a core where training takes hours.
 """
 
-import sys
-from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from common import resident, write
 from matplotlib.axes import Axes
 
 from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
+from emqlib.train import distributed
 from emqlib.train.coresets import recorder
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streaming import resident
-
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/score_tables"
 
 
 def measure(
@@ -32,7 +25,7 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     # some batches, over and over: to make a million samples' probabilities would cost more than to record them
     pool = torch.randn(64, batch, classes, generator=generator).mul_(3).softmax(2)
-    labels, device, before = torch.zeros(batch, dtype=torch.long), torch.device("cpu"), _anonymous()
+    labels, device, before = torch.zeros(batch, dtype=torch.long), torch.device("cpu"), resident("RssAnon")
     record, rows = recorder("tdds", n, classes, 0, window, 0.9, device), []
     table = record.previous.numel() * record.previous.element_size() / 1e6
     for epoch in range(epochs):
@@ -42,16 +35,11 @@ def measure(
             record.observe(epoch, indices, p, labels[: len(indices)], None)
         seconds = perf_counter() - start
         row = {"epoch": epoch + 1, "seconds": seconds, "us a sample": 1e6 * seconds / n, "table": table}
-        rows.append(row | {"others": record.nbytes() / 1e6 - table, "held": _anonymous() - before})
+        rows.append(row | {"others": record.nbytes() / 1e6 - table, "held": resident("RssAnon") - before})
     asked = {"samples": n, "classes": classes, "window": window, "batch": batch}
     return pd.DataFrame(rows).assign(
-        **asked, **runs.provenance(SimpleNamespace(sha256="synthetic"), devices.device_named("cpu"))
+        **asked, **runs.provenance(SimpleNamespace(sha256="synthetic"), distributed.device_named("cpu"))
     )
-
-
-def _anonymous() -> int:
-    """MB that no file backs, and that the system cannot drop when memory is short."""
-    return resident("RssAnon")
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -67,7 +55,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure()
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure()
+    write("score_tables", rows, summary(rows), figure(rows))

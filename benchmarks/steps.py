@@ -8,12 +8,12 @@ against eager, and each at its faster setting. Claims, for training: at least 0.
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from time import perf_counter
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from common import write
 from matplotlib.axes import Axes
 from torch import nn
 
@@ -21,12 +21,9 @@ import emqlib as emq
 from emqlib import models
 from emqlib.convert import step_weights
 from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
-from emqlib.train import loop as training
+from emqlib.train import distributed, loop
 
 NETWORKS = {"resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/steps"
 CASE = ["phase", "network", "precision"]
 
 
@@ -40,7 +37,7 @@ def measure(
     batch: int = 128,
 ) -> pd.DataFrame:
     """Rows: phase, network, precision, mode, bits, repeat; seconds of a step of the plain and of our network."""
-    device, rows = devices.device_named("auto"), []
+    device, rows = distributed.device_named("auto"), []
     x = data.train.images[:batch].float().div(255).to(device).contiguous(memory_format=torch.channels_last)
     y = data.train.labels[:batch].to(device)
     for (name, arguments), precision in itertools.product(networks.items(), precisions):
@@ -61,14 +58,16 @@ def step(
     net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str, channels_last: bool = True
 ) -> Callable:
     """One training or inference step of `net` on images x (B, 3, H, W) and labels y (B,)."""
-    net = net.to(x.device, memory_format=devices.memory_format(net, channels_last, x.device)).train(phase == "training")
+    net = net.to(x.device, memory_format=distributed.memory_format(net, channels_last, x.device)).train(
+        phase == "training"
+    )
     forward = torch.compile(net) if mode == "compiled" else net
-    optimizer = training.optimizer(net, emq.TrainConfig(lr=0.01))
+    optimizer = loop.optimizer(net, emq.TrainConfig(lr=0.01))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with step_weights(net) if phase == "training" and mode == "eager" else nullcontext():  # as `train` does
-            with devices.autocast(precision, x.device), torch.set_grad_enabled(phase == "training"):
+            with distributed.autocast(precision, x.device), torch.set_grad_enabled(phase == "training"):
                 loss = F.cross_entropy(forward(x).float(), y)
             if phase == "training":
                 loss.backward()
@@ -120,7 +119,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    write("steps", rows, summary(rows), figure(rows))

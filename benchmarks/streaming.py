@@ -8,31 +8,28 @@ activations are not kept.
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 from time import perf_counter
 
 import pandas as pd
 import torch
+from common import resident, write
 from matplotlib.axes import Axes
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 import emqlib as emq
-from emqlib.paper import measure as analysis
-from emqlib.paper import measure as transfer
 from emqlib.paper import plots, runs
-from emqlib.paper import tables as results
-from emqlib.train import distributed as devices
+from emqlib.paper.measure import gradient_angles, linear_probes, preactivations, weight_shift
+from emqlib.train import distributed
 
 BITS = (2, 4, 8)
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/streaming"
 
 # The analysis, and images in a batch: what has to keep a graph for its gradients takes small ones.
 ANALYSES: dict[str, tuple[Callable[..., object], int]] = {
-    "weight_shift": (lambda model, data, batch: analysis.weight_shift(model, BITS), 0),
-    "preactivations": (lambda model, data, batch: analysis.preactivations(model, data, BITS, 64, batch), 16),
-    "gradient_angles": (lambda model, data, batch: transfer.gradient_angles(model, data, BITS, 16, batch), 2),
-    "linear_probes": (lambda model, data, batch: transfer.linear_probes(model, data, BITS, 64, batch), 16),
+    "weight_shift": (lambda model, data, batch: weight_shift(model, BITS), 0),
+    "preactivations": (lambda model, data, batch: preactivations(model, data, BITS, 64, batch), 16),
+    "gradient_angles": (lambda model, data, batch: gradient_angles(model, data, BITS, 16, batch), 2),
+    "linear_probes": (lambda model, data, batch: linear_probes(model, data, BITS, 64, batch), 16),
 }
 
 
@@ -51,7 +48,7 @@ def measure(data: emq.Dataset, model: str = "resnet50", size: int = 224) -> pd.D
     for name in ANALYSES:
         with get_context("spawn").Pool(1) as fresh:  # what another analysis freed would not count again
             rows.append(fresh.apply(_measured, (name, data, model, size, torch.get_num_threads())))
-    return pd.DataFrame(rows).assign(model=model, size=size, **runs.provenance(data, devices.device_named("cpu")))
+    return pd.DataFrame(rows).assign(model=model, size=size, **runs.provenance(data, distributed.device_named("cpu")))
 
 
 def _measured(name: str, data: emq.Dataset, model: str, size: int, threads: int) -> dict[str, object]:
@@ -64,12 +61,6 @@ def _measured(name: str, data: emq.Dataset, model: str, size: int, threads: int)
     peak = resident("VmHWM")
     row = {"analysis": name, "batch": batch, "seconds": round(perf_counter() - start, 1)}
     return row | {"network": round(_size(network)), "before": before, "peak": peak, "beyond": peak - before}
-
-
-def resident(key: str) -> int:
-    """VmRSS, what is resident now, RssAnon, what of it no file backs, or VmHWM, the most that ever was, in MB."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return round(int(status[key].split()[0]) * 1024 / 1e6)
 
 
 def _size(network: nn.Module) -> float:
@@ -88,7 +79,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(64, 32))
-    results.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(64, 32))
+    write("streaming", rows, summary(rows), figure(rows))

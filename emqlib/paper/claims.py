@@ -339,7 +339,7 @@ def _large(results: Path) -> Iterator[Claim]:
     pruned = at(growth, scheme="80% pruned", bit_widths=8, mode="compiled")
     trainings = seeds(pruned, "seconds") / seeds(growth, "seconds", scheme="full precision", bit_widths=1, mode="eager")
     graphs = read(results, "benchmarks/paper_network", method="Ours", pruning_rate=0, seed=0)
-    files = read(results, "small/12_deploy", runtime="onnxruntime")
+    files = read(results, "benchmarks/serving", runtime="onnxruntime")
     least = plain(files.groupby("seed").agreement.min(), digits=2)
     two, eight, full = (at(files, bits=b) for b in (2, 8, 32))
     smaller = plain(seeds(full, "file") / seeds(two, "file"), digits=1)

@@ -335,7 +335,7 @@ def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
 
 
 def deployed(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """What `measure.deploy` serves, of each seed: Table 1's network, ours on the full data; one in full precision."""
+    """What is deployed, for each seed: Table 1's network, ours on the full data; then one in full precision."""
     full = replace(p, bits=(32,))
     pairs = [(ours(base(p, seed, dataset)), *dedicated(base(full, seed, dataset))) for seed in p.seeds]
     return [run for pair in pairs for run in pair]

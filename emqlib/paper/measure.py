@@ -21,9 +21,9 @@ from ..correction import CORRECTIONS, correct_weight
 from ..norms import MultiBitBatchNorm
 from ..train.data import Dataset
 from ..train.evaluate import Batches, batches, undisturbed
-from . import deployment, experiments
+from . import experiments
 from .profiles import Parameters
-from .runs import Run, derived, trained
+from .runs import Run, derived
 
 SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins
 ALL = "all layers"
@@ -376,21 +376,3 @@ def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd
 
     probes = _each(runs, lambda run: derived(run, "probes", p.results_dir, lambda *net: linear_probes(*net, p.bits)))
     return _each(runs, angles), probes
-
-
-def deploy(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What Table 1's networks, ours on the full data, cost where they are served; a switch of bit-width, of the first.
-
-    Tables of `deployment.served`, beside networks trained alike in full precision, and of `deployment.switching`.
-    """
-    runs, kept = experiments.deployed(p, dataset), p.results_dir
-    bits, repeats = (p.bits, 1) if p.profile.name == "smoke" else (runs[0].eval_bits, 5)
-    tables = []
-    for run, full in zip(runs[::2], runs[1::2], strict=True):
-
-        def measure(model: nn.Module, data: Dataset, full: Run = full) -> pd.DataFrame:
-            return deployment.served(model.cpu(), data, trained(full, kept)[0].cpu(), bits, repeats)
-
-        tables.append(derived(run, "served", kept, measure))
-    switching = derived(runs[0], "switching", kept, lambda net, data: deployment.switching(net.cpu(), data, bits))
-    return pd.concat(tables, ignore_index=True), switching

@@ -276,34 +276,6 @@ def _angle_lines(ax: Axes, rows: pd.DataFrame, x: str) -> None:
     ax.set_ylim(bottom=0)
 
 
-def accuracy_by_size(rows: pd.DataFrame) -> Axes:
-    """Top-1 accuracy (%) against the size of a file (KB, logarithmic), a point a bit-width and kind of file.
-
-    rows: of `deployment.served`, means over seeds. ValueError: no rows.
-    """
-    checks.table("rows", rows, ("dataset", "model", "runtime", "weights", "bits", "top1", "packed", "file"))
-    ax = axes(None, _setting(rows, "One checkpoint, served at each bit-width"))
-    kinds = {"packed": ("onnxruntime", "packed"), "ONNX": ("onnxruntime", "file"), "TorchScript": ("PyTorch", "file")}
-    parts = [(name, rows[rows.runtime == runtime], column) for name, (runtime, column) in kinds.items()]
-    files = pd.concat([part.assign(kind=name, size=part[column] / 1e3) for name, part, column in parts])
-    points = files.groupby(["kind", "weights", "bits"], sort=False)[["size", "top1"]].mean().reset_index()
-    sns.scatterplot(points, x="size", y="top1", hue="kind", style="kind", palette="colorblind", s=40, ax=ax)
-    for point in points[points.kind != "ONNX"].itertuples():  # whose sizes are those of int2, int4 and int8
-        name = "float32" if point.bits == 32 else f"{point.bits}" if point.kind == "packed" else point.weights
-        if (point.kind, name) != ("TorchScript", "float32"):  # which lies on the packed one
-            place = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center", "fontsize": 7}
-            ax.annotate(name, (point.size, point.top1), **place)
-    _logarithmic(ax).margins(y=0.1)
-    return _named(ax, "size of the file (KB, logarithmic; above the points: bits)", "top-1 accuracy (%)")
-
-
-def latency(rows: pd.DataFrame) -> Axes:
-    """Milliseconds for one image, a line a runtime and bit-width, a dot a repeat; rows: of `deployment.served`."""
-    checks.table("rows", rows, ("runtime", "weights", "bits", "latency"))
-    named = rows.runtime + ", " + rows.weights + rows.bits.map(lambda b: "" if b == 32 else f", {b} bits")
-    return ranges(rows.assign(case=named, ms=1e3 * rows.latency), "case", "ms", "One image at a time", "milliseconds")
-
-
 def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> Axes:
     """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
 
@@ -358,8 +330,6 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
-    "12_deploy": ("12_deploy", accuracy_by_size, ""),
-    "12_deploy_latency": ("12_deploy", latency, ""),
 }
 
 

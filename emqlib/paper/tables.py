@@ -334,23 +334,3 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
             sums = training_cost(rows[rows.run.isin(part.run)], COST).sum().to_dict()
             table.append({"scheme": label, "bit-widths": count, "bits": widths, "by formula": formula} | sums)
     return pd.DataFrame(table)
-
-
-def deployment_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a runtime and bit-width, medians over repeats and seeds; rows: of `deployment.served`.
-
-    top1 and agreement in %; sizes in KB (1,000 bytes), memory in MiB, load and latency in milliseconds.
-    """
-    units = {"file": 1e3, "packed": 1e3, "arithmetic": 1e3, "load": 1e-3, "latency": 1e-3}
-    columns = ["top1", "agreement", "difference", *units, "images_a_second", "peak", "peak_batch"]
-    by = ["runtime", "weights", "bits"]
-    table = checks.table("rows", rows, [*by, *columns]).groupby(by, sort=False)[columns].median()
-    scaled = table.assign(**{name: table[name] / unit for name, unit in units.items()})
-    digits = dict.fromkeys(columns, 1) | {"top1": 2, "agreement": 2, "difference": 5, "latency": 3}
-    return scaled.round(digits | dict.fromkeys(columns[-3:], 0)).reset_index()
-
-
-def switching_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a way to another bit-width: milliseconds of all bit-widths and repeats of `deployment.switching`."""
-    checks.table("rows", rows, ("way", "milliseconds"))
-    return rows.groupby("way", sort=False).milliseconds.agg(["median", "min", "max"]).round(2).reset_index()

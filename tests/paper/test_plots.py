@@ -270,24 +270,6 @@ def test_angles_by_epoch_are_those_of_all_layers_and_means_over_seeds() -> None:
     assert sorted(points(line) for line in lines(ax)) == [[(0, a), (1, a + 100)] for a in (21, 41, 43)]
 
 
-def test_a_point_a_bit_width_and_kind_of_file() -> None:
-    """Means over seeds, sizes in KB; and a line a runtime and bit-width where their latency is drawn."""
-    rows = pd.DataFrame(
-        {"runtime": ["onnxruntime"] * 3 + ["PyTorch"], "weights": ["int2", "int8", "float32", "int8"]}
-        | {"bits": [2, 5, 32, 8], "top1": [60.0, 70.0, 72.0, 71.0], "file": [9e3, 2e4, 9e4, 3e4]}
-        | {"packed": [8e3, 1e4, 9e4, np.nan], "latency": [1e-3] * 4, "dataset": "cifar10", "model": "resnet8"}
-        | {"profile": "small", "seed": 0, "epochs": 4}
-    )
-    rows = pd.concat([rows.assign(top1=rows.top1 - 1), rows.assign(top1=rows.top1 + 1, seed=1)])
-    ax = plots.accuracy_by_size(rows)
-    drawn = sorted((float(x), float(y)) for x, y in ax.collections[0].get_offsets())
-    assert drawn == sorted([(9, 60), (20, 70), (90, 72), (8, 60), (10, 70), (90, 72), (30, 71)])
-    assert [t.get_text() for t in ax.texts] == ["2", "5", "float32", "int8"]
-    assert legend(ax) == ["packed", "ONNX", "TorchScript"]
-    names = ["onnxruntime, int2, 2 bits", "onnxruntime, int8, 5 bits", "onnxruntime, float32", "PyTorch, int8, 8 bits"]
-    assert [t.get_text() for t in plots.latency(rows).get_yticklabels()] == names
-
-
 def test_ranges_show_each_value_and_the_median() -> None:
     rows = pd.DataFrame({"way": ["b"] * 3 + ["a"] * 3, "ms": [1.0, 2, 9, 4, 5, 6]})
     ax = plots.ranges(rows, "way", "ms", "title", "milliseconds", mark=3.0)

@@ -383,40 +383,6 @@ def test_transfer_table() -> None:
     ]
 
 
-def test_deployment_table_takes_medians_and_its_units() -> None:
-    """Of three repeats; runtimes stay in their order."""
-    asked = {"runtime": "onnxruntime", "weights": "int4", "bits": 3}
-    middle = {"top1": 70.126, "agreement": 99.987, "difference": 1.23456789e-3, "peak": 10.46, "peak_batch": 20.46}
-    middle |= {"file": 98765432, "packed": 87654321, "arithmetic": 76543210}
-    middle |= {"load": 0.0123456, "latency": 0.000123456, "images_a_second": 1234.56}
-    rows = [asked | {name: value * factor for name, value in middle.items()} for factor in (0.5, 1, 4)]
-    rows += [row | {"runtime": "PyTorch"} for row in rows] + [row | {"runtime": "another"} for row in rows]
-    table = results.deployment_table(pd.DataFrame(rows))
-    assert list(table.runtime) == ["onnxruntime", "PyTorch", "another"]
-    assert table.iloc[0].to_dict() == asked | {
-        "top1": 70.13,
-        "agreement": 99.99,
-        "difference": 0.00123,
-        "file": 98765.4,
-        "packed": 87654.3,
-        "arithmetic": 76543.2,
-        "load": 12.3,
-        "latency": 0.123,
-        "images_a_second": 1235.0,
-        "peak": 10.0,
-        "peak_batch": 20.0,
-    }
-
-
-def test_switching_table() -> None:
-    ways = {"set_bits": (0.126, 0.311, 0.5), "packed file": (7.0, 9.128, 8.0)}
-    rows = pd.DataFrame([{"way": way, "milliseconds": ms} for way, times in ways.items() for ms in times])
-    assert columns(results.switching_table(rows), "way", "median", "min", "max") == [
-        ("set_bits", 0.31, 0.13, 0.5),
-        ("packed file", 8.0, 7.0, 9.13),
-    ]
-
-
 def test_cost_table_without_a_baseline() -> None:
     table = results.cost_table(run("Ours", {2: (40, 50)}), "table1")
     assert columns(table, "top1 (%)", "fewer passes") == [("40.0", None)]

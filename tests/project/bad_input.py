@@ -22,8 +22,7 @@ from emqlib.convert import converted
 from emqlib.deploy import onnx as export
 from emqlib.deploy import pack as packing
 from emqlib.paper import claims as gallery
-from emqlib.paper import deployment, experiments, plots, profiles, remedies, runs, studies, suite
-from emqlib.paper import deployment as serving
+from emqlib.paper import experiments, plots, profiles, remedies, runs, studies, suite
 from emqlib.paper import experiments as methods
 from emqlib.paper import measure as analysis
 from emqlib.paper import measure as transfer
@@ -441,43 +440,6 @@ wrong(
     bits=BITS,
     samples=COUNTS,
 )
-right = {"model": late(model), "data": late(digits), "full": late(model), "bits": (2, 4)}
-wrong("deployment.served", deployment.served, right, model=MODELS, data=DATA, full=MODELS, bits=BITS, repeats=COUNTS)
-right = {"model": late(model), "data": late(digits), "bits": (2, 4)}
-foreign_net = late(
-    lambda: emq.convert(
-        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4096, 10)),
-        emq.QuantSpec(bits=(2, 4)),
-    )
-)
-wrong(
-    "deployment.switching",
-    deployment.switching,
-    right,
-    model=MODELS | {"of no recipe": foreign_net},
-    data=DATA,
-    bits=BITS,
-    repeats=COUNTS,
-)
-wrong(
-    "serving.load",
-    serving.load,
-    {"path": "a.onnx"},
-    path={"None": None, "not there": "nothing", "no ONNX": "FILE", "a folder": "FOLDER"},
-    threads=NUMBERS | {"negative": -1},
-)
-ARRAYS = {"None": None, "a list": [1.0], "empty": np.ones((0, 3)), "a scalar": np.ones(())}
-one = {"images": np.ones((2, 3, 8, 8), np.float32)}
-wrong("serving.logits", serving.logits, one | {"network": np.copy}, images=ARRAYS, batch=COUNTS)
-wrong(
-    "serving.seconds",
-    serving.seconds,
-    one | {"network": np.copy},
-    images=ARRAYS,
-    least={"endless": INF, "nan": NAN, "text": "1", "None": None},
-)
-wrong("serving.cost", serving.cost, one | {"load": lambda: np.copy}, images=ARRAYS, batch=COUNTS)
-
 # Notebooks: their parameters as Python values, and as the strings that papermill passes
 
 LISTS = {
@@ -537,7 +499,6 @@ of_one_dataset = [
     experiments.uncalibrated,
     experiments.untrained,
     experiments.transfer,
-    studies.deploy,
     studies.distributions,
     studies.remedies,
     studies.alignment,
@@ -707,8 +668,6 @@ OF_ROWS: dict[Callable[..., object], tuple[str, dict[str, Any]]] = {
     results.untrained_table: ("10_untrained_bitwidths", {}),
     results.transfer_table: ("09_knowledge_transfer", {}),
     results.growth_table: ("11_training_cost", {}),
-    results.deployment_table: ("12_deploy", {}),
-    results.switching_table: ("12_switching", {}),
     plots.accuracy_by_bits: ("00_quickstart", {}),
     plots.accuracy_by_cost: ("02_cifar100", {}),
     plots.accuracy_by_pruning: ("05_coreset_comparison", {}),
@@ -719,9 +678,7 @@ OF_ROWS: dict[Callable[..., object], tuple[str, dict[str, Any]]] = {
     plots.gap_by_bits: ("06_remedies", {}),
     plots.angles_by_layer: ("09_angles", {}),
     plots.angles_by_epoch: ("09_angles", {}),
-    plots.accuracy_by_size: ("12_deploy", {}),
-    plots.latency: ("12_deploy", {}),
-    plots.ranges: ("12_deploy", {"label": "runtime", "value": "latency", "title": "", "unit": "s"}),
+    plots.ranges: ("11_training_cost", {"label": "method", "value": "seconds", "title": "", "unit": "s"}),
 }
 FIRST = {results.coreset_table: "draws", plots.distributions: "histograms"}
 COSTS = {"None": None, "unknown": "dollars", "a list": ["seconds"]}
@@ -731,8 +688,6 @@ for function, (source, right) in OF_ROWS.items():
     whole = {"rows": late(lambda source=source: table(source))} | right
     if function.__module__ == plots.__name__ and function not in (
         plots.distributions,
-        plots.accuracy_by_size,
-        plots.latency,
         plots.ranges,
     ):
         wrong(short, function, whole, ax={"a number": 3, "text": "ax"})
@@ -742,7 +697,7 @@ wrong("results.spread", results.spread, {"rows": late(lambda: table("01_cifar10"
 wrong("results.paper", results.paper, table={"None": None, "a number": 3, "null byte": "\0", "too long": "a" * 5000})
 widths = {"None": None, "a number": 3, "zero": range(3), "text": ("a",), "ten": (10,)}
 wrong("results.ratio_definitions", results.ratio_definitions, bits=widths, epochs=COUNTS)
-saved = {"table": late(lambda: table("12_switching")), "path": Path("a")}
+saved = {"table": late(lambda: table("01_cifar10")), "path": Path("a")}
 wrong(
     "results.save",
     results.save,

@@ -119,8 +119,6 @@ EXEMPT = {
     "nothing but the parameters of a notebook, which profiles.parameters has checked": {
         *("experiments.quickstart", "experiments.table2", "experiments.vit", "studies.layer_norms"),
     },
-    "any name will do: not a number for one that is not there": {"serving.resident"},
-    "a command line, each part of which goes to a checked function": {"serving.main"},
 }
 
 

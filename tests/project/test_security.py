@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
 import emqlib as emq
 from emqlib.layers import QuantSpec
-from emqlib.paper import deployment as serving
 from emqlib.paper import experiments, profiles, runs
 from emqlib.paper import tables as results
 from emqlib.train.config import TrainConfig
@@ -76,13 +74,6 @@ def test_an_archive_that_is_not_the_official_one_is_not_unpacked(mark: Path, tmp
         emq.load_dataset("cifar10", root=root)
     assert not mark.exists() and not (tmp_path / "outside").exists() and not (tmp_path / "absolute").exists()
     assert not (root / CIFAR10.base_folder).exists()
-
-
-def test_no_object_in_an_array_of_images(mark: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", np.array([Hostile(mark)]), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        serving.main(str(tmp_path / "a.onnx"), str(tmp_path / "images.npy"))
-    assert not mark.exists()
 
 
 # Networks and checkpoints
