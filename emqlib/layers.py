@@ -213,8 +213,12 @@ class InputQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Method, sign and kind of range."""
-        span = "tracked" if self.tracked else {"dorefa": "unit", "none": "-"}.get(self.method, "learned")
-        return f"{self.method}, signed={self.signed}, range={span}"
+        return f"{self.method}, signed={self.signed}, range={self.range}"
+
+    @property
+    def range(self) -> str:
+        """Where the range comes from."""
+        return "tracked" if self.tracked else {"dorefa": "unit", "none": "-"}.get(self.method, "learned")
 
 
 class Kept:

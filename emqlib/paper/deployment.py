@@ -242,7 +242,7 @@ def switching(model: nn.Module, data: Dataset, bits: Iterable[int] = range(1, 9)
     network, bad bits.
     """
     bits = _checked(model, data, bits, repeats)
-    if getattr(converted(model), "recipe", None) is None:
+    if converted(model).emq.network is None:
         raise checks.invalid("model", type(model).__name__, "a converted network of emqlib.models")
     example, rows = data.test.images[:2].float(), []
     with tempfile.TemporaryDirectory() as folder:

@@ -93,7 +93,7 @@ class _Network:
     """A trained network's statistics, and what can be said of those at another bit-width."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.trained = model, model.quant_spec.bits
+        self.model, self.trained = model, model.emq.spec.bits
         self.norms = {name: m for name, m in model.named_modules() if isinstance(m, MultiBitBatchNorm)}
         self.kept = {name: {b: self._statistics(m, b) for b in BIT_WIDTHS} for name, m in self.norms.items()}
         self.inputs, self.reads = gaussian_inputs(model)
@@ -179,7 +179,7 @@ def compare(model: nn.Module, data: Dataset, bits: Iterable[int] = range(1, 9), 
     """
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
-    spec = getattr(model, "quant_spec", None)
+    spec = getattr(getattr(model, "emq", None), "spec", None)
     if spec is None or spec.norm != "shared_affine" or spec.output_correction:
         expected = 'a converted network with norm="shared_affine" and without output_correction'
         raise invalid("model", spec or type(model).__name__, expected)
