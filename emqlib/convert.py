@@ -4,9 +4,9 @@ import copy
 import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from threading import Lock, get_ident
+from threading import Lock, RLock
 from weakref import WeakKeyDictionary
 
 import pandas as pd
@@ -21,7 +21,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .checks import bit_width, choice, invalid
-from .layers import InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
+from .layers import QuantConv2d, QuantLinear, QuantSpec
+from .models import Record
 from .norms import MultiBitBatchNorm
 from .quantizers import levels
 
@@ -113,18 +114,22 @@ def _batch_first(x: Tensor, batched: bool, flip: bool) -> Tensor:
     return x.transpose(0, 1) if flip else x
 
 
+def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """`network`, changed in place: every module that is a key of `new` becomes its value, under all its names."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = new.get(child, child)
+    return new.get(network, network)
+
+
 def open_attention(net: nn.Module) -> nn.Module:
-    """`net` with every `nn.MultiheadAttention` below it, or itself, changed in place for a `MultiheadAttention`."""
-    if isinstance(net, nn.MultiheadAttention):
-        return MultiheadAttention(net)
-    opened = {m: MultiheadAttention(m) for m in net.modules() if isinstance(m, nn.MultiheadAttention)}
-    for module in list(net.modules()):
-        for name, child in module._modules.items():  # a module used twice gets one in its place
-            module._modules[name] = opened.get(child, child)
+    """`net`, changed in place: every `nn.MultiheadAttention` becomes a `MultiheadAttention`, `net` itself too."""
+    net = replaced(net, {m: MultiheadAttention(m) for m in net.modules() if isinstance(m, nn.MultiheadAttention)})
+    for module in net.modules():  # turn off the fast paths of evaluation mode, which go past the layers
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # without its fast path, which in evaluation goes past the layers
+            module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # only the fast path takes them
+            module.use_nested_tensor = False
     return net
 
 
@@ -164,55 +169,34 @@ _ABOUT_NAMES = {"dtype", "device", "shape", "size", "dim", "ndim", "numel"}  # w
 
 
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:  # its forward asks for the shapes of its inputs
-        return isinstance(module, MultiheadAttention) or super().is_leaf_module(module, name)
+    """Looks into neither attention, which asks for the shapes of its inputs, nor the layers that `convert` makes."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        own = (MultiheadAttention, QuantConv2d, QuantLinear, MultiBitBatchNorm)
+        return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """What the graph of a network tells of its modules, by their names.
+def trace(net: nn.Module, training: bool | None = None) -> tuple[fx.Graph, set[str]] | None:
+    """The graph of `net`, and the names of the parameters that it reads outside their modules.
 
-    signed: whether a module's input can be negative. order: those called, in the order of the calls. read: parameters
-    that are read past their modules, as in `linear(x, self.qkv.weight)`. readers: of each ReLU, the modules that its
-    output goes to; "" among them stands for anything else.
+    Args:
+        net: the network, of which a copy is traced: a forward pass may store the tracer's proxies in it.
+        training: the mode to trace in; None for the mode that each module is in.
+
+    Returns:
+        The graph and the names, as in `linear(x, self.qkv.weight)`; None if torch.fx cannot trace the network.
     """
-
-    signed: dict[str, bool]
-    order: list[str]
-    read: set[str] = field(default_factory=set)
-    readers: dict[str, set[str]] = field(default_factory=dict)
-
-
-def walk(net: nn.Module) -> Walk:
-    """The walk over `net`'s graph.
-
-    A network that torch.fx cannot trace counts as signed everywhere, in the order its modules were registered: a
-    signed quantizer wastes half a range where a wrong unsigned one would lose every negative input.
-    """
-    names = [name for name, _ in net.named_modules()]
+    net = copy.deepcopy(net)
+    net = net if training is None else net.train(training)
     try:
         graph = _Tracer().trace(net)
-    except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
-        return Walk(dict.fromkeys(names, True), names)
-    modules = dict(net.named_modules(remove_duplicate=False))
-    nonnegative: dict[fx.Node, bool] = {}
-    signs: dict[str, bool] = {}
-    for node in graph.nodes:
-        sources = [nonnegative[n] for n in node.all_input_nodes]
-        nonnegative[node] = _is_nonnegative(node, modules, bool(sources) and all(sources))
-        if _target_name(node).endswith("_") and not nonnegative[node]:
-            # x.sub_(1): whoever reads x, or what x is a view of, from here on reads the new values
-            nonnegative = dict.fromkeys(nonnegative, False)
-        if node.op == "call_module":
-            name = _first_name(names, modules, modules[node.target])
-            signs[name] = signs.get(name, False) or not all(sources)
-            for inner in modules[node.target].modules():  # such as a transformer layer's, which is not traced into
-                signs.setdefault(_first_name(names, modules, inner), True)
-    return Walk(dict.fromkeys(names, True) | signs, list(signs), read(graph, net), _readers(graph, names, modules))
+    except Exception:  # a network may raise anything when it meets a proxy instead of a tensor
+        return None
+    return graph, _read_parameters(graph, net)
 
 
-def read(graph: fx.Graph, net: nn.Module) -> set[str]:
-    """All names of the parameters of `net` that its graph reads, or views of, for more than a shape or a type."""
+def _read_parameters(graph: fx.Graph, net: nn.Module) -> set[str]:
+    """All names of the parameters that the graph reads, or views of, for more than a shape or a type."""
     found = set()
     for node in graph.nodes:
         if node.op == "get_attr" and not all(_target_name(user) in _ABOUT_NAMES for user in node.users):
@@ -223,38 +207,68 @@ def read(graph: fx.Graph, net: nn.Module) -> set[str]:
     return {name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in found}
 
 
-def _readers(graph: fx.Graph, names: list[str], modules: dict[str, nn.Module]) -> dict[str, set[str]]:
-    """See `Walk.readers`."""
+@dataclass(frozen=True)
+class Walk:
+    """What the graph of a network tells about its modules, by their names."""
 
-    def name(node: fx.Node) -> str:
-        return _first_name(names, modules, modules[node.target]) if node.op == "call_module" else ""
+    signed: dict[str, bool]  # whether the input of a module can be negative
+    order: list[str]  # the modules that are called, in the order of the calls
+    read: set[str] = field(default_factory=set)  # parameters that are read outside their modules
+    readers: dict[str, set[str]] = field(default_factory=dict)  # the modules that read each ReLU; "" is anything else
 
+
+def walk(net: nn.Module, training: bool = False) -> Walk:
+    """The walk over the graph of `net`, in evaluation or training mode.
+
+    Where torch.fx cannot trace the network, every input counts as signed and the order is that of registration: a
+    signed quantizer wastes half of its range, but a wrong unsigned one would lose every negative input.
+    """
+    names = {module: name for name, module in net.named_modules()}
+    everything = dict.fromkeys(names.values(), True)
+    traced = trace(net, training)
+    if traced is None:
+        return Walk(everything, list(everything))
+    graph, read = traced
+    modules = dict(net.named_modules(remove_duplicate=False))
+    called = {node: modules[node.target] for node in graph.nodes if node.op == "call_module"}
+    signs = {names[module]: signed for module, signed in _signs(graph, called).items()}
     readers: dict[str, set[str]] = {}
+    for node, module in called.items():
+        if type(module) is nn.ReLU:
+            found = readers.setdefault(names[module], set())
+            found |= {names[called[user]] if user in called else "" for user in node.users}
+            found |= {""} if module.inplace and not _is_only_reader(node, called) else set()
+    return Walk(everything | signs, list(signs), read, readers)
+
+
+def _signs(graph: fx.Graph, called: dict[fx.Node, nn.Module]) -> dict[nn.Module, bool]:
+    """Whether the input of each called module can be negative, in the order of the calls."""
+    nonnegative: dict[fx.Node, bool] = {}
+    signs: dict[nn.Module, bool] = {}
     for node in graph.nodes:
-        if node.op == "call_module" and type(modules[node.target]) is nn.ReLU:
-            found = readers.setdefault(name(node), set())
-            found |= {name(user) for user in node.users}
-            if modules[node.target].inplace and not _is_only_reader(node, modules):
-                found.add("")
-    return readers
+        sources = [nonnegative[n] for n in node.all_input_nodes]
+        nonnegative[node] = _is_nonnegative(node, called.get(node), bool(sources) and all(sources))
+        if _target_name(node).endswith("_") and not nonnegative[node]:
+            # x.sub_(1): from here on, whoever reads x, or what x is a view of, reads the new values
+            nonnegative = dict.fromkeys(nonnegative, False)
+        if node in called:
+            signs[called[node]] = signs.get(called[node], False) or not all(sources)
+            for inner in called[node].modules():  # such as those of a transformer layer, which is not traced into
+                signs.setdefault(inner, True)
+    return signs
 
 
-def _is_only_reader(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_only_reader(node: fx.Node, called: dict[fx.Node, nn.Module]) -> bool:
     """Whether nothing else can read the values that a module in place overwrites."""
     (source,) = node.all_input_nodes
-    fresh = source.op == "call_module" and isinstance(modules[source.target], (_ConvNd, _BatchNorm, nn.Linear))
-    return fresh and len(source.users) == 1
+    return isinstance(called.get(source), (_ConvNd, _BatchNorm, nn.Linear)) and len(source.users) == 1
 
 
-def _first_name(names: list[str], modules: dict[str, nn.Module], module: nn.Module) -> str:
-    return next(name for name in names if modules[name] is module)
-
-
-def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], sources: bool) -> bool:
-    if node.op == "call_module":
-        module = modules[node.target]
-        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
-            return module.min_val >= 0
+def _is_nonnegative(node: fx.Node, module: nn.Module | None, sources: bool) -> bool:
+    """Whether a node's output is never negative; sources: whether its inputs never are."""
+    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        return module.min_val >= 0
+    if module is not None:
         return isinstance(module, _NONNEGATIVE) or (isinstance(module, _KEEPING) and sources)
     name = _target_name(node)
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
@@ -274,25 +288,22 @@ def _target_name(node: fx.Node) -> str:
     return node.target.__name__ if home in ("torch", "_operator") else ""
 
 
-QUANTIZABLE = (nn.Conv2d, nn.Linear)
+_LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 READ = "its weight is read outside the layer"
-_CHANGED = (*QUANTIZABLE, nn.MultiheadAttention, _BatchNorm)  # what `convert` puts something else in the place of
-_REMEDIES = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What becomes of a network's modules, each by its name. ValueError names the field that is not so.
+    """What becomes of the modules of a network. A saved file holds it, so that loading needs no second decision.
 
-    signed: of each layer that is quantized, whether its input can be negative. kept: of each layer that stays in full
-    precision, why. absorbed: the ReLUs that are left to the quantizers after them. activation_range: as in QuantSpec,
-    but for "auto".
+    Raises:
+        ValueError: names the field that is wrong.
     """
 
-    signed: dict[str, bool]
-    kept: dict[str, str]
-    absorbed: tuple[str, ...]
-    activation_range: str
+    signed: dict[str, bool]  # for each layer that is quantized, whether its input can be negative
+    kept: dict[str, str]  # for each layer that stays in full precision, why
+    absorbed: tuple[str, ...]  # ReLUs that become identities, because the quantizers after them clip at zero anyway
+    activation_range: str  # as in QuantSpec, but never "auto"
 
     def __post_init__(self) -> None:
         choice("activation_range", self.activation_range, ("unit", "tracked"))
@@ -305,7 +316,7 @@ class Decisions:
         object.__setattr__(self, "absorbed", tuple(self.absorbed))
 
     def refuse_another(self, net: nn.Module) -> None:
-        """ValueError if the modules that these are about are not those of `net`."""
+        """Raise a ValueError if the modules that these are about are not those of `net`."""
         modules = dict(net.named_modules())
         told = self.signed.keys() | self.kept.keys()
         differing = sorted(told.symmetric_difference(quantizable(net)))
@@ -316,21 +327,20 @@ class Decisions:
 
 
 def quantizable(net: nn.Module) -> list[str]:
-    """The names of the layers of `net` that can be quantized, as they were registered."""
-    return [name for name, module in net.named_modules() if type(module) in QUANTIZABLE]
+    """The names of the layers of `net` that can be quantized, in the order of registration."""
+    return [name for name, module in net.named_modules() if type(module) in _LAYERS]
 
 
 def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
-    """The decisions on a plain `net` in evaluation mode, whatever mode it is in.
+    """Decide what becomes of the modules of a plain `net` in evaluation mode, whatever mode it is in.
 
-    The walk in training mode only adds readers: of a ReLU whose output goes elsewhere while it trains, and of weights.
+    The graph of training mode only adds readers of a ReLU's output, and of weights.
     """
-    # copies, because a forward that stores what it meets would store tracing proxies
-    found, training = (walk(copy.deepcopy(net).train(mode)) for mode in (False, True))
+    found, training = walk(net), walk(net, training=True)
     layers = quantizable(net)
     called = [name for name in found.order if name in layers]
     never_called = [name for name in layers if name not in called]
-    names = [*called[:-1], *never_called, *called[-1:]]  # neither the first nor the last, such as an auxiliary head
+    names = [*called[:-1], *never_called, *called[-1:]]  # an auxiliary head is neither the first nor the last
     kept = _full_precision(names, spec) if names else {}
     read = found.read | training.read
     kept |= {name: READ for name in names if name not in kept and f"{name}.weight" in read}
@@ -341,6 +351,10 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
     absorbed = tuple(name for name in readers if readers[name] <= unsigned)
     return Decisions(signed, kept, absorbed, _activation_range(net, spec))
+
+
+_CHANGED = (*_LAYERS, nn.MultiheadAttention, _BatchNorm)  # the kinds of modules that `convert` replaces
+_REMEDIES = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
 
 
 def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
@@ -387,85 +401,7 @@ def refuse_derived(net: nn.Module) -> None:
             raise invalid("net", name or type(module).__name__, f"a layer whose weight is a parameter ({remedy})")
 
 
-_LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-Bits = int | Mapping[str, int]
-
-_ENTERING = Lock()
-_INSIDE: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()  # the threads inside `at_bits`, once an entry
-
-
-def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
-    """A copy of `net` that runs at any bit-width, set to the highest of `spec.bits`; `net` stays as it is.
-
-    Every Conv2d and Linear becomes its quantized twin, but those `spec.full_precision` keeps, those inside
-    `nn.MultiheadAttention` too (see `attention`); every batch norm becomes a `MultiBitBatchNorm`, layer norms stay as
-    they are. A layer whose input can be negative, as seen in evaluation mode, gets a signed input quantizer; where the
-    network cannot be traced to find out, all do. An unsigned one clips at zero, at 32 bits too: a ReLU whose output
-    goes to none but such becomes an Identity. A layer whose weight the network reads past it, as Swin does, stays in
-    full precision, with a UserWarning. `summary` shows what became of each layer. Images (N, 3, H, W) or whatever `net`
-    takes go in, and what it gives comes out.
-    ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
-    running statistics, or of a kind that is not known; a layer whose weight is parametrized, pruned or not there yet.
-    """
-    model = _opened(net, spec)
-    decided = decide(model, spec)
-    read = [name for name, why in decided.kept.items() if why == READ]
-    if read:
-        names = ", ".join(read)
-        warnings.warn(f"kept in full precision, as the network reads their weights outside: {names}", stacklevel=2)
-    return _applied(model, spec, decided)
-
-
-def convert_as(net: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
-    """`convert`, by what was decided on this network once. ValueError also: `decided` is on another network."""
-    model = _opened(net, spec)
-    decided.refuse_another(model)
-    return _applied(model, spec, decided)
-
-
-def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
-    """A copy of `net` in which every layer is a module of its own."""
-    if not isinstance(net, nn.Module) or any(True for _ in _settable(net)):
-        raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
-    if not isinstance(spec, QuantSpec):
-        raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
-    refuse_derived(net)
-    try:
-        model = copy.deepcopy(net)
-    except Exception as error:  # whatever a network's own parts raise
-        raise invalid("net", type(net).__name__, f"a network that copy.deepcopy can copy ({error})") from error
-    return open_attention(model)
-
-
-def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
-    spec, modules = replace(spec, activation_range=decided.activation_range), dict(model.named_modules())
-    signed = {id(modules[name]): signed for name, signed in decided.signed.items()}
-    absorbed = {id(modules[name]): nn.Identity().train(modules[name].training) for name in decided.absorbed}
-    return _ready(_replace(model, signed, spec, absorbed), spec, decided)
-
-
-def _ready(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
-    model.quant_spec, model.decided, model.kept = spec, decided, decided.kept
-    set_bits(model, spec.bits[-1])
-    return model
-
-
-def _replace(module: nn.Module, signed: dict[int, bool], spec: QuantSpec, done: dict[int, nn.Module]) -> nn.Module:
-    """`module`, or its twin, with all that is below it replaced; a module used twice gets one twin."""
-    if id(module) in done:
-        return done[id(module)]
-    twin = module
-    if id(module) in signed:
-        twin = _LAYERS[type(module)].from_float(module, spec, signed[id(module)])
-    elif isinstance(module, _BatchNorm):
-        twin = _norm_twin(module, spec)
-    done[id(module)] = twin
-    if twin is module:  # not named_children(), which leaves out the second name of a module used twice
-        for name, child in module._modules.items():
-            module._modules[name] = child if child is None else _replace(child, signed, spec, done)
-    return twin
 
 
 def _norm_twin(norm: _BatchNorm, spec: QuantSpec) -> nn.Module:
@@ -481,6 +417,96 @@ def _norm_twin(norm: _BatchNorm, spec: QuantSpec) -> nn.Module:
     raise invalid("net", repr(norm), "batch norms of PyTorch's own types, or timm's with an activation")
 
 
+def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of `net` that runs at any bit-width, set to the highest of `spec.bits`; `net` stays as it is.
+
+    Every Conv2d and Linear becomes a quantized layer, also inside `nn.MultiheadAttention`, except those that
+    `spec.full_precision` keeps. Every batch norm becomes a `MultiBitBatchNorm`; layer norms stay as they are.
+    The network is traced in evaluation mode to see which layers' inputs can be negative: those get a signed input
+    quantizer. If it cannot be traced, all do. An unsigned quantizer clips at zero, at 32 bits too, so a ReLU that only
+    such quantizers read becomes an identity. `summary` shows what became of each layer.
+
+    Args:
+        net: any plain module; images (N, 3, H, W) or whatever it takes go in, and what it gives comes out.
+        spec: how to quantize it.
+
+    Returns:
+        The converted network.
+
+    Raises:
+        ValueError: not a plain module, nothing left to quantize, a pattern that matches no layer, a batch norm without
+            running statistics or of an unknown kind, a weight that is parametrized, pruned or not there yet.
+
+    Warns:
+        UserWarning: a layer stays in full precision, because the network reads its weight outside, as Swin does.
+    """
+    model = _opened(net, spec)
+    decided = decide(model, spec)
+    read = [name for name, why in decided.kept.items() if why == READ]
+    if read:
+        names = ", ".join(read)
+        warnings.warn(f"kept in full precision, as the network reads their weights outside: {names}", stacklevel=2)
+    return _applied(model, spec, decided)
+
+
+def convert_as(net: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    """`convert`, by earlier decisions on this network. ValueError also: `decided` is about another network."""
+    model = _opened(net, spec)
+    decided.refuse_another(model)
+    return _applied(model, spec, decided)
+
+
+def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
+    """A copy of `net` in which every layer is a module of its own."""
+    if not isinstance(net, nn.Module) or any(True for _ in _settable(net)):
+        raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
+    if not isinstance(spec, QuantSpec):
+        raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
+    refuse_derived(net)
+    try:
+        model = copy.deepcopy(net)
+    except Exception as error:  # the parts of a network may raise anything
+        raise invalid("net", type(net).__name__, f"a network that copy.deepcopy can copy ({error})") from error
+    return open_attention(model)
+
+
+def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
+    """`model`, changed in place as it was decided."""
+    spec, modules = replace(spec, activation_range=decided.activation_range), dict(model.named_modules())
+    new: dict[nn.Module, nn.Module] = {m: _norm_twin(m, spec) for m in model.modules() if isinstance(m, _BatchNorm)}
+    for name, signed in decided.signed.items():
+        new[modules[name]] = _LAYERS[type(modules[name])].from_float(modules[name], spec, signed)
+    for name in decided.absorbed:
+        new[modules[name]] = nn.Identity().train(modules[name].training)
+    known = record(model) or Record()
+    model = replaced(model, new)
+    model.emq = replace(known, spec=spec, decided=decided)
+    set_bits(model, spec.bits[-1])
+    return model
+
+
+def record(module: nn.Module) -> Record | None:
+    """What this library knows about a network, `module.emq`; None for any other module."""
+    found = vars(module).get("emq")  # not getattr: the wrapper of torch.compile would answer for what it wraps
+    return found if isinstance(found, Record) else None
+
+
+def _is_converted(module: nn.Module) -> bool:
+    known = record(module)
+    return known is not None and known.spec is not None and known.packed is None
+
+
+def converted(model: nn.Module, name: str = "model") -> nn.Module:
+    """The converted network itself, also out of torch.compile's wrapper, which puts a prefix before every name.
+
+    ValueError, which calls the parameter `name`: not a network made by `convert`.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or not _is_converted(model):
+        raise invalid(name, type(model).__name__, "a network made by emqlib.convert")
+    return model
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
     """The quantized layers of `model`, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
@@ -490,12 +516,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
 def step_weights(model: nn.Module) -> Iterator[None]:
     """Quantize all weights now, for the forward and the backward pass of a training step, which the block holds.
 
-    One by one, between activations, they take twice as long: small tensors leave the cache there. And the second pass
-    of activation checkpointing meets the very tensors of the first. No bit-width may be set within the block.
+    Quantizing them one by one, between activations, takes twice as long, because small tensors leave the cache. The
+    second pass of activation checkpointing has to meet the same tensors as the first. Set no bit-width in the block.
     """
     layers, step = quantized_layers(model).values(), Lock()
     try:
-        with step:  # even if the rest of this is interrupted, nothing uses what was prepared once it is unlocked
+        with step:  # once it is unlocked, nothing uses what was prepared, even if an interruption leaves some behind
             for layer in layers:
                 layer.prepare(step)
             yield
@@ -505,7 +531,7 @@ def step_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _settable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:
-    """What `set_bits` sets: quantized layers and batch norms, by name."""
+    """The modules that `set_bits` sets, by name: quantized layers and batch norms."""
     for name, module in model.named_modules():
         if isinstance(module, (QuantConv2d, QuantLinear, MultiBitBatchNorm)):
             yield name, module
@@ -517,20 +543,21 @@ def networks(model: nn.Module) -> list[nn.Module]:
     ValueError: there are none.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    # not getattr, by which torch.compile's wrapper answers for what it wraps
-    found = [module for module in modules if isinstance(vars(module).get("quant_spec"), QuantSpec)]
+    found = [module for module in modules if _is_converted(module)]
     if not found and modules and any(True for _ in _settable(model)):
         return [model]
     if not found:
-        raise invalid(
-            "model", type(model).__name__, "a network made by emqlib.convert, what holds one, or a part of it"
-        )
+        expected = "a network made by emqlib.convert, what holds one, or a part of it"
+        raise invalid("model", type(model).__name__, expected)
     return found
 
 
 def trained_bits(network: nn.Module) -> tuple[int, ...]:
     """The bit-widths, ascending, that one of `networks` was converted for."""
     return next(m.trained if isinstance(m, MultiBitBatchNorm) else m.spec.bits for _, m in _settable(network))
+
+
+Bits = int | Mapping[str, int]
 
 
 def set_bits(model: nn.Module, bits: Bits) -> None:
@@ -565,7 +592,7 @@ def _switch(network: nn.Module, plan: Mapping[nn.Module, int]) -> None:
     A part of a network leaves that tensor to the rest.
     """
     layers = [module for module in plan if not isinstance(module, MultiBitBatchNorm)]
-    alike = "quant_spec" in vars(network) and len({plan[layer] for layer in layers}) == 1
+    alike = _is_converted(network) and len({plan[layer] for layer in layers}) == 1
     shared = layers[0].levels if alike else None
     if shared is not None:
         shared.fill_(levels(plan[layers[0]]))
@@ -591,15 +618,26 @@ def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
     return plan
 
 
+_ENTERING = Lock()
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # of the modules that were ever inside `at_bits`
+
+
 @contextmanager
 def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
     """`with at_bits(model, 2): ...` runs the block at `bits` (see `set_bits`) and restores on exit, come what may.
 
-    The bit-width belongs to the network, not to the thread: while one thread is inside such a block, another that
-    enters one of the same network gets a RuntimeError. Give each thread a copy of its own (`copy.deepcopy`).
+    The bit-width belongs to the network, not to the thread. While one thread is inside such a block, another thread
+    that enters one with the same network gets a RuntimeError: give each thread a copy of its own (`copy.deepcopy`).
     """
     found = {network: [module for _, module in _settable(network)] for network in networks(model)}
-    with _alone([module for modules in found.values() for module in modules]):
+    with ExitStack() as held:
+        for module in (module for modules in found.values() for module in modules):
+            with _ENTERING:
+                lock = _LOCKS.setdefault(module, RLock())
+            if not lock.acquire(blocking=False):
+                text = "another thread is inside at_bits with this network, whose bit-width is one for all threads"
+                raise RuntimeError(f"{text}: use a copy of it (copy.deepcopy) in each thread")
+            held.callback(lock.release)
         before = {network: {module: module.bits for module in modules} for network, modules in found.items()}
         try:
             set_bits(model, bits)
@@ -609,54 +647,29 @@ def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
                 _switch(network, plan)
 
 
-@contextmanager
-def _alone(modules: list[nn.Module]) -> Iterator[None]:
-    """Within the block no other thread can enter one with any of `modules`."""
-    own = get_ident()
-    with _ENTERING:
-        if any(thread != own for module in modules for thread in _INSIDE.get(module, ())):
-            text = "another thread is inside at_bits with this network, whose bit-width is one for all threads"
-            raise RuntimeError(f"{text}: use a copy of it (copy.deepcopy) in each thread")
-        for module in modules:
-            _INSIDE[module] = [*_INSIDE.get(module, ()), own]
-    try:
-        yield
-    finally:
-        with _ENTERING:
-            for module in modules:
-                _INSIDE[module].pop()
-
-
-def converted(model: nn.Module, name: str = "model") -> nn.Module:
-    """The converted network itself, also of torch.compile's wrapper, which would put a prefix before every name.
-
-    ValueError, which gives the parameter by `name`: not a network made by `convert`.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "quant_spec", None), QuantSpec):
-        raise invalid(name, type(model).__name__, "a network made by emqlib.convert")
-    return model
-
-
 def summary(model: nn.Module) -> pd.DataFrame:
-    """One row a Conv2d or Linear: name, type, bits, weight, activation, signed, range, correction, note.
+    """A table of all Conv2d and Linear layers, one row each.
 
-    bits is 32 for a layer in full precision, and note says why it is. model: as for `set_bits`, whose patterns match
-    these names.
+    Args:
+        model: as for `set_bits`, whose patterns match the names in the table.
+
+    Returns:
+        Columns name, type, bits, weight, activation, signed, range, correction, note. A layer in full precision has
+        bits 32, and note says why.
     """
     columns = ["name", "type", "bits", "weight", "activation", "signed", "range", "correction", "note"]
     return pd.DataFrame([row for network in networks(model) for row in _rows(network)], columns=columns)
 
 
 def _rows(network: nn.Module) -> Iterator[dict[str, object]]:
-    kept = vars(network).get("kept", {})  # a part of a network does not know the reason
+    known = record(network)
+    kept = known.decided.kept if known else {}  # a part of a network does not know the reason
     for name, module in network.named_modules():
         row = {"name": name, "type": type(module).__name__, "bits": 32, "note": ""}
         if isinstance(module, (QuantConv2d, QuantLinear)):
-            x: InputQuantizer = module.input_quantizer
-            span = x.extra_repr().split("range=")[1]
+            x = module.input_quantizer
             row |= {"bits": module.bits, "weight": module.spec.weight, "activation": x.method, "signed": x.signed}
-            yield row | {"range": span, "correction": module.spec.correction}
-        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            yield row | {"range": x.range, "correction": module.spec.correction}
+        elif isinstance(module, (_ConvNd, nn.Linear)):
             note = "full precision" if type(module) in _LAYERS else "not a plain Conv2d or Linear"
             yield row | {"note": f"full precision: {kept[name]}" if name in kept else note}

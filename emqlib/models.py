@@ -13,14 +13,30 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from .checks import instance, integer, invalid
 
+if TYPE_CHECKING:
+    from .convert import Decisions
+    from .layers import QuantSpec
+
 _MOST = 4096  # of what a size counts, depth apart: where a file asks for more, it is no network of ours
+
+
+@dataclass
+class Record:
+    """What this library knows about a network, in the network's attribute `emq`."""
+
+    network: dict[str, Any] | None = None  # the name and the arguments of the builder in this module that made it
+    spec: "QuantSpec | None" = None  # how `convert` quantized it
+    decided: "Decisions | None" = None  # what `convert` decided about its layers
+    data: dict[str, Any] | None = None  # the data set that it was trained on last
+    packed: dict[str, int] | None = None  # after `pack`, the bit-width of each layer
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -102,14 +118,15 @@ def _cifar_resnet(blocks: int, num_classes: int, width: int) -> nn.Module:
 
 
 def _recorded(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The builder, whose networks say in `recipe` how to build them again, as `saving` writes it down."""
+    """The builder, whose networks tell in `emq.network` how to build them again."""
 
     @functools.wraps(builder)
     def recorded(*args: int, **kwargs: int) -> nn.Module:
         given = inspect.signature(builder).bind(*args, **kwargs)
         given.apply_defaults()
         net = builder(*args, **kwargs)
-        net.recipe = {"name": builder.__name__} | {name: int(value) for name, value in given.arguments.items()}
+        sizes = {name: int(value) for name, value in given.arguments.items()}
+        net.emq = Record(network={"name": builder.__name__} | sizes)
         return net
 
     return recorded

@@ -26,15 +26,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     the data set `train` saw last, and this software's versions; and a checksum of that and of all tensors.
     ValueError: neither a converted network nor a packed one, or a path that is a folder. OSError: it cannot be written.
     """
-    packed, path = getattr(model, "packed_bits", None), checks.file_name("path", path)
-    network = converted(model) if packed is None else model
+    path = checks.file_name("path", path)
+    network = model if getattr(getattr(model, "emq", None), "packed", None) else converted(model)
+    known = network.emq
     about = {
         "version": VERSION,
-        "network": getattr(network, "recipe", None),
-        "spec": asdict(network.quant_spec if packed is None else network.packed_spec),
-        "decided": asdict(network.decided),
-        "packed": packed,
-        "trained_on": getattr(network, "trained_on", None),
+        "network": known.network,
+        "spec": asdict(known.spec),
+        "decided": asdict(known.decided),
+        "packed": known.packed,
+        "trained_on": known.data,
         "provenance": software(),
     }
     container.write(path, about, network.state_dict())
@@ -65,7 +66,7 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:  # of what has a size of its own
         raise checks.invalid("path", str(path), f"a whole state of the network ({error})") from error
-    model.trained_on = about["trained_on"]
+    model.emq.data = about["trained_on"]
     return model.eval()
 
 

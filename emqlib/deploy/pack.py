@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from .. import quantizers
 from ..checks import instance, integer, invalid
-from ..convert import Bits, MultiheadAttention, at_bits, converted, quantized_layers, read
+from ..convert import Bits, at_bits, converted, quantized_layers, replaced, trace
 from ..correction import correct_weight
 from ..layers import InputQuantizer, QuantConv2d, QuantLinear, geometry
 from ..norms import MultiBitBatchNorm
@@ -236,7 +236,7 @@ def pack_as_set(network: nn.Module) -> nn.Module:
     """`pack`, at the bit-widths that `network` is set to, unchecked."""
     packed = copy.deepcopy(network).eval()
     layers = {name: layer.bits for name, layer in quantized_layers(packed).items()}
-    traced = _traced(packed)
+    traced = trace(packed)
     folded = _folded(packed, *traced) if traced else {}
     with torch.no_grad():
         new = {norm: nn.Identity() for norm in folded.values()}
@@ -249,18 +249,8 @@ def pack_as_set(network: nn.Module) -> nn.Module:
     for name, layer in packed.named_modules():
         if isinstance(layer, _PackedLayer) and not traced:
             layer.guarded = name or type(layer).__name__
-    packed.packed_spec, packed.packed_bits = network.quant_spec, layers
-    for name in ("quant_spec", "kept"):
-        packed.__dict__.pop(name, None)
+    packed.emq = replace(network.emq, packed=layers)
     return packed.requires_grad_(False)
-
-
-def replaced(network: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
-    """`network`, changed in place: each module that has an entry in `new`, under all its names, by that one."""
-    for module in list(network.modules()):
-        for name, child in module._modules.items():
-            module._modules[name] = new.get(child, child)
-    return new.get(network, network)
 
 
 def packed_bytes(network: nn.Module) -> int:
@@ -311,22 +301,6 @@ def _integers(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor, Tensor]
 def _per_channel(v: Tensor, like: Tensor) -> Tensor:
     """v (O,) as (O, 1, ...), against `like` (O, ...)."""
     return v.view(-1, *[1] * (like.dim() - 1))
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = (MultiheadAttention, QuantConv2d, QuantLinear, MultiBitBatchNorm)
-        return isinstance(module, own) or super().is_leaf_module(module, name)
-
-
-def _traced(network: nn.Module) -> tuple[fx.Graph, set[str]] | None:
-    """The graph of `network` and the names of the parameters it reads past their modules, if torch.fx can trace it."""
-    network = copy.deepcopy(network)  # where the tracer leaves what it meets
-    try:
-        graph = _Tracer().trace(network)
-    except Exception:  # whatever a network's own forward raises when it meets a proxy instead of a tensor
-        return None
-    return graph, read(graph, network)
 
 
 def _folded(network: nn.Module, graph: fx.Graph, read: set[str]) -> dict[nn.Module, MultiBitBatchNorm]:

@@ -69,7 +69,7 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
     asked = {k: v for k, v in asdict(config).items() if k != "device"}
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     net = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    spec = {f"spec.{k}": v for k, v in asdict(model.quant_spec).items()}
+    spec = {f"spec.{k}": v for k, v in asdict(model.emq.spec).items()}
     return asked | spec | {"net": net, "data": data.sha256}
 
 

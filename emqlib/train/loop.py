@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
 from .. import checks
-from ..convert import quantized_layers, set_bits, step_weights
+from ..convert import converted, quantized_layers, set_bits, step_weights
 from ..files import alone
 from . import checkpoint as checkpoints
 from . import distributed as devices
@@ -277,13 +277,11 @@ def _finish(run: _Run, label: str | bool, observe: Callable[[nn.Module], Any] | 
             if run.epoch < epochs and run.deadline.passed(run.place):
                 raise OutOfTime(f"epoch {run.epoch} of {epochs}")
     set_bits(run.model, run.sampler.bits[-1])
-    run.model.trained_on = run.data.about()  # for `saving.save`
+    run.model.emq.data = run.data.about()
 
 
 def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, ...]:
-    spec = getattr(model, "quant_spec", None)
-    if spec is None:
-        raise checks.invalid("model", type(model).__name__, "a network made by emqlib.convert")
+    spec = converted(model).emq.spec
     if not isinstance(config, TrainConfig):
         raise checks.invalid("config", config, 'a TrainConfig, for example TrainConfig(scheme="joint", epochs=10)')
     if not isinstance(data, Dataset):

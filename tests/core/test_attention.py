@@ -221,7 +221,8 @@ def test_no_weight_escapes(network: str, training: bool, rng: torch.Generator) -
     for hook in hooks:
         hook.remove()
     assert set(calls) == set(layers)  # those that were not called would be weights unused, or used behind their backs
-    assert set(watched.plain) == {f"{name}.weight" for name in model.kept} and len(model.kept) == 2
+    kept = model.emq.decided.kept
+    assert set(watched.plain) == {f"{name}.weight" for name in kept} and len(kept) == 2
 
 
 def test_the_watch_sees_plain_weights_and_fast_paths(rng: torch.Generator) -> None:
@@ -267,15 +268,15 @@ class Reading(nn.Module):
 def test_a_weight_read_past_its_layer_is_no_silent_escape() -> None:
     with pytest.warns(UserWarning, match=r"kept in full precision, as the network reads their weights outside: qkv$"):
         model = emq.convert(Reading(), emq.QuantSpec(bits=(2, 8)))
-    assert model.kept == {"embed": "first", "head": "last", "qkv": "its weight is read outside the layer"}
+    assert model.emq.decided.kept == {"embed": "first", "head": "last", "qkv": "its weight is read outside the layer"}
     model = emq.convert(Reading(), emq.QuantSpec(bits=(2, 8), full_precision=("first", "last", "qkv")))
-    assert model.kept == {"embed": "first", "head": "last", "qkv": "qkv"}
+    assert model.emq.decided.kept == {"embed": "first", "head": "last", "qkv": "qkv"}
 
 
 def test_inputs_of_a_vit_are_signed_and_its_ends_kept() -> None:
     model = emq.convert(models.vit_tiny(5, width=24, depth=2), emq.QuantSpec(bits=(2, 8)))
     table = emq.summary(model)
-    assert model.kept == {"conv_proj": "first", "heads.head": "last"}
+    assert model.emq.decided.kept == {"conv_proj": "first", "heads.head": "last"}
     assert table[table.note.eq("")].signed.all() and set(table[table.note.eq("")].range) == {"tracked"}
     every = emq.convert(models.vit_tiny(5, width=24, depth=1), emq.QuantSpec(bits=(2, 8), full_precision=()))
     assert emq.summary(every).bits.eq(8).all()

@@ -63,14 +63,14 @@ def test_decisions_are_those_of_evaluation_mode(training: bool) -> None:
     assert modes(model) == modes(net) and model.training == training and model.norm.training == training
     # in training mode others read what the first two give, and negative values would be new to them
     assert [type(m) for m in (model.relu, model.act, model.last)] == [nn.ReLU] * 3
-    assert model.decided == emq.convert(Dropping().train(not training), SPEC).decided
+    assert model.emq.decided == emq.convert(Dropping().train(not training), SPEC).emq.decided
 
 
 def test_a_relu_that_none_else_reads_in_any_mode_is_left_to_the_quantizer() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     net[0].train()
     model = emq.convert(net, SPEC)
-    assert [type(model[i]) for i in (1, 3)] == [nn.Identity, nn.ReLU] and model.decided.absorbed == ("1",)
+    assert [type(model[i]) for i in (1, 3)] == [nn.Identity, nn.ReLU] and model.emq.decided.absorbed == ("1",)
     assert [m.training for m in model] == [True, False, False, False, False] and not model.training
 
 
@@ -81,7 +81,7 @@ def test_a_file_loads_with_the_signs_it_was_saved_with(training: bool, tmp_path:
     model.train()(X)
     emq.save(model.eval(), tmp_path / "net")
     again = emq.load(tmp_path / "net", Dropping().train(not training))
-    assert again.decided == model.decided and again.kept == model.kept
+    assert again.emq.decided == model.emq.decided and again.emq.decided.kept == model.emq.decided.kept
     assert torch.equal(again(X), model(X))
     emq.save(emq.pack(model, 4), tmp_path / "packed")
     assert torch.equal(emq.load(tmp_path / "packed", Dropping().train(not training))(X), emq.pack(model, 4)(X))
@@ -99,7 +99,7 @@ def test_what_the_file_says_counts_and_no_trace(tmp_path: Path) -> None:
     emq.save(tied, tmp_path / "tied")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert emq.load(tmp_path / "tied", Tied()).kept == tied.kept
+        assert emq.load(tmp_path / "tied", Tied()).emq.decided.kept == tied.emq.decided.kept
 
 
 def changed(change: Callable[[nn.Module], Any]) -> nn.Module:
@@ -221,8 +221,8 @@ def test_a_packed_autoencoder_of_tied_weights_computes_what_the_network_does(mak
     torch.manual_seed(0)
     x = X if make is TiedConvolution else torch.randn(16, 8)
     model = ready(make().double(), x.double())
-    assert make is Square or model.kept["encoder"] == "its weight is read outside the layer"
-    assert "inner" not in model.kept
+    assert make is Square or model.emq.decided.kept["encoder"] == "its weight is read outside the layer"
+    assert "inner" not in model.emq.decided.kept
     with torch.no_grad():
         torch.testing.assert_close(emq.pack(model, 4)(x.double()), model(x.double()), rtol=1e-8, atol=1e-9)
 
@@ -265,7 +265,7 @@ def test_a_layer_whose_weight_is_read_outside_stays_in_full_precision(name: str)
     with pytest.warns(UserWarning) as told:
         model = emq.convert(make(), emq.QuantSpec(bits=(4,)))
     (warning,) = [w for w in told if "outside" in str(w.message)]
-    read = [layer for layer, why in model.kept.items() if why not in ("first", "last")]
+    read = [layer for layer, why in model.emq.decided.kept.items() if why not in ("first", "last")]
     assert read and all(layer.startswith(block) and ".attn." in layer for layer in read)
     assert str(warning.message).endswith(f"outside: {', '.join(read)}") and warning.filename == __file__
     table = emq.summary(model).set_index("name")

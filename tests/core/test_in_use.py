@@ -399,7 +399,7 @@ def test_activation_checkpointing_changes_nothing(
     """Weights and, since the second pass measures nothing, buffers; a range moves between two uses of its layer."""
     if plain is Twice and "activation_range" in spec:
         spec = {"activation": "none"}
-    monkeypatch.setattr("emqlib.loading.normalize", lambda images, _: images.double() / 255)
+    monkeypatch.setattr("emqlib.train.data.normalize", lambda images, _: images.double() / 255)
     states = []
     for kind in (net, plain):
         model = build(kind, output_correction=plain is Net, **spec).double()
@@ -444,7 +444,7 @@ def test_nothing_is_left_wherever_a_step_is_interrupted(x: Tensor) -> None:
     while not finished:
         line += 1
         try:
-            with interrupted("emqlib.multibit", line), step_weights(model):
+            with interrupted("emqlib.convert", line), step_weights(model):
                 model(x).square().sum().backward()
             finished = True
         except KeyboardInterrupt:
@@ -466,7 +466,7 @@ def test_a_network_whose_training_was_interrupted_is_copied_packed_and_trained_o
     with pytest.raises(KeyboardInterrupt):
         train(model, data)
     hook.remove()
-    assert emq.pack(model, 2).packed_bits and copy.deepcopy(model)
+    assert emq.pack(model, 2).emq.packed and copy.deepcopy(model)
     train(model, data)
 
 

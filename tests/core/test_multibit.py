@@ -169,7 +169,7 @@ def test_every_layer_between_the_ends_is_replaced(name: str, rng: torch.Generato
     net = build(name)
     model = emq.convert(net, spec())
     plain = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
-    assert set(plain) == set(model.kept) and set(model.kept.values()) == {"first", "last"}
+    assert set(plain) == set(model.emq.decided.kept) and set(model.emq.decided.kept.values()) == {"first", "last"}
     assert len(quantized(model)) + 2 == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules())
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     assert set(bits_of(model).values()) == {8}
@@ -203,8 +203,8 @@ def test_kept_layers() -> None:
 
     def kept(*entries: str) -> dict[str, str]:
         model = emq.convert(net, spec(full_precision=entries))
-        assert set(quantized(model)) == set(names) - set(model.kept)
-        return model.kept
+        assert set(quantized(model)) == set(names) - set(model.emq.decided.kept)
+        return model.emq.decided.kept
 
     assert kept() == {}
     assert kept("first") == {"conv1": "first"} and kept("last") == {"fc": "last"}
@@ -224,14 +224,14 @@ def test_first_and_last_are_those_called_first_and_last() -> None:
             super().__init__()
             self._modules = dict(reversed(self._modules.items()))
 
-    assert emq.convert(Reversed(), spec()).kept == {"stem": "first", "head": "last"}
-    assert emq.convert(Untraceable(), spec()).kept == {"head": "first", "conv": "last"}  # as registered
+    assert emq.convert(Reversed(), spec()).emq.decided.kept == {"stem": "first", "head": "last"}
+    assert emq.convert(Untraceable(), spec()).emq.decided.kept == {"head": "first", "conv": "last"}  # as registered
 
 
 def test_a_layer_that_is_never_called_is_no_end() -> None:
     net = build("functional")
     net.auxiliary = nn.Linear(8, 10)
-    assert emq.convert(net, spec()).kept == {"stem": "first", "head": "last"}
+    assert emq.convert(net, spec()).emq.decided.kept == {"stem": "first", "head": "last"}
 
 
 def test_transformer_layers_are_quantized_in_evaluation_too(rng: torch.Generator) -> None:
@@ -243,7 +243,7 @@ def test_transformer_layers_are_quantized_in_evaluation_too(rng: torch.Generator
     with torch.no_grad():
         expected = net(x)
     model = emq.convert(net, spec(weight="minmax", correction="none"))
-    assert model.kept == {"0": "first", "2": "last"} and len(quantized(model)) == 12
+    assert model.emq.decided.kept == {"0": "first", "2": "last"} and len(quantized(model)) == 12
     for bits in (8, 2, 32):
         emq.set_bits(model, bits)
         with torch.no_grad():
@@ -438,9 +438,9 @@ def test_another_librarys_relu_may_be_anything() -> None:
     x = graph.call_module("0", (graph.placeholder("x"),))
     graph.output(graph.call_module("1", (graph.call_function(relu, (x,)),)))
     node = next(node for node in graph.nodes if node.op == "call_function")
-    assert not _is_nonnegative(node, {}, sources=True)
+    assert not _is_nonnegative(node, None, sources=True)
     node.target = F.relu
-    assert _is_nonnegative(node, {}, sources=False)
+    assert _is_nonnegative(node, None, sources=False)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

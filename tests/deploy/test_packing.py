@@ -143,7 +143,7 @@ def test_mixed_precision_and_networks_of_others() -> None:
         mixture = {first: 2, "*": 4}
         packed = emq.pack(model.eval(), mixture)
         assert {name: m.bits for name, m in packed_layers(packed).items()}[first] == 2
-        assert set(packed.packed_bits.values()) == {2, 4}
+        assert set(packed.emq.packed.values()) == {2, 4}
         with emq.at_bits(model, mixture), torch.no_grad():
             torch.testing.assert_close(packed(X.double()), model(X.double()), rtol=1e-8, atol=1e-9)
 
@@ -234,7 +234,7 @@ def test_a_packed_network_comes_back_from_its_file(tmp_path: Any) -> None:
         again = emq.load(path)
         assert torch.equal(again(X), packed(X)) and not again.training
         assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(packed)))(X), packed(X))
-        assert again.packed_bits == packed.packed_bits and again.packed_spec == packed.packed_spec
+        assert again.emq.packed == packed.emq.packed and again.emq.spec == packed.emq.spec
         assert again.state_dict().keys() == packed.state_dict().keys()
     assert header(path)["__metadata__"]["emqlib"].count("layer1.0.conv1") == 1
 

@@ -81,7 +81,7 @@ def test_a_network_comes_back_as_it_was_at_every_bit_width(network: str, spec: s
     model = trained(network, spec)
     emq.save(model, tmp_path / "net.safetensors")
     again = emq.load(tmp_path / "net.safetensors")
-    assert again.quant_spec == model.quant_spec and again.kept == model.kept and not again.training
+    assert again.emq.spec == model.emq.spec and again.emq.decided.kept == model.emq.decided.kept and not again.training
     found, expected = again.state_dict(), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -109,7 +109,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
         "std": list(data.std),
     }
     assert about["provenance"]["torch"] == torch.__version__
-    assert emq.load(path).trained_on == about["trained_on"]
+    assert emq.load(path).emq.data == about["trained_on"]
     emq.save(emq.load(path), tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
@@ -167,7 +167,7 @@ def test_an_edited_description_is_refused(name: str, saved: Path) -> None:
 def test_whatever_is_changed_is_refused(old: bytes | None, new: bytes, tmp_path: Path) -> None:
     """One bit of the last number, or a word of the description."""
     model, path = trained(), tmp_path / "net"
-    model.trained_on = {"name": "digits"}
+    model.emq.data = {"name": "digits"}
     emq.save(model, path)
     data = path.read_bytes()
     assert old is None or data.count(old) == 1

@@ -190,7 +190,7 @@ def test_every_run_can_be_built(profile: str, table: Callable) -> None:
     runs = table(parameters(profile=profile))
     assert {run.profile for run in runs} == {profile}
     for run in runs[:2] if profile == "paper" else runs[:14]:  # those of one seed
-        spec = build(run, num_classes=10).quant_spec
+        spec = build(run, num_classes=10).emq.spec
         assert replace(spec, activation_range="auto") == run.spec
 
 

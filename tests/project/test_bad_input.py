@@ -258,7 +258,7 @@ HUGE = [
 @pytest.mark.parametrize("recipe", HUGE, ids=str)
 def test_a_file_that_asks_for_what_it_does_not_hold(recipe: object, here: Path) -> None:
     model = emq.convert(emq.models.resnet8(10, width=2), emq.QuantSpec(bits=(2, 4)))
-    model.recipe = recipe
+    model.emq.network = recipe
     emq.save(model, "hostile.safetensors")
     before, start = getrusage(RUSAGE_SELF).ru_maxrss, process_time()
     with pytest.raises(ValueError, match=r"(?s)^path='hostile.safetensors': expected a network of emqlib.models"):
