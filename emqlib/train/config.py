@@ -196,7 +196,12 @@ class TrainConfig:
 
 
 def learning_rate(progress: float, config: TrainConfig) -> float:
-    """The learning rate after `progress` epochs, a fraction of one included."""
+    """The learning rate after `progress` epochs, a fraction of one included.
+
+    Training asks for it at the middle of each step: step i of n in epoch e, counted from 1, has made progress of
+    e - 1 + (i - 1/2) / n. So a milestone of 5 gives exactly five epochs at the first rate, and neither the first step
+    of a warm-up nor the last of a cosine has a rate of zero.
+    """
     if progress < config.warmup_epochs:
         return config.lr * progress / config.warmup_epochs
     if config.schedule == "step":
