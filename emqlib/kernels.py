@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 
 _BEFORE_2_13 = torch.__version__ < (2, 13)
 
@@ -38,3 +40,22 @@ def returned(y: Tensor) -> Tensor:
     PyTorch 2.11 compiles such a Function to one whose gradient is zero, and does not say so; 2.13 does not.
     """
     return y.clone() if _BEFORE_2_13 and torch.compiler.is_compiling() else y
+
+
+class _Awaited(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.like = parameter.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.like)
+
+
+def awaited(x: Tensor, parameter: Tensor) -> Tensor:
+    """x (any shape) itself; its backward pass gives zeros to a `parameter` (any shape) that plays no part in it.
+
+    Several processes wait for a gradient of every parameter; a single one does the same, so that momentum goes on.
+    """
+    return _Awaited.apply(x, parameter)

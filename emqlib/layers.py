@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import quantizers
 from .checks import BIT_WIDTHS, bit_widths, choice, flag, invalid
 from .correction import CORRECTIONS, correct_weight, output_shift
-from .train import distributed as ranks
+from .kernels import awaited
 
 NORMS = ("shared", "shared_affine", "switchable")
 RANGES = ("auto", "unit", "tracked")
@@ -89,6 +89,18 @@ def again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """How several processes that share each batch put together what their layers measure of it.
+
+    A training loop sets it as the attribute `reduce` of every layer that has one; None means a single process.
+    """
+
+    total: Callable[[Tensor], Tensor]  # the sum over all processes, differentiable
+    mean: Callable[[Tensor], Tensor]  # the mean over all processes
+    lowest: Callable[[Tensor], Tensor]  # the minimum over all processes
+
+
 class LearnedScale(nn.Module):
     """One learned positive scalar for each trained bit-width; another bit-width takes the nearest one's clipping range.
 
@@ -127,12 +139,11 @@ def _reach(signed: bool) -> dict[int, float]:
 class InputQuantizer(nn.Module):
     """Quantizes a layer's input; what it learns or tracks starts from the first batch it sees."""
 
-    across_ranks = False  # whether what it measures of a batch is measured over all ranks
-    parts = 1  # of a step's batch, of which each forward pass sees one
-
     def __init__(self, spec: QuantSpec, signed: bool) -> None:
         super().__init__()
         self.method, self.signed = spec.activation, signed
+        self.reduce: Reduction | None = None
+        self.parts = 1  # of a step's batch, of which each forward pass sees one
         self.tracked = self.method == "dorefa" and (signed or spec.activation_range == "tracked")
         self.started = self.method == "none" or (self.method == "dorefa" and not self.tracked)
         if self.method == "lsq":
@@ -154,7 +165,7 @@ class InputQuantizer(nn.Module):
             return x
         if not isinstance(n, Tensor) and quantizers.is_full(n):
             x = x if self.signed else x.relu()
-            return x if self.method == "dorefa" else ranks.awaited(x, self.scale.values)
+            return x if self.method == "dorefa" else awaited(x, self.scale.values)
         if self.method == "lsq":
             return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
         return quantizers.fake_quantize(x, *self.grid(n), learn_step=False)
@@ -173,7 +184,7 @@ class InputQuantizer(nn.Module):
         x = x if self.signed else x.clamp_min(0)  # which a ReLU did before it was left to the quantizer
         if self.method == "lsq":
             size = 2 * x.float().abs().mean()
-            self.scale.start(ranks.mean(size) if self.across_ranks else size)
+            self.scale.start(self.reduce.mean(size) if self.reduce else size)
         elif self.method == "pact":
             low, high = self._extremes(x.float())
             self.scale.start(torch.maximum(-low, high))
@@ -189,7 +200,7 @@ class InputQuantizer(nn.Module):
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         ends = torch.stack([x.amin(), -x.amax()])
-        low, negated = ranks.lowest(ends) if self.across_ranks else ends
+        low, negated = self.reduce.lowest(ends) if self.reduce else ends
         return low, -negated
 
     def get_extra_state(self) -> Tensor:
@@ -229,13 +240,13 @@ class _QuantizedLayer(nn.Module):
 
     weight: nn.Parameter
     levels: Tensor
-    across_ranks = False  # whether the mean input is that of all ranks
+    reduce: Reduction | None
     prepared: Kept | None = None  # the weight of the training step at hand, and its domain
     kept: Kept | None = None  # weight and bias in use
 
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
-        self.spec, self.bits = spec, spec.bits[-1]
+        self.spec, self.bits, self.reduce = spec, spec.bits[-1], None
         with self.weight.device:  # whatever is new lies where the weight does
             self.input_quantizer = InputQuantizer(spec, signed)
             self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)
@@ -336,7 +347,7 @@ class _QuantizedLayer(nn.Module):
             with torch.no_grad():
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
                 mean = some.mean(1, dtype=self.mean_input.dtype)
-                self.mean_input.lerp_(ranks.mean(mean) if self.across_ranks else mean, 0.1)
+                self.mean_input.lerp_(self.reduce.mean(mean) if self.reduce else mean, 0.1)
         return x, *self._at_hand()
 
     def weight_and_domain(self) -> tuple[Tensor, Tensor]:
@@ -349,7 +360,7 @@ class _QuantizedLayer(nn.Module):
         if method == "dorefa":
             w_q, w = quantizers.dorefa_weight(self.weight, n)
         elif full:
-            w = self.weight if method == "minmax" else ranks.awaited(self.weight, self.weight_scale.values)
+            w = self.weight if method == "minmax" else awaited(self.weight, self.weight_scale.values)
         elif method == "minmax":
             w_q, w = quantizers.minmax_weight(self.weight, n, self.spec.zero_level)
         else:

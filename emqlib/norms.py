@@ -9,8 +9,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import quantizers
 from .checks import BIT_WIDTHS
-from .layers import QuantSpec, again, nearest
-from .train import distributed as ranks
+from .layers import QuantSpec, Reduction, again, nearest
 
 
 def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
@@ -95,11 +94,11 @@ class MultiBitBatchNorm(nn.Module):
     """
 
     SHARED = len(BIT_WIDTHS)
-    across_ranks = False  # whether a batch's statistics are those of all ranks' parts together
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, spec: QuantSpec) -> None:
         super().__init__()
         self.trained, self.norm = spec.bits, spec.norm
+        self.reduce: Reduction | None = None
         self.eps, self.momentum, self.bits = norm.eps, norm.momentum, spec.bits[-1]
         self.own: set[int] = set() if self.norm == "shared" else set(spec.bits)
         sets = len(spec.bits) if self.switchable else 1
@@ -172,8 +171,8 @@ class MultiBitBatchNorm(nn.Module):
             mean, var = self.statistics()
         weight, bias = self.affine()
         momentum = 0.0 if again() else self.momentum
-        if self.training and self.across_ranks:
-            y = self._over_ranks(x, mean, var, weight, bias, momentum)
+        if self.training and self.reduce:
+            y = self._over_processes(x, mean, var, weight, bias, momentum)
         elif self.training and torch.compiler.is_compiling() and x.is_cpu and x.dtype is torch.bfloat16:
             x = x.contiguous(memory_format=_format(x))
             y, *running = _batch_norm(x, mean, var, weight, bias, momentum, self.eps)[:3]
@@ -194,17 +193,17 @@ class MultiBitBatchNorm(nn.Module):
         pick = self.affine_pick.clone()  # the next `set_bits` overwrites it, maybe before this pass's gradient is due
         return tuple(None if p is None else (p * pick).sum(0) for p in pairs)
 
-    def _over_ranks(
+    def _over_processes(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float
     ) -> Tensor:
         """`F.batch_norm` in training mode by statistics of the whole batch; mean and var (C,) are updated in place."""
         dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
         local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         sums = torch.cat([local.sum(dims), local.new_tensor([x.numel() / x.shape[1]])])
-        *_, n = sums = ranks.total(sums)
+        *_, n = sums = self.reduce.total(sums)
         batch_mean = sums[:-1] / n
         deviation = local - batch_mean.view(shape)
-        batch_var = ranks.total(deviation.square().sum(dims)) / n
+        batch_var = self.reduce.total(deviation.square().sum(dims)) / n
         with torch.no_grad():
             mean.lerp_(batch_mean.to(mean.dtype), momentum)
             var.lerp_((batch_var * n / (n - 1)).to(var.dtype), momentum)

@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from .. import checks
 from .. import kernels as versions
+from ..layers import Reduction
 
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
@@ -316,25 +317,6 @@ def total(x: Tensor) -> Tensor:
     return _Total.apply(x)
 
 
-class _Awaited(Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, parameter: Tensor) -> Tensor:
-        ctx.like = parameter.detach()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.zeros_like(ctx.like)
-
-
-def awaited(x: Tensor, parameter: Tensor) -> Tensor:
-    """x (any shape) as it is; its gradient brings zeros for a `parameter` (any shape) that takes no part in it.
-
-    Several ranks wait for a gradient of each parameter; alone, an optimizer's momentum goes on as it does among them.
-    """
-    return _Awaited.apply(x, parameter)
-
-
 def mean(x: Tensor) -> Tensor:
     """x (any shape), a statistic of each rank's part, averaged over ranks."""
     return total(x) / dist.get_world_size()
@@ -353,11 +335,12 @@ def synchronized(model: nn.Module, place: Ranks, accumulate: int = 1) -> Iterato
 
     accumulate: in how many parts each rank takes its share of a step.
     """
-    layers = [m for m in model.modules() if hasattr(m, "across_ranks")] if place.count * accumulate > 1 else []
+    layers = [m for m in model.modules() if hasattr(m, "reduce")]
     for layer in layers:
-        layer.across_ranks, layer.parts = place.count > 1, place.count * accumulate
+        layer.reduce = Reduction(total, mean, lowest) if place.count > 1 else None
+        layer.parts = place.count * accumulate
     try:
         yield
     finally:
         for layer in layers:
-            del layer.across_ranks, layer.parts  # the class's own are back
+            layer.reduce, layer.parts = None, 1

@@ -119,11 +119,11 @@ def test_without_accelerate_it_is_said_what_to_install(monkeypatch: pytest.Monke
 
 def test_layers_measure_over_ranks_within_training_alone() -> None:
     model = rank_worker.network(activation_range="tracked")
-    layers = [m for m in model.modules() if hasattr(m, "across_ranks")]
+    layers = [m for m in model.modules() if hasattr(m, "reduce")]
     assert len(layers) == 4  # two batch norms, a quantized layer and its input
     with pytest.raises(ZeroDivisionError), ranks.synchronized(model, Ranks(0, 2)):
-        assert all(m.across_ranks for m in layers)
+        assert all(m.reduce for m in layers)
         raise ZeroDivisionError
-    assert not any(m.across_ranks for m in layers)
+    assert not any(m.reduce for m in layers)
     with ranks.synchronized(model, Ranks()):
-        assert not any(m.across_ranks for m in layers)
+        assert not any(m.reduce for m in layers)
