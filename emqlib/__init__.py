@@ -12,7 +12,6 @@ from .deploy.io import load, save
 from .deploy.onnx import export_onnx
 from .deploy.pack import pack
 from .layers import QuantSpec
-from .train.checkpoint import OutOfTime
 from .train.config import CoresetConfig, TrainConfig
 from .train.data import Dataset, load_dataset
 from .train.evaluate import adapt_norm, evaluate
@@ -23,7 +22,6 @@ __version__ = "1.0.0"
 __all__ = [
     "CoresetConfig",
     "Dataset",
-    "OutOfTime",
     "QuantSpec",
     "TrainConfig",
     "adapt_norm",

@@ -9,20 +9,18 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .. import checks
-from .. import files as container
-from ..files import can_hold_files
+from .. import checks, files
 from ..layers import QuantSpec
 from .config import TrainConfig
 from .data import Dataset
-from .distributed import Ranks
+from .distributed import Place
 
-VERSION = 2
-_STATE = {"model", "optimizer", "scaler", "sampler", "damaged", "paused"}
+VERSION = 3
+_STATE = {"model", "optimizer", "scaler", "sampler", "damaged"}
 
 
 class OutOfTime(Exception):
-    """A budget is spent and work is left: `done`, in words, is kept, and the same call, made again, goes on from it."""
+    """A budget is spent and work is left. What is `done`, in words, is kept; the same call goes on from there."""
 
     def __init__(self, done: str) -> None:
         super().__init__(done)
@@ -33,9 +31,10 @@ class OutOfTime(Exception):
 
 
 class Deadline:
-    """The moment at which a budget, in seconds from now, is spent; never, of None.
+    """The moment at which a budget, in seconds from now, is spent; with None there is no such moment.
 
-    ValueError: anything but None and a finite number > 0.
+    Raises:
+        ValueError: anything but None and a finite number > 0.
     """
 
     def __init__(self, budget: float | None) -> None:
@@ -46,26 +45,26 @@ class Deadline:
 
     @classmethod
     def of(cls, budget: float | Self | None) -> Self:
-        """That of a budget which starts now, or one which has started before and which several calls share."""
+        """The deadline of a budget that starts now, or a deadline that several calls share, as it is."""
         return budget if isinstance(budget, cls) else cls(budget)
 
-    def passed(self, place: Ranks) -> bool:
-        """Whether it is past by the clock of the first rank, so that all stop at the same step; all ask together."""
+    def passed(self, place: Place) -> bool:
+        """Whether it is past by the clock of the main process. All processes ask together, so all stop together."""
         return self.end is not None and place.share(monotonic() >= self.end)
 
 
 def checked(checkpoint: Any) -> Path | None:
-    """The path of a checkpoint, or None; ValueError: a place where no file can be."""
+    """The path of a checkpoint, or None; ValueError for a place where no file can be."""
     if checkpoint is None:
         return None
     path = checks.file_name("checkpoint", checkpoint)
-    if not can_hold_files(path.absolute().parent):
+    if not files.can_hold_files(path.absolute().parent):
         raise checks.invalid("checkpoint", checkpoint, "a file in a folder that can be written to, or None")
     return path
 
 
 def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
+    """What a checkpoint must have in common with the run that goes on from it."""
     asked = {k: v for k, v in asdict(config).items() if k != "device"}
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     net = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
@@ -73,44 +72,40 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
     return asked | spec | {"net": net, "data": data.sha256}
 
 
-def _defaults() -> dict[str, Any]:
-    spec = {f"spec.{f.name}": f.default for f in fields(QuantSpec)}
-    return spec | {f.name: f.default for f in fields(TrainConfig) if f.name != "device"}
-
-
 def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Write `state`, plain containers of tensors and numbers, with the run's own `identity` and history, atomically."""
+    """Write `state`, plain containers of tensors and numbers, with the run's `identity` and history, atomically."""
     tensors: dict[str, Tensor] = {}
-    told = {"identity": json.dumps(own), "history": json.dumps(history)}  # which may hold what is not a number
-    container.write(path, told | {"version": VERSION, "state": container.flattened(state, tensors)}, tensors)
+    told = {"identity": json.dumps(own), "history": json.dumps(history)}  # as texts: a loss may be infinite
+    files.write(path, told | {"version": VERSION, "state": files.flattened(state, tensors)}, tensors)
 
 
-def load(path: Path, own: dict[str, Any], ranks: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The history and the state that `save` was given, for a run of this `identity` on so many ranks.
+def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The history and the state that `save` was given, for a run of this `identity`.
 
-    ValueError: a file that is damaged or of another version, another run's, or one stopped in the middle of an epoch
-    that more or fewer ranks shared.
+    Raises:
+        ValueError: the file is damaged, of another version, or of another run.
     """
     expected = "a whole checkpoint of this library"
-    about, tensors = container.read(path, VERSION, expected, "checkpoint")
+    about, tensors = files.read(path, VERSION, expected, "checkpoint")
     try:
         theirs, history = json.loads(about["identity"]), json.loads(about["history"])
-        state = container.restored(about["state"], tensors)
+        state = files.restored(about["state"], tensors)
         missing = _STATE - set(state)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise checks.invalid("checkpoint", str(path), f"{expected} ({error!r})") from error
     if missing:
         raise checks.invalid("checkpoint", str(path), f"{expected}, which has {', '.join(sorted(missing))} too")
-    _refuse_another(path, _defaults() | theirs, json.loads(json.dumps(own)))  # what is not named is at its default
-    parts = len(state["paused"]["ranks"]) if state["paused"] else ranks
-    if parts != ranks:  # each has random numbers and losses of its own
-        expected = f"one of {ranks} process(es), or of a whole epoch: it is {parts} that stopped in the middle of one"
-        raise checks.invalid("checkpoint", str(path), expected)
+    _refuse_another(path, theirs, json.loads(json.dumps(own)))
     return history, state
 
 
 def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    defaults = {f"spec.{f.name}": f.default for f in fields(QuantSpec)} | {
+        f.name: f.default for f in fields(TrainConfig)
+    }
+    theirs = defaults | theirs  # an option that is younger than the checkpoint was at its default
     differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
-    differing += [f"{k}: {v!r} there, not known here" for k, v in theirs.items() if k not in ours]  # a later version's
+    unknown = [k for k in theirs if k not in ours and k not in defaults]  # options of a later version
+    differing += [f"{k}: {theirs[k]!r} there, not known here" for k in unknown]
     if differing:
         raise checks.invalid("checkpoint", str(path), "one of the same run, but " + "; ".join(differing))

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from .. import checks, coreset
 from ..coreset import EPS
 from .config import CoresetConfig
-from .distributed import Ranks
+from .distributed import Place
 
 MAPPED_BYTES = 1 << 30  # tables larger than this live in a memory-mapped file
 
 
 class Recorder(nn.Module):
-    """The scores of N samples at one bit-width, from training's own forward passes; its buffers are all its memory.
+    """The scores of N samples at one bit-width, from training's own forward passes. Its buffers are all its memory.
 
-    A sample is observed at most once an epoch; samples that are not observed keep their score.
+    A sample is observed at most once an epoch. Samples that are not observed keep their score.
     """
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
@@ -40,12 +40,11 @@ class Recorder(nn.Module):
 
 
 class TDDSRecorder(Recorder):
-    """`coreset.tdds` as a stream: the same number as from the array (T, N, C), to the rounding of `dtype`.
+    """`coreset.tdds` as a stream. It gives the same numbers as the array (T, N, C), up to the rounding of `dtype`.
 
-    Memory: N (2 C + 4 (window - 1) + 8) bytes with half-precision probabilities, 1.8 MB for CIFAR-10 at window 3 and
-    2.6 GB for ImageNet at window 10, whose table of probabilities lies in a memory-mapped temporary file.
-    A sample that was not observed in the epoch before starts a new window: a difference over two epochs is another
-    quantity.
+    Memory: N (2 C + 4 (window - 1) + 8) bytes with half-precision probabilities. That is 1.8 MB for CIFAR-10 at
+    window 3, and 2.6 GB for ImageNet at window 10, whose probabilities lie in a memory-mapped temporary file.
+    A sample that was not observed in the epoch before starts a new window.
     """
 
     def __init__(self, n: int, num_classes: int, window: int, decay: float, dtype: torch.dtype = torch.float16) -> None:
@@ -91,14 +90,14 @@ def _table(n: int, num_classes: int, dtype: torch.dtype) -> Tensor:
 
 
 def _reserve(handle: int, size: int, name: str) -> None:
-    """Take so many bytes of the disk now: writing to mapped pages that the disk has no room for kills the process."""
+    """Reserve disk space now, since writing to mapped pages on a full disk would kill the process."""
     if not hasattr(os, "posix_fallocate"):  # macOS
         os.truncate(handle, size)
         return
     try:
         os.posix_fallocate(handle, 0, size)
     except OSError as error:
-        text = f"{error.strerror}: a table of scores of {size / 1e9:.1f} GB; TMPDIR names the folder"
+        text = f"{error.strerror}: a table of scores takes {size / 1e9:.1f} GB; TMPDIR names the folder"
         raise OSError(error.errno, text, name) from None
 
 
@@ -174,9 +173,12 @@ class ModerateRecorder(Recorder):
 def recorder(
     score: str, n: int, num_classes: int, width: int, window: int, decay: float, device: torch.device
 ) -> Recorder:
-    """The recorder of `score` for N samples, C classes and a last layer of `width` inputs, on `device` if it fits.
+    """The recorder of `score` for N samples and C classes, on `device` if it fits there.
 
-    score: one of `sampling.SCORES` but "random". window, decay: of TDDS, see `coreset.tdds`.
+    Args:
+        score: one of `config.SCORES` but "random".
+        width: inputs of the last layer, which "moderate" keeps.
+        window: of TDDS, like decay: see `coreset.tdds`.
     """
     if score == "tdds":
         made = TDDSRecorder(n, num_classes, window, decay)
@@ -191,22 +193,19 @@ _TINY = 0.1  # of the weight of the highest rank, that of the lowest: no sample 
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator for one purpose, such as ("shuffle", epoch): one stream's draws never shift another's."""
+    """A CPU generator for one purpose, such as ("shuffle", epoch): draws for one never shift those for another."""
     text = json.dumps([seed, *purpose])
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One epoch's data: by bit-width sorted sample indices (K,) and, where losses are weighted, weights (N,).
+    """What the child models train on in one epoch."""
 
-    scheme: how the children share steps. scored: whether this is an epoch of the scoring phase.
-    """
-
-    scheme: str
-    subsets: dict[int, Tensor]
-    weights: dict[int, Tensor]
-    scored: bool = False
+    scheme: str  # how they share steps
+    subsets: dict[int, Tensor]  # by bit-width: sorted sample indices (K,)
+    weights: dict[int, Tensor]  # by bit-width: loss weights (N,) of all samples; empty where losses are not weighted
+    scored: bool = False  # whether the epoch belongs to the scoring phase
 
 
 def _share(mask: Tensor) -> float:
@@ -214,11 +213,13 @@ def _share(mask: Tensor) -> float:
 
 
 class Sampler:
-    """The coresets of one run, epoch by epoch: scoring phase, draws, and the full data at the end.
+    """The coresets of one run, epoch by epoch: first the scoring phase, then the draws.
 
-    All it draws comes from (seed, purpose); `state` holds what a resumed run needs to draw the same. Of several ranks
-    the first alone records scores, of all ranks' samples, and shares them: so all draw the same coresets.
-    rows: one a draw and bit-width, for `training.train`'s history.
+    Everything random comes from (seed, purpose), and `state` holds what a resumed run needs to draw the same. Of
+    several processes the main one records the scores of all samples and shares them, so that all draw the same.
+
+    Attributes:
+        rows: one row for each draw and bit-width, for the history of `loop.train`.
     """
 
     def __init__(
@@ -228,11 +229,10 @@ class Sampler:
         seed: int,
         bits: tuple[int, ...],
         labels: Tensor,
-        epochs: int,
-        place: Ranks | None = None,
+        place: Place | None = None,
     ) -> None:
         self.config = config or CoresetConfig(pruning_rate=0)
-        self.scheme, self.seed, self.bits, self.epochs = scheme, seed, bits, epochs
+        self.scheme, self.seed, self.bits = scheme, seed, bits
         self.labels, self.n = labels.cpu(), len(labels)
         self.shared = scheme == "joint" or self.config.across_bits == "identical"
         self.recorders: dict[int, Recorder] = {}
@@ -242,14 +242,12 @@ class Sampler:
         self.weights: dict[int, Tensor] = {}
         self.draw = -1
         self.rows: list[dict[str, Any]] = []
-        self.place = place or Ranks()
+        self.place = place or Place()
         self._recording, self._recorded, self._shape = False, False, (0, 0)
         self._features: Tensor | None = None
 
     def size(self, epoch: int) -> int:
-        """How many samples each child sees in `epoch`."""
-        if self._is_full(epoch):
-            return self.n
+        """How many samples each child model sees in `epoch`."""
         if epoch < self.config.warmup:
             return round(self.config.candidates * self.n)
         return coreset.kept(self.n, self.config.pruning_rate)
@@ -259,23 +257,19 @@ class Sampler:
         scoring = self.scheme == "bitwise" and epoch < self.config.warmup
         return self.config.scoring if scoring else self.scheme
 
-    def _is_full(self, epoch: int) -> bool:
-        return self.config.pruning_rate == 0 or epoch >= self.epochs - self.config.full_epochs
-
     def selection(self, epoch: int) -> Selection:
-        """What each child trains on in `epoch` (from 0). Call it for each in order; once more gives the same."""
-        if self._is_full(epoch):
+        """What each child model trains on in `epoch` (from 0). Call it for the epochs in order; repeating is safe."""
+        if self.config.pruning_rate == 0:
             return Selection(self.scheme, dict.fromkeys(self.bits, torch.arange(self.n)), {})
         if epoch < self.config.warmup:
-            scheme = self.scheme_of(epoch)
-            return Selection(scheme, {b: self._candidates(b) for b in self.bits}, {}, scored=True)
+            return Selection(self.scheme_of(epoch), {b: self._candidates(b) for b in self.bits}, {}, scored=True)
         draw = self.config.draw_of(epoch)
         if draw != self.draw:
             self._select(draw, epoch)
         return Selection(self.scheme, self.subsets, self.weights)
 
     def _candidates(self, b: int) -> Tensor:
-        """The part of the training set that `b` scores: parts of different bit-widths overlap as little as they can."""
+        """The samples that `b` scores; those of different bit-widths overlap as little as they can."""
         count = round(self.config.candidates * self.n)
         if count == self.n:
             return torch.arange(self.n)
@@ -285,40 +279,38 @@ class Sampler:
         return order.roll(-start)[:count].sort().values
 
     def _select(self, draw: int, epoch: int) -> None:
-        config, before = self.config, self.subsets
         if self._recorded:
             self._rank()
-        self.draw, self.subsets, self.weights = draw, {}, {}
-        clipped, held = {}, torch.zeros(self.n, dtype=torch.bool)
-        for b in self.bits[:1] if self.shared else self.bits[::-1]:
-            stream = generator(self.seed, "coreset", draw, "all" if self.shared else b)
-            self.subsets[b] = self._pick(b, stream, held)
-            held[self.subsets[b]] = True
-            if config.unbiased:
-                self.weights[b], clipped[b] = self._loss_weights(b)
-        if self.shared:
-            first = self.bits[0]
-            for parts in (self.subsets, self.weights, clipped):
-                parts |= dict.fromkeys(self.bits, parts[first]) if parts else {}
-        self.rows += self._describe(epoch, before, clipped)
-        if not config.rescore:
             self.recorders, self._recorded = {}, False
+        before, self.draw, self.subsets, self.weights = self.subsets, draw, {}, {}
+        clipped: dict[int, float] = {}
+        held = torch.zeros(self.n, dtype=torch.bool)
+        for group in [self.bits] if self.shared else [(b,) for b in self.bits[::-1]]:
+            stream = generator(self.seed, "coreset", draw, "all" if self.shared else group[0])
+            subset = self._pick(group[0], stream, held)
+            held[subset] = True
+            self.subsets |= dict.fromkeys(group, subset)
+            if self.config.unbiased:
+                weights, share = self._loss_weights(group[0], subset)
+                self.weights |= dict.fromkeys(group, weights)
+                clipped |= dict.fromkeys(group, share)
+        self.rows += self._describe(epoch, before, clipped)
 
     def _rank(self) -> None:
         """The scores and ranks of all candidates by bit-width, from what was recorded."""
         self.scores = self.place.share({b: record.scores().cpu() for b, record in self.recorders.items()})
         for b, scores in self.scores.items():
             own = self._candidates(b)
-            # of equal scores none is kept for its place in the data set, whose order may be that of the classes
+            # samples often lie class by class: equal scores are ranked in a random order, not in that of the data
             order = own[torch.randperm(len(own), generator=generator(self.seed, "ties", b))]
             self.ranks[b] = torch.full((self.n,), -1.0)
             self.ranks[b][order] = coreset.ranks(scores[order])
         if self.shared:
             mean = torch.stack(list(self.ranks.values())).mean(0)
-            self.scores = self.ranks = dict.fromkeys(self.bits, mean)  # raw scores have no one scale
+            self.scores = self.ranks = dict.fromkeys(self.bits, mean)  # raw scores have no common scale
 
     def _pick(self, b: int, stream: torch.Generator, held: Tensor) -> Tensor:
-        """The coreset of `b`; under across_bits="disjoint" of samples that no other one holds, while there are any."""
+        """The coreset of `b`. A disjoint one takes samples that no other coreset holds, while there are any."""
         own = torch.arange(self.n) if self.config.unscored else self._candidates(b)
         keep = coreset.kept(self.n, self.config.pruning_rate)
         if self.config.across_bits != "disjoint":
@@ -329,36 +321,30 @@ class Sampler:
         return torch.cat(picked).sort().values
 
     def _choose(self, b: int, part: Tensor, keep: int, stream: torch.Generator) -> Tensor:
-        config, labels = self.config, self.labels[part] if self.config.balanced else None
-        if config.score == "random":
-            return coreset.choose(torch.ones(len(part)), keep, "sample", stream, labels)
-        scores = self._chances(b) if config.how == "sample" else (self.scores if config.how == "ccs" else self.ranks)[b]
-        return coreset.choose(scores[part], keep, config.how, stream, labels, config.cut)
+        if self.config.how == "sample" or self.config.score == "random":
+            return coreset.choose(self._chances(b)[part], keep, "sample", stream)
+        return coreset.choose(self.ranks[b][part], keep, "top", stream)
 
     def _chances(self, b: int) -> Tensor:
-        """The weight (N,) of each sample in a draw: its rank over N to the `power`, and never nothing.
-
-        What has no rank has the mean weight of what has one.
-        """
+        """The positive weight (N,) of each sample in a draw: rank over N to the `power`, or the mean without a rank."""
+        if self.config.score == "random":
+            return torch.ones(self.n)
         scored = self.ranks[b] >= 0
         u = (self.ranks[b].clamp_min(0) + 1) / (self.ranks[b].max() + 1)
         weights = _TINY + (1 - _TINY) * u**self.config.power
         return torch.where(scored, weights, weights[scored].mean())
 
-    def _loss_weights(self, b: int) -> tuple[Tensor, float]:
-        """K / (N pi) for each sample (N,), clipped, and which fraction of the coreset was: their mean is one.
+    def _loss_weights(self, b: int, subset: Tensor) -> tuple[Tensor, float]:
+        """K / (N pi) for each sample (N,), clipped, and the fraction of the coreset that was clipped.
 
-        The expectation of the weighted mean loss over the draw is the mean over all data (Horvitz and Thompson 1952).
+        The expected weighted mean loss over the draw is the mean over all data (Horvitz and Thompson 1952).
         """
-        labels = self.labels if self.config.balanced else None
-        chances = torch.ones(self.n) if self.config.score == "random" else self._chances(b)
-        keep = len(self.subsets[b])
-        weights = (keep / (self.n * coreset.inclusion(chances, keep, labels))).float()
-        over = weights[self.subsets[b]] > self.config.max_weight
+        weights = (len(subset) / (self.n * coreset.inclusion(self._chances(b), len(subset)))).float()
+        over = weights[subset] > self.config.max_weight
         return weights.clamp_max(self.config.max_weight), _share(over)
 
     def _describe(self, epoch: int, before: dict[int, Tensor], clipped: dict[int, float]) -> list[dict[str, Any]]:
-        """One row a bit-width of a draw: size, sharing with the others, change since the last draw, classes."""
+        """One row for each bit-width of a draw: size, sharing with the others, change since the last draw, classes."""
         held = {b: torch.zeros(self.n, dtype=torch.bool).index_fill_(0, s, True) for b, s in self.subsets.items()}
         union = _share(torch.stack(list(held.values())).any(0))
         rows = []
@@ -381,14 +367,14 @@ class Sampler:
 
     @contextmanager
     def recording(self, model: nn.Module, selection: Selection) -> Iterator[None]:
-        """Score what `model` is trained on within this block, where the epoch is one that is scored."""
-        hook, wanted = None, selection.scored or (self.config.rescore and self._recorded)
-        if wanted and self.config.score in ("grand", "moderate"):
+        """Score what `model` is trained on within this block, if the epoch belongs to the scoring phase."""
+        hook = None
+        if selection.scored and self.config.score in ("grand", "moderate"):
             last = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
             if last is None:
                 raise checks.invalid("score", self.config.score, "another, where a network has no linear layer")
             hook = last.register_forward_pre_hook(self._keep_features)
-        self._recording = wanted
+        self._recording = selection.scored
         try:
             yield
         finally:
@@ -400,7 +386,7 @@ class Sampler:
         self._features = inputs[0].detach().float()
 
     def observe(self, b: int, epoch: int, indices: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Score a batch of sample indices (B,) that child `b` has just seen, by its logits (B, C) and labels (B,)."""
+        """Score a batch that child model `b` has just seen: sample indices (B,), logits (B, C), labels (B,)."""
         if not self._recording:
             return
         p = logits.detach().float().softmax(1)
@@ -409,16 +395,15 @@ class Sampler:
         if not self.place.main:
             return
         if b not in self.recorders:
-            width = 0 if features is None else features.shape[1]
-            self.recorders[b] = self._recorder(p.shape[1], width, p.device)
+            self._shape = (p.shape[1], 0 if features is None else features.shape[1])
+            self.recorders[b] = self._recorder(p.device)
         device = next(self.recorders[b].buffers()).device
         moved = (None if x is None else x.to(device) for x in (indices, p, labels, features))
         self.recorders[b].observe(epoch, *moved)
 
-    def _recorder(self, num_classes: int, width: int, device: torch.device) -> Recorder:
-        self._shape = (num_classes, width)
+    def _recorder(self, device: torch.device) -> Recorder:
         config = self.config
-        return recorder(config.score, self.n, num_classes, width, config.window, config.decay, device)
+        return recorder(config.score, self.n, *self._shape, config.window, config.decay, device)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain containers of tensors and numbers."""
@@ -430,8 +415,8 @@ class Sampler:
         """Go on from `state`."""
         for name in _DRAWN:
             setattr(self, name, {b: tensor.cpu() for b, tensor in state[name].items()})
-        self.draw, self.rows = state["draw"], json.loads(state["rows"])
+        self.draw, self.rows, self._shape = state["draw"], json.loads(state["rows"]), state["shape"]
         self._recorded = bool(state["recorders"])
         for b, buffers in state["recorders"].items() if self.place.main else ():
-            self.recorders[b] = self._recorder(*state["shape"], device)
+            self.recorders[b] = self._recorder(device)
             self.recorders[b].load_state_dict(buffers)

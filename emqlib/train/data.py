@@ -26,7 +26,7 @@ from .. import checks, files
 from .. import files as container
 from ..checks import invalid
 from ..files import digest
-from .distributed import Ranks
+from .distributed import Place
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
 VERSION = 1  # of the cache
@@ -612,7 +612,7 @@ DAMAGED = 0.001  # the fraction of damaged files above which a data set is not w
 class MemoryLoader:
     """Batches of a split that lies in memory."""
 
-    def __init__(self, data: Dataset, split: str, place: Ranks) -> None:
+    def __init__(self, data: Dataset, split: str, place: Place) -> None:
         self.data, self.split, self.place = data, getattr(data, split), place
         self.damaged: dict[int, str] = {}
 
@@ -642,7 +642,7 @@ class FileLoader:
     generator, the number of the chunk and the sample alone, not on how many workers there are or which of them it is.
     """
 
-    def __init__(self, data: Dataset, split: str, device: torch.device, place: Ranks, live: bool) -> None:
+    def __init__(self, data: Dataset, split: str, device: torch.device, place: Place, live: bool) -> None:
         self.data, self.split, self.device, self.place = data, getattr(data, split), device, place
         self.damaged: dict[int, str] = {}
         self.keys = _Keys(place)
@@ -699,12 +699,12 @@ class FileLoader:
 
 
 def loader(
-    data: Dataset, split: str, device: torch.device, place: Ranks | None = None, live: bool = True
+    data: Dataset, split: str, device: torch.device, place: Place | None = None, live: bool = True
 ) -> MemoryLoader | FileLoader:
     """The loader of "train" or "test"; place: whose part of each batch; live: workers are kept between epochs."""
     if isinstance(getattr(data, split), ImageFiles):
-        return FileLoader(data, split, device, place or Ranks(), live)
-    return MemoryLoader(data, split, place or Ranks())
+        return FileLoader(data, split, device, place or Place(), live)
+    return MemoryLoader(data, split, place or Place())
 
 
 _Key = tuple[int | None, int, int]  # seed of the epoch, None for no augmentation; number of the chunk; sample
@@ -713,7 +713,7 @@ _Key = tuple[int | None, int, int]  # seed of the epoch, None for no augmentatio
 class _Keys:
     """What a DataLoader asks for the batches of an epoch: this rank's part of the chunks that it finds here."""
 
-    def __init__(self, place: Ranks) -> None:
+    def __init__(self, place: Place) -> None:
         self.place = place
         self.seed: int | None = None
         self.chunks: Sequence[Tensor] = ()

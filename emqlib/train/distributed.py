@@ -4,9 +4,11 @@ import gc
 import os
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -16,14 +18,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from .. import checks
-from .. import kernels as versions
+from .. import checks, kernels
 from ..layers import Reduction
 
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
-
-AUTOCAST = ("none", "bfloat16", "float16")
 
 # From how many steps a layer on compiling pays. Of ResNet-20 on two cores it takes about two seconds a layer and saves
 # a step 0.4 to 1.2 ms a layer (benchmarks/steps.py): even after 100 to 260. Counted, not timed: runs are repeatable.
@@ -43,40 +42,77 @@ def device_named(name: str) -> torch.device:
     return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))
 
 
+def autocast_used(name: str, device: torch.device) -> str:
+    """The autocast type that `device` really gets: "none" for "bfloat16" on a CPU without it, told once by a warning.
+
+    A CPU of AVX2 and no more would take ten times as long in bfloat16 as in float32.
+    """
+    if name == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        _tell_of_float32()
+        return "none"
+    return name
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN has kernels for bfloat16 on this CPU, which without them is slower in it than in float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def _tell_of_float32() -> None:
+    told = "this processor has no fast bfloat16: what asks for it on the CPU runs in float32, which is faster here"
+    warnings.warn(told, stacklevel=3)
+
+
 def autocast(name: str, device: torch.device) -> AbstractContextManager:
-    """The context in which a forward pass runs in "bfloat16" or "float16"; "none" changes nothing."""
+    """The context in which a forward pass runs in "bfloat16" or "float16", if it has that; "none" changes nothing."""
+    name = autocast_used(name, device)
     if name == "none":
         return nullcontext()
     # CUDA graphs cannot have the cache, which saves nothing where each weight is cast once a step
     return torch.autocast(device.type, dtype=getattr(torch, name), cache_enabled=device.type != "cuda")
 
 
-def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
-    """The format for the weights and images (N, C, H, W) of `model`: channels-last where asked for and safe.
+def fails_channels_last(conv: nn.Conv2d) -> bool:
+    """Whether `conv` has a gradient on a CPU that needs its input and weight to be contiguous.
 
-    On a CPU, the gradient of a strided 1x1 convolution of few channels-last input channels writes outside its buffer
-    and crashes, hangs or is wrong (oneDNN issue 6035, seen with torch 2.14.1): such a network stays contiguous.
+    That of a strided 1x1 convolution of few channels-last input channels writes outside its buffer and crashes, hangs
+    or is wrong (oneDNN issue 6035, seen with torch 2.14.1). `layers.SafeConv2d` computes it in another way.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    unsafe = any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels < 16 for m in convolutions)
-    if not channels_last or (device.type == "cpu" and unsafe):
-        return torch.contiguous_format
-    return torch.channels_last
+    return set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels < 16
+
+
+def _stays_contiguous(model: nn.Module, device: torch.device) -> bool:
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return device.type == "cpu" and any(map(fails_channels_last, convolutions))
+
+
+def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
+    """The format for the weights and images (N, C, H, W) of `model`: channels-last where asked for and safe."""
+    safe = channels_last and not _stays_contiguous(model, device)
+    return torch.channels_last if safe else torch.contiguous_format
 
 
 def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
     """`model` through torch.compile, where `how` is True, or "auto" and the run has steps enough to earn that back."""
     layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
     pays = how == "auto" and steps >= COMPILE_STEPS * layers
-    return torch.compile(model) if how is True or pays else model
+    if how is not True and not pays:
+        return model
+    if _stays_contiguous(model, next(model.parameters()).device):
+        return torch.compile(model, options={"layout_optimization": False})  # which would choose channels-last
+    return torch.compile(model)
 
 
 class Graphed:
     """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state`.
 
-    A network of small kernels spends most of a step on launching them one by one; a graph launches all at once.
-    state: tells what the passes depend on, such as the bit-width, besides their input and tensors that are changed in
-    place. The first call of its kind is the network's own, as are calls while a submodule is hooked.
+    A network of small kernels spends most of a step on launching them one by one; a graph launches all at once. The
+    first call of each kind runs the network itself, and so do all calls while a submodule has a hook.
+
+    Args:
+        state: returns what the passes depend on, such as the bit-width, besides their input and tensors that are
+            changed in place.
     """
 
     def __init__(self, model: nn.Module, state: Callable[[], Hashable]) -> None:
@@ -97,34 +133,27 @@ class Graphed:
         return self.known[kind](x)
 
     def _captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Whatever the passes that warm up have changed, running statistics for one, is put back."""
+        """Capturing runs passes to warm up; what they change, such as running statistics, is put back."""
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         without_hooks = nn.Sequential(self.model).train()
-        own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all, of which two are never at work
-        with _no_garbage_collection():
+        collecting = gc.isenabled()
+        gc.disable()  # an earlier network's graphs, collected during a capture, would spoil it
+        try:
+            own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all: no two are ever at work
             graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
+        finally:
+            if collecting:
+                gc.enable()
         for buffer, value in before:
             buffer.copy_(value)
         return graphed
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Within the block; an earlier network's graphs, collected while another is captured, would spoil the capture."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextmanager
 def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
     """Within the block, too little memory is a MemoryError that names a parameter and says what to try instead.
 
-    What was computed until then is let go: a traceback that is kept, as Jupyter does, would keep all of it.
+    What was computed until then is let go: Jupyter keeps a traceback, and with it everything its frames hold.
     """
     try:
         yield
@@ -136,107 +165,87 @@ def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
         raise MemoryError(f"{name}={value}: out of memory ({told}); try {advice}") from None
 
 
-def noise(device: torch.device) -> list[Tensor]:
-    """The states (K,), in bytes, of the global generators that a network on `device` draws from: the CPU's first."""
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.default_generator.get_state(), *cuda]
-
-
-def set_noise(device: torch.device, states: list[Tensor]) -> None:
-    """Take over what `noise` gave, states (K,); a CUDA device leaves its own where they are a CPU's alone."""
-    torch.default_generator.set_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
 @dataclass(frozen=True)
-class Ranks:
-    """This process's place, `rank` of `count`, among those that train together; alone it needs no accelerator."""
+class Place:
+    """Which of several processes this one is, `index` of `count`, that train one network together.
 
-    rank: int = 0
+    Alone, `state` is None, nothing is exchanged, and Accelerate is not needed.
+    """
+
+    index: int = 0
     count: int = 1
-    accelerator: Any = None
+    state: Any = None  # accelerate.PartialState
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that records scores, shows progress and writes files."""
-        return self.rank == 0
+        """Whether this is the process that records scores, shows progress and writes files."""
+        return self.index == 0
 
     def device(self, name: str) -> torch.device:
-        """The device of that name, see `devices.device`; among several ranks, this one's own."""
-        if self.accelerator is None:
+        """The device of that name, see `device_named`; among several processes, the one of this process."""
+        if self.state is None:
             return device_named(name)
-        own = self.accelerator.device
+        own = self.state.device
         return own if own.type == "cuda" else torch.device(own.type)  # not "cpu:0", which no checkpoint loads onto
 
     def part(self, x: Tensor) -> Tensor:
-        """This rank's part of a batch (B, ...), of near-equal size to the others'."""
-        return x.tensor_split(self.count)[self.rank]
+        """This process's part of a batch (B, ...); parts differ by one sample at most."""
+        return x.tensor_split(self.count)[self.index]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` so that its gradients are averaged over ranks in the backward pass."""
-        if self.accelerator is None:
+        """`model` so that the backward pass averages its gradients over processes."""
+        if self.state is None:
             return model
-        # not Accelerate's own, which would put the launcher's mixed precision into the model for good
-        own = self.device("")
-        own = [own] if own.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=own, **versions.unsynced_buffers())
+        device = self.device("")
+        devices = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **kernels.unsynced_buffers())
 
     def alone(self, wrapped: nn.Module) -> AbstractContextManager:
-        """The context of a forward and backward pass whose gradients wait for those of a later one to be averaged."""
-        return wrapped.no_sync() if self.accelerator is not None else nullcontext()
+        """The context of a forward and backward pass whose gradients are averaged together with a later one's."""
+        return nullcontext() if self.state is None else wrapped.no_sync()
 
     def first(self) -> AbstractContextManager:
-        """The context of what rank 0 does before the others."""
-        return nullcontext() if self.accelerator is None else self.accelerator.main_process_first()
+        """The context of what the main process does before the others."""
+        return nullcontext() if self.state is None else self.state.main_process_first()
 
     def share(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
-        if self.accelerator is None:
-            return value
-        values = [value if self.main else None]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+        """The main process's `value`, in every process."""
+        return value if self.state is None else accelerate().utils.broadcast_object_list([value])[0]
 
     def collect(self, value: Any) -> list[Any]:
-        """Every rank's `value`, on every rank."""
-        if self.accelerator is None:
-            return [value]
-        values = [None] * self.count
-        dist.all_gather_object(values, value)
-        return values
+        """Every process's `value`, in every process."""
+        return [value] if self.state is None else accelerate().utils.gather_object([value])
 
     def gather(self, indices: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Sample indices (B,) and what belongs to them, tensors (B, ...), of all ranks: a sample's are on one alone.
+        """Sample indices (B,) and tensors (B, ...) of all processes, put together; a missing tensor stays None.
 
-        Ranks have parts of unequal size, so they are padded on the way, by indices of -1, which are then left out.
+        Processes have parts of unequal size. Indices of -1 pad the shorter ones on the way and are left out again.
         """
-        if self.accelerator is None:
+        if self.state is None:
             return indices, *tensors
-        padded = self.accelerator.pad_across_processes(indices, pad_index=-1)
-        real = self.accelerator.gather(padded) >= 0
-        found = [None if t is None else self.accelerator.pad_across_processes(t) for t in (indices, *tensors)]
-        return tuple(None if t is None else self.accelerator.gather(t)[real] for t in found)
+        utils = accelerate().utils
+        found = [
+            t if t is None else utils.gather(utils.pad_across_processes(t, pad_index=-1)) for t in (indices, *tensors)
+        ]
+        return tuple(None if t is None else t[found[0] >= 0] for t in found)
 
     def sums(self, *values: float) -> list[float]:
-        """Each of `values` summed over ranks."""
-        if self.accelerator is None:
+        """Each of `values` summed over processes."""
+        if self.state is None:
             return list(values)
-        return total(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)).tolist()
+        return total(torch.tensor(values, dtype=torch.float64, device=self.state.device)).tolist()
 
     @contextmanager
     def joined(self, where: str) -> Iterator[None]:
-        """Within the block, the error that a rank gets when another one has gone says so, and where to go on from."""
+        """Within the block, an error that comes from another process's end says so, and where training goes on from."""
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1:
+            lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+            if self.count == 1 or not lost:
                 raise
-            lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
-            if not lost:
-                raise
-            text = f"rank {self.rank} of {self.count}: another rank has stopped, see its own error; start all of them"
-            raise RuntimeError(f"{text} again, and training goes on from {where}") from error
+            text = f"process {self.index} of {self.count}: another process has stopped, see its own error"
+            raise RuntimeError(f"{text}; start all of them again, and training goes on from {where}") from error
 
 
 def started() -> int:
@@ -244,15 +253,19 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def current(device: str = "auto") -> Ranks:
+def current(device: str = "auto") -> Place:
     """Where this process stands: alone, unless accelerate launch, torchrun or notebook_launcher started several.
 
-    device: "cpu" to stay off CUDA devices. ImportError that says what to install: several without Accelerate.
+    Args:
+        device: "cpu" to stay off CUDA devices.
+
+    Raises:
+        ImportError: several processes without Accelerate; says what to install.
     """
     if started() == 1:
-        return Ranks()
-    place = accelerate().Accelerator(cpu=device_named(device).type == "cpu")
-    return Ranks(place.process_index, place.num_processes, place)
+        return Place()
+    state = accelerate().PartialState(cpu=device_named(device).type == "cpu")
+    return Place(state.process_index, state.num_processes, state)
 
 
 def accelerate() -> ModuleType:
@@ -264,40 +277,41 @@ def accelerate() -> ModuleType:
     return accelerate
 
 
-class _Total(Function):
+class _Total(Function):  # PyTorch's own, in torch.distributed.nn, is deprecated from 2.14 on
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
-        return versions.returned(x)
+        return kernels.returned(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        return _Total.apply(grad)  # each rank's loss depends on every rank's x
+        return _Total.apply(grad)  # each process's loss depends on every process's x
 
 
 def total(x: Tensor) -> Tensor:
-    """x (any shape) summed over ranks; differentiable."""
+    """x (any shape) summed over processes; differentiable."""
     return _Total.apply(x)
 
 
 def mean(x: Tensor) -> Tensor:
-    """x (any shape), a statistic of each rank's part, averaged over ranks."""
+    """x (any shape), a statistic of each process's part, averaged over processes."""
     return total(x) / dist.get_world_size()
 
 
 def lowest(x: Tensor) -> Tensor:
-    """The lowest x (any shape) of all ranks."""
+    """The lowest x (any shape) of all processes."""
     x = x.clone()
     dist.all_reduce(x, dist.ReduceOp.MIN)
     return x
 
 
 @contextmanager
-def synchronized(model: nn.Module, place: Ranks, accumulate: int = 1) -> Iterator[None]:
-    """Within the block, what layers measure of a batch they measure over all ranks: means, variances, ranges.
+def synchronized(model: nn.Module, place: Place, accumulate: int = 1) -> Iterator[None]:
+    """Within the block, layers measure a batch's means, variances and ranges over all processes.
 
-    accumulate: in how many parts each rank takes its share of a step.
+    Args:
+        accumulate: in how many parts each process takes its share of a step.
     """
     layers = [m for m in model.modules() if hasattr(m, "reduce")]
     for layer in layers:
