@@ -164,8 +164,29 @@ _ABOUT_NAMES = {"dtype", "device", "shape", "size", "dim", "ndim", "numel"}  # w
 
 
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:  # its forward asks for the shapes of its inputs
-        return isinstance(module, MultiheadAttention) or super().is_leaf_module(module, name)
+    """Looks into neither attention, which asks for the shapes of its inputs, nor the layers that `convert` makes."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        own = (MultiheadAttention, QuantConv2d, QuantLinear, MultiBitBatchNorm)
+        return isinstance(module, own) or super().is_leaf_module(module, name)
+
+
+def trace(net: nn.Module) -> tuple[fx.Graph, set[str]] | None:
+    """The graph of a copy of `net` and the parameters that it reads outside their modules; None: not traceable."""
+    net = copy.deepcopy(net)
+    try:
+        graph = _Tracer().trace(net)
+    except Exception:  # a network may raise anything when it meets a proxy instead of a tensor
+        return None
+    return graph, read(graph, net)
+
+
+def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """`network`, changed in place: every module that is a key of `new` becomes its value, under all its names."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            module._modules[name] = new.get(child, child)
+    return new.get(network, network)
 
 
 @dataclass(frozen=True)
