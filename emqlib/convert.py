@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .checks import bit_width, choice, invalid
-from .layers import QuantConv2d, QuantLinear, QuantSpec
+from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last
 from .models import Record
 from .norms import MultiBitBatchNorm
 from .quantizers import levels
@@ -172,7 +172,7 @@ class _Tracer(fx.Tracer):
     """Looks into neither attention, which asks for the shapes of its inputs, nor the layers that `convert` makes."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = (MultiheadAttention, QuantConv2d, QuantLinear, MultiBitBatchNorm)
+        own = (MultiheadAttention, SafeConv2d, QuantLinear, MultiBitBatchNorm)
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
@@ -478,6 +478,9 @@ def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module
         new[modules[name]] = _LAYERS[type(modules[name])].from_float(modules[name], spec, signed)
     for name in decided.absorbed:
         new[modules[name]] = nn.Identity().train(modules[name].training)
+    for module in modules.values():
+        if type(module) is nn.Conv2d and module not in new and fails_channels_last(module):
+            module.__class__ = SafeConv2d
     known = record(model) or Record()
     model = replaced(model, new)
     model.emq = replace(known, spec=spec, decided=decided)

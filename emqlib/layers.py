@@ -388,7 +388,29 @@ def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
-class QuantConv2d(_QuantizedLayer, nn.Conv2d):
+def fails_channels_last(conv: nn.Conv2d) -> bool:
+    """Whether a CPU computes a wrong gradient of `conv`, or crashes, where its input or its weight is channels-last.
+
+    That of a strided 1x1 convolution of few input channels writes outside its buffer (oneDNN issue 6035, seen with
+    torch 2.14.1).
+    """
+    return set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels < 16
+
+
+class SafeConv2d(nn.Conv2d):
+    """A Conv2d whose gradient is right in every memory format, on a CPU too."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not (x.device.type == "cpu" and torch.is_grad_enabled() and fails_channels_last(self)):
+            return super()._conv_forward(x, weight, bias)
+        if any(self._reversed_padding_repeated_twice):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode)
+        down, right = self.stride  # a 1x1 convolution reads none of the pixels between
+        return F.conv2d(x[..., ::down, ::right], weight, bias, groups=self.groups)
+
+
+class QuantConv2d(_QuantizedLayer, SafeConv2d):
     """A Conv2d (any groups, stride, padding) whose weight and input are quantized. (N, I, H, W) -> (N, O, H', W')."""
 
     @classmethod

@@ -1,4 +1,4 @@
-"""ONNX files: one child with integer weights, for runtimes that know nothing of PyTorch."""
+"""ONNX files: one child model with integer weights, for runtimes other than PyTorch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import file_name, integer, invalid
-from ..convert import Bits
+from ..convert import Bits, replaced
 from ..files import write_atomic
-from .pack import FixedQuantizer, PackedConv2d, PackedLinear, pack, replaced
+from .pack import FixedQuantizer, PackedConv2d, PackedLinear, pack
 
 OPSET = 25  # the first with integers of two bits
 NATIVE = (2, 4, 8)  # the integers that ONNX has
 
 
 def native(bits: int) -> int:
-    """The bits of the smallest ONNX integer that holds `bits` bits.
+    """The bits of the smallest ONNX integer that holds `bits` (1 to 8) of them.
 
     >>> [native(b) for b in (1, 2, 3, 4, 5, 8)]
     [2, 2, 4, 4, 8, 8]
@@ -26,20 +26,29 @@ def native(bits: int) -> int:
 
 
 def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: Tensor | Sequence[Tensor]) -> None:
-    """Write one child of a converted `model` as an ONNX file to `path`, atomically, for any size of batch.
+    """Write one child model as an ONNX file, atomically, for any size of batch.
 
-    bits: as for `pack`, which makes the integers: weights are int2, int4 or int8, the smallest that holds them, and
-    come back to floating point by DequantizeLinear and their channel's offset; inputs of quantized layers go through
-    QuantizeLinear and DequantizeLinear, as uint8, clipped to their bit-width. Every number is one that training used,
-    so that rounding apart the file computes what the network does. What a runtime makes of it, integer arithmetic
-    included, is its own choice. example_inputs: what the network takes, one tensor (B, ...) or several; the first
-    dimension of each is the batch. The file takes "images" (several: "input_0", ...) and gives "logits".
-    ValueError: as `pack`, a path that is a folder, inputs that the network does not take. ImportError that says
-    what to install.
+    `pack` makes the integers. Weights are int2, int4 or int8, the smallest that holds them; DequantizeLinear and their
+    channel's offset bring them back to floating point. The inputs of quantized layers go through QuantizeLinear, as
+    uint8 clipped to their bit-width, and DequantizeLinear. Every number is one that training used, so that the file
+    computes what the network does but for rounding. Whether a runtime computes in integers is its own choice.
+
+    Args:
+        model: a converted network.
+        path: the file.
+        bits: as for `pack`.
+        example_inputs: what the network takes, one tensor (B, ...) or several. The file's inputs are named "images",
+            or "input_0", "input_1" and so on if there are several; its output is named "logits".
+
+    Raises:
+        ValueError: as `pack`; the path is a folder; the network does not take these inputs.
+        ImportError: onnx or onnxscript is missing; the message says what to install.
     """
     onnx = _library()
     path, inputs = file_name("path", path), _batches(example_inputs)
-    network = _spelled_out(_tried(pack(model, bits).cpu(), inputs))
+    network = pack(model, bits).cpu()
+    _try(network, inputs)
+    network = _spelled_out(network)
     names = ["images"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     batch, *others = torch.export.Dim("batch"), *[torch.export.Dim.AUTO for _ in inputs[1:]]
     program = torch.onnx.export(
@@ -70,7 +79,7 @@ def _library() -> Any:
 
 
 def _batches(inputs: Any) -> tuple[Tensor, ...]:
-    """The inputs, each with two samples: to the exporter a batch of one is a constant."""
+    """The inputs with two samples each, since the exporter takes a batch of one for a constant."""
     given = (inputs,) if isinstance(inputs, Tensor) else inputs
     expected = "a tensor (B, ...) that the network takes, or several"
     if not isinstance(given, Sequence) or not given or not all(isinstance(x, Tensor) and x.dim() for x in given):
@@ -80,26 +89,26 @@ def _batches(inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x[:1].cpu().expand(2, *x.shape[1:]) for x in given)
 
 
-def _tried(network: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    """`network`, if it takes the inputs: the exporter would find out much later that it does not."""
+def _try(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Run the network once, because the exporter's own error for inputs that do not fit comes late and says little."""
     try:
         with torch.no_grad():
             network(*inputs)
-            return network
-    except Exception as error:  # whatever the network's own forward raises
+    except Exception as error:  # a network's forward may raise anything
         shapes = [(tuple(x.shape), x.dtype) for x in inputs]
         raise invalid("example_inputs", shapes, f"what the network takes ({error})") from error
 
 
 class _Quantizer(nn.Module):
-    """A FixedQuantizer in ONNX's own words."""
+    """A FixedQuantizer as QuantizeLinear and DequantizeLinear."""
 
     def __init__(self, fixed: FixedQuantizer) -> None:
         super().__init__()
-        self.low, self.high = fixed.q_min * fixed.scale, fixed.q_max * fixed.scale
-        self.clips = fixed.q_max - fixed.q_min < 255  # else uint8 saturates where the grid ends
+        scale, q_min, q_max, _ = fixed.numbers.tolist()
+        self.low, self.high = q_min * scale, q_max * scale
+        self.clips = q_max - q_min < 255  # else the grid ends where uint8 does
         self.register_buffer("scale", fixed.numbers[0].clone())
-        self.register_buffer("zero_point", torch.tensor(-int(fixed.q_min), dtype=torch.uint8))
+        self.register_buffer("zero_point", torch.tensor(-int(q_min), dtype=torch.uint8))
         self.register_buffer("offset", fixed.numbers[3].clone() if fixed.shifted else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,17 +122,17 @@ class _Quantizer(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A packed layer whose weight is integers that DequantizeLinear reads; channel: which dimension has the outputs."""
+    """A packed layer whose weight is integers that DequantizeLinear reads; `channel`: the dimension of its outputs."""
 
-    def __init__(self, packed: PackedConv2d | PackedLinear, codes: Tensor, channel: int) -> None:
+    channel = 0
+
+    def __init__(self, packed: PackedConv2d | PackedLinear) -> None:
         super().__init__()
-        self.bits, self.channel, self.packed = packed.bits, channel, packed
-        packed.guarded = ""  # `_tried` has seen that nothing reads it
-        shape = [-1 if d == channel else 1 for d in range(codes.dim())]
-        fixed = packed.input_quantizer
+        self.bits, self.packed, fixed = packed.bits, packed, packed.input_quantizer
         self.input_quantizer = _Quantizer(fixed) if isinstance(fixed, FixedQuantizer) else fixed
+        codes, (scale, offset) = packed.integers().movedim(0, self.channel), packed.affine[:2]
+        shape = [-1 if d == self.channel else 1 for d in range(codes.dim())]
         self.register_buffer("codes", codes.to(torch.int8).contiguous())
-        scale, offset = packed.affine[:2]
         self.register_buffer("scale", scale.clone())
         self.register_buffer("offset", (offset.double() + scale.double() / 2).to(scale.dtype).view(shape))
         self.register_buffer("bias", packed.bias)
@@ -134,26 +143,20 @@ class _Layer(nn.Module):
         return self.packed.weight
 
     def dequantized(self) -> Tensor:
-        """The weight as DequantizeLinear gives it, the outputs in dimension `channel`."""
-        operands = (self.codes, self.scale)
-        attributes = {"axis": self.channel}
-        shape = self.codes.shape
-        w = torch.onnx.ops.symbolic("DequantizeLinear", operands, attributes, dtype=self.scale.dtype, shape=shape)
-        return w + self.offset
+        """The weight as DequantizeLinear gives it."""
+        operands, axis = (self.codes, self.scale), {"axis": self.channel}
+        name, kind, shape = "DequantizeLinear", self.scale.dtype, self.codes.shape
+        return torch.onnx.ops.symbolic(name, operands, axis, dtype=kind, shape=shape) + self.offset
 
 
 class _Conv2d(_Layer):
-    def __init__(self, packed: PackedConv2d) -> None:
-        super().__init__(packed, packed.integers(), channel=0)
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W')."""
         return self.packed._conv_forward(self.input_quantizer(x), self.dequantized(), self.bias)
 
 
 class _Linear(_Layer):
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__(packed, packed.integers().T, channel=1)  # as MatMul takes it
+    channel = 1  # MatMul takes (I, O)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -162,13 +165,13 @@ class _Linear(_Layer):
 
 
 def _spelled_out(network: nn.Module) -> nn.Module:
-    """A packed `network` whose layers say in ONNX's own words what they do; changed in place."""
+    """A packed `network`, changed in place: its layers become operators of ONNX."""
     twins = {PackedConv2d: _Conv2d, PackedLinear: _Linear}
     return replaced(network, {m: twins[type(m)](m) for m in network.modules() if type(m) in twins})
 
 
 def _narrow(onnx: Any, proto: Any, bits: dict[str, int]) -> None:
-    """Store each initializer of `bits`, by name, in the smallest integers of ONNX that hold its own."""
+    """Store the initializers that `bits` names in the smallest integers of ONNX that hold so many bits."""
     types = {2: onnx.TensorProto.INT2, 4: onnx.TensorProto.INT4}
     for tensor in proto.graph.initializer:
         kind = types.get(native(bits.get(tensor.name, 8)))
@@ -178,7 +181,7 @@ def _narrow(onnx: Any, proto: Any, bits: dict[str, int]) -> None:
 
 
 def _strip(proto: Any) -> None:
-    """Take out what the exporter notes for itself: places in source files, and the history of each node."""
+    """Remove the exporter's own notes: places in source files, and the history of each node."""
     graph = proto.graph
     for part in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
         del part.metadata_props[:]

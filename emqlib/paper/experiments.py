@@ -36,13 +36,14 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         seed: of the training.
         dataset: the experiment's own, in whose place a profile may have another.
         epochs: 0 for the profile's own number. With another one only the trained bit-widths are evaluated, and
-            milestones of the learning rate move in proportion.
+            milestones of the learning rate move in proportion: they stay an epoch apart, and those that no epoch would
+            follow are dropped.
     """
     checks.instance("p", p, Parameters, "what profiles.parameters gives")
     check_name("dataset", checks.instance("dataset", dataset, str, "the name of a data set"))
     own = p.profile.training
     length = epochs or own.epochs
-    milestones = tuple(max(1, round(m * length / own.epochs)) for m in own.milestones)
+    milestones = _scaled(own.milestones, length / own.epochs, length)
     return Run(
         profile=p.profile.name,
         dataset=p.profile.dataset or dataset,
@@ -53,6 +54,13 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         config=replace(own, seed=seed, epochs=length, milestones=milestones),
         eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
     )
+
+
+def _scaled(milestones: tuple[int, ...], factor: float, epochs: int) -> tuple[int, ...]:
+    scaled: list[int] = []
+    for milestone in milestones:
+        scaled.append(max(round(milestone * factor), scaled[-1] + 1 if scaled else 1))
+    return tuple(m for m in scaled if m < epochs)
 
 
 def of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:

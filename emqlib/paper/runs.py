@@ -2,11 +2,14 @@
 
 import json
 import os
+import platform
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +222,7 @@ def _refuse_other_data(
 
 
 @contextmanager
-def _claimed(run: Run, results_dir: Path, place: distributed.Ranks, patience: float) -> Iterator[bool]:
+def _claimed(run: Run, results_dir: Path, place: distributed.Place, patience: float) -> Iterator[bool]:
     """Whether nobody else is at work on `run`, nor will be within the block; asked for by all processes together."""
     with ExitStack() as stack:
         ours = True
@@ -252,7 +255,7 @@ def _forked(runs: list[Run], results_dir: Path, progress: bool, deadline: Deadli
 
 
 def _execute(
-    run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: distributed.Ranks, deadline: Deadline
+    run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: distributed.Place, deadline: Deadline
 ) -> dict[str, Any]:
     """Train and evaluate `run`, and write its record."""
     model, history = _train(run, data, results_dir, progress, deadline)
@@ -264,7 +267,7 @@ def _execute(
     record = {
         "run": run.hash,
         "config": json.loads(canonical_json(asdict(run))),
-        "provenance": provenance(data, place.device(run.config.device), place.count),
+        "provenance": provenance(data, place.device(run.config.device), place.count, run.config.autocast),
         "history": history.to_dict("records"),
         "coresets": history.attrs["coresets"],
         "n_train": len(data.train),
@@ -276,12 +279,33 @@ def _execute(
     return record
 
 
-def provenance(data: Dataset, device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Where a number came from: the software, the device and the checksum of the data."""
+def provenance(data: Dataset, device: torch.device, processes: int = 1, autocast: str = "none") -> dict[str, Any]:
+    """Where a number came from: the software, the device, the processor, the type of autocast and the data's checksum.
+
+    Args:
+        data: the data set.
+        device: where the network was.
+        processes: how many trained it together.
+        autocast: the type that was asked for; the row has the one that was used.
+    """
     cpu = f"cpu, {torch.get_num_threads()} threads"
     name = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
     several = f"{processes} x " if processes > 1 else ""
-    return software() | {"device": several + name, "data_sha256": data.sha256}
+    machine = {
+        "device": several + name,
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+    return software() | machine | {"autocast": distributed.autocast_used(autocast, device), "data_sha256": data.sha256}
+
+
+@cache
+def _processor() -> str:
+    """The processor's model, as the system names it."""
+    with suppress(OSError):  # only Linux has this file, and not on every processor a model in it
+        if found := re.search(r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def _data_key(run: Run) -> tuple:
@@ -372,7 +396,7 @@ def _about(run: Run, data: Dataset) -> dict[str, Any]:
     about = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
     about |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
     about |= {"profile": run.profile, "run": run.hash}
-    return about | provenance(data, distributed.device_named(run.config.device))
+    return about | provenance(data, distributed.device_named(run.config.device), autocast=run.config.autocast)
 
 
 def checkpoint_file(run: Run, results_dir: str | Path, name: str = "") -> Path:

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from .. import checks, kernels
-from ..layers import Reduction
+from ..layers import Reduction, fails_channels_last
 
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
@@ -71,15 +71,6 @@ def autocast(name: str, device: torch.device) -> AbstractContextManager:
         return nullcontext()
     # CUDA graphs cannot have the cache, which saves nothing where each weight is cast once a step
     return torch.autocast(device.type, dtype=getattr(torch, name), cache_enabled=device.type != "cuda")
-
-
-def fails_channels_last(conv: nn.Conv2d) -> bool:
-    """Whether `conv` has a gradient on a CPU that needs its input and weight to be contiguous.
-
-    That of a strided 1x1 convolution of few channels-last input channels writes outside its buffer and crashes, hangs
-    or is wrong (oneDNN issue 6035, seen with torch 2.14.1). `layers.SafeConv2d` computes it in another way.
-    """
-    return set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels < 16
 
 
 def _stays_contiguous(model: nn.Module, device: torch.device) -> bool:

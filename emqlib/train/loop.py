@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
 from .. import checks
-from ..convert import quantized_layers, set_bits, step_weights
+from ..convert import converted, quantized_layers, set_bits, step_weights
 from ..files import alone
 from . import checkpoint as checkpoints
 from . import distributed

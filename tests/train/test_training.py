@@ -34,7 +34,7 @@ from emqlib.train import loop as training
 from emqlib.train.checkpoint import Deadline
 from emqlib.train.config import SCORES
 from emqlib.train.coresets import Sampler, Selection
-from emqlib.train.distributed import Ranks
+from emqlib.train.distributed import Place
 from emqlib.train.loop import LossWatch
 
 BITS = (2, 4, 8)
@@ -480,8 +480,8 @@ def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> N
     optimizer, scaler = training.optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     batches = loading.loader(digits.to(meta), "train", meta)
     parts = (torch.contiguous_format, optimizer, scaler, sampler(digits.train.labels, BITS, config))
-    run = training._Run(model, model, model, digits.to(meta), config, Ranks(), meta, batches, *parts)
-    watch = LossWatch(Ranks(), model, meta)
+    run = training._Run(model, model, model, digits.to(meta), config, Place(), meta, batches, *parts)
+    watch = LossWatch(Place(), model, meta)
     watch.lag = 100  # a loss without a value cannot be looked at
     steps = plans(digits.train.labels, BITS, config)[0][:3]
     for step, batch in zip(steps, batches.epoch([step.indices for step in steps], torch.Generator()), strict=True):
@@ -1084,7 +1084,7 @@ def test_a_deadline_is_for_several_calls_together(digits: Dataset, tmp_path: Pat
     emq.train(tiny(), digits, quick(epochs=1), tmp_path / "first.pt", progress=False, budget=deadline)
     with pytest.raises(OutOfTime, match=r"^epoch 1, step 1 of 12; time is up, call again to go on$"):
         emq.train(tiny(), digits, quick(), tmp_path / "second.pt", progress=False, budget=deadline)
-    assert Deadline.of(deadline) is deadline and not Deadline(None).passed(Ranks()) and deadline.passed(Ranks())
+    assert Deadline.of(deadline) is deadline and not Deadline(None).passed(Place()) and deadline.passed(Place())
 
 
 def test_what_was_stopped_in_the_middle_of_an_epoch_goes_on_without_a_budget_too(
