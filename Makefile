@@ -2,7 +2,7 @@
 # make test        install, lint, tests, and every notebook in the smoke profile
 # make bench       run every benchmark, into results/benchmarks/; EMQ_ANY_PRECISION: a checkout to measure against
 # make faults      disturb jobs in real processes, many times over, into results/reliability/; ten minutes
-# make mutants     change the sources in hundreds of places: does a test notice? into results/reliability/; ten minutes
+# make mutants     change the sources in hundreds of places, by mutmut: which changes does no test notice? hours; it goes on
 # make browser     run the quickstart in JupyterLab in headless Chromium, if one is installed; look at build/browser.png
 # make figures     redraw every figure in results/ from the CSV beside it
 # make results     execute the notebooks, JOBS side by side, which train what is not trained yet: PROFILE=small (default),
@@ -54,6 +54,8 @@ test: lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry .
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -69,8 +71,11 @@ bench: install
 faults: install
 	$(BIN)/python tests/project/faults.py
 
+# What it has found is kept in mutants/; `.venv/bin/mutmut show NAME` shows a change.
 mutants: install
-	$(BIN)/python tests/project/mutation.py
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[mutants]"
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
+	$(BIN)/mutmut results
 
 browser: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
@@ -109,5 +114,5 @@ execute-03_imagenet:
 
 # Leaves .venv, which is gigabytes to install again.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf build dist mutants *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
 	find emqlib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
