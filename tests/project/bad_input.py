@@ -1,12 +1,15 @@
-"""Wrong values for the public functions, each with a name; `test_bad_input` gives them and looks at what happens.
+"""Wrong values for the public functions: `test_bad_input` gives them, one at a time, and looks at what happens.
 
-A value that has to be made anew each time, or only when it is needed, is `late`.
+TABLE has a line for each function: its path below `emqlib`, arguments that are right, and for some of its parameters
+values that are wrong. A key "name:dataset" is the parameter `name`, which the error calls `dataset`. A value that is a
+function is called, and what it returns is given: so it is made when it is needed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,62 +20,10 @@ import torch
 from torch import nn
 
 import emqlib as emq
-from emqlib import coreset, correction, models, quantizers
-from emqlib.convert import converted
-from emqlib.deploy import onnx as export
-from emqlib.deploy import pack as packing
-from emqlib.paper import claims as gallery
-from emqlib.paper import experiments, plots, profiles, remedies, runs, studies, suite
-from emqlib.paper import experiments as methods
-from emqlib.paper import measure as analysis
-from emqlib.paper import measure as transfer
-from emqlib.paper import plots as figures
-from emqlib.paper import runs as derived
-from emqlib.paper import tables as results
-from emqlib.train import data
-from emqlib.train import distributed as devices
-from emqlib.train import evaluate as evaluation
-from emqlib.train.checkpoint import checked
+from emqlib.paper.profiles import Parameters, parameters
+from emqlib.paper.runs import Run
 
 SMALL = Path(__file__).resolve().parents[2] / "results/small"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call whose arguments are right but for one, and the name under which the error is to tell that one."""
-
-    name: str
-    call: Callable[..., object]
-    right: dict[str, Any]
-    parameter: str
-    value: Any
-    told: str
-
-
-@dataclass(frozen=True)
-class late:
-    """A value made when it is needed."""
-
-    make: Callable[[], Any]
-
-
-CASES: list[Case] = []
-NOTHING: dict[str, Any] = {}
-
-
-def wrong(
-    name: str,
-    call: Callable[..., object],
-    right: dict[str, Any] = NOTHING,
-    told: dict[str, str] = NOTHING,
-    /,
-    **values: dict[str, Any],
-) -> None:
-    """Cases for one function: values, by their names, for some of its parameters; told: other names in the errors."""
-    for parameter, named in values.items():
-        for label, value in named.items():
-            told_as = told.get(parameter, parameter)
-            CASES.append(Case(f"{name}-{parameter}-{label}", call, right, parameter, value, told_as))
 
 
 # What the functions are right with
@@ -80,7 +31,7 @@ def wrong(
 
 @cache
 def net() -> nn.Module:
-    return models.resnet8(10, width=2)
+    return emq.models.resnet8(10, width=2)
 
 
 @cache
@@ -95,12 +46,8 @@ def unseen() -> nn.Module:
 
 @cache
 def transformer() -> nn.Module:
-    return emq.convert(models.vit_tiny(10, patch_size=16, width=4, depth=1, heads=1), emq.QuantSpec(bits=(2, 8)))
-
-
-@cache
-def own_statistics() -> nn.Module:
-    return emq.convert(net(), emq.QuantSpec(bits=(2, 8), norm="shared_affine"))
+    vit = emq.models.vit_tiny(10, patch_size=16, width=4, depth=1, heads=1)
+    return emq.convert(vit, emq.QuantSpec(bits=(2, 8)))
 
 
 @cache
@@ -108,15 +55,23 @@ def digits() -> emq.Dataset:
     return emq.load_dataset("digits").subset(40, 20)
 
 
+def without(split: str) -> Callable[[], emq.Dataset]:
+    """The digits, of which this split has no images."""
+    return lambda: replace(digits(), **{split: getattr(digits(), split).take(torch.tensor([], dtype=torch.int64))})
+
+
+RUN = {"profile": "smoke", "dataset": "digits", "model": "resnet8", "model_args": (("width", 2),)}
+RUN |= {"spec": emq.QuantSpec(bits=(2, 4)), "config": emq.TrainConfig(epochs=1)}
+
+
 @cache
-def run() -> runs.Run:
-    spec, config = emq.QuantSpec(bits=(2, 4)), emq.TrainConfig(epochs=1)
-    named = {"dataset": "digits", "model": "resnet8", "model_args": (("width", 2),)}
-    return runs.Run(profile="smoke", spec=spec, config=config, **named)
+def run() -> Run:
+    return Run(**RUN)
 
 
-def asked() -> profiles.Parameters:
-    return profiles.parameters(profile="smoke", results_dir="results")
+def small() -> Parameters:
+    """Parameters in which an experiment's own data set is not replaced by the digits."""
+    return parameters(profile="small", results_dir="results")
 
 
 @cache
@@ -124,603 +79,341 @@ def table(name: str) -> pd.DataFrame:
     return pd.read_csv(SMALL / f"{name}.csv")
 
 
-CONFIG = emq.TrainConfig(epochs=1)
+def damaged() -> Path:
+    """A folder of results in which the rows of the run are no JSON."""
+    Path("damaged/runs").mkdir(parents=True)
+    Path("damaged/runs", f"{run().hash}.json").write_text("{")
+    return Path("damaged")
+
+
 P = torch.full((4, 2), 0.5)  # probabilities
 LABELS = torch.tensor([0, 1, 0, 1])
+ONES = torch.ones(2, 2)
+IMAGE = torch.ones(1, 3, 32, 32)
+
 
 # What is wrong for many of them
 
 NAN, INF = math.nan, math.inf
-NUMBERS = {"None": None, "text": "3", "a fraction": 2.5, "True": True, "nan": NAN, "a list": [3], "huge": 10**30}
-COUNTS = NUMBERS | {"zero": 0, "negative": -1, "infinite": INF}
-GIVEN = {name: value for name, value in COUNTS.items() if name != "None"}
-RATES = {"None": None, "text": "0.8", "percent": 80, "one": 1.0, "negative": -0.1, "nan": NAN, "True": True}
-FLAGS = {"None": None, "one": 1, "text": "yes"}
-NAMES = {"None": None, "empty": "", "unknown": "nothing", "a number": 3, "a list": ["random"], "an array": np.ones(2)}
-BITS = {
-    **{"None": None, "none": (), "nine": (9,), "zero": (0, 2), "twice": (2, 2), "text": "2,4", "a number": 4},
-    **{"a fraction": (2.0,), "True": (True,), "nested": [[2]], "a dict": {2: 4}, "scalar": torch.tensor(2)},
-    **{"endless": late(lambda: count(1)), "a billion": range(10**9)},
-}
-ONE_WIDTH = {"None": None, "zero": 0, "nine": 9, "text": "4", "a fraction": 2.0, "True": True, "huge": 10**5000}
-MODELS = {"None": None, "a name": "resnet8", "a class": nn.Linear, "not converted": late(net)}
-PAIRS = {
-    **{"None": None, "a name": "digits", "numbers": [1, 2], "a tensor": torch.ones(3), "empty": []},
-    **{"an iterator": late(lambda: iter([])), "of unequal length": [(torch.ones(2, 3, 8, 8), LABELS)]},
-    **{"one pair": (torch.ones(4, 3, 8, 8), LABELS)},
-}
-DATA = {"None": None, "a name": "digits", "a list": [], "a split": late(lambda: digits().train)}
-PATHS = {"None": None, "empty": "", "a number": 3, "bytes": b"a", "null byte": "a\0b", "too long": "a" * 5000}
-FILES = PATHS | {"a folder": "FOLDER"}
-TENSORS = {"None": None, "a list": [0.5, 0.5], "an array": np.ones(4), "a number": 0.5}
-RUNS = {"None": None, "a name": "table1", "a class": runs.Run, "a spec": late(lambda: run().spec)}
-TABLES = {"None": None, "a path": "rows.csv", "a dict": {"bits": [2]}, "no rows and columns": pd.DataFrame()}
+NUMBERS = [None, "3", 2.5, True, NAN, [3], 10**30]
+COUNTS = [*NUMBERS, 0, -1, INF]
+GIVEN = COUNTS[1:]
+RATES = [None, "0.8", 80, 1.0, -0.1, NAN, True]
+FLAGS = [None, 1, "yes"]
+NAMES = [None, "", "nothing", 3, ["random"], np.ones(2)]
+BITS = [None, (), (9,), (0, 2), (2, 2), "2,4", 4, (2.0,), (True,), [[2]], {2: 4}, torch.tensor(2), range(10**9)]
+BITS += [lambda: count(1)]
+ONE_WIDTH = [None, 0, 9, "4", 2.0, True, 10**5000]
+BY_LAYER = [{}, {"nothing.*": 2, "*": 4}, {1: 2}, {"layer1.*": 2}]
+MODELS = [None, "resnet8", nn.Linear, net]
+DATA = [None, "digits", [], lambda: digits().train]
+PAIRS = [None, "digits", [1, 2], torch.ones(3), (torch.ones(4, 3, 8, 8), LABELS)]
+PAIRS += [lambda: iter([]), [(torch.ones(2, 3, 8, 8), LABELS)]]
+PATHS = [None, "", 3, b"a", "a\0b", "a" * 5000]
+FILES = [*PATHS, "FOLDER"]
+FOLDERS = [*PATHS, "FILE", "FILE/a"]
+TENSORS = [None, [0.5, 0.5], np.ones(4), 0.5]
+LOGITS = [*TENSORS, torch.tensor([[3.0, -1.0]]), P * NAN, torch.ones(4), P[:0]]
+CLASSES = [[0, 1, 0, 1], LABELS.float(), LABELS - 1]
+OF_EACH = [None, *CLASSES, LABELS[:3], LABELS + 1]
+FEATURES = [*TENSORS, torch.ones(3, 2), torch.ones(4), torch.ones(4, 2) * 1j]
+VECTORS = [*TENSORS, torch.ones(4, 2), torch.tensor(1.0), torch.ones(4) * 1j]
+WINDOWS, DECAYS = [*COUNTS, 2, 10**9], [None, 0, 2.0, "0.9", NAN]
+WEIGHTS = [*TENSORS, torch.ones(0, 2), torch.ones(2, 2, dtype=torch.int64)]
+SCALES = [0.1, torch.tensor(0.0), torch.ones(2), torch.tensor(NAN), torch.tensor(1j), torch.tensor(INF)]
+IMAGES = [None, [1, 2], (), torch.ones(()), torch.ones(0, 3, 32, 32), torch.ones(2, 1, 32, 32), IMAGE.long()]
+ARCHITECTURES = [*NAMES, "keras.resnet50", "torchvision.nothing", 10**5000]
+SPECS = [None, (2, 4), emq.QuantSpec]
+CONFIGS = [None, {}, emq.TrainConfig]
+RUNS = [None, "table1", Run, RUN["spec"]]
+DATASETS = [None, "mnist", "", 3]
+# As papermill passes them
+LISTS = ["[2,banana]", "[2,4", "", "__import__('os').getcwd()", "[" * 10_000, "9" * 5000, "1e999", "10**10**10", "\0"]
+LISTS += ["\ud800", "{1: 2}", "{[1]: 2}", "[[2]]", "['2']", "nan", "None"]
 
+Row = tuple[str, dict[str, Any], dict[str, list[Any]]]
+TABLE: list[Row] = []
 
-def rows(source: str) -> dict[str, Any]:
-    """What is no table of such rows: see also `test_bad_input.test_a_table_without_a_column`."""
-    other = pd.DataFrame({"x": [1.0]})
-    return TABLES | {"no rows": late(lambda: table(source)[:0]), "other columns": other}
+# Networks
 
+SIZES = {"num_classes": 10, "image_size": 32, "patch_size": 4, "width": 12, "depth": 1, "heads": 1}
+VIT = {name: [0, "8", 10**9] for name in SIZES} | {"patch_size": [5, 0], "heads": [5, None]}
+for name in ("resnet8", "resnet18", "resnet20"):
+    TABLE += [(f"models.{name}", {}, {"num_classes": COUNTS, "width": [0, "8", 10**9]})]
+TABLE += [
+    ("models.preact_resnet20", {}, {"num_classes": [0], "width_factor": COUNTS}),
+    ("models.resnet50", {}, {"num_classes": COUNTS}),
+    ("models.vit_tiny", SIZES, VIT),
+    ("models.vit_small", SIZES, VIT),
+    ("models.check_name", {"parameter": "model"}, {"name:model": ARCHITECTURES}),
+    (
+        "models.build",
+        {"name": "resnet8", "num_classes": 10},
+        {"name": ARCHITECTURES, "num_classes": COUNTS, "width": ["8"], "depth": [3]},
+    ),
+    (
+        "models.build",
+        {"name": "torchvision.resnet18", "num_classes": 10},
+        {"num_classes": COUNTS, "depth:kwargs": [3]},
+    ),
+]
 
-# Networks and their quantizers
+# Formulas
 
-for builder in (models.resnet8, models.resnet20, models.resnet18):
-    wrong(f"models.{builder.__name__}", builder, num_classes=COUNTS, width={"zero": 0, "text": "8", "a billion": 10**9})
-wrong("models.preact_resnet20", models.preact_resnet20, num_classes={"zero": 0}, width_factor=COUNTS)
-wrong("models.resnet50", models.resnet50, num_classes=COUNTS)
-for builder in (models.vit_tiny, models.vit_small):
-    sizes = {"num_classes": 10, "image_size": 32, "patch_size": 4, "width": 12, "depth": 1, "heads": 1}
-    many = {name: {"zero": 0, "text": "8", "a billion": 10**9} for name in sizes}
-    many |= {"patch_size": {"no divisor": 5, "zero": 0}, "heads": {"no divisor": 5, "None": None}}
-    wrong(f"models.{builder.__name__}", builder, sizes, **many)
-UNKNOWN = NAMES | {"of no library": "keras.resnet50", "unknown to torchvision": "torchvision.nothing", "huge": 10**5000}
-wrong("models.check_name", lambda name: models.check_name("model", name), {}, {"name": "model"}, name=UNKNOWN)
-wrong("models.build", models.build, {"name": "resnet8", "num_classes": 10}, name=UNKNOWN, num_classes=COUNTS)
-wrong("models.build", models.build, {"name": "resnet8", "num_classes": 10}, width={"text": "8"}, depth={"unknown": 3})
-foreign = {"name": "torchvision.resnet18", "num_classes": 10}
-wrong("models.build of torchvision", models.build, foreign, {"depth": "kwargs"}, num_classes=COUNTS, depth={"no": 3})
-wrong("quantizers.levels", quantizers.levels, bits=ONE_WIDTH)
-NOT_WEIGHTS = TENSORS | {"empty": torch.ones(0, 2), "integers": torch.ones(2, 2, dtype=torch.int64)}
-SCALES = {"a number": 0.1, "zero": torch.tensor(0.0), "two": torch.ones(2), "nan": torch.tensor(NAN)}
-SCALES |= {"complex": torch.tensor(1j), "infinite": torch.tensor(INF)}
-for function, x in ((quantizers.quantize_weight, "w"), (quantizers.quantize_activation, "x")):
-    some = {x: NOT_WEIGHTS, "bits": ONE_WIDTH, "method": NAMES, "scale": SCALES}
-    flag = {"zero_level": FLAGS} if x == "w" else {"signed": FLAGS}
-    wrong(f"quantizers.{function.__name__}", function, {x: torch.ones(2, 2), "bits": 4}, **some, **flag)
-one_bit = {"w": torch.ones(2, 2), "bits": 1, "method": "minmax"}
-wrong("quantizers.quantize_weight", quantizers.quantize_weight, one_bit, zero_level={"at one bit": True})
-both = {"w_q": torch.ones(2, 3), "w": torch.ones(2, 3)}
-shapes = {"w_q": {"unequal": torch.ones(2, 4), "one dimension": torch.ones(2), "empty": torch.ones(0, 3)}}
-wrong("correction.correct_weight", correction.correct_weight, both, w_q=TENSORS, w=TENSORS, mode=NAMES, gradient=FLAGS)
-wrong("correction.correct_weight shapes", correction.correct_weight, both, {"w_q": "w_q, w shapes"}, **shapes)
-both = both | {"mean_input": torch.ones(3)}
-unequal = TENSORS | {"unequal": torch.ones(4)}
-wrong("correction.output_shift", correction.output_shift, both, w_q=unequal, w=TENSORS, mean_input=unequal)
-
-# Coresets
-
-LOGITS = TENSORS | {"logits": torch.tensor([[3.0, -1.0]]), "nan": P * NAN, "flat": torch.ones(4), "empty": P[:0]}
-CLASSES = {"None": None, "a list": [0, 1, 0, 1], "floats": LABELS.float(), "too few": LABELS[:3]}
-CLASSES |= {"negative": LABELS - 1, "unknown": LABELS + 1}
-FEATURES = TENSORS | {"too few": torch.ones(3, 2), "flat": torch.ones(4), "complex": torch.ones(4, 2) * 1j}
-VECTORS = TENSORS | {"a table": torch.ones(4, 2), "a scalar": torch.tensor(1.0), "complex": torch.ones(4) * 1j}
-wrong("coreset.entropy", coreset.entropy, probabilities=LOGITS)
-wrong("coreset.el2n", coreset.el2n, {"probabilities": P, "labels": LABELS}, probabilities=LOGITS, labels=CLASSES)
-right = {"probabilities": P, "labels": LABELS, "features": torch.ones(4, 3)}
-wrong("coreset.grand", coreset.grand, right, probabilities=LOGITS, labels=CLASSES, features=FEATURES)
-wrong("coreset.forgetting", coreset.forgetting, correct=TENSORS | {"one epoch": torch.ones(1, 4, dtype=torch.bool)})
-right = {"features": torch.ones(4, 3), "labels": LABELS}
-some = {name: value for name, value in CLASSES.items() if name not in ("unknown", "too few")}
-wrong("coreset.moderate", coreset.moderate, right, features=FEATURES, labels=some)
-wrong("coreset.centrality", coreset.centrality, scores=VECTORS)
-wrong("coreset.ranks", coreset.ranks, scores=VECTORS)
-WINDOWS, DECAYS = (
-    COUNTS | {"two": 2, "a billion": 10**9},
-    {"None": None, "zero": 0, "two": 2.0, "text": "0.9", "nan": NAN},
-)
-right = {"probabilities": P.expand(4, 4, 2), "window": 3}
-wrong("coreset.tdds", coreset.tdds, right, window=WINDOWS | {"too long": 5}, decay=DECAYS, probabilities=LOGITS)
-wrong("coreset.check_window", coreset.check_window, {"window": 3, "decay": 0.9}, window=WINDOWS, decay=DECAYS)
-right = {"scores": torch.ones(4), "pruning_rate": 0.5, "how": "ccs", "generator": torch.Generator()}
-CUTS = {"negative": -1, "two": 2.0, "text": "0.1", "None": None, "too much": 0.9}
-GENERATORS = {"None": None, "a seed": 0}
-SCORES = VECTORS | {"empty": torch.ones(0), "nan": torch.ones(4) * NAN}
-select = {"scores": SCORES, "pruning_rate": RATES, "how": NAMES, "generator": GENERATORS, "cut": CUTS}
-some = {name: value for name, value in CLASSES.items() if name not in ("None", "unknown")}
-wrong("coreset.select", coreset.select, right, **select, labels=some)
-weights = right | {"how": "sample"}
-wrong("coreset.select by weight", coreset.select, weights, scores={"negative": -torch.ones(4), "zero": torch.zeros(4)})
-wrong("coreset.kept", coreset.kept, {"n": 4, "pruning_rate": 0.5}, n=NUMBERS | {"negative": -1}, pruning_rate=RATES)
-right = {"scores": torch.ones(4), "keep": 2, "how": "sample", "generator": torch.Generator()}
-keep, SOME_CUTS = NUMBERS | {"negative": -1, "more than all": 5}, {"negative": -1, "two": 2.0, "text": "0.1"}
-wrong(
-    "coreset.choose", coreset.choose, right, scores=VECTORS, keep=keep, how=NAMES, generator=GENERATORS, cut=SOME_CUTS
-)
-wrong("coreset.inclusion", coreset.inclusion, {"weights": torch.ones(4), "keep": 2}, weights=VECTORS, keep=keep)
+BOTH = {"w_q": torch.ones(2, 3), "w": torch.ones(2, 3)}
+SHAPES = [torch.ones(2, 4), torch.ones(2), torch.ones(0, 3)]
+SCORES = [*VECTORS, torch.ones(0), torch.ones(4) * NAN]
+SELECT = {"scores": torch.ones(4), "pruning_rate": 0.5, "how": "sample", "generator": torch.Generator()}
+CHOOSE = {"scores": torch.ones(4), "keep": 2, "how": "sample", "generator": torch.Generator()}
+KEEP, GENERATORS = [*NUMBERS, -1, 5], [None, 0]
+TABLE += [
+    ("quantizers.levels", {}, {"bits": ONE_WIDTH}),
+    (
+        "quantizers.quantize_weight",
+        {"w": ONES, "bits": 4},
+        {"w": WEIGHTS, "bits": ONE_WIDTH, "method": NAMES, "scale": SCALES, "zero_level": FLAGS},
+    ),
+    ("quantizers.quantize_weight", {"w": ONES, "bits": 1, "method": "minmax"}, {"zero_level": [True]}),
+    (
+        "quantizers.quantize_activation",
+        {"x": ONES, "bits": 4},
+        {"x": WEIGHTS, "bits": ONE_WIDTH, "method": NAMES, "scale": SCALES, "signed": FLAGS},
+    ),
+    ("correction.correct_weight", BOTH, {"w_q": TENSORS, "w": TENSORS, "mode": NAMES, "gradient": FLAGS}),
+    ("correction.correct_weight", BOTH, {"w_q:w_q, w shapes": SHAPES}),
+    (
+        "correction.output_shift",
+        BOTH | {"mean_input": torch.ones(3)},
+        {"w_q": [*TENSORS, torch.ones(4)], "w": [*TENSORS, torch.ones(2)], "mean_input": [*TENSORS, torch.ones(4)]},
+    ),
+    ("coreset.entropy", {}, {"probabilities": LOGITS}),
+    ("coreset.el2n", {"probabilities": P, "labels": LABELS}, {"probabilities": LOGITS, "labels": OF_EACH}),
+    (
+        "coreset.grand",
+        {"probabilities": P, "labels": LABELS, "features": torch.ones(4, 3)},
+        {"probabilities": LOGITS, "labels": OF_EACH, "features": FEATURES},
+    ),
+    ("coreset.forgetting", {}, {"correct": [*TENSORS, torch.ones(1, 4, dtype=torch.bool)]}),
+    (
+        "coreset.moderate",
+        {"features": torch.ones(4, 3), "labels": LABELS},
+        {"features": FEATURES, "labels": [None, *CLASSES]},
+    ),
+    ("coreset.centrality", {}, {"scores": VECTORS}),
+    ("coreset.ranks", {}, {"scores": VECTORS}),
+    (
+        "coreset.tdds",
+        {"probabilities": P.expand(4, 4, 2), "window": 3},
+        {"window": [*WINDOWS, 5], "decay": DECAYS, "probabilities": LOGITS},
+    ),
+    ("coreset.check_window", {"window": 3, "decay": 0.9}, {"window": WINDOWS, "decay": DECAYS}),
+    ("coreset.select", SELECT, {"scores": SCORES, "pruning_rate": RATES, "how": NAMES, "generator": GENERATORS}),
+    ("coreset.select", SELECT, {"scores": [-torch.ones(4), torch.zeros(4)]}),
+    ("coreset.kept", {"n": 4, "pruning_rate": 0.5}, {"n": [*NUMBERS, -1], "pruning_rate": RATES}),
+    ("coreset.choose", CHOOSE, {"scores": VECTORS, "keep": KEEP, "how": NAMES, "generator": GENERATORS}),
+    ("coreset.inclusion", {"weights": torch.ones(4), "keep": 2}, {"weights": VECTORS, "keep": KEEP}),
+]
 
 # Configurations
 
-spec = {"bits": BITS, "weight": NAMES, "activation": NAMES, "correction": NAMES, "norm": NAMES, "zero_level": FLAGS}
-kept = {
-    "None": None,
-    "text": "first",
-    "numbers": (1,),
-    "empty": ("",),
-    "scalar": torch.tensor(1),
-    "a lot": range(10**9),
+SPEC = dict.fromkeys(("weight", "activation", "correction", "norm", "activation_range"), NAMES)
+SPEC |= dict.fromkeys(("zero_level", "correction_gradient", "output_correction"), FLAGS)
+SPEC |= {"bits": BITS, "full_precision": [None, "first", (1,), ("",), torch.tensor(1), range(10**9)]}
+TRAIN = dict.fromkeys(("scheme", "optimizer", "schedule", "device", "autocast", "compile"), NAMES)
+TRAIN |= {"epochs": COUNTS, "lr": [0, NAN, "0.1", 10**400], "coreset": [0.8, "random", emq.CoresetConfig]}
+TRAIN |= {"milestones": [None, "1", 5, np.ones(2)], "seed": NUMBERS}
+CHOSEN = {"score": NAMES, "pruning_rate": RATES, "how": NAMES, "window": WINDOWS, "decay": DECAYS, "scoring": NAMES}
+RUN_FIELDS = {
+    "eval_bits": BITS,
+    "profile": [None, 3],
+    "dataset": NAMES,
+    "model": NAMES,
+    "spec": SPECS,
+    "config": CONFIGS,
 }
-spec |= {"activation_range": NAMES, "full_precision": kept, "correction_gradient": FLAGS, "output_correction": FLAGS}
-wrong("QuantSpec", emq.QuantSpec, {"bits": (2, 4)}, **spec)
-train = {"scheme": NAMES, "epochs": COUNTS, "optimizer": NAMES, "schedule": NAMES, "device": NAMES, "autocast": NAMES}
-train |= {"lr": {"zero": 0, "nan": NAN, "text": "0.1", "huge": 10**400}, "compile": NAMES}
-train |= {"coreset": {"a rate": 0.8, "a name": "random", "a class": emq.CoresetConfig}}
-train |= {"milestones": {"None": None, "text": "1", "a number": 5, "an array": np.ones(2)}, "seed": NUMBERS}
-wrong("TrainConfig", emq.TrainConfig, **train)
-chosen = {"score": NAMES, "pruning_rate": RATES, "how": NAMES, "window": WINDOWS, "decay": DECAYS, "cut": RATES}
-wrong("CoresetConfig", emq.CoresetConfig, **chosen, across_bits=NAMES, scoring=NAMES, power={"nan": NAN, "text": "1"})
-wrong(
-    "Run",
-    lambda **changed: replace(run(), **changed),
-    eval_bits=BITS,
-    profile={"None": None, "a number": 3},
-    dataset=NAMES,
-    model=NAMES,
-    spec={"None": None, "bits": (2, 4), "a class": emq.QuantSpec},
-    config={"None": None, "a dict": {}, "a class": emq.TrainConfig},
-    model_args={"None": None, "a dict": {"width": 4}, "a name": ("width",), "text": "width=4"},
-    subset={"None": None, "a number": 5, "one": (5,), "negative": (-1, 5), "fractions": (0.5, 0.5)},
-    image_size={"None": None, "negative": -1, "a fraction": 32.0},
-    stream=FLAGS,
-)
+RUN_FIELDS |= {"model_args": [None, {"width": 4}, ("width",), "width=4"], "image_size": [None, -1, 32.0]}
+RUN_FIELDS |= {"subset": [None, 5, (5,), (-1, 5), (0.5, 0.5)], "stream": FLAGS}
+TABLE += [
+    ("QuantSpec", {"bits": (2, 4)}, SPEC),
+    ("TrainConfig", {}, TRAIN),
+    ("CoresetConfig", {}, CHOSEN | {"across_bits": NAMES, "power": [NAN, "1"]}),
+    ("paper.runs.Run", RUN, RUN_FIELDS),
+]
 
-# Networks at any bit-width
+# Networks at any bit-width, and their files
 
-wrong(
-    "convert",
-    emq.convert,
-    {"net": late(net), "spec": emq.QuantSpec(bits=(2, 4))},
-    net=MODELS | {"not converted": late(model)},
-    spec={"None": None, "bits": (2, 4), "a class": emq.QuantSpec},
-)
-NO_PATTERN = {
-    "no pattern": {},
-    "an idle pattern": {"nothing.*": 2, "*": 4},
-    "numbers": {1: 2},
-    "a layer left": {"layer1.*": 2},
-}
-wrong("set_bits", emq.set_bits, {"model": late(model), "bits": 4}, model=MODELS, bits=ONE_WIDTH | NO_PATTERN)
-wrong(
-    "at_bits",
-    lambda **given: emq.at_bits(**given).__enter__(),
-    {"model": late(model), "bits": 4},
-    model=MODELS,
-    bits=ONE_WIDTH | NO_PATTERN,
-)
-wrong("converted", converted, model=MODELS)
-wrong("summary", emq.summary, model=MODELS)
-wrong("evaluation.batch_norms", evaluation.batch_norms, model=MODELS)
-PACKED = {"bits": ONE_WIDTH | NO_PATTERN, "model": MODELS | {"that has seen nothing": late(unseen)}}
-wrong("pack", emq.pack, {"model": late(model), "bits": 4}, **PACKED)
-right = {"codes": torch.tensor([1, 2]), "bits": 2}
-CODES = {
-    "None": None,
-    "a list": [1, 2],
-    "floats": torch.ones(2),
-    "too large": torch.tensor([4]),
-    "negative": torch.tensor([-1]),
-}
-wrong("packing.pack_integers", packing.pack_integers, right, codes=CODES, bits=COUNTS)
-right = {"packed": torch.zeros(1, dtype=torch.uint8), "bits": 2, "count": 4}
-wrong(
-    "packing.unpack_integers", packing.unpack_integers, right, packed=TENSORS, bits=COUNTS, count=NUMBERS | {"five": 5}
-)
-wrong("packing.packed_bytes", packing.packed_bytes, network={"None": None, "a name": "resnet8"})
-wrong("export.native", export.native, bits=COUNTS)
-IMAGES = {"None": None, "numbers": [1, 2], "none": (), "a scalar": torch.ones(()), "empty": torch.ones(0, 3, 32, 32)}
-IMAGES |= {"of one channel": torch.ones(2, 1, 32, 32), "integers": torch.ones(2, 3, 32, 32, dtype=torch.int64)}
-right = {"model": late(model), "path": "a.onnx", "bits": 4, "example_inputs": torch.ones(1, 3, 32, 32)}
-wrong("export_onnx", emq.export_onnx, right, **PACKED, path=FILES, example_inputs=IMAGES)
-wrong("save", emq.save, {"model": late(model), "path": "a.safetensors"}, model=MODELS, path=FILES)
-wrong("load", emq.load, path=FILES | {"not there": "nothing", "no such file": "FILE"})
+PACKED = {"model": [*MODELS, unseen], "bits": ONE_WIDTH + BY_LAYER}
+INTEGERS = {"packed": torch.zeros(1, dtype=torch.uint8), "bits": 2, "count": 4}
+CODES = [None, [1, 2], torch.ones(2), torch.tensor([4]), torch.tensor([-1])]
+ONNX = {"model": model, "path": "a.onnx", "bits": 4, "example_inputs": IMAGE}
+TABLE += [
+    ("convert", {"net": net, "spec": emq.QuantSpec(bits=(2, 4))}, {"net": [*MODELS[:-1], model], "spec": SPECS}),
+    ("set_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
+    ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
+    ("summary", {}, {"model": MODELS}),
+    ("pack", {"model": model, "bits": 4}, PACKED),
+    ("deploy.pack.pack_integers", {"codes": torch.tensor([1, 2]), "bits": 2}, {"codes": CODES, "bits": COUNTS}),
+    ("deploy.pack.unpack_integers", INTEGERS, {"packed": TENSORS, "bits": COUNTS, "count": [*NUMBERS, 5]}),
+    ("deploy.pack.packed_bytes", {}, {"network": [None, "resnet8"]}),
+    ("export_onnx", ONNX, PACKED | {"path": FILES, "example_inputs": IMAGES}),
+    ("save", {"model": model, "path": "a.safetensors"}, {"model": MODELS, "path": FILES}),
+    ("load", {}, {"path": [*FILES, "nothing", "FILE"]}),
+]
 
 # Data, evaluation and training
 
-wrong(
-    "load_dataset",
-    emq.load_dataset,
-    {"name": "digits"},
-    name=NAMES,
-    image_size=GIVEN | {"that fits no memory": 10**6},
-    workers={"negative": -1, "text": "2", "a fraction": 1.5, "a billion": 10**9},
-    stream={"one": 1, "text": "yes", "True": True},
-)
-places = {name: value for name, value in PATHS.items() if name != "None"}
-wrong("load_dataset", emq.load_dataset, {"name": "cifar10"}, root=places)
-folders = {"null byte": "imagefolder:a\0b", "too long": "imagefolder:" + "a" * 5000, "digits": 10**5000}
-wrong("load_dataset", emq.load_dataset, name=folders)
-wrong(
-    "Dataset.subset",
-    lambda train, test: digits().subset(train, test),
-    {"train": 20, "test": 10},
-    train=COUNTS | {"more than all": 41},
-    test=COUNTS,
-)
-wrong("data.check_name", lambda name: data.check_name("dataset", name), {}, {"name": "dataset"}, name=NAMES)
-right = {"model": late(model), "data": late(digits), "bits": (2, 4)}
-measured = {"model": MODELS, "data": PAIRS, "bits": BITS}
-wrong("evaluate", emq.evaluate, right, **measured, batch_size=COUNTS, adapt_norm=FLAGS)
-few = {"classes": [(torch.ones(2, 3, 8, 8), torch.tensor([0, 10]))]}
-wrong("evaluate", emq.evaluate, right, {"data": "model"}, data=few)
-wrong(
-    "evaluate",
-    emq.evaluate,
-    right,
-    data={"no images": late(lambda: replace(digits(), test=digits().test.take(LABELS[:0])))},
-)
-wrong(
-    "evaluate",
-    emq.evaluate,
-    right | {"model": late(transformer)},
-    {"adapt_norm": "model"},
-    adapt_norm={"of none": True},
-)
-wrong("adapt_norm", emq.adapt_norm, right, **measured, samples=COUNTS, batch_size=COUNTS)
-wrong("adapt_norm", emq.adapt_norm, right | {"data": late(digits)}, model={"without batch norm": late(transformer)})
-of_batches = {"data": late(digits), "split": "test", "device": torch.device("cpu"), "batch_size": 10}
-wrong(
-    "evaluation.batches",
-    lambda **given: list(evaluation.batches(**given)),
-    of_batches,
-    data=PAIRS | {"empty": 3},
-    split=NAMES,
-    batch_size=COUNTS,
-    limit=COUNTS | {"None": 0},
-)
-
-
-def inside(**given: Any) -> object:
-    """What the block of `undisturbed` begins with."""
-    return evaluation.undisturbed(**given).__enter__()
-
-
-wrong("evaluation.undisturbed", inside, {"model": late(model), "data": late(digits), "batch_size": 10}, model=MODELS)
-right = {"model": late(model), "data": late(digits), "config": CONFIG, "progress": False}
-budgets = {"zero": 0, "text": "60", "nan": NAN, "without a checkpoint": 60}
-wrong(
-    "train",
-    emq.train,
-    right,
-    model=MODELS,
-    data=DATA,
-    config={"None": None, "a dict": {}, "a class": emq.TrainConfig},
-    checkpoint={name: value for name, value in FILES.items() if name != "None"} | {"below a file": "FILE/a"},
-    progress={"None": None, "one": 1},
-    observe={"a number": 3, "a name": "loss"},
-    budget=budgets,
-)
-empty = late(lambda: replace(digits(), train=digits().train.take(LABELS[:0])))
-wrong("train", emq.train, right, data={"no images": empty})
-wrong("checkpoints.checked", checked, checkpoint={name: value for name, value in FILES.items() if name != "None"})
-DEVICES = {"None": None, "unknown": "gpu", "a number": 0, "meta": "meta", "empty": ""}
-wrong("devices.device_named", devices.device_named, {}, {"name": "device"}, name=DEVICES)
+LOAD = {"name": [*NAMES, "imagefolder:a\0b", "imagefolder:" + "a" * 5000, 10**5000]}
+LOAD |= {"image_size": [*GIVEN, 10**6], "workers": [-1, "2", 1.5, 10**9], "stream": [1, "yes", True]}
+MEASURE = {"model": model, "data": digits, "bits": (2, 4)}
+MEASURED = {"model": MODELS, "data": [*PAIRS, []], "bits": BITS}
+BATCHES = {"data": digits, "split": "test", "device": torch.device("cpu"), "batch_size": 10}
+LEARN = {"model": model, "data": digits, "config": emq.TrainConfig(epochs=1), "progress": False}
+LEARNED = {"model": MODELS, "data": [*DATA, without("train")], "config": CONFIGS, "progress": [None, 1]}
+LEARNED |= {"checkpoint": [*FILES[1:], "FILE/a"], "observe": [3, "loss"]}
+TABLE += [
+    ("load_dataset", {"name": "digits"}, LOAD),
+    ("load_dataset", {"name": "cifar10"}, {"root": PATHS[1:]}),
+    ("Dataset.subset", {"self": digits, "train": 20, "test": 10}, {"train": [*COUNTS, 41], "test": COUNTS}),
+    ("train.data.check_name", {"parameter": "dataset"}, {"name:dataset": NAMES}),
+    ("evaluate", MEASURE, MEASURED | {"batch_size": COUNTS, "adapt_norm": FLAGS}),
+    ("evaluate", MEASURE, {"data": [without("test")]}),
+    ("evaluate", MEASURE, {"data:model": [[(torch.ones(2, 3, 8, 8), torch.tensor([0, 10]))]]}),
+    ("evaluate", MEASURE | {"model": transformer}, {"adapt_norm:model": [True]}),
+    ("adapt_norm", MEASURE, MEASURED | {"samples": COUNTS, "batch_size": COUNTS}),
+    ("adapt_norm", MEASURE, {"model": [transformer]}),
+    ("train.evaluate.batches", BATCHES, {"data": PAIRS, "split": NAMES, "batch_size": COUNTS, "limit": GIVEN}),
+    ("train", LEARN, LEARNED),
+]
 
 # What is measured of networks
 
-wrong("analysis.weight_shift", analysis.weight_shift, {"model": late(model)}, model=MODELS, bits=BITS)
-right = {"model": late(model), "data": late(digits), "bits": (2, 4)}
-wrong("analysis.preactivations", analysis.preactivations, right, **measured, samples=COUNTS, batch_size=COUNTS)
-wrong("analysis.layer_norms", analysis.layer_norms, right | {"model": late(transformer)}, **measured, samples=COUNTS)
-wrong("analysis.layer_norms", analysis.layer_norms, right, model={"without layer norm": late(model)})
-wrong(
-    "transfer.angle",
-    transfer.angle,
-    {"a": torch.ones(2), "b": torch.ones(2)},
-    a=TENSORS,
-    b=TENSORS | {"unequal": torch.ones(3)},
-)
-wrong(
-    "transfer.gradient_angles",
-    transfer.gradient_angles,
-    right | {"samples": 10},
-    model=MODELS,
-    data=DATA,
-    bits=BITS,
-    samples=COUNTS | {"too many": 21},
-    batch_size=COUNTS,
-)
-wrong("transfer.linear_probes", transfer.linear_probes, right, **measured, samples=COUNTS, batch_size=COUNTS)
-wrong("remedies.gaussian_inputs", remedies.gaussian_inputs, model={"None": None, "a name": "resnet8"})
-wrong(
-    "remedies.compare",
-    remedies.compare,
-    {"model": late(own_statistics), "data": late(digits), "bits": (2,)},
-    model=MODELS | {"of one table": late(model)},
-    data=PAIRS,
-    bits=BITS,
-    samples=COUNTS,
-)
-# Notebooks: their parameters as Python values, and as the strings that papermill passes
-
-LISTS = {
-    "banana": "[2,banana]",
-    "unclosed": "[2,4",
-    "empty": "",
-    "code": "__import__('os').getcwd()",
-    "deep": "[" * 10_000,
-    "long": "9" * 5000,
-    "infinite": "1e999",
-    "a power": "10**10**10",
-    "null byte": "\0",
-    "surrogate": "\ud800",
-    "a dict": "{1: 2}",
-    "unhashable": "{[1]: 2}",
-    "nested": "[[2]]",
-    "text inside": "['2']",
-    "nan": "nan",
-    "None as text": "None",
-}
-asked_for = {
-    "profile": NAMES | {"upper case": "Smoke"},
-    "bits": BITS | LISTS | {"a number": 9, "scalar": 0, "text": "2;4"},
-    "dataset": NAMES
-    | {
-        "empty": "mnist",
-        "of a null byte": "imagefolder:\0",
-        "too long": "imagefolder:" + "a" * 5000,
-        "nowhere": "imagefolder",
-    },
-}
-asked_for |= {
-    "seed": NUMBERS | {"negative": -1, "a list as text": "[0]"},
-    "repeats": NUMBERS | {"negative": -1, "a billion": 10**9},
-    "processes": COUNTS | {"a billion": 10**9},
-}
-asked_for |= {
-    "pruning_rates": RATES | LISTS | {"twice": "[0.5, 0.5]", "text": "0.8;0.9", "a percentage": [80]},
-    "lengths": LISTS | {"twice": [4, 4], "zero": 0, "None": None, "a billion": [10**9], "True": True},
-}
-asked_for |= {
-    "results_dir": PATHS | {"a file": "FILE", "below a file": "FILE/a"},
-    "model": UNKNOWN | {"empty": "resnet"},
-}
-wrong("parameters", profiles.parameters, {"profile": "smoke"}, **asked_for)
-ONE_DATASET = {"dataset": {"None": None, "unknown": "mnist", "empty": "", "a number": 3}}
-small = {
-    "p": late(lambda: profiles.parameters(profile="small", results_dir="results"))
-}  # of which `dataset` is not replaced
-of_one_dataset = [
-    experiments.table1,
-    experiments.curves,
-    experiments.comparison,
-    experiments.bias_correction,
-    experiments.corrected_or_not,
-    experiments.deployed,
-    experiments.uncalibrated,
-    experiments.untrained,
-    experiments.transfer,
-    studies.distributions,
-    studies.remedies,
-    studies.alignment,
+ANGLES = {"model": MODELS, "data": DATA, "bits": BITS, "samples": [*COUNTS, 21], "batch_size": COUNTS}
+PROBED = MEASURED | {"samples": COUNTS, "batch_size": COUNTS}
+TABLE += [
+    ("paper.measure.weight_shift", {"model": model}, {"model": MODELS, "bits": BITS}),
+    ("paper.measure.preactivations", MEASURE, PROBED),
+    ("paper.measure.layer_norms", MEASURE | {"model": transformer}, PROBED),
+    ("paper.measure.layer_norms", MEASURE, {"model": [model]}),
+    ("paper.measure.angle", {"a": ONES[0], "b": ONES[0]}, {"a": TENSORS, "b": [*TENSORS, torch.ones(3)]}),
+    ("paper.measure.gradient_angles", MEASURE | {"samples": 10}, ANGLES),
+    ("paper.measure.linear_probes", MEASURE, PROBED),
 ]
-for function in of_one_dataset:
-    wrong(f"{function.__module__.removeprefix('emqlib.')}.{function.__name__}", function, small, **ONE_DATASET)
-for function in (experiments.equal_epochs, experiments.scoring_ablation):
-    wrong(f"experiments.{function.__name__}", function, small, **ONE_DATASET, pruning_rate=RATES)
-wrong("experiments.growth", experiments.growth, small, pruning_rate=RATES)
-wrong(
-    "experiments.imagenet",
-    lambda dataset: experiments.imagenet(replace(asked(), dataset=dataset)),
-    dataset={"another": "cifar10"},
-)
-wrong(
-    "experiments.transfer", lambda bits: experiments.transfer(replace(asked(), bits=bits)), bits={"a single one": (4,)}
-)
-wrong(
-    "experiments.main",
-    lambda name, value: experiments.main(["quickstart", "-p", name, value]),
-    {"name": "bits", "value": "[2,4]"},
-    {"name": "parameter", "value": "bits"},
-    name={"unknown": "bitz", "empty": ""},
-    value=LISTS,
-)
-wrong(
-    "experiments.main",
-    lambda budget: experiments.main(["quickstart", "--budget", budget]),
-    budget={"zero": "0", "nan": "nan", "infinite": "inf"},
-)
-wrong(
-    "suite.needed",
-    lambda notebook: suite.needed([notebook], asked()),
-    {},
-    notebook={"a number": "01", "a file": "01_cifar10.ipynb", "None": None, "empty": ""},
-)
-ROWS_OF = {"rows": "00_quickstart"}
-wrong(
-    "gallery.number",
-    gallery.number,
-    {"folder": SMALL},
-    source={
-        "no file": {},
-        "a text": "00_quickstart",
-        "an unknown key": ROWS_OF | {"column": "top1"},
-        "no such rows": ROWS_OF | {"where": {"bits": 9}},
-        "no such column": ROWS_OF | {"of": "top5"},
-        "no rows of the same seeds": ROWS_OF | {"where": {"seed": 0}, "minus": {"where": {"seed": 1}}},
-    },
-)
-wrong("gallery.main", gallery.main, {}, root={"None": None, "a number": 3})
-for name in ("budget", "jobs"):
-    wrong(
-        "suite.main",
-        lambda value, name=name: suite.main(["00_quickstart", "--profile", "smoke", f"--{name}", value]),
-        {},
-        {"value": name},
-        value={f"{name} of zero": "0", f"a negative {name}": "-1"},
-    )
-of_base = {"p": {"None": None, "a dict": {}}, "seed": NUMBERS | {"negative": -1}} | ONE_DATASET
-wrong(
-    "methods.base",
-    methods.base,
-    {"p": late(asked), "seed": 0, "dataset": "cifar10"},
-    **of_base,
-    epochs={"a fraction": 1.5, "negative": -1, "text": "3"},
-)
-for function in (methods.vit_base, methods.coreset_base):
-    wrong(
-        f"methods.{function.__name__}",
-        function,
-        small | {"seed": 0, "dataset": "cifar10"},
-        seed=of_base["seed"],
-        **ONE_DATASET,
-    )
-wrong(
-    "methods.of_length",
-    methods.of_length,
-    {"p": late(asked), "seed": 0, "dataset": "cifar10", "epochs": 3},
-    seed=of_base["seed"],
-    **ONE_DATASET,
-    epochs={"a fraction": 1.5, "negative": -1, "a billion": 10**9},
-)
-wrong(
-    "methods.in_setting",
-    methods.in_setting,
-    {"base": late(run), "setting": late(lambda: asked().profile.vit)},
-    base=RUNS,
-    setting={"None": None, "a dict": {}},
-)
-wrong("methods.dedicated", methods.dedicated, base=RUNS)
-wrong("methods.any_precision", methods.any_precision, base=RUNS)
-wrong(
-    "methods.ours",
-    methods.ours,
-    {"base": late(run)},
-    base=RUNS,
-    coreset=NAMES | {"None": 0},
-    weight=NAMES,
-    bits=BITS,
-)
-wrong("methods.bitwise_coreset", methods.bitwise_coreset, {"pruning_rate": 0.8}, pruning_rate=RATES, score=NAMES)
-wrong(
-    "methods.redrawn",
-    methods.redrawn,
-    {"base": late(run), "pruning_rate": 0.8},
-    {"base": "run"},
-    base=RUNS,
-    pruning_rate=RATES,
-    parts=COUNTS,
-)
-wrong("methods.in_parts", methods.in_parts, {"run": late(run), "parts": 2}, run=RUNS, parts=COUNTS | {"too many": 129})
-wrong(
-    "runs.run_all",
-    runs.run_all,
-    {"runs": late(lambda: [run()]), "results_dir": "results", "progress": False},
-    runs={"none": [], "None": None, "a run": late(run), "numbers": [3], "a name": "table1"},
-    results_dir=PATHS | {"a file": "FILE", "below a file": "FILE/a"},
-    progress=FLAGS,
-    processes=COUNTS | {"a billion": 10**9},
-    budget={"zero": 0, "nan": NAN, "text": "60"},
-)
-wrong("runs.build", runs.build, {"run": late(run), "num_classes": 10}, num_classes=COUNTS)
+
+# Notebooks and experiments
+
+RATES_TWICE = [None, 80, 1.0, -0.1, NAN, True, *LISTS, [80], "[0.5, 0.5]", "0.8;0.9"]
+NOTEBOOK = {"profile": [*NAMES, "Smoke"], "model": [*ARCHITECTURES[2:], None, "resnet"], "results_dir": FOLDERS}
+NOTEBOOK |= {"bits": [*BITS[:5], *BITS[7:11], 9, 0, "2;4", *LISTS], "pruning_rates": RATES_TWICE}
+NOTEBOOK |= {"dataset": [None, 3, "mnist", "imagefolder:\0", "imagefolder:" + "a" * 5000, "imagefolder"]}
+NOTEBOOK |= {"lengths": [*LISTS, [4, 4], 0, None, [10**9], True], "seed": [*NUMBERS, -1, "[0]"]}
+NOTEBOOK |= {"repeats": [*NUMBERS, -1, 10**9], "processes": [*COUNTS, 10**9]}
+FINISH = {"runs": lambda: [run()], "results_dir": "results", "progress": False}
+FINISHED = {"runs": [[], None, run, [3], "table1"], "results_dir": [*FOLDERS, damaged], "progress": FLAGS}
+DERIVE = {"run": run, "results_dir": "results", "name": "table", "measure": lambda: len}
+TABLE += [
+    ("paper.profiles.parameters", {"profile": "smoke"}, NOTEBOOK),
+    ("paper.runs.run_all", FINISH, FINISHED | {"processes": [*COUNTS, 10**9]}),
+    ("paper.runs.build", {"run": run, "num_classes": 10}, {"run": RUNS, "num_classes": COUNTS}),
+    ("paper.runs.trained", {"results_dir": "results"}, {"run": RUNS}),
+    ("paper.runs.coreset_rows", {"results_dir": "results"}, {"runs": [lambda: [run()], None, [3]]}),
+    ("paper.runs.derived", DERIVE, {"run": RUNS, "measure": [None, "loss"]}),
+    ("paper.runs.followed", DERIVE, {"run": RUNS, "measure": [None, "loss"]}),
+    ("paper.experiments.growth", {"p": small}, {"pruning_rate": RATES}),
+    ("paper.experiments.imagenet", {}, {"p:dataset": [lambda: replace(small(), dataset="cifar10")]}),
+    ("paper.experiments.transfer", {}, {"p:bits": [lambda: replace(small(), bits=(4,))]}),
+]
+OF_ONE_DATASET = ["table1", "curves", "comparison", "bias_correction", "untrained", "transfer", "deployed"]
+OF_ONE_DATASET += ["equal_epochs", "scoring_ablation"]
+TABLE += [(f"paper.experiments.{name}", {"p": small}, {"dataset": DATASETS}) for name in OF_ONE_DATASET]
+
+# Tables and figures: path, the committed rows it is right with, its other arguments
+
+OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
+    ("tables.accuracy_table", "01_cifar10", {}),
+    ("tables.cost_table", "01_cifar10", {"table": "table1"}),
+    ("tables.gap_table", "01_cifar10", {}),
+    ("tables.comparison_table", "05_coreset_comparison", {}),
+    ("tables.coreset_table", "05_coresets", {}),
+    ("tables.curve_table", "01_cifar10_curves", {}),
+    ("tables.equal_cost_table", "01_cifar10_curves", {}),
+    ("tables.option_table", "07_ablation_scoring_scheme", {}),
+    ("tables.untrained_table", "10_untrained_bitwidths", {}),
+    ("tables.transfer_table", "09_knowledge_transfer", {}),
+    ("tables.growth_table", "11_training_cost", {}),
+    ("tables.deployment_table", "12_deploy", {}),
+    ("plots.accuracy_by_bits", "00_quickstart", {}),
+    ("plots.accuracy_by_cost", "02_cifar100", {}),
+    ("plots.accuracy_by_pruning", "05_coreset_comparison", {}),
+    ("plots.accuracy_by_coreset", "07_ablation_scoring_scheme", {}),
+    ("plots.growth", "11_training_cost", {}),
+    ("plots.distributions", "08_activation_distributions", {}),
+    ("plots.mismatch", "08_mismatch", {}),
+    ("plots.angles_by_layer", "09_angles", {}),
+    ("plots.angles_by_epoch", "09_angles", {}),
+    ("plots.accuracy_by_size", "12_deploy", {}),
+]
+FIRST = {"tables.coreset_table": "draws", "plots.distributions": "histograms"}  # what others call rows
+FRAMES = [None, "rows.csv", {"bits": [2]}, pd.DataFrame(), pd.DataFrame({"x": [1.0]})]
+for name, source, right in OF_ROWS:
+    none = [lambda source=source: table(source)[:0]]
+    TABLE += [(f"paper.{name}", right, {FIRST.get(name, "rows"): FRAMES + none})]
 
 
-def damaged(run: runs.Run) -> Path:
-    """A folder of results in which the rows and the table of a run are no JSON."""
-    for name in (f"{run.hash}.json", f"{run.hash}-table.json"):
-        place = Path("damaged/runs", name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text("{")
-    return Path("damaged")
+def rows(source: str) -> dict[str, Any]:
+    return {"rows": lambda: table(source)}
 
 
-wrong("runs.trained", runs.trained, {"results_dir": "results"}, run=RUNS)
-wrong("runs.build", runs.build, {"num_classes": 10}, run=RUNS)
-unfinished = {"unfinished": late(lambda: [run()]), "None": None, "numbers": [3]}
-wrong("runs.coreset_rows", runs.coreset_rows, {"results_dir": "results"}, runs=unfinished)
-kept = {"damaged": late(lambda: damaged(run()))}
-wrong("runs.run_all", runs.run_all, {"runs": late(lambda: [run()]), "progress": False}, results_dir=kept)
-for function in (derived.derived, derived.followed):
-    wrong(
-        f"derived.{function.__name__}", function, {"run": late(run), "name": "table", "measure": len}, results_dir=kept
-    )
-    right = {"run": late(run), "results_dir": "r", "name": "t", "measure": len}
-    wrong(f"derived.{function.__name__}", function, right, run=RUNS, measure={"None": None, "a name": "loss"})
+BAD_COST = [None, "dollars", ["seconds"]]
+DRAWN = ["nothing", "00_quickstart"]  # no such figure, and one whose rows are not there
+TABLE += [
+    ("paper.tables.equal_cost_table", rows("01_cifar10_curves"), {"cost": BAD_COST}),
+    ("paper.tables.paper", {}, {"table": [None, 3, "\0", "a" * 5000]}),
+    (
+        "paper.tables.save",
+        {"table": FRAMES[-1], "path": Path("a")},
+        {"table": [None, 3], "path": PATHS, "rows": ["a.csv"]},
+    ),
+    ("paper.plots.accuracy_by_bits", rows("00_quickstart"), {"ax": [3, "ax"]}),
+    ("paper.plots.accuracy_by_cost", rows("02_cifar100"), {"ax": [3, "ax"], "cost": BAD_COST}),
+    ("paper.plots.growth", rows("11_training_cost"), {"ax": [3, "ax"], "cost": BAD_COST}),
+    ("paper.plots.save", {"path": Path("a")}, {"ax": [None, 3]}),
+    ("paper.plots.draw", {}, {"path": [*PATHS, *DRAWN]}),
+]
 
-# Tables and figures
-
-OF_ROWS: dict[Callable[..., object], tuple[str, dict[str, Any]]] = {
-    results.spread: ("01_cifar10", {"by": ["method", "bits"]}),
-    results.seed_means: ("01_cifar10", {"by": ["method"]}),
-    results.with_cost: ("01_cifar10", {"cost": "seconds"}),
-    results.accuracy_table: ("01_cifar10", {}),
-    results.training_cost: ("01_cifar10", {"columns": ["calibration", "seconds"]}),
-    results.cost_table: ("01_cifar10", {"table": "table1"}),
-    results.gap_table: ("01_cifar10", {}),
-    results.comparison_table: ("05_coreset_comparison", {}),
-    results.coreset_table: ("05_coresets", {}),
-    results.curve_table: ("01_cifar10_curves", {}),
-    results.equal_cost_table: ("01_cifar10_curves", {}),
-    results.named: ("07_ablation_scoring_scheme", {}),
-    results.option_table: ("07_ablation_scoring_scheme", {}),
-    results.remedy_gaps: ("06_remedies", {}),
-    results.remedy_table: ("06_remedies", {}),
-    results.served: ("10_untrained_bitwidths", {}),
-    results.untrained_table: ("10_untrained_bitwidths", {}),
-    results.transfer_table: ("09_knowledge_transfer", {}),
-    results.growth_table: ("11_training_cost", {}),
-    plots.accuracy_by_bits: ("00_quickstart", {}),
-    plots.accuracy_by_cost: ("02_cifar100", {}),
-    plots.accuracy_by_pruning: ("05_coreset_comparison", {}),
-    plots.accuracy_by_coreset: ("07_ablation_scoring_scheme", {}),
-    plots.growth: ("11_training_cost", {}),
-    plots.distributions: ("08_activation_distributions", {}),
-    plots.mismatch: ("08_mismatch", {}),
-    plots.gap_by_bits: ("06_remedies", {}),
-    plots.angles_by_layer: ("09_angles", {}),
-    plots.angles_by_epoch: ("09_angles", {}),
-    plots.ranges: ("11_training_cost", {"label": "method", "value": "seconds", "title": "", "unit": "s"}),
-}
-FIRST = {results.coreset_table: "draws", plots.distributions: "histograms"}
-COSTS = {"None": None, "unknown": "dollars", "a list": ["seconds"]}
-for function, (source, right) in OF_ROWS.items():
-    short = f"{function.__module__.removeprefix('emqlib.')}.{function.__name__}"
-    wrong(short, function, right, **{FIRST.get(function, "rows"): rows(source)})
-    whole = {"rows": late(lambda source=source: table(source))} | right
-    if function.__module__ == plots.__name__ and function not in (
-        plots.distributions,
-        plots.ranges,
-    ):
-        wrong(short, function, whole, ax={"a number": 3, "text": "ax"})
-    if function in (results.equal_cost_table, plots.accuracy_by_cost, plots.growth):
-        wrong(short, function, whole, cost=COSTS)
-wrong("results.spread", results.spread, {"rows": late(lambda: table("01_cifar10"))}, by={"None": None, "text": "bits"})
-wrong("results.paper", results.paper, table={"None": None, "a number": 3, "null byte": "\0", "too long": "a" * 5000})
-widths = {"None": None, "a number": 3, "zero": range(3), "text": ("a",), "ten": (10,)}
-wrong("results.ratio_definitions", results.ratio_definitions, bits=widths, epochs=COUNTS)
-saved = {"table": late(lambda: table("01_cifar10")), "path": Path("a")}
-wrong(
-    "results.save",
-    results.save,
-    saved,
-    table=TABLES | {"no rows and columns": 3},
-    path=PATHS,
-    rows={"a path": "rows.csv"},
-)
-wrong("plots.axes", plots.axes, {"title": ""}, ax={"a number": 3, "text": "ax"})
-wrong("plots.bit_color", plots.bit_color, bits=ONE_WIDTH)
-wrong(
-    "plots.save",
-    plots.save,
-    {"ax": late(lambda: plots.axes(None, "")), "path": Path("a")},
-    ax={"None": None, "a number": 3},
-    path=PATHS,
-)
-drawn = {"unknown": "nothing", "without rows": "00_quickstart"}
-wrong("figures.draw", figures.draw, path=PATHS | drawn | {"of rows that are none": late(lambda: broken("01_cifar10"))})
-wrong("figures.main", figures.main, folder=PATHS)
+# One case for each value
 
 
-def broken(name: str) -> Path:
-    """A figure whose CSV is empty."""
-    Path(f"{name}.csv").touch()
-    return Path(name)
+@dataclass(frozen=True)
+class Case:
+    """A call whose arguments are right but for one, and the name by which the error is to tell that one."""
+
+    path: str
+    right: dict[str, Any]
+    parameter: str
+    value: Any
+    told: str
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: made(value) for name, value in (self.right | {self.parameter: self.value}).items()}
+
+
+def made(value: Any) -> Any:
+    """What a function returns; classes and all other values as they are."""
+    return value() if callable(value) and not isinstance(value, type) else value
+
+
+def function(path: str) -> Callable[..., Any]:
+    """The function of this path below `emqlib`."""
+    module, _, name = path.rpartition(".")
+    holder = emq.Dataset if module == "Dataset" else import_module(f"emqlib.{module}" if module else "emqlib")
+    return getattr(holder, name)
+
+
+def cases() -> Iterator[Case]:
+    for path, right, wrong in TABLE:
+        for key, values in wrong.items():
+            parameter, _, told = key.partition(":")
+            yield from (Case(path, right, parameter, value, told or parameter) for value in values)
+
+
+CASES = list(cases())
