@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import emqlib as emq
-from emqlib.paper import experiments, plots, runs
+from emqlib.paper import experiments, plots, runs, tables
 from emqlib.train import distributed, loop
 
 BITS = (2, 4, 8)
@@ -235,4 +235,6 @@ if __name__ == "__main__":
         for epochs in lengths:
             if not (rows.way.eq(way) & rows.epochs.eq(epochs)).any():
                 rows = pd.concat([rows, measure(data, way, epochs)], ignore_index=True)
-                write("any_precision", rows, summary(rows), figure(rows))
+                tables.save(summary(rows), OUTPUT, rows)
+                plots.save(figure(rows), OUTPUT)
+    print(summary(rows).to_string(index=False))

@@ -19,7 +19,7 @@ from torch import nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import experiments, plots, runs
+from emqlib.paper import experiments, plots, runs, tables
 from emqlib.train import distributed, loop
 from emqlib.train.data import loader
 
@@ -132,5 +132,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    rows = measure(emq.load_dataset("cifar10").subset(640, 10))
-    write("growth", rows, summary(rows), figure(rows))
+    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
+    tables.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
+    print(summary(measured).to_string(index=False))

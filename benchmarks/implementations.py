@@ -22,7 +22,7 @@ from torch import nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import plots, runs
+from emqlib.paper import plots, runs, tables
 from emqlib.train import distributed
 
 BITS = 8
@@ -139,5 +139,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    rows = measure(emq.load_dataset("cifar10").subset(1280, 10))
-    write("implementations", rows, summary(rows), figure(rows))
+    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    tables.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
+    print(summary(measured).to_string(index=False))

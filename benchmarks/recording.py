@@ -11,7 +11,7 @@ from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib.paper import plots, runs
+from emqlib.paper import plots, runs, tables
 from emqlib.train import distributed
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
@@ -52,5 +52,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    rows = measure(emq.load_dataset("cifar10").subset(640, 10))
-    write("recording", rows, summary(rows), figure(rows))
+    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
+    tables.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
+    print(summary(measured).to_string(index=False))

@@ -13,7 +13,7 @@ import torch
 from common import resident, write
 from matplotlib.axes import Axes
 
-from emqlib.paper import plots, runs
+from emqlib.paper import plots, runs, tables
 from emqlib.train import distributed
 from emqlib.train.coresets import recorder
 
@@ -55,5 +55,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    rows = measure()
-    write("score_tables", rows, summary(rows), figure(rows))
+    measured = measure()
+    tables.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
+    print(summary(measured).to_string(index=False))

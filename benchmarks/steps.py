@@ -37,7 +37,7 @@ def measure(
     batch: int = 128,
 ) -> pd.DataFrame:
     """Rows: phase, network, precision, mode, bits, repeat; seconds of a step of the plain and of our network."""
-    device, rows = distributed.device_named("auto"), []
+    device, rows = devices.device_named("auto"), []
     x = data.train.images[:batch].float().div(255).to(device).contiguous(memory_format=torch.channels_last)
     y = data.train.labels[:batch].to(device)
     for (name, arguments), precision in itertools.product(networks.items(), precisions):

@@ -18,8 +18,9 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 import emqlib as emq
-from emqlib.paper import plots, runs
-from emqlib.paper.measure import gradient_angles, linear_probes, preactivations, weight_shift
+from emqlib.paper import measure as analysis
+from emqlib.paper import measure as transfer
+from emqlib.paper import plots, runs, tables
 from emqlib.train import distributed
 
 BITS = (2, 4, 8)
@@ -79,5 +80,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    rows = measure(emq.load_dataset("cifar10").subset(64, 32))
-    write("streaming", rows, summary(rows), figure(rows))
+    measured = measure(emq.load_dataset("cifar10").subset(64, 32))
+    tables.save(summary(measured), OUTPUT, measured)
+    plots.save(figure(measured), OUTPUT)
+    print(summary(measured).to_string(index=False))

@@ -21,8 +21,7 @@ import torch
 
 from emqlib import CoresetConfig, QuantSpec, TrainConfig
 from emqlib import files as container
-from emqlib.paper import runs
-from emqlib.paper import tables as results
+from emqlib.paper import runs, tables
 from emqlib.paper.runs import Run, run_all
 from emqlib.train import checkpoint as checkpoints
 
@@ -61,7 +60,7 @@ def job(folder: Path, arm: Arm | None = None, **which: Any) -> pd.DataFrame:
     if arm is not None:
         arm()
     rows = run_all(jobs_runs(**which), folder / "results", progress=False)
-    results.save(results.accuracy_table(rows), folder / "results" / "table", rows)
+    tables.save(tables.accuracy_table(rows), folder / "results" / "table", rows)
     return rows
 
 
@@ -86,7 +85,7 @@ def _told(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], n
 def start(function: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, Any]:
     """A process that has imported the library already, and where its answer comes from."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["emqlib.experiments", "emqlib.results"])
+    context.set_forkserver_preload(["emqlib.paper.experiments", "emqlib.paper.tables"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_told, args=(theirs, function, arguments, named))
     process.start()

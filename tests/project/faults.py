@@ -31,13 +31,11 @@ from tqdm import tqdm
 from emqlib import CoresetConfig, OutOfTime, QuantSpec, TrainConfig, files, load_dataset
 from emqlib import files as container
 from emqlib.files import software
-from emqlib.paper import runs
-from emqlib.paper import tables as results
+from emqlib.paper import runs, tables
 from emqlib.paper.experiments import write_class_folders
 from emqlib.paper.runs import run_all
 from emqlib.train import checkpoint as checkpoints
-from emqlib.train import coresets as sampling
-from emqlib.train import loop as training
+from emqlib.train import coresets, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,7 +66,7 @@ class _Dying:
 
 def dies_in_a_step(count: int) -> None:
     """Be killed before the step of this number."""
-    step, left = training._step, [count]
+    step, left = loop._step, [count]
 
     def counted(*arguments: Any) -> None:
         left[0] -= 1
@@ -76,12 +74,12 @@ def dies_in_a_step(count: int) -> None:
             _die()
         step(*arguments)
 
-    training._step = counted
+    loop._step = counted
 
 
 def dies_while_scoring(count: int) -> None:
     """Be killed in the scoring phase, before the batch of this number is taken in."""
-    observe, left = sampling.Sampler.observe, [count]
+    observe, left = coresets.Sampler.observe, [count]
 
     def counted(self: Any, *arguments: Any) -> None:
         left[0] -= bool(self.recorders)
@@ -89,7 +87,7 @@ def dies_while_scoring(count: int) -> None:
             _die()
         observe(self, *arguments)
 
-    sampling.Sampler.observe = counted
+    coresets.Sampler.observe = counted
 
 
 def dies_writing(suffix: str, count: int, size: int) -> None:
@@ -246,20 +244,20 @@ def a_job_killed_beside_another(judge: Judge, folder: Path, rng: random.Random) 
 
 def spoils(what: str, count: int) -> None:
     """Make the images, the loss or a gradient of the step of this number NaN."""
-    step, left = training._step, [count]
+    step, left = loop._step, [count]
 
     def counted(run: Any, step_: Any, batch: Any, *more: Any) -> None:
         left[0] -= 1
         if left[0] == -1 and what == "images":
             batch = (batch[0] * torch.nan, *batch[1:])
         if left[0] == -1 and what == "loss":
-            loss = training._loss
-            training._loss = lambda *a: loss(*a) * torch.nan
+            loss = loop._loss
+            loop._loss = lambda *a: loss(*a) * torch.nan
         if left[0] == -1 and what == "gradient":
             next(run.model.parameters()).register_hook(lambda grad: grad * torch.nan)
         step(run, step_, batch, *more)
 
-    training._step = counted
+    loop._step = counted
 
 
 def not_a_number(judge: Judge, folder: Path, rng: random.Random, what: str) -> Try:
@@ -274,11 +272,11 @@ def _too_large(folder: Path, room: int) -> str:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
     try:
-        training.train(model, data, TrainConfig(epochs=1, batch_size=1024), path, progress=False)
+        loop.train(model, data, TrainConfig(epochs=1, batch_size=1024), path, progress=False)
     except MemoryError as error:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         small = TrainConfig(epochs=1, batch_size=512, coreset=CoresetConfig(pruning_rate=0.5))
-        training.train(model, data.subset(60, 20), small, path, progress=False)
+        loop.train(model, data.subset(60, 20), small, path, progress=False)
         return str(error)
     return "no error"
 
@@ -533,7 +531,7 @@ def main(scale: float = 1.0) -> int:
             rows.append({"fault": name, "tries": len(found), "survived": survived, "lost": lost})
     table = pd.DataFrame(rows)
     total = {"fault": "all"} | table[["tries", "survived", "lost"]].sum().to_dict()
-    results.save(
+    tables.save(
         pd.concat([table, pd.DataFrame([total])]), ROOT / "results/reliability/faults", table.assign(**software())
     )
     return wrong

@@ -42,7 +42,7 @@ import json, sys
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 import torch
 from torch import nn
 import emqlib as emq
@@ -62,7 +62,7 @@ emq.save(model, "digits.safetensors")
 loaded = emq.load("digits.safetensors", net)
 tables.append(emq.evaluate(loaded, data, bits=(2, 5, 8)))
 states = loaded.state_dict(), model.state_dict()
-modules = [import_module(f"emqlib.{module.name}").__file__ for module in iter_modules(emq.__path__)]
+modules = [import_module(module.name).__file__ for module in walk_packages(emq.__path__, "emqlib.")]
 print(json.dumps({
     "versions": [emq.__version__, version("emqlib")], "path": sys.path, "modules": [emq.__file__, *modules],
     "top1": [table.top1.tolist() for table in tables], "left": [path.name for path in Path().iterdir()],
@@ -198,7 +198,7 @@ def test_it_works_where_it_is_installed(kind: str, installed: dict[str, Path], t
     path = os.pathsep.join([str(folder), *site.getsitepackages()])
     told = json.loads(run("-B", "-P", "-S", "-c", USE, cwd=tmp_path, PYTHONPATH=path))
     assert told["versions"] == [emq.__version__] * 2
-    assert set(told["modules"]) == {str(file) for file in (folder / "emqlib").glob("*.py")}  # and all can be imported
+    assert set(told["modules"]) == {str(file) for file in (folder / "emqlib").rglob("*.py")}  # and all can be imported
     assert str(ROOT) not in told["path"]
     assert [len(top1) for top1 in told["top1"]] == [3, 3] and min(map(min, told["top1"])) > 50
     assert told["same"] and told["left"] == ["digits.safetensors"]

@@ -14,8 +14,8 @@ from torchvision.datasets import CIFAR10
 
 import emqlib as emq
 from emqlib.layers import QuantSpec
-from emqlib.paper import experiments, profiles, runs
-from emqlib.paper import tables as results
+from emqlib.paper import deployment as serving
+from emqlib.paper import experiments, profiles, runs, tables
 from emqlib.train.config import TrainConfig
 
 
@@ -120,7 +120,7 @@ def test_a_record_leads_nowhere(mark: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     rows = runs.run_all([a_run()], folder, progress=False)
     assert sorted(tmp_path.rglob("*")) == before and set(rows.run) == {a_run().hash}
-    results.save(rows[["bits", "top1"]], folder / "smoke" / "table", rows)
+    tables.save(rows[["bits", "top1"]], folder / "smoke" / "table", rows)
     assert {p.name for p in {*tmp_path.rglob("*")} - {*before}} == {"smoke", "table.csv", "table.md"}
 
 
