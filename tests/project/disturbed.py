@@ -19,11 +19,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from emqlib import CoresetConfig, QuantSpec, TrainConfig
-from emqlib import files as container
+from emqlib import CoresetConfig, QuantSpec, TrainConfig, files
 from emqlib.paper import runs, tables
 from emqlib.paper.runs import Run, run_all
-from emqlib.train import checkpoint as checkpoints
+from emqlib.train import checkpoint
 
 DIFFERING = ["seconds", "commit", "dirty"]  # what rows of two undisturbed jobs may differ in
 
@@ -34,7 +33,7 @@ def jobs_runs(dataset: str = "digits", stream: bool = False) -> list[Run]:
     """What a job trains: half a second of work, with a scoring phase, draws of coresets and two optimizers."""
     shared = {"profile": "smoke", "dataset": dataset, "subset": (60, 20), "eval_bits": (2, 3), "stream": stream}
     shared |= {"model": "resnet8", "model_args": (("width", 4),), "image_size": 8, "spec": QuantSpec(bits=(2, 4))}
-    coreset = CoresetConfig(score="tdds", pruning_rate=0.5, how="sample", rescore=True)
+    coreset = CoresetConfig(score="tdds", pruning_rate=0.5, how="sample")
     first = TrainConfig(epochs=6, batch_size=20, lr=0.05, coreset=coreset)
     return [Run(config=first, **shared), Run(config=TrainConfig(scheme="joint", epochs=3, batch_size=20), **shared)]
 
@@ -46,7 +45,7 @@ def job(folder: Path, arm: Arm | None = None, **which: Any) -> pd.DataFrame:
     """Finish the runs, write their table, and note down in folder/log what has been saved."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     log = os.open(folder / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    save, write = checkpoints.save, runs.write_text
+    save, write = checkpoint.save, runs.write_text
 
     def saved(path: Path, own: Any, history: list[Any], state: Any) -> None:
         save(path, own, history, state)
@@ -56,7 +55,7 @@ def job(folder: Path, arm: Arm | None = None, **which: Any) -> pd.DataFrame:
         write(path, text)
         os.write(log, f"record {path.stem} 0\n".encode())
 
-    checkpoints.save, runs.write_text = saved, written
+    checkpoint.save, runs.write_text = saved, written
     if arm is not None:
         arm()
     rows = run_all(jobs_runs(**which), folder / "results", progress=False)
@@ -149,7 +148,7 @@ class Judge:
         for run in {*epochs, *(path.stem for path in (folder / "checkpoints").glob("[!.]*"))}:
             path = folder / "checkpoints" / f"{run}.safetensors"
             try:
-                about, _ = container.read(path, checkpoints.VERSION, "a checkpoint")
+                about, _ = files.read(path, checkpoint.VERSION, "a checkpoint")
                 if len(json.loads(about["history"])) < epochs.get(run, 0):
                     yield f"{path.name}: {about['history']}"
             except ValueError as error:

@@ -1,7 +1,7 @@
 """Faults, in real processes: a job is disturbed, what it had reported as saved is looked for, the next call goes on.
 
-`python tests/faults.py` tries each many times and writes results/reliability/faults.csv and .md; the tests try each a
-few times. The job and its judge: `disturbed`.
+`python tests/project/faults.py` tries each many times and writes results/reliability/faults.csv and .md; the tests try
+each a few times. The job and its judge: `disturbed`.
 """
 
 import ctypes
@@ -25,17 +25,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from disturbed import Arm, Judge, Try, call, end, job, jobs_runs, judged, refusal, start
+from disturbed import Arm, Judge, Try, call, end, job, judged, refusal, start
 from tqdm import tqdm
 
-from emqlib import CoresetConfig, OutOfTime, QuantSpec, TrainConfig, files, load_dataset
-from emqlib import files as container
+from emqlib import CoresetConfig, QuantSpec, TrainConfig, files, load_dataset
 from emqlib.files import software
 from emqlib.paper import runs, tables
 from emqlib.paper.experiments import write_class_folders
-from emqlib.paper.runs import run_all
-from emqlib.train import checkpoint as checkpoints
-from emqlib.train import coresets, loop
+from emqlib.train import checkpoint, coresets, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +89,7 @@ def dies_while_scoring(count: int) -> None:
 
 def dies_writing(suffix: str, count: int, size: int) -> None:
     """Be killed after `size` bytes of the file of this number that ends so; of the whole file before its renaming."""
-    write_atomic, left, replace = files.write_atomic, [count], os.replace
+    write_atomic, left = files.write_atomic, [count]
 
     def counted(path: Path, write: Callable[[Any], object]) -> None:
         left[0] -= path.suffix == suffix
@@ -101,8 +98,7 @@ def dies_writing(suffix: str, count: int, size: int) -> None:
         os.replace = lambda *_: _die()
         return write_atomic(path, lambda file: write(_Dying(file, size)))
 
-    files.write_atomic = container.write_atomic = counted
-    assert replace is os.replace
+    files.write_atomic = counted
 
 
 def dies_after_writing(suffix: str, count: int) -> None:
@@ -360,11 +356,11 @@ def another_checkpoint(judge: Judge, folder: Path, rng: random.Random) -> Try:
     """The checkpoint of another config, or of another version, in the place of the run's own: refused, and left."""
     call(job, folder, partial(dies_in_a_step, rng.randrange(8, 20)))
     (path,) = (folder / "results" / "checkpoints").glob("[!.]*")
-    whole, (about, tensors) = path.read_bytes(), container.read(path, checkpoints.VERSION, "a checkpoint")
+    whole, (about, tensors) = path.read_bytes(), files.read(path, checkpoint.VERSION, "a checkpoint")
     own = json.loads(about["identity"])
     name = rng.choice([name for name, value in own.items() if isinstance(value, (int, float, str))])
     other = {"identity": json.dumps(own | {name: "another"})}
-    container.write(path, about | rng.choice([other, {"version": checkpoints.VERSION + 1}]), tensors)
+    files.write(path, about | rng.choice([other, {"version": checkpoint.VERSION + 1}]), tensors)
     ended = call(job, folder)
     problem = refusal(ended, ValueError, "checkpoint=", "expected")
     path.write_bytes(whole)
@@ -380,25 +376,21 @@ def jumping_clock(seed: int) -> None:
     time.time = lambda: now() + rng.uniform(-3e7, 3e7)
 
 
-def _in_slices(folder: Path, seed: int) -> tuple[pd.DataFrame, float]:
+def _jumps_and_dies(seed: int, count: int) -> None:
     jumping_clock(seed)
-    for _ in range(1000):
-        with suppress(OutOfTime):
-            run_all(jobs_runs(), folder / "results", progress=False, budget=0.05)
-            break
-    rows = job(folder)
-    return rows, float(rows.seconds.min())
+    dies_in_a_step(count)
 
 
 def clock_jumps(judge: Judge, folder: Path, rng: random.Random) -> Try:
-    """A job in slices of a twentieth of a second, while the clock on the wall jumps to and fro."""
+    """A job killed and started again, while the clock on the wall jumps to and fro."""
     begin = time.perf_counter()
-    ended = call(_in_slices, folder, rng.randrange(1 << 30))
+    call(job, folder, partial(_jumps_and_dies, rng.randrange(1 << 30), rng.randrange(35)))
+    ended = call(job, folder, partial(jumping_clock, rng.randrange(1 << 30)))
     if ended.value is None:
         return Try(False, [], repr(ended.error))
-    rows, seconds = ended.value
+    seconds = float(ended.value.seconds.min())
     problem = "" if 0 < seconds < time.perf_counter() - begin else f"{seconds} s"
-    return Try(judge.right(rows) and not problem, judge.lost(folder), problem)
+    return Try(judge.right(ended.value) and not problem, judge.lost(folder), problem)
 
 
 def interrupted(judge: Judge, folder: Path, rng: random.Random) -> Try:
