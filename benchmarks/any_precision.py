@@ -117,7 +117,7 @@ def _train_published(data: emq.Dataset, epochs: int, ours: bool, batch: int = 12
         for i, (images, labels) in enumerate(loader):
             if ours:
                 for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate(epoch + (i + 1) / len(loader), config)
+                    group["lr"] = training.learning_rate(epoch + (i + 0.5) / len(loader), config)
             optimizer.zero_grad()
             published_gradients(code, net, images, labels, BITS, net)
             optimizer.step()

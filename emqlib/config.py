@@ -18,8 +18,8 @@ class TrainConfig:
     scheme: "dedicated" (a network with one bit-width), "joint" (every batch at every bit-width, one optimizer step) or
     "bitwise" (each step trains one child on a batch of its own coreset). epochs: passes over the training set, or over
     the coresets. optimizer: "sgd", with momentum and nesterov, or "adamw". lr: peak learning rate, after warmup_epochs
-    of linear increase; schedule: "cosine" to zero, or "step" (times gamma at each of milestones, epochs). weight_decay:
-    on convolution and linear weights alone. label_smoothing: of the cross entropy with labels, in [0, 1).
+    of linear increase; schedule: "cosine" towards zero, or "step" (times gamma after each of milestones, in epochs). A
+    step takes the rate at its middle (see `learning_rate`). weight_decay: on convolution and linear weights alone. label_smoothing: of the cross entropy with labels, in [0, 1).
     distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
     clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". channels_last: the
     memory format of images and weights, where that is safe (see `devices.memory_format`). compile: True runs the
@@ -105,7 +105,12 @@ class TrainConfig:
 
 
 def learning_rate(progress: float, config: TrainConfig) -> float:
-    """The learning rate after `progress` epochs, a fraction of one included."""
+    """The learning rate after `progress` epochs, a fraction of one included.
+
+    Training asks for it at the middle of each step: step i of n in epoch e, both from 1, has progress e - 1 + (i - 1/2) / n.
+    So a milestone of 5 gives exactly five epochs at the first rate, and neither the first step of a warm-up nor the last
+    of a cosine has a rate of zero.
+    """
     if progress < config.warmup_epochs:
         return config.lr * progress / config.warmup_epochs
     if config.schedule == "step":

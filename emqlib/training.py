@@ -246,7 +246,7 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
         done, before = _go_on(run, watch, pixels)
         batches = run.loader.epoch([step.indices for step in steps], pixels, done)
         for i, (step, batch) in enumerate(zip(steps[done:], batches, strict=True), start=done + 1):
-            lr = learning_rate(epoch + i / len(steps), run.config)
+            lr = learning_rate(epoch + (i - 0.5) / len(steps), run.config)
             where = f"epoch {epoch + 1}, step {i}"
             _step(run, step, batch, lr, watch, where)
             where += f", {step.bits} bits, lr {lr:.3g}"
