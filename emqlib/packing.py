@@ -12,7 +12,7 @@ from . import quantizers
 from .attention import MultiheadAttention
 from .checks import instance, integer, invalid
 from .correction import correct_weight
-from .layers import InputQuantizer, QuantConv2d, QuantLinear, geometry
+from .layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
 from .multibit import Bits, at_bits, converted, quantized_layers
 from .norms import MultiBitBatchNorm
 
@@ -287,7 +287,7 @@ def _per_channel(v: Tensor, like: Tensor) -> Tensor:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = (MultiheadAttention, QuantConv2d, QuantLinear, MultiBitBatchNorm)
+        own = (MultiheadAttention, SafeConv2d, QuantLinear, MultiBitBatchNorm)
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
@@ -309,6 +309,6 @@ def _folded(network: nn.Module) -> dict[nn.Module, MultiBitBatchNorm]:
         if not isinstance(norm, MultiBitBatchNorm) or source not in called or len(source.users) > 1:
             continue
         layer = modules[source.target]
-        if type(layer) in (nn.Conv2d, QuantConv2d) and calls[layer] == calls[norm] == 1:
+        if type(layer) in (nn.Conv2d, SafeConv2d, QuantConv2d) and calls[layer] == calls[norm] == 1:
             found[layer] = norm
     return found

@@ -171,6 +171,7 @@ def _prepare(
         raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
     place = current(config.device)
     device = place.device(config.device)
+    devices.autocast_used(config.autocast, device)  # what it warns of is told before the progress bar is there
     memory_format = devices.memory_format(model, config.channels_last, device)
     model.to(device, memory_format=memory_format)
     sampler = Sampler(config.coreset, config.scheme, config.seed, bits, data.train.labels, config.epochs, place)
