@@ -92,7 +92,7 @@ def _train_plain(net: nn.Module, data: emq.Dataset, config: emq.TrainConfig) -> 
         found = batches.epoch(chunks, torch.Generator().manual_seed(epoch))
         for i, (images, labels, _) in enumerate(found):
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate(epoch + (i + 1) / len(chunks), config)
+                group["lr"] = training.learning_rate(epoch + (i + 0.5) / len(chunks), config)
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(forward(images.contiguous(memory_format=memory_format)), labels).backward()
             optimizer.step()

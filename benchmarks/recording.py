@@ -32,7 +32,7 @@ def measure(data: emq.Dataset, scores: tuple[str, ...] = SCORES, repeats: int = 
             scored = _seconds(data, replace(plain, epochs=epochs + 1, coreset=coreset), epochs)
             row = {"score": score, "repeat": repeat, "classes": data.num_classes, "plain": without, "scored": scored}
             rows.append(row | {"ratio": scored / without})
-    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device("auto")))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device("auto"), autocast=plain.autocast))
 
 
 def _seconds(data: emq.Dataset, config: emq.TrainConfig, epochs: int) -> float:

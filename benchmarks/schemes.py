@@ -33,7 +33,8 @@ def measure(data: emq.Dataset, repeats: int = 5, epochs: int = 8, pruning_rate: 
             history = _train(run, data)
             cost = {"sample_passes": history.sample_passes.sum(), "seconds": history.seconds.sum()}
             rows.append({"scheme": name, "repeat": repeat, "bits": "2 4 8", "epochs": epochs} | cost)
-    return pd.DataFrame(rows).assign(**runs.provenance(data, devices.device("auto")))
+    origin = runs.provenance(data, devices.device("auto"), autocast=start.config.autocast)
+    return pd.DataFrame(rows).assign(**origin)
 
 
 def _train(run: runs.Run, data: emq.Dataset) -> pd.DataFrame:

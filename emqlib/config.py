@@ -18,13 +18,14 @@ class TrainConfig:
     scheme: "dedicated" (a network with one bit-width), "joint" (every batch at every bit-width, one optimizer step) or
     "bitwise" (each step trains one child on a batch of its own coreset). epochs: passes over the training set, or over
     the coresets. optimizer: "sgd", with momentum and nesterov, or "adamw". lr: peak learning rate, after warmup_epochs
-    of linear increase; schedule: "cosine" to zero, or "step" (times gamma at each of milestones, epochs). weight_decay:
-    on convolution and linear weights alone. label_smoothing: of the cross entropy with labels, in [0, 1).
-    distillation, joint only: the highest bit-width learns the labels, each lower one the softmax of the next higher.
-    clip_grad_norm: the largest gradient norm, 0 for any. autocast: "none", "bfloat16" or "float16". channels_last: the
-    memory format of images and weights, where that is safe (see `devices.memory_format`). compile: True runs the
-    network through torch.compile, "auto" only where the run has 500 steps or more for each layer, since compiling
-    costs more than it saves before; "graphs": as CUDA graphs, on one GPU alone, which take no time to compile.
+    of linear increase; schedule: "cosine" towards zero, or "step" (times gamma after each of milestones, in epochs);
+    each step takes the rate at its middle (see `learning_rate`). weight_decay: on convolution and linear weights alone.
+    label_smoothing: of the cross entropy with labels, in [0, 1). distillation, joint only: the highest bit-width learns
+    the labels, each lower one the softmax of the next higher. clip_grad_norm: the largest gradient norm, 0 for any.
+    autocast: "none", "bfloat16" (float32 on a CPU that has no fast bfloat16, see `devices.autocast_used`) or "float16".
+    channels_last: the memory format of images and weights, where that is safe (see `devices.memory_format`). compile:
+    True runs the network through torch.compile, "auto" only where the run has 500 steps or more for each layer, since
+    compiling costs more than it saves before; "graphs": as CUDA graphs, on one GPU alone, which need no compiling.
     device: "auto" takes CUDA if there is one. seed: of shuffling, augmentation, dropout and coresets. coreset: None
     for the full data. batch_size: of a step, of all ranks together. accumulate: in how many parts, one after the other,
     a rank takes its share of a step, for less memory; batch norm sees one part at a time.
@@ -105,7 +106,12 @@ class TrainConfig:
 
 
 def learning_rate(progress: float, config: TrainConfig) -> float:
-    """The learning rate after `progress` epochs, a fraction of one included."""
+    """The learning rate after `progress` epochs, a fraction of one included.
+
+    Training asks for it at the middle of each step: step i of n in epoch e, counted from 1, has made progress of
+    e - 1 + (i - 1/2) / n. So a milestone of 5 gives exactly five epochs at the first rate, and neither the first step
+    of a warm-up nor the last of a cosine has a rate of zero.
+    """
     if progress < config.warmup_epochs:
         return config.lr * progress / config.warmup_epochs
     if config.schedule == "step":

@@ -68,7 +68,8 @@ def _follow(
 def _keep(path: Path, run: Run, data: Dataset, table: pd.DataFrame) -> None:
     asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
     asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
-    asked |= {"profile": run.profile, "run": run.hash} | provenance(data, devices.device(run.config.device))
+    asked |= {"profile": run.profile, "run": run.hash}
+    asked |= provenance(data, devices.device(run.config.device), autocast=run.config.autocast)
     remove_parts(path)
     write_text(path, json.dumps({"asked": asked, "table": table.to_dict("list")}) + "\n")
 

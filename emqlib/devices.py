@@ -3,8 +3,10 @@
 import gc
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -34,32 +36,66 @@ def device(name: str) -> torch.device:
     return torch.device(checks.choice("device", name, ["auto", "cpu", *(["cuda", *found] if found else [])]))
 
 
+def autocast_used(name: str, device: torch.device) -> str:
+    """The autocast type that `device` really gets: "none" for "bfloat16" on a CPU without it, told once by a warning.
+
+    A CPU of AVX2 and no more would take ten times as long in bfloat16 as in float32.
+    """
+    if name == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        _tell_of_float32()
+        return "none"
+    return name
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN has kernels for bfloat16 on this CPU, which without them is slower in it than in float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def _tell_of_float32() -> None:
+    told = "this processor has no fast bfloat16: what asks for it on the CPU runs in float32, which is faster here"
+    warnings.warn(told, stacklevel=3)
+
+
 def autocast(name: str, device: torch.device) -> AbstractContextManager:
-    """The context in which a forward pass runs in "bfloat16" or "float16"; "none" changes nothing."""
+    """The context in which a forward pass runs in "bfloat16" or "float16", if it has that; "none" changes nothing."""
+    name = autocast_used(name, device)
     if name == "none":
         return nullcontext()
     # CUDA graphs cannot have the cache, which saves nothing where each weight is cast once a step
     return torch.autocast(device.type, dtype=getattr(torch, name), cache_enabled=device.type != "cuda")
 
 
-def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
-    """The format for the weights and images (N, C, H, W) of `model`: channels-last where asked for and safe.
+def fails_channels_last(conv: nn.Conv2d) -> bool:
+    """Whether `conv` has a gradient on a CPU that needs its input and weight to be contiguous.
 
-    On a CPU, the gradient of a strided 1x1 convolution of few channels-last input channels writes outside its buffer
-    and crashes, hangs or is wrong (oneDNN issue 6035, seen with torch 2.14.1): such a network stays contiguous.
+    That of a strided 1x1 convolution of few channels-last input channels writes outside its buffer and crashes, hangs
+    or is wrong (oneDNN issue 6035, seen with torch 2.14.1). `layers.SafeConv2d` computes it in another way.
     """
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    unsafe = any(set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels < 16 for m in convolutions)
-    if not channels_last or (device.type == "cpu" and unsafe):
-        return torch.contiguous_format
-    return torch.channels_last
+    return set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels < 16
+
+
+def _stays_contiguous(model: nn.Module, device: torch.device) -> bool:
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return device.type == "cpu" and any(map(fails_channels_last, convolutions))
+
+
+def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
+    """The format for the weights and images (N, C, H, W) of `model`: channels-last where asked for and safe."""
+    safe = channels_last and not _stays_contiguous(model, device)
+    return torch.channels_last if safe else torch.contiguous_format
 
 
 def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
     """`model` through torch.compile, where `how` is True, or "auto" and the run has steps enough to earn that back."""
     layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
     pays = how == "auto" and steps >= COMPILE_STEPS * layers
-    return torch.compile(model) if how is True or pays else model
+    if how is not True and not pays:
+        return model
+    if _stays_contiguous(model, next(model.parameters()).device):
+        return torch.compile(model, options={"layout_optimization": False})  # which would choose channels-last
+    return torch.compile(model)
 
 
 class Graphed:

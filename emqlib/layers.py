@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import quantizers, ranks
+from . import devices, quantizers, ranks
 from .checks import BIT_WIDTHS, bit_widths, choice, flag, invalid
 from .correction import CORRECTIONS, correct_weight, output_shift
 
@@ -372,7 +372,20 @@ def geometry(conv: nn.Conv2d) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
-class QuantConv2d(_QuantizedLayer, nn.Conv2d):
+class SafeConv2d(nn.Conv2d):
+    """A Conv2d whose gradient is right in every memory format, on a CPU too. (N, I, H, W) -> (N, O, H', W')."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not (x.device.type == "cpu" and torch.is_grad_enabled() and devices.fails_channels_last(self)):
+            return super()._conv_forward(x, weight, bias)
+        if any(self._reversed_padding_repeated_twice):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode)
+        down, right = self.stride  # pixels between are read by none of its 1x1 windows
+        return F.conv2d(x[..., ::down, ::right], weight, bias, groups=self.groups)
+
+
+class QuantConv2d(_QuantizedLayer, SafeConv2d):
     """A Conv2d (any groups, stride, padding) whose weight and input are quantized. (N, I, H, W) -> (N, O, H', W')."""
 
     @classmethod

@@ -20,14 +20,13 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
     """What all runs of a profile share, on the full data.
 
     epochs: 0 for the profile's own number; with another, only the trained bit-widths are evaluated, and milestones of
-    the learning rate move in proportion.
+    the learning rate move in proportion: they stay an epoch apart, and those that no epoch would follow are dropped.
     """
     checks.instance("p", p, Parameters, "what profiles.parameters gives")
     check_name("dataset", checks.instance("dataset", dataset, str, "the name of a data set"))
     own = p.profile.training
     length = epochs or own.epochs
-    milestones = tuple(max(1, round(m * length / own.epochs)) for m in own.milestones)
-    config = replace(own, seed=seed, epochs=length, milestones=milestones)
+    config = replace(own, seed=seed, epochs=length, milestones=_scaled(own.milestones, length / own.epochs, length))
     return Run(
         profile=p.profile.name,
         dataset=p.profile.dataset or dataset,
@@ -38,6 +37,14 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         config=config,
         eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
     )
+
+
+def _scaled(milestones: tuple[int, ...], factor: float, epochs: int) -> tuple[int, ...]:
+    """`milestones` times `factor`, at least an epoch apart, without those that no epoch would follow."""
+    scaled: list[int] = []
+    for milestone in milestones:
+        scaled.append(max(round(milestone * factor), scaled[-1] + 1 if scaled else 1))
+    return tuple(m for m in scaled if m < epochs)
 
 
 def in_setting(base: Run, setting: Setting) -> Run:

@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .attention import open_attention
 from .checks import bit_width, invalid
 from .decisions import READ, Decisions, decide, refuse_derived
-from .layers import InputQuantizer, QuantConv2d, QuantLinear, QuantSpec
+from .devices import fails_channels_last
+from .layers import InputQuantizer, QuantConv2d, QuantLinear, QuantSpec, SafeConv2d
 from .norms import MultiBitBatchNorm
 from .quantizers import levels
 
@@ -94,6 +95,8 @@ def _replace(module: nn.Module, signed: dict[int, bool], spec: QuantSpec, done: 
         twin = _LAYERS[type(module)].from_float(module, spec, signed[id(module)])
     elif isinstance(module, _BatchNorm):
         twin = _norm_twin(module, spec)
+    elif type(module) is nn.Conv2d and fails_channels_last(module):  # which stays in full precision
+        module.__class__ = SafeConv2d
     done[id(module)] = twin
     if twin is module:  # not named_children(), which leaves out the second name of a module used twice
         for name, child in module._modules.items():

@@ -13,7 +13,7 @@ from . import quantizers
 from .attention import MultiheadAttention
 from .checks import instance, integer, invalid
 from .correction import correct_weight
-from .layers import InputQuantizer, QuantConv2d, QuantLinear, geometry
+from .layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
 from .multibit import Bits, at_bits, converted, quantized_layers
 from .norms import MultiBitBatchNorm
 from .signs import read
@@ -317,7 +317,7 @@ def _per_channel(v: Tensor, like: Tensor) -> Tensor:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = (MultiheadAttention, QuantConv2d, QuantLinear, MultiBitBatchNorm)
+        own = (MultiheadAttention, SafeConv2d, QuantLinear, MultiBitBatchNorm)
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
@@ -343,6 +343,6 @@ def _folded(network: nn.Module, graph: fx.Graph, read: set[str]) -> dict[nn.Modu
             continue
         layer = modules[source.target]
         own = not any(f"{source.target}.{name}" in read for name in ("weight", "bias"))
-        if type(layer) in (nn.Conv2d, QuantConv2d) and own and calls[layer] == calls[norm] == 1:
+        if type(layer) in (nn.Conv2d, SafeConv2d, QuantConv2d) and own and calls[layer] == calls[norm] == 1:
             found[layer] = norm
     return found

@@ -1,14 +1,17 @@
 """Where a number came from: the software, the machine and the data."""
 
 import platform
+import re
 import subprocess
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 
-from . import files
+from . import devices, files
 from .data import Dataset
 
 
@@ -23,12 +26,25 @@ def software() -> dict[str, Any]:
     }
 
 
-def provenance(data: Dataset, device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Where a number came from: `software`, device, checksum of the data."""
+def provenance(data: Dataset, device: torch.device, processes: int = 1, autocast: str = "none") -> dict[str, Any]:
+    """Where a number came from: `software`, device, processor, autocast type, checksum of the data.
+
+    autocast: what was asked for; told is what `device` gives (see `devices.autocast_used`).
+    """
     several = f"{processes} x " if processes > 1 else ""
     cpu = f"cpu, {torch.get_num_threads()} threads"
     name = several + (cpu if device.type == "cpu" else torch.cuda.get_device_name(device))
-    return software() | {"device": name, "data_sha256": data.sha256}
+    machine = {"device": name, "processor": _processor(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return software() | machine | {"autocast": devices.autocast_used(autocast, device), "data_sha256": data.sha256}
+
+
+@cache
+def _processor() -> str:
+    """The processor's model, as the system names it."""
+    with suppress(OSError):  # Linux alone has this file, and not on every architecture a model in it
+        if found := re.search(r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:

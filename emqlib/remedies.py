@@ -17,7 +17,7 @@ from .checks import BIT_WIDTHS, bit_widths, integer, invalid
 from .correction import output_shift
 from .data import Dataset
 from .evaluation import batches, evaluate, undisturbed
-from .layers import QuantConv2d, QuantLinear, nearest
+from .layers import QuantConv2d, QuantLinear, SafeConv2d, nearest
 from .multibit import at_bits, quantized_layers
 from .norms import MultiBitBatchNorm, interpolation
 from .quantizers import levels
@@ -40,7 +40,7 @@ class _Tracer(fx.Tracer):
     """Looks no further into our own layers than into PyTorch's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, (QuantConv2d, QuantLinear, MultiBitBatchNorm))
+        own = isinstance(m, (SafeConv2d, QuantLinear, MultiBitBatchNorm))
         return own or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -325,7 +325,7 @@ def _execute(
     record = {
         "run": run.hash,
         "config": json.loads(canonical_json(asdict(run))),
-        "provenance": provenance(data, place.device(run.config.device), place.count),
+        "provenance": provenance(data, place.device(run.config.device), place.count, run.config.autocast),
         "history": history.to_dict("records"),
         "coresets": history.attrs["coresets"],
         "n_train": len(data.train),

@@ -65,7 +65,8 @@ def remedies(p: Parameters, dataset: str = "cifar10") -> pd.DataFrame:
             found.append(derived(run, "remedies", p.results_dir, compare))
         adapted = own[own.adapted].set_index("bits").top1
         tables += [table.assign(adapted_top1=table.bits.map(adapted)) for table in found]
-    return pd.concat(tables, ignore_index=True)[_REMEDY_COLUMNS]
+    table = pd.concat(tables, ignore_index=True)
+    return table[[name for name in _REMEDY_COLUMNS if name in table or name not in _NEW_COLUMNS]]
 
 
 _REMEDIES = {
@@ -76,7 +77,8 @@ _REMEDIES = {
 }
 _REMEDY_COLUMNS = ["remedy", "bits", "trained", "top1", "adapted_top1", "dataset", "model", "trained_bits", "epochs"]
 _REMEDY_COLUMNS += ["seed", "profile", "run", "commit", "dirty", "python", "torch", "torchvision", "device"]
-_REMEDY_COLUMNS += ["data_sha256"]
+_NEW_COLUMNS = ["processor", "instructions", "autocast"]  # which rows of release 1.0 do not have
+_REMEDY_COLUMNS += [*_NEW_COLUMNS, "data_sha256"]
 
 
 def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:

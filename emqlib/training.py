@@ -179,6 +179,7 @@ def _prepare(
         raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
     place = current(config.device)
     device = place.device(config.device)
+    devices.autocast_used(config.autocast, device)  # what it warns of is told before the progress bar is there
     memory_format = devices.memory_format(model, config.channels_last, device)
     model.to(device, memory_format=memory_format)
     sampler = Sampler(config.coreset, config.scheme, config.seed, bits, data.train.labels, config.epochs, place)
@@ -254,7 +255,7 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
         done, before = _go_on(run, watch, pixels)
         batches = run.loader.epoch([step.indices for step in steps], pixels, done)
         for i, (step, batch) in enumerate(zip(steps[done:], batches, strict=True), start=done + 1):
-            lr = learning_rate(epoch + i / len(steps), run.config)
+            lr = learning_rate(epoch + (i - 0.5) / len(steps), run.config)
             where = f"epoch {epoch + 1}, step {i}"
             _step(run, step, batch, lr, watch, where)
             where += f", {step.bits} bits, lr {lr:.3g}"

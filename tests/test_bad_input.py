@@ -86,6 +86,7 @@ EXEMPT = {
         *("quantizers.weight_grid", "coreset.entropy_of", "coreset.el2n_of", "coreset.grand_of", "coreset.spread"),
         *("config.learning_rate", "norms.interpolation", "layers.nearest", "sampling.generator", "training.plan"),
         *("ranks.total", "ranks.mean", "ranks.lowest", "ranks.synchronized", "devices.autocast", "data.augment"),
+        *("devices.autocast_used", "devices.fails_channels_last"),
         *("devices.noise", "devices.set_noise", "data.normalize", "multibit.quantized_layers", "finite"),
         *("versions.returned",),
     },
