@@ -87,11 +87,12 @@ EXEMPT = {
         *("config.learning_rate", "norms.interpolation", "layers.nearest", "sampling.generator", "training.plan"),
         *("ranks.total", "ranks.mean", "ranks.lowest", "ranks.synchronized", "devices.autocast", "data.augment"),
         *("devices.noise", "devices.set_noise", "data.normalize", "multibit.quantized_layers", "finite"),
-        *("versions.returned",),
+        *("versions.returned", "ranks.awaited"),
     },
     "inside a function that has checked the network": {
         *("attention.open_attention", "signs.walk", "layers.geometry", "packing.pack_as_set", "packing.replaced"),
         *("remedies.gaussian_moments", "analysis.watched", "training.optimizer", "devices.memory_format"),
+        *("multibit.step_weights", "multibit.trained_bits"),
         *(
             "devices.compiled",
             "devices.enough_memory",
