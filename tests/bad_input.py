@@ -311,6 +311,7 @@ wrong(
     bits=ONE_WIDTH | NO_PATTERN,
 )
 wrong("multibit.converted", multibit.converted, model=MODELS)
+wrong("multibit.networks", multibit.networks, model=MODELS)
 wrong("summary", emq.summary, model=MODELS)
 wrong("evaluation.batch_norms", evaluation.batch_norms, model=MODELS)
 PACKED = {"bits": ONE_WIDTH | NO_PATTERN, "model": MODELS | {"that has seen nothing": late(unseen)}}
@@ -363,6 +364,11 @@ wrong("data.check_name", lambda name: data.check_name("dataset", name), {}, {"na
 right = {"model": late(model), "data": late(digits), "bits": (2, 4)}
 measured = {"model": MODELS, "data": PAIRS, "bits": BITS}
 wrong("evaluate", emq.evaluate, right, **measured, batch_size=COUNTS, adapt_norm=FLAGS)
+found = {"nothing": late(lambda: lambda _: None), "the labels": late(lambda: lambda y: y.argmax(1))}
+wrong("evaluate", emq.evaluate, right, logits=found | {"a number": 1, "a name": "logits"})
+outputs = {"None": None, "a name": "logits", "of no batch": torch.ones(3), "an empty tuple": (), "numbers": [1, 2]}
+outputs |= {"a loss": {"loss": torch.ones(2, 3)}, "no tensor": {"logits": [[1.0]]}}
+wrong("evaluation.logits_of", evaluation.logits_of, {}, {"output": "logits"}, output=outputs)
 few = {"classes": [(torch.ones(2, 3, 8, 8), torch.tensor([0, 10]))]}
 wrong("evaluate", emq.evaluate, right, {"data": "model"}, data=few)
 wrong(

@@ -88,7 +88,7 @@ EXEMPT = {
         *("ranks.total", "ranks.mean", "ranks.lowest", "ranks.synchronized", "devices.autocast", "data.augment"),
         *("devices.autocast_used", "devices.fails_channels_last"),
         *("devices.noise", "devices.set_noise", "data.normalize", "multibit.quantized_layers", "finite"),
-        *("versions.returned",),
+        *("versions.returned", "ranks.awaited"),
     },
     "inside a function that has checked the network": {
         *(
@@ -101,6 +101,7 @@ EXEMPT = {
         ),
         *("decisions.quantizable", "decisions.decide", "decisions.refuse_derived", "multibit.convert_as"),
         *("remedies.gaussian_moments", "analysis.watched", "training.optimizer", "devices.memory_format"),
+        *("multibit.step_weights", "multibit.trained_bits"),
         *(
             "devices.compiled",
             "devices.enough_memory",

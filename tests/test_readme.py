@@ -1,14 +1,18 @@
 """What README and GUIDE show is run: Python blocks as they stand, shell commands in smoke, and what they point at."""
 
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import emqlib as emq
 from emqlib import experiments
@@ -26,6 +30,22 @@ def test_there_is_something_to_run() -> None:
     assert [name for name, _ in TRIED] == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
+def executed(block: str, names: dict[str, Any]) -> int:
+    """Run the README's own text, nobody else's, a statement at a time; how many used the network.
+
+    No use changes anything in it: neither running statistics nor what else it holds.
+    """
+    uses = 0
+    for statement in ast.parse(block).body:
+        calls = [node.func for node in ast.walk(statement) if isinstance(node, ast.Call)]
+        in_use = any(isinstance(f, ast.Name) and f.id == "model" for f in calls)
+        before = deepcopy(names["model"].state_dict()) if in_use else {}
+        exec(compile(ast.Module([statement], []), "README", "exec"), names)
+        assert all(torch.equal(value, names["model"].state_dict()[name]) for name, value in before.items())
+        uses += in_use
+    return uses
+
+
 def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -34,14 +54,14 @@ def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     monkeypatch.chdir(tmp_path)
     digits = emq.load_dataset("digits").subset(600, 200)
     monkeypatch.setattr(emq, "load_dataset", lambda name: digits)
-    names: dict[str, object] = {}
-    exec(BLOCKS[0], names)  # the README's own text, nobody else's
+    names: dict[str, Any] = {}
+    assert executed(BLOCKS[0], names) == 1
     table = emq.evaluate(names["model"], digits)
     assert (tmp_path / "digits.checkpoint").exists() and "top1" in capsys.readouterr().out
     assert table.bits.tolist() == list(range(1, 9)) and table[table.trained].top1.max() > 25
     assert names["logits"].shape == (1, 10)
     assert BLOCKS[1].count("\n") <= 10
-    exec(BLOCKS[1], names)
+    assert executed(BLOCKS[1], names) == 1
     assert (tmp_path / "digits_4bit.onnx").exists() and names["agreement"] > 0.99
     assert re.search(r"\d+\.\d% of the answers agree", capsys.readouterr().out)
 
