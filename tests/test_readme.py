@@ -1,4 +1,7 @@
-"""What README and GUIDE show is run: Python blocks as they stand, shell commands in smoke, and what they point at."""
+"""What README and GUIDE show is run: Python blocks as they stand, shell commands in smoke, and what they point at.
+
+Notebooks with the parameters that the README has one try: tests/test_notebooks.py.
+"""
 
 import ast
 import os
@@ -11,11 +14,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 import emqlib as emq
 from emqlib import experiments
+from emqlib.checkpoints import Deadline
+from emqlib.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "GUIDE.md"))
@@ -66,56 +72,43 @@ def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     assert re.search(r"\d+\.\d% of the answers agree", capsys.readouterr().out)
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands need, where what they leave behind harms nothing."""
-    folder = tmp_path_factory.mktemp("copy")
-    for name in ("emqlib", "notebooks", "results/paper"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("pyproject.toml", "constraints.txt", "Makefile"):
-        shutil.copy(ROOT / name, folder)
-    return folder
-
-
-def run(command: str, copy: Path, cwd: str = ".") -> str:
+def run(command: str, checkout: Path) -> str:
     """Run a command of the README in smoke, by the programs beside this Python; what it printed."""
-    own = {"EMQ_PROFILE": "smoke", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    own = {"EMQ_PROFILE": "smoke", "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     own |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    own |= {name: str(copy.parent / "user") for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
+    own |= {name: str(checkout.parent / "user") for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
     done = subprocess.run(
-        shlex.split(command), cwd=copy / cwd, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        shlex.split(command), cwd=checkout, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert done.returncode == 0, done.stdout.decode()[-3000:]
     return done.stdout.decode()
 
 
-@pytest.mark.parametrize(("notebook", "parameters"), TRIED, ids=lambda part: part.partition(".")[0])
-def test_a_notebook_is_run_by_papermill_as_the_readme_has_it(notebook: str, parameters: str, copy: Path) -> None:
-    pytest.importorskip("papermill")
-    pytest.importorskip("sklearn")
-    run(f"papermill -k python3 {notebook} {notebook}.out.ipynb {parameters}", copy, "notebooks")
-
-
-def test_every_other_command_is_run(copy: Path) -> None:
-    """`make test` runs this file; `make results` is run for one notebook. GPUs and ImageNet are not everywhere."""
+def test_every_other_command_is_run_or_another_test_runs_it(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`make test` runs this file; GPUs and ImageNet are not everywhere."""
     pytest.importorskip("papermill")
     pytest.importorskip("sklearn")
     left = [command for command in COMMANDS if command != "cd notebooks"]
-    for command in ("make demo", "make results PROFILE=smoke", "make test"):
+    for command in ("make demo", "make results PROFILE=smoke", "make test"):  # the second: tests/test_suite.py
         left.remove(command)
-    installed = f"-o install VENV={sys.prefix}"  # with the programs that are there
     if shutil.which("make") and Path(sys.prefix, "bin/papermill").exists():
-        assert "2*" in run(f"make demo {installed}", copy)
-        assert "1 notebooks" in run(f"make results PROFILE=smoke ONLY=00_quickstart {installed}", copy)
-    shell = "python -m emqlib.experiments table1 --profile paper --budget 600"
-    left.remove(shell)
-    assert "runs" in run(shell.replace("table1 --profile paper", "quickstart --profile smoke"), copy)
+        assert "2*" in run(f"make demo -o install VENV={sys.prefix}", checkout)  # with the programs that are there
+    (shell,) = [command for command in left if command.startswith("python -m emqlib.experiments ")]
+    left.remove(shell)  # as a program: tests/test_experiments.py
+
+    def finished(runs: list[Run], place: Path, *, budget: Deadline, **_: object) -> pd.DataFrame:
+        assert {run.profile for run in runs} == {"paper"} and budget.end is not None
+        return pd.DataFrame({"run": [run.hash for run in runs]})
+
+    monkeypatch.setattr(experiments, "run_all", finished)
+    assert experiments.main(shlex.split(shell)[3:]) == 0 and " runs, " in capsys.readouterr().out
     (first,) = [command for command in left if command.startswith("papermill 01_")]
-    left.remove(first)
-    run(first.replace("papermill", "papermill -k python3"), copy, "notebooks")
+    left.remove(first)  # tests/test_notebooks.py
     several = [command for command in left if "processes" in command or "imagefolder:PATH" in command]
     assert sorted({*left} - {*several}) == ['papermill 03_imagenet.ipynb out.ipynb -p bits "[2,4,8]"']
-    assert dict(TRIED)["03_imagenet.ipynb"] == '-p bits "[2,4,8]"'  # which is run above
+    assert dict(TRIED)["03_imagenet.ipynb"] == '-p bits "[2,4,8]"'  # tests/test_notebooks.py too
     assert "imagenet" in {f.__name__ for f in experiments.RUNS} and len(several) == 3  # tests/test_experiments.py
 
 

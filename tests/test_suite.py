@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def few(tmp_path: Path) -> Parameters:
-    """The smoke profile, on a few images for an epoch."""
+def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parameters:
+    """The smoke profile, on a few images for an epoch, by forked processes: those of a user take seconds to start."""
+    monkeypatch.setattr(suite, "get_context", lambda _: multiprocessing.get_context("fork"))
     p = parameters(profile="smoke", bits=(2, 4), results_dir=tmp_path)
     short = replace(p.profile.training, epochs=1)
     return replace(p, profile=replace(p.profile, training=short, subset=(60, 30)))
@@ -122,28 +124,24 @@ def test_without_imagenet_its_notebook_is_said_not_to_run(
     assert capsys.readouterr().out.startswith("03_imagenet: not run, there is no ImageNet here")
 
 
-def test_a_call_makes_rows_tables_and_executed_notebooks_and_the_next_one_nothing_new(tmp_path: Path) -> None:
+def test_a_call_makes_rows_tables_and_executed_notebooks(checkout: Path) -> None:
+    """The README's command, for one notebook, with the programs that are there."""
     pytest.importorskip("nbconvert")
-    for name in ("emqlib", "notebooks", "results/paper"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        )
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.rmtree(checkout / "build", ignore_errors=True)
     command = [sys.executable, "-m", "emqlib.suite", "00_quickstart", "--profile", "smoke"]
-    asked = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}, "capture_output": True, "text": True}
-    stored = (tmp_path / "notebooks/00_quickstart.ipynb").read_bytes()
-    first = subprocess.run(command, **asked)
-    assert first.returncode == 0, first.stderr
-    made = tmp_path / "build/smoke"
-    times = {path: path.stat().st_mtime_ns for path in (made / "runs").glob("*.json")}
-    assert len(times) == 2 and "1 notebooks" in first.stdout and "results, smoke: 100%" in first.stderr
+    if shutil.which("make") and Path(sys.prefix, "bin/python").exists():
+        command = ["make", "results", "PROFILE=smoke", "ONLY=00_quickstart", "-o", "install", f"VENV={sys.prefix}"]
+    stored = (checkout / "notebooks/00_quickstart.ipynb").read_bytes()
+    asked = {"cwd": checkout, "env": os.environ | {"PYTHONPATH": str(checkout)}, "capture_output": True, "text": True}
+    done = subprocess.run(command, **asked)
+    assert done.returncode == 0, done.stderr
+    made = checkout / "build/smoke"
+    assert len(list((made / "runs").glob("*.json"))) == 2
+    assert "1 notebooks" in done.stdout and "results, smoke: 100%" in done.stderr
     executed = made / "smoke/00_quickstart.ipynb"
     assert outputs(executed) and not any(out["output_type"] == "stream" for out in outputs(executed))
-    rows = pd.read_csv(made / "smoke/00_quickstart.csv")
-    second = subprocess.run(command, **asked)
-    assert second.returncode == 0 and {p: p.stat().st_mtime_ns for p in (made / "runs").glob("*.json")} == times
-    pd.testing.assert_frame_equal(pd.read_csv(made / "smoke/00_quickstart.csv"), rows)
-    assert (tmp_path / "notebooks/00_quickstart.ipynb").read_bytes() == stored
+    assert len(pd.read_csv(made / "smoke/00_quickstart.csv")) == 2 * 2 * 8
+    assert (checkout / "notebooks/00_quickstart.ipynb").read_bytes() == stored
 
 
 def outputs(path: Path) -> list[dict[str, Any]]:
