@@ -69,6 +69,18 @@ def run(command: str, copy: Path, cwd: str = ".") -> str:
     return done.stdout.decode()
 
 
+def assert_told_in_words(demo: str) -> None:
+    """A line on what is about to happen, progress, the table, where the figure is and what to do next; no cells."""
+    lines = [line.rpartition("\r")[2] for line in demo.splitlines(keepends=True)]
+    assert lines[0].startswith("Training a small network") and len(demo.split("\n")) < 20
+    assert "run 2 of 2" in demo and not re.search(r"Cell|Executing|papermill|Warning|WARNING", demo)
+    header, without, corrected = (line for line in lines if line.startswith("| "))
+    assert header.startswith("| accuracy (%) by bit-width ") and re.findall(r"\d\*?", header)[:3] == ["1", "2*", "3"]
+    assert without.startswith("| without weight bias") and corrected.startswith("| with weight bias")
+    (figure,) = re.findall(r"^Figure: (.+png)$", demo, re.MULTILINE)
+    assert Path(figure).exists() and "jupyter lab notebooks/00_quickstart.ipynb" in demo
+
+
 @pytest.mark.parametrize(("notebook", "parameters"), TRIED, ids=lambda part: part.partition(".")[0])
 def test_a_notebook_is_run_by_papermill_as_the_readme_has_it(notebook: str, parameters: str, copy: Path) -> None:
     pytest.importorskip("papermill")
@@ -85,7 +97,7 @@ def test_every_other_command_is_run(copy: Path) -> None:
         left.remove(command)
     installed = f"-o install VENV={sys.prefix}"  # with the programs that are there
     if shutil.which("make") and Path(sys.prefix, "bin/papermill").exists():
-        assert "2*" in run(f"make demo {installed}", copy)
+        assert_told_in_words(run(f"make demo {installed}", copy))
         assert "1 notebooks" in run(f"make results PROFILE=smoke ONLY=00_quickstart {installed}", copy)
     shell = "python -m emqlib.experiments table1 --profile paper --budget 600"
     left.remove(shell)
