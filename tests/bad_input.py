@@ -710,6 +710,7 @@ OF_ROWS: dict[Callable[..., object], tuple[str, dict[str, Any]]] = {
     results.seed_means: ("01_cifar10", {"by": ["method"]}),
     results.with_cost: ("01_cifar10", {"cost": "seconds"}),
     results.accuracy_table: ("01_cifar10", {}),
+    results.correction_table: ("00_quickstart", {}),
     results.training_cost: ("01_cifar10", {"columns": ["calibration", "seconds"]}),
     results.cost_table: ("01_cifar10", {"table": "table1"}),
     results.gap_table: ("01_cifar10", {}),

@@ -84,6 +84,18 @@ def run(command: str, checkout: Path) -> str:
     return done.stdout.decode()
 
 
+def assert_told_in_words(demo: str) -> None:
+    """A line on what is about to happen, progress, the table, where the figure is and what to do next; no cells."""
+    lines = [line.rpartition("\r")[2] for line in demo.splitlines(keepends=True)]
+    assert lines[0].startswith("Training a small network") and len(demo.split("\n")) < 20
+    assert "run 2 of 2" in demo and not re.search(r"Cell|Executing|papermill|Warning|WARNING", demo)
+    header, without, corrected = (line for line in lines if line.startswith("| "))
+    assert header.startswith("| accuracy (%) by bit-width ") and re.findall(r"\d\*?", header)[:3] == ["1", "2*", "3"]
+    assert without.startswith("| without weight bias") and corrected.startswith("| with weight bias")
+    (figure,) = re.findall(r"^Figure: (.+png)$", demo, re.MULTILINE)
+    assert Path(figure).exists() and "jupyter lab notebooks/00_quickstart.ipynb" in demo
+
+
 def test_every_other_command_is_run_or_another_test_runs_it(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -94,7 +106,8 @@ def test_every_other_command_is_run_or_another_test_runs_it(
     for command in ("make demo", "make results PROFILE=smoke", "make test"):  # the second: tests/test_suite.py
         left.remove(command)
     if shutil.which("make") and Path(sys.prefix, "bin/papermill").exists():
-        assert "2*" in run(f"make demo -o install VENV={sys.prefix}", checkout)  # with the programs that are there
+        demo = run(f"make demo -o install VENV={sys.prefix}", checkout)  # with the programs that are there
+        assert_told_in_words(demo)
     (shell,) = [command for command in left if command.startswith("python -m emqlib.experiments ")]
     left.remove(shell)  # as a program: tests/test_experiments.py
 

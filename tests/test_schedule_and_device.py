@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import emqlib as emq
-from emqlib import TrainConfig, devices, experiments, layers, methods, profiles, runs, studies, training
+from emqlib import TrainConfig, devices, experiments, layers, methods, profiles, results, runs, studies, training
 
 # Learning rates of the steps
 
@@ -243,3 +243,35 @@ def test_compiled_on_a_cpu_it_keeps_its_format(monkeypatch: pytest.MonkeyPatch) 
     for stride, channels in product((1, 2), (4, 16)):
         devices.compiled(nn.Sequential(nn.Conv2d(channels, 8, 1, stride=stride)), True, 0)
     assert asked == [{}, {}, {"options": {"layout_optimization": False}}, {}]
+
+
+# What `make demo` prints
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_table_of_the_demo_is_in_words() -> None:
+    rows = results.pd.read_csv(ROOT / "results/small/00_quickstart.csv")
+    table = results.correction_table(rows)
+    assert list(table.columns) == ["accuracy (%) by bit-width", "1", "2*", "3", "4*", "5", "6", "7", "8*"]
+    assert table.iloc[:, 0].tolist() == ["without weight bias correction", "with weight bias correction"]
+    found = rows[~rows.adapted].set_index(["correction", "bits"]).top1
+    assert table["2*"].tolist() == [f"{found[correction, 2]:.1f}" for correction in ("none", "mean_var")]
+    with pytest.raises(ValueError, match=r"^rows="):
+        results.correction_table(rows.drop(columns="adapted"))
+
+
+def test_the_notebook_shows_the_table_that_the_demo_prints(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "notebooks/00_quickstart.ipynb").read_text())["cells"]
+    (shown,) = [cell for cell in cells if "results.save(table" in "".join(cell["source"])]
+    assert "table = results.correction_table(rows)" in "".join(shown["source"])
+    table = results.correction_table(results.pd.read_csv(ROOT / "results/small/00_quickstart.csv"))
+    assert "".join(shown["outputs"][0]["data"]["text/plain"]) == repr(table)
+    results.save(table, tmp_path / "a")
+    assert (tmp_path / "a.md").read_text() == (ROOT / "results/small/00_quickstart.md").read_text()
+
+
+def test_an_install_is_told_of_first_and_quiet() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("$(STAMP):")[1].split("\n\n")[0].splitlines()[1:]
+    assert recipe[0].startswith('\t@echo "Installing') and "GB" in recipe[0]
+    assert all(line.startswith("\t@") for line in recipe) and sum("pip install -q " in line for line in recipe) == 1
