@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import RESULTS, write
+from common import RESULTS
 from matplotlib.axes import Axes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -118,7 +118,7 @@ def _train_published(data: emq.Dataset, epochs: int, ours: bool, batch: int = 12
         for i, (images, labels) in enumerate(loader):
             if ours:
                 for group in optimizer.param_groups:
-                    group["lr"] = loop.learning_rate(epoch + (i + 1) / len(loader), config)
+                    group["lr"] = loop.learning_rate(epoch + (i + 0.5) / len(loader), config)
             optimizer.zero_grad()
             published_gradients(code, net, images, labels, BITS, net)
             optimizer.step()
@@ -175,11 +175,12 @@ def measure(data: emq.Dataset, way: str, epochs: int) -> pd.DataFrame:
     """Rows: way, epochs, epoch, seconds of training so far, top1 (%), the mean over the trained bit-widths."""
     torch.manual_seed(0)
     if way.startswith("published"):
-        rows = _train_published(data, epochs, ours="our schedule" in way)
+        rows, autocast = _train_published(data, epochs, ours="our schedule" in way), "none"
     else:
-        rows = _train_ours(data, _ours(way, epochs))
+        run = _ours(way, epochs)
+        rows, autocast = _train_ours(data, run), run.config.autocast
     table = pd.DataFrame(rows).assign(way=way, epochs=epochs, train=len(data.train), test=len(data.test))
-    return table.assign(**runs.provenance(data, distributed.device_named("auto")))
+    return table.assign(**runs.provenance(data, distributed.device_named("auto"), autocast=autocast))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,6 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import write
 from matplotlib.axes import Axes
 
 from emqlib.files import digest

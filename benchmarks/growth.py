@@ -13,7 +13,7 @@ from time import perf_counter
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import resident, write
+from common import resident
 from matplotlib.axes import Axes
 from torch import nn
 
@@ -89,7 +89,7 @@ def _train_plain(net: nn.Module, data: emq.Dataset, config: emq.TrainConfig) -> 
         found = batches.epoch(chunks, torch.Generator().manual_seed(epoch))
         for i, (images, labels, _) in enumerate(found):
             for group in optimizer.param_groups:
-                group["lr"] = loop.learning_rate(epoch + (i + 1) / len(chunks), config)
+                group["lr"] = loop.learning_rate(epoch + (i + 0.5) / len(chunks), config)
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(forward(images.contiguous(memory_format=memory_format)), labels).backward()
             optimizer.step()

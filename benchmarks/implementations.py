@@ -16,7 +16,6 @@ import any_precision
 import pandas as pd
 import steps
 import torch
-from common import write
 from matplotlib.axes import Axes
 from torch import nn
 
@@ -115,7 +114,8 @@ def measure(
             row = {"phase": phase, "implementation": name, "precision": precision, "mode": mode, "repeat": repeat}
             row["seconds"] = steps.timed(step)
             rows += [row] if repeat >= 0 else []
-    return pd.DataFrame(rows).assign(bits=BITS, batch=batch, **runs.provenance(data, device))
+    table = pd.DataFrame(rows).assign(bits=BITS, batch=batch, **runs.provenance(data, device))
+    return table.assign(autocast=[distributed.autocast_used(precision, device) for precision in table.precision])
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

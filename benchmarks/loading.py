@@ -7,7 +7,6 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
@@ -31,7 +30,7 @@ def measure(data: emq.Dataset, networks: dict[str, dict[str, int]] = NETWORKS, r
             batch = _seconds(data.to(device), int(history.steps.sum()), device)
             row = {"network": name, "repeat": repeat, "batch": batch, "step": step, "share": batch / step}
             rows += [row] if repeat >= 0 else []
-    return pd.DataFrame(rows).assign(**runs.provenance(data, device))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, device, autocast=config.autocast))
 
 
 def _seconds(data: emq.Dataset, batches: int, device: torch.device) -> float:

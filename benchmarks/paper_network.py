@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-from common import RESULTS, write
 from matplotlib.axes import Axes
 
 from emqlib.paper import experiments, plots, runs, tables

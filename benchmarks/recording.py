@@ -7,7 +7,6 @@ median, lowest and highest ratio of each score. Claim: at most 1.05.
 from dataclasses import replace
 
 import pandas as pd
-from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
@@ -32,7 +31,7 @@ def measure(data: emq.Dataset, scores: tuple[str, ...] = SCORES, repeats: int = 
             scored = _seconds(data, replace(plain, epochs=epochs + 1, coreset=coreset), epochs)
             row = {"score": score, "repeat": repeat, "classes": data.num_classes, "plain": without, "scored": scored}
             rows.append(row | {"ratio": scored / without})
-    return pd.DataFrame(rows).assign(**runs.provenance(data, distributed.device_named("auto")))
+    return pd.DataFrame(rows).assign(**runs.provenance(data, distributed.device_named("auto"), autocast=plain.autocast))
 
 
 def _seconds(data: emq.Dataset, config: emq.TrainConfig, epochs: int) -> float:

@@ -8,7 +8,6 @@ with batches as large as Any-Precision's.
 from dataclasses import replace
 
 import pandas as pd
-from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
@@ -34,7 +33,8 @@ def measure(data: emq.Dataset, repeats: int = 5, epochs: int = 8, pruning_rate: 
             history = _train(run, data)
             cost = {"sample_passes": history.sample_passes.sum(), "seconds": history.seconds.sum()}
             rows.append({"scheme": name, "repeat": repeat, "bits": "2 4 8", "epochs": epochs} | cost)
-    return pd.DataFrame(rows).assign(**runs.provenance(data, distributed.device_named("auto")))
+    origin = runs.provenance(data, distributed.device_named("auto"), autocast=start.config.autocast)
+    return pd.DataFrame(rows).assign(**origin)
 
 
 def _train(run: runs.Run, data: emq.Dataset) -> pd.DataFrame:

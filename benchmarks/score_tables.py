@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from common import resident, write
+from common import resident
 from matplotlib.axes import Axes
 
 from emqlib.paper import plots, runs, tables

@@ -37,8 +37,8 @@ def measure(
     batch: int = 128,
 ) -> pd.DataFrame:
     """Rows: phase, network, precision, mode, bits, repeat; seconds of a step of the plain and of our network."""
-    device, rows = devices.device_named("auto"), []
-    x = data.train.images[:batch].float().div(255).to(device).contiguous(memory_format=torch.channels_last)
+    device, rows = distributed.device_named("auto"), []
+    x = data.train.images[:batch].float().div(255).to(device)
     y = data.train.labels[:batch].to(device)
     for (name, arguments), precision in itertools.product(networks.items(), precisions):
         torch.compiler.reset()
@@ -51,17 +51,17 @@ def measure(
                 row = {"phase": phase, "network": name, "precision": precision, "mode": mode, "bits": b}
                 seconds = dict(zip(("plain", "ours"), map(timed, pairs[mode]), strict=True))
                 rows += [row | {"repeat": repeat} | seconds] if repeat >= 0 else []  # the first ones compile
-    return pd.DataFrame(rows).assign(batch=batch, **runs.provenance(data, device))
+    table = pd.DataFrame(rows).assign(batch=batch, **runs.provenance(data, device))
+    return table.assign(autocast=[distributed.autocast_used(precision, device) for precision in table.precision])
 
 
 def step(
     net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str, channels_last: bool = True
 ) -> Callable:
     """One training or inference step of `net` on images x (B, 3, H, W) and labels y (B,)."""
-    net = net.to(x.device, memory_format=distributed.memory_format(net, channels_last, x.device)).train(
-        phase == "training"
-    )
-    forward = torch.compile(net) if mode == "compiled" else net
+    memory_format = distributed.memory_format(net, channels_last, x.device)
+    net, x = net.to(x.device, memory_format=memory_format).train(phase == "training"), x.to(memory_format=memory_format)
+    forward = distributed.compiled(net, mode == "compiled", steps=0)
     optimizer = loop.optimizer(net, emq.TrainConfig(lr=0.01))
 
     def step() -> None:

@@ -12,14 +12,12 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import resident, write
+from common import resident
 from matplotlib.axes import Axes
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 import emqlib as emq
-from emqlib.paper import measure as analysis
-from emqlib.paper import measure as transfer
 from emqlib.paper import plots, runs, tables
 from emqlib.train import distributed
 

@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
 import re
+import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,25 @@ def drawn_as_committed() -> None:
     others = [name for name in ("matplotlib", "seaborn", "pillow") if version(name) != pinned[name]]
     if others:
         pytest.skip(f"{', '.join(others)} of another release than in constraints.txt: other bytes")
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What commands and notebooks need of this checkout, committed: what they leave behind is seen, and harms nothing.
+
+    `build/` is for all who ask: a test that looks at what is made there empties it first.
+    """
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    root, folder = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("shared") / "checkout"
+    for name in ("emqlib", "notebooks", "results/paper"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("pyproject.toml", "constraints.txt", "Makefile", ".gitignore"):
+        shutil.copy(root / name, folder)
+    commit = ("-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--no-gpg-sign", "--message", "a")
+    for arguments in (["init"], ["add", "."], commit):
+        subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
+    return folder
 
 
 @pytest.fixture

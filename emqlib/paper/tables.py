@@ -79,6 +79,18 @@ def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     return _marked(_wide(rows, [*SETTING, "adapted"], "bits"), rows)
 
 
+def correction_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row without weight bias correction and one with it, a column a bit-width: top-1 (%), mean ± std over seeds.
+
+    No bit-width is adapted; the trained ones are marked with *. rows: of `experiments.quickstart`, run by `run_all`.
+    """
+    table = accuracy_table(rows[~checks.table("rows", rows, ("adapted", "trained")).adapted])
+    names = ["without" if correction == "none" else "with" for correction in table.correction]
+    accuracy = table.drop(columns=[*SETTING, "adapted"])
+    accuracy.insert(0, "accuracy (%) by bit-width", [f"{name} weight bias correction" for name in names])
+    return accuracy
+
+
 def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """`columns` of each setting and seed, summed over its runs, each counted once: Dedicated has one a bit-width.
 

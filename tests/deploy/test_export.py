@@ -25,20 +25,26 @@ TYPES = {2: "INT2", 3: "INT4", 8: "INT8"}
 MIXTURE = {"*1.*": 2, "*": 4}
 Export = Callable[[int | dict[str, int]], Path]
 CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
-    "quickstart": ("resnet8", {}, {}),
+    "quickstart": ("resnet8", {"width": 8}, {}),
     "pre-activation": ("preact_resnet20", {"width_factor": 1}, {"norm": "shared_affine", "output_correction": True}),
     "vit": (
         "vit_tiny",
-        {"patch_size": 8, "width": 32, "depth": 2, "heads": 2},
+        {"image_size": 8, "patch_size": 2, "width": 32, "depth": 2, "heads": 2},
         {"weight": "minmax", "activation": "lsq"},
     ),
+}
+# How integers are packed depends on the bit-width, which operations there are on the network: not each at each.
+ASKED: dict[str, tuple[int | dict[str, int], ...]] = {
+    "quickstart": (1, 2, 3, 4, 5, 8, 32, MIXTURE),
+    "pre-activation": (3,),
+    "vit": (1, 4),
 }
 
 
 @pytest.fixture(scope="module")
 def digits() -> emq.Dataset:
     pytest.importorskip("sklearn")
-    return emq.load_dataset("digits")
+    return emq.load_dataset("digits", image_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +53,14 @@ def images(digits: emq.Dataset) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def model(request: pytest.FixtureRequest, digits: emq.Dataset) -> nn.Module:
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case: str, digits: emq.Dataset) -> nn.Module:
     """Trained for two epochs: logits of a network that knows nothing lie too close together to be told apart."""
-    name, arguments, spec = CASES[request.param]
+    name, arguments, spec = CASES[case]
     torch.manual_seed(0)
     model = emq.convert(models.build(name, 10, **arguments), emq.QuantSpec(**{"bits": (2, 4, 8)} | spec))
     config = emq.TrainConfig(epochs=2, batch_size=64, optimizer="adamw", lr=2e-3)
@@ -82,26 +93,30 @@ def answers(path: Path, *inputs: Tensor) -> np.ndarray:
     return session.run(None, {given.name: x.numpy() for given, x in named})[0]
 
 
-def test_the_runtime_answers_as_the_network_does(model: nn.Module, images: Tensor, exported: Export) -> None:
-    """At most two answers in a thousand differ, over four bit-widths, full precision and a mixture.
+def test_the_runtime_answers_as_the_network_does(case: str, model: nn.Module, images: Tensor, exported: Export) -> None:
+    """At most one answer in five hundred differs, over all files.
 
     A logit may be off where an activation lies on the edge between two levels, and rounding tips it over; at 2 bits the
     levels lie far apart. How many do depends on what was trained, and so on the release of PyTorch.
     """
     same, off = [], []
-    for bits in (1, 2, 3, 8, 32, MIXTURE):
+    for bits in ASKED[case]:
         found = answers(exported(bits), images)
         with emq.at_bits(model, bits), torch.no_grad():
             expected = model(images).numpy()
         same.append(found.argmax(1) == expected.argmax(1))
         off.append(np.abs(found - expected).max(1) / np.abs(expected).max())
-    assert np.size(same) > 2000 and np.mean(same) >= 0.998
+    assert np.size(same) == 355 * len(ASKED[case]) and np.mean(same) >= 0.998
     assert np.median(off) < 1e-6 and np.quantile(off, 0.9) < 1e-3 and np.quantile(off, 0.999) < 0.05
 
 
-@pytest.mark.parametrize("bits", TYPES)
-def test_what_is_in_a_file(model: nn.Module, bits: int, exported: Export) -> None:
-    path = exported(bits)
+def test_what_is_in_a_file(case: str, model: nn.Module, exported: Export) -> None:
+    for bits in ASKED[case]:
+        if isinstance(bits, int) and bits in TYPES:
+            holds_the_packed_integers(exported(bits), model, bits)
+
+
+def holds_the_packed_integers(path: Path, model: nn.Module, bits: int) -> None:
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
     layers = {n: m for n, m in emq.pack(model, bits).named_modules() if isinstance(m, (PackedConv2d, PackedLinear))}
@@ -129,11 +144,12 @@ def test_any_size_of_batch(images: Tensor, exported: Export) -> None:
         np.testing.assert_allclose(answers(exported(4), images[:size]), whole[:size], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_the_same_network_gives_the_same_bytes(
     model: nn.Module, images: Tensor, exported: Export, tmp_path: Path
 ) -> None:
-    emq.export_onnx(model, tmp_path / "again", 2, images[:7])
-    assert (tmp_path / "again").read_bytes() == exported(2).read_bytes()
+    emq.export_onnx(model, tmp_path / "again", 1, images[:7])
+    assert (tmp_path / "again").read_bytes() == exported(1).read_bytes()
 
 
 class TwoInputs(nn.Module):

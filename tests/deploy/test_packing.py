@@ -206,7 +206,7 @@ def test_weights_without_spread(weight: str) -> None:
         assert packed.affine.isfinite().all()
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 2, 3, 7, 8])
 def test_a_file_takes_the_bytes_that_arithmetic_says(bits: int, tmp_path: Any) -> None:
     """The published network within 5 %; the quickstart's small one but for the file's description of itself."""
     for net, whole in ((models.resnet8(), None), (models.preact_resnet20(), 1.05)):

@@ -268,7 +268,7 @@ def test_probes_are_ridge_regressions(name: str, networks: dict[str, nn.Module],
         expected[a, b] = 100 * (found == data.test.labels.numpy()).mean()
     found = {(row.probe_bits, row.bits): row.top1 for row in table.itertuples()}
     assert len(table) == 9 and found == pytest.approx(expected)
-    assert len(set(expected.values())) > 2 and max(expected.values()) > 30  # chance: 10
+    assert len(set(expected.values())) > 2 and max(expected.values()) >= 20  # twice what chance gives
 
 
 def test_a_probe_is_fitted_on_so_many_images(model: nn.Module, data: Dataset) -> None:

@@ -1,40 +1,35 @@
 """The notebooks as a reader runs them: papermill, in the smoke profile, in a checkout of their own.
 
-Each kernel takes seconds to start, so each of the runs here answers several questions.
+Each kernel takes seconds to start, so each of the runs here answers several questions. What no kernel is needed for is
+asked of the cells in this process.
 """
 
+import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 
+from emqlib.paper import experiments
+
 pytest.importorskip("papermill")
 pytest.importorskip("sklearn")
 
+from papermill.cli import _resolve_type
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The committed part of this one that the notebooks need: what they leave behind can be seen, and harms nothing."""
-    if shutil.which("git") is None:
-        pytest.skip("needs git")
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("emqlib", "notebooks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    shutil.copytree(ROOT / "results/paper", folder / "results/paper")
-    for name in ("pyproject.toml", ".gitignore"):
-        shutil.copy(ROOT / name, folder)
-    git(folder, "init")
-    git(folder, "add", ".")
-    git(folder, "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--no-gpg-sign", "--message", "a")
-    return folder
+README = (ROOT / "README.md").read_text()
+TRIED = dict(re.findall(r"^\| `(\d\d_\w+)\.ipynb` \| .* \| `(-p .*)` \|$", README, flags=re.MULTILINE))
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -64,17 +59,19 @@ def cells(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def assert_failed_at_once(output: Path) -> None:
-    """The cell that reads the parameters is the first that failed, in under a second; none ran after it."""
-    last = [cell for cell in cells(output) if cell.metadata.papermill.status != "pending"][-1]
-    assert "profiles.parameters(" in last.source and last.metadata.papermill.status == "failed"
-    assert last.metadata.papermill.duration < 1
+@pytest.fixture(scope="module")
+def quickstart(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The quickstart as the README has one try it: the executed notebook, and where its results lie."""
+    shutil.rmtree(checkout / "build", ignore_errors=True)
+    output = tmp_path_factory.mktemp("quickstart") / "out.ipynb"
+    assert not papermill(
+        checkout, checkout, "notebooks/00_quickstart.ipynb", output, *shlex.split(TRIED["00_quickstart"])
+    )
+    return output, checkout / "build/smoke"
 
 
-def test_quickstart_from_the_root(checkout: Path, tmp_path: Path) -> None:
-    place = tmp_path / "made"
-    arguments = ["-p", "bits", "[2,4]", "-p", "results_dir", str(place)]
-    assert not papermill(checkout, checkout, "notebooks/00_quickstart.ipynb", tmp_path / "out.ipynb", *arguments)
+def test_quickstart_from_the_root(quickstart: tuple[Path, Path], checkout: Path) -> None:
+    output, place = quickstart
     assert {path.name for path in place.iterdir()} == {"checkpoints", "runs", "smoke"}
     assert {path.name for path in (place / "smoke").iterdir()} == {
         f"00_quickstart.{kind}" for kind in ("csv", "md", "png")
@@ -82,34 +79,37 @@ def test_quickstart_from_the_root(checkout: Path, tmp_path: Path) -> None:
 
     rows = pd.read_csv(place / "smoke/00_quickstart.csv", dtype={"run": str})
     assert len(rows) == 2 * 2 * 8  # corrections, adaptations, bit-widths
-    assert set(rows.bits[rows.trained]) == {2, 4}
+    assert set(rows.bits[rows.trained]) == {1, 2, 4, 8} and set(rows.seed) == {1}
     assert {f"{name}.json" for name in rows.run} == {path.name for path in (place / "runs").iterdir()}
     assert set(rows.commit) == {git(checkout, "rev-parse", "HEAD")} and not rows.dirty.any()
     assert set(rows.profile) == {"smoke"} and set(rows.dataset) == {"digits"}
 
     header = (place / "smoke/00_quickstart.md").read_text().splitlines()[0]
-    assert re.findall(r"\d\*?", header) == ["1", "2*", "3", "4*", "5", "6", "7", "8"]
-    shown = [output for cell in cells(tmp_path / "out.ipynb") for output in cell.outputs]
+    assert re.findall(r"\d\*?", header) == ["1*", "2*", "3", "4*", "5", "6", "7", "8*"]
+    shown = [output for cell in cells(output) for output in cell.outputs]
     assert any("2*" in output.get("data", {}).get("text/html", "") for output in shown)
     assert any("image/png" in output.get("data", {}) for output in shown)
     assert {output.name for output in shown if output.output_type == "stream"} == {"stdout"}  # stderr is shown on red
     assert not git(checkout, "status", "--porcelain")
 
 
-def test_the_same_outputs_again(checkout: Path, tmp_path: Path) -> None:
+BARS = r"""
+[how long it took]
+regex: \[\d\d:\d\d<[^\]]*\]
+replace: [time]
+"""
+
+
+def test_the_same_outputs_again(quickstart: tuple[Path, Path], checkout: Path, tmp_path: Path) -> None:
     """What papermill wrote, executed once more from nothing: nbval compares every output, down to the last digit."""
-    place, output = tmp_path / "made", tmp_path / "out.ipynb"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TQDM_DISABLE", "1")  # bars say how long it took
-        assert not papermill(
-            checkout, checkout, "notebooks/00_quickstart.ipynb", output, "-p", "results_dir", str(place)
-        )
-        written = {path.relative_to(place): path.read_bytes() for path in place.rglob("*.[cm][sd]*")}
-        shutil.rmtree(place)
-        for name, value in {"PYTHONPATH": str(checkout), "EMQ_PROFILE": "smoke", "OMP_NUM_THREADS": "1"}.items():
-            patch.setenv(name, value)
-        nbval = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-o", "addopts=", "-W", "default"]
-        result = subprocess.run([*nbval, str(output)], cwd=tmp_path, capture_output=True, text=True)
+    output, place = quickstart
+    written = {path.relative_to(place): path.read_bytes() for path in place.rglob("*.[cm][sd]*")}
+    shutil.rmtree(place)
+    (tmp_path / "bars.cfg").write_text(BARS)
+    nbval = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-o", "addopts=", "-W", "default"]
+    nbval += [f"--nbval-sanitize-with={tmp_path / 'bars.cfg'}", f"--rootdir={output.parent}", str(output)]
+    environment = os.environ | {"PYTHONPATH": str(checkout), "EMQ_PROFILE": "smoke", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(nbval, cwd=output.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     count = len([cell for cell in cells(output) if cell.source.strip()])
     assert f"{count} passed" in result.stdout
@@ -117,10 +117,12 @@ def test_the_same_outputs_again(checkout: Path, tmp_path: Path) -> None:
     assert tables and all((place / name).read_bytes() == written[name] for name in tables)
 
 
+@pytest.mark.thorough
 def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     """As the README has it; the rows lie outside of what git sees."""
-    arguments = ["-p", "bits", "[2,4,8]", "-p", "profile", "smoke"]
-    output = tmp_path / "out.ipynb"
+    shutil.rmtree(checkout / "build", ignore_errors=True)
+    (arguments,) = re.findall(r"^papermill 01_cifar10.ipynb out.ipynb (.*)$", README, flags=re.MULTILINE)
+    output, arguments = tmp_path / "out.ipynb", shlex.split(arguments)
     assert not papermill(checkout, checkout / "notebooks", "01_cifar10.ipynb", output, *arguments, profile="small")
     assert not git(checkout, "status", "--porcelain")
     place = checkout / "build/smoke/smoke"
@@ -148,27 +150,49 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     assert "paper: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
 
 
-def test_wrong_bits(checkout: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.ipynb"
-    message = papermill(checkout, checkout / "notebooks", "01_cifar10.ipynb", output, "-p", "bits", "[2,banana]")
-    assert "ValueError: bits='[2,banana]': expected a list" in message
-    assert_failed_at_once(output)
+def read(notebook: str, *arguments: str) -> dict[str, object]:
+    """The names after the cell that reads the parameters has read them, given as papermill's command line has them."""
+    given = dict(zip(arguments[1::3], map(_resolve_type, arguments[2::3]), strict=True))
+    source = parameterize_notebook(load_notebook_node(str(ROOT / f"notebooks/{notebook}.ipynb")), given)
+    names: dict[str, object] = {}
+    for cell in source.cells:
+        if "injected-parameters" in cell.metadata.tags:
+            assert given.keys() <= {name for name in names if not name.startswith("_")}
+        if cell.cell_type == "code":
+            first = ast.parse(cell.source).body  # of the cell that also starts the runs, the call that reads alone
+            first = first[:1] if "profiles.parameters(" in cell.source else first
+            exec(compile(ast.Module(first, []), notebook, "exec"), names)
+        if "p" in names:
+            return names
+    raise AssertionError(f"{notebook} reads no parameters")
 
 
-def test_misspelt_parameter(checkout: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.ipynb"
-    message = papermill(checkout, checkout, "notebooks/00_quickstart.ipynb", output, "-p", "bitz", "4")
-    assert "ValueError: parameter='bitz': expected one of bits, profile, results_dir, seed" in message
-    assert_failed_at_once(output)
+@pytest.mark.parametrize("notebook", TRIED)
+def test_what_the_readme_has_one_try_is_read(notebook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the quickstart are executed above, all of them by `make faults`."""
+    monkeypatch.setenv("EMQ_PROFILE", "smoke")
+    assert read(notebook, *shlex.split(TRIED[notebook]))["p"].profile.name == "smoke"
 
 
-def test_imagenet_by_the_users_own_call_says_at_once_where_to_put_it(checkout: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.ipynb"
-    arguments = ("03_imagenet.ipynb", output, "-p", "bits", "[2,4,8]")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EMQ_DATA", str(tmp_path / "nothing"))
-        message = papermill(checkout, checkout / "notebooks", *arguments, profile="small")
-    assert "FileNotFoundError: no data for 'imagenet'. Looked in:" in message
-    assert str(tmp_path / "nothing/imagenet") in message and "image-net.org" in message
-    assert_failed_at_once(output)
-    assert not git(checkout, "status", "--porcelain")
+@pytest.mark.thorough
+@pytest.mark.parametrize("notebook", TRIED)
+def test_what_the_readme_has_one_try_is_run(notebook: str, checkout: Path, tmp_path: Path) -> None:
+    arguments = shlex.split(TRIED[notebook])
+    assert not papermill(checkout, checkout / "notebooks", f"{notebook}.ipynb", tmp_path / "out.ipynb", *arguments)
+
+
+def test_wrong_bits() -> None:
+    with pytest.raises(ValueError, match=r"^bits='\[2,banana\]': expected a list"):
+        read("01_cifar10", "-p", "bits", "[2,banana]")
+
+
+def test_imagenet_by_the_users_own_call_says_at_once_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMQ_DATA", str(tmp_path / "nothing"))
+    given = ("-p", "bits", "[2,4,8]", "-p", "profile", "small", "-p", "results_dir", str(tmp_path / "made"))
+    p, begin = read("03_imagenet", *given)["p"], time.process_time()
+    with pytest.raises(FileNotFoundError, match=r"(?s)^no data for 'imagenet'. Looked in:.*image-net.org") as error:
+        experiments.run_all(experiments.imagenet(p), p.results_dir, processes=p.processes)
+    assert str(tmp_path / "nothing/imagenet") in str(error.value) and time.process_time() - begin < 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

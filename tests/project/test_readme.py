@@ -1,17 +1,27 @@
-"""What README and GUIDE show is run: Python blocks as they stand, shell commands in smoke, and what they point at."""
+"""What README and GUIDE show is run: Python blocks as they stand, shell commands in smoke, and what they point at.
 
+Notebooks with the parameters that the README has one try: tests/test_notebooks.py.
+"""
+
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 
 import emqlib as emq
 from emqlib.paper import experiments
+from emqlib.paper.runs import Run
+from emqlib.train.checkpoint import Deadline
 
 ROOT = Path(__file__).resolve().parents[2]
 README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "GUIDE.md"))
@@ -26,6 +36,22 @@ def test_there_is_something_to_run() -> None:
     assert [name for name, _ in TRIED] == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
+def executed(block: str, names: dict[str, Any]) -> int:
+    """Run the README's own text, nobody else's, a statement at a time; how many used the network.
+
+    No use changes anything in it: neither running statistics nor what else it holds.
+    """
+    uses = 0
+    for statement in ast.parse(block).body:
+        calls = [node.func for node in ast.walk(statement) if isinstance(node, ast.Call)]
+        in_use = any(isinstance(f, ast.Name) and f.id == "model" for f in calls)
+        before = deepcopy(names["model"].state_dict()) if in_use else {}
+        exec(compile(ast.Module([statement], []), "README", "exec"), names)
+        assert all(torch.equal(value, names["model"].state_dict()[name]) for name, value in before.items())
+        uses += in_use
+    return uses
+
+
 def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -34,66 +60,68 @@ def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     monkeypatch.chdir(tmp_path)
     digits = emq.load_dataset("digits").subset(600, 200)
     monkeypatch.setattr(emq, "load_dataset", lambda name: digits)
-    names: dict[str, object] = {}
-    exec(BLOCKS[0], names)  # the README's own text, nobody else's
+    names: dict[str, Any] = {}
+    assert executed(BLOCKS[0], names) == 1
     table = emq.evaluate(names["model"], digits)
     assert (tmp_path / "digits.checkpoint").exists() and "top1" in capsys.readouterr().out
     assert table.bits.tolist() == list(range(1, 9)) and table[table.trained].top1.max() > 25
     assert names["logits"].shape == (1, 10)
     assert BLOCKS[1].count("\n") <= 10
-    exec(BLOCKS[1], names)
+    assert executed(BLOCKS[1], names) == 1
     assert (tmp_path / "digits_4bit.onnx").exists() and names["agreement"] > 0.99
     assert re.search(r"\d+\.\d% of the answers agree", capsys.readouterr().out)
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands need, where what they leave behind harms nothing."""
-    folder = tmp_path_factory.mktemp("copy")
-    for name in ("emqlib", "notebooks", "results/paper"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("pyproject.toml", "constraints.txt", "Makefile"):
-        shutil.copy(ROOT / name, folder)
-    return folder
-
-
-def run(command: str, copy: Path, cwd: str = ".") -> str:
+def run(command: str, checkout: Path) -> str:
     """Run a command of the README in smoke, by the programs beside this Python; what it printed."""
-    own = {"EMQ_PROFILE": "smoke", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    own = {"EMQ_PROFILE": "smoke", "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     own |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    own |= {name: str(copy.parent / "user") for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
+    own |= {name: str(checkout.parent / "user") for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
     done = subprocess.run(
-        shlex.split(command), cwd=copy / cwd, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        shlex.split(command), cwd=checkout, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert done.returncode == 0, done.stdout.decode()[-3000:]
     return done.stdout.decode()
 
 
-@pytest.mark.parametrize(("notebook", "parameters"), TRIED, ids=lambda part: part.partition(".")[0])
-def test_a_notebook_is_run_by_papermill_as_the_readme_has_it(notebook: str, parameters: str, copy: Path) -> None:
-    pytest.importorskip("papermill")
-    pytest.importorskip("sklearn")
-    run(f"papermill -k python3 {notebook} {notebook}.out.ipynb {parameters}", copy, "notebooks")
+def assert_told_in_words(demo: str) -> None:
+    """A line on what is about to happen, progress, the table, where the figure is and what to do next; no cells."""
+    lines = [line.rpartition("\r")[2] for line in demo.splitlines(keepends=True)]
+    assert lines[0].startswith("Training a small network") and len(demo.split("\n")) < 20
+    assert "run 2 of 2" in demo and not re.search(r"Cell|Executing|papermill|Warning|WARNING", demo)
+    header, without, corrected = (line for line in lines if line.startswith("| "))
+    assert header.startswith("| accuracy (%) by bit-width ") and re.findall(r"\d\*?", header)[:3] == ["1", "2*", "3"]
+    assert without.startswith("| without weight bias") and corrected.startswith("| with weight bias")
+    (figure,) = re.findall(r"^Figure: (.+png)$", demo, re.MULTILINE)
+    assert Path(figure).exists() and "jupyter lab notebooks/00_quickstart.ipynb" in demo
 
 
-def test_every_other_command_is_run(copy: Path) -> None:
-    """`make test` runs this file; `make results` is run for one notebook. GPUs and ImageNet are not everywhere."""
+def test_every_other_command_is_run_or_another_test_runs_it(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`make test` runs this file; GPUs and ImageNet are not everywhere."""
     pytest.importorskip("papermill")
     pytest.importorskip("sklearn")
     left = [command for command in COMMANDS if command != "cd notebooks"]
-    for command in ("make demo", "make results PROFILE=smoke", "make test"):
+    for command in ("make demo", "make results PROFILE=smoke", "make test"):  # the second: tests/test_suite.py
         left.remove(command)
-    installed = f"-o install VENV={sys.prefix}"  # with the programs that are there
     if shutil.which("make") and Path(sys.prefix, "bin/papermill").exists():
-        assert "2*" in run(f"make demo {installed}", copy)
-        run(f"make results PROFILE=smoke ONLY=00_quickstart {installed}", copy)
-    shell = "python -m emqlib.paper.experiments table1 --profile paper --budget 600"
-    left.remove(shell)
-    assert "runs" in run(shell.replace("table1 --profile paper", "quickstart --profile smoke"), copy)
-    left.remove('papermill 01_cifar10.ipynb out.ipynb -p bits "[2,4,8]" -p profile smoke')  # run in test_notebooks
+        demo = run(f"make demo -o install VENV={sys.prefix}", checkout)  # with the programs that are there
+        assert_told_in_words(demo)
+    (shell,) = [command for command in left if command.startswith("python -m emqlib.paper.experiments ")]
+    left.remove(shell)  # as a program: tests/test_experiments.py
+
+    def finished(runs: list[Run], place: Path, *, budget: Deadline, **_: object) -> pd.DataFrame:
+        assert {run.profile for run in runs} == {"paper"} and budget.end is not None
+        return pd.DataFrame({"run": [run.hash for run in runs]})
+
+    monkeypatch.setattr(experiments, "run_all", finished)
+    assert experiments.main(shlex.split(shell)[3:]) == 0 and " runs, " in capsys.readouterr().out
+    (first,) = [command for command in left if command.startswith("papermill 01_")]
+    left.remove(first)  # tests/test_notebooks.py
     several = [command for command in left if "processes" in command or "imagefolder:PATH" in command]
     assert sorted({*left} - {*several}) == ['papermill 03_imagenet.ipynb out.ipynb -p bits "[2,4,8]"']
-    assert dict(TRIED)["03_imagenet.ipynb"] == '-p bits "[2,4,8]"'  # which is run above
+    assert dict(TRIED)["03_imagenet.ipynb"] == '-p bits "[2,4,8]"'  # tests/test_notebooks.py too
     assert "imagenet" in {f.__name__ for f in experiments.RUNS} and len(several) == 3  # tests/test_experiments.py
 
 

@@ -14,7 +14,6 @@ from torchvision.datasets import CIFAR10
 
 import emqlib as emq
 from emqlib.layers import QuantSpec
-from emqlib.paper import deployment as serving
 from emqlib.paper import experiments, profiles, runs, tables
 from emqlib.train.config import TrainConfig
 

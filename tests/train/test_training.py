@@ -411,7 +411,8 @@ def test_channels_last_computes_the_same(digits: Dataset) -> None:
     assert histories[0] == pytest.approx(histories[1], rel=1e-3)
 
 
-def test_bfloat16_runs_the_layers_in_bfloat16(digits: Dataset) -> None:
+def test_bfloat16_runs_the_layers_in_bfloat16(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emqlib.devices.has_bfloat16", lambda: True)
     types = set()
     model = tiny()
     for layer in (model[0], model[4], model[10]):

@@ -1,0 +1,277 @@
+"""Learning rates step by step, what is used where a processor has no bfloat16, and what `make demo` prints."""
+
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import emqlib as emq
+from emqlib import TrainConfig, devices, experiments, layers, methods, profiles, results, runs, studies, training
+
+# Learning rates of the steps
+
+
+def rates(monkeypatch: pytest.MonkeyPatch, images: int = 6, **fields: object) -> list[float]:
+    """The rate of each step of a run of three steps an epoch, without the arithmetic of the steps."""
+    seen: list[float] = []
+    monkeypatch.setattr(training, "_step", lambda run, step, batch, lr, watch, where: seen.append(lr))
+    monkeypatch.setattr(training.LossWatch, "mean", lambda self: 0.0)
+    data = emq.load_dataset("digits", image_size=8).subset(images, 2)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.LazyLinear(10))
+    net(torch.zeros(1, 3, 8, 8))
+    config = TrainConfig(**{"scheme": "joint", "batch_size": 2, "lr": 1.0, "device": "cpu"} | fields)
+    emq.train(emq.convert(net, emq.QuantSpec(bits=(4,))), data, config, progress=False)
+    return seen
+
+
+def test_a_milestone_of_two_gives_two_epochs_at_the_first_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    found = rates(monkeypatch, epochs=5, schedule="step", milestones=(2, 4))
+    assert found == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 3)
+
+
+def test_neither_the_first_step_of_a_warm_up_nor_the_last_of_a_cosine_has_a_rate_of_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("sklearn")
+    found = rates(monkeypatch, epochs=3, warmup_epochs=1)
+    assert found[:3] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    assert found[3:] == sorted(found[3:], reverse=True) and found[-1] > 0.01
+
+
+@pytest.mark.parametrize("fields", [{}, {"schedule": "step", "milestones": (1,)}, {"warmup_epochs": 0.9}])
+def test_a_run_of_one_step_trains(monkeypatch: pytest.MonkeyPatch, fields: dict) -> None:
+    pytest.importorskip("sklearn")
+    (rate,) = rates(monkeypatch, images=2, epochs=1, **fields)
+    assert rate >= 0.5
+
+
+@pytest.mark.parametrize("epochs", range(1, 13))
+def test_short_runs_keep_the_decays_apart_and_an_epoch_after_each(epochs: int) -> None:
+    p = profiles.parameters(profile="paper")
+    scaled = methods.base(p, 0, "cifar10", epochs).config.milestones
+    assert all(earlier < later for earlier, later in pairwise((0, *scaled, epochs)))
+    own = p.profile.training.milestones
+    assert len(scaled) == len(own) or epochs < 6
+    assert all(abs(m - n * epochs / 200) <= 1 for m, n in zip(scaled, own, strict=False))
+
+
+def test_milestones_of_a_run_of_the_profiles_own_length_stay() -> None:
+    p = profiles.parameters(profile="paper")
+    p = replace(p, profile=replace(p.profile, training=replace(p.profile.training, epochs=4, milestones=(1, 2, 3))))
+    assert methods.base(p, 0, "cifar10").config.milestones == (1, 2, 3)
+
+
+# A processor without bfloat16
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[False, True])
+def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor has it, whatever processor this is."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param, raising=False)
+    devices._tell_of_float32.cache_clear()
+    return request.param
+
+
+def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat16: bool) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            with devices.autocast("bfloat16", CPU):
+                found = nn.Linear(2, 2)(torch.ones(1, 2)).dtype
+            with warnings.catch_warnings():  # after which Python itself would tell it again
+                pass
+    assert found == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert [str(w.message)[:35] for w in told] == ([] if bfloat16 else ["this processor has no fast bfloat16"])
+    asked = [("none", CPU), ("float16", CPU), ("bfloat16", torch.device("cuda"))]
+    assert [devices.autocast_used(*pair) for pair in asked] == ["none", "float16", "bfloat16"]
+
+
+def test_the_warning_comes_before_the_first_step(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "this processor has no fast bfloat16")
+        if bfloat16:
+            assert rates(monkeypatch, epochs=1, autocast="bfloat16")
+        else:
+            with pytest.raises(UserWarning, match="runs in float32"):
+                rates(monkeypatch, epochs=1, autocast="bfloat16")
+
+
+def small_run(tmp_path: Path) -> runs.Run:
+    p = profiles.parameters(profile="smoke", bits=(4,), results_dir=tmp_path)
+    (_, run) = experiments.quickstart(p)
+    return replace(run, subset=(8, 8), config=replace(run.config, epochs=1, batch_size=8, autocast="bfloat16"))
+
+
+def test_rows_tell_what_was_used_and_by_which_processor(bfloat16: bool, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    run = small_run(tmp_path)
+    rows = runs.run_all([run], tmp_path, progress=False)
+    assert set(rows.autocast) == {"bfloat16" if bfloat16 else "none"}
+    assert set(rows.instructions) == {torch.backends.cpu.get_cpu_capability()}
+    (model,) = set(rows.processor)
+    assert model and (not Path("/proc/cpuinfo").exists() or model in Path("/proc/cpuinfo").read_text() + "aarch64")
+
+
+def test_rows_from_before_are_read_beside_new_ones(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    new = small_run(tmp_path)
+    old = replace(new, config=replace(new.config, seed=1))
+    runs.run_all([new, old], tmp_path, progress=False)
+    path = runs.rows_file(old, tmp_path)
+    record = json.loads(path.read_text())
+    for name in ("processor", "instructions", "autocast"):
+        del record["provenance"][name]
+    path.write_text(json.dumps(record))
+    rows = runs.run_all([new, old], tmp_path, progress=False)
+    assert list(rows.processor.isna()) == list(rows.seed == 1)
+    assert "processor" not in runs.run_all([old], tmp_path, progress=False)
+
+
+def test_a_table_of_remedies_has_the_processor_of_new_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [name for name in studies._REMEDY_COLUMNS if name not in ("remedy", "adapted_top1")]
+    table = studies.pd.DataFrame([dict.fromkeys(names, 1) | {"run": "a", "adapted": a} for a in (False, True)])
+    run = methods.base(profiles.parameters(profile="smoke"), 0, "digits")
+    monkeypatch.setattr(runs.Run, "hash", "a")
+    monkeypatch.setattr(studies, "uncalibrated", lambda p, dataset: [run])
+    for rows in (table, table.drop(columns=["processor", "instructions", "autocast"])):
+        monkeypatch.setattr(studies, "run_all", lambda runs, results_dir, rows=rows: rows)
+        found = studies.remedies(profiles.parameters(profile="smoke"))
+        assert ("processor" in found) == ("processor" in rows) and "device" in found
+
+
+def test_the_processor_is_named_where_the_system_has_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    from emqlib.provenance import _processor
+
+    for text, expected in (("model name\t: A B @ 2 GHz\nmodel name\t: other\n", "A B @ 2 GHz"), ("", "x86_64")):
+        _processor.cache_clear()
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
+        monkeypatch.setattr("platform.processor", lambda: "")
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        assert _processor() == expected
+    _processor.cache_clear()
+
+
+# The convolution whose gradient fails channels-last
+
+STRIDED = [
+    nn.Conv2d(4, 8, 1, stride=2),
+    nn.Conv2d(4, 8, 1, stride=(1, 3), bias=False, groups=2),
+    nn.Conv2d(4, 8, 1, stride=2, padding=(1, 2)),
+    nn.Conv2d(4, 8, 1, stride=3, padding=2, padding_mode="reflect"),
+]
+
+
+def gradients(conv: nn.Conv2d, x: torch.Tensor) -> list[torch.Tensor]:
+    y = conv(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()])]
+
+
+@pytest.mark.parametrize("conv", STRIDED, ids=str)
+def test_it_is_computed_from_the_pixels_it_reads(conv: nn.Conv2d, rng: torch.Generator) -> None:
+    """Against the plain one, contiguous, in which it does not fail; both weight and input channels-last."""
+    x = torch.randn(3, 4, 7, 8, generator=rng, requires_grad=True)
+    expected = gradients(conv, x)
+    safe = layers.SafeConv2d(**layers.geometry(conv), bias=conv.bias is not None)
+    safe.load_state_dict(conv.state_dict())
+    seen, convolve = [], F.conv2d
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **options: int) -> torch.Tensor:
+        seen.append(options)
+        return convolve(x, weight, bias, **options)
+
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.F, "conv2d", watched)
+        found = gradients(safe.to(memory_format=torch.channels_last), last)
+    assert seen == [{"groups": conv.groups}]  # of stride 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_convert_makes_it_safe_whether_it_is_quantized_or_kept() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, stride=2), nn.Conv2d(4, 4, 1, stride=2), nn.Conv2d(4, 4, 1), nn.Flatten()
+    )
+    model = emq.convert(net, emq.QuantSpec(bits=(4,), full_precision=("2",), activation="none"))
+    assert [isinstance(m, layers.SafeConv2d) for m in model[:4]] == [True] * 4
+    assert type(model[2]) is layers.SafeConv2d and type(net[2]) is nn.Conv2d
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(emq.pack(model, 4)(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_no_format_of_weights_and_images_crashes_a_loop_of_ones_own() -> None:
+    """In a process of its own, which the fault would take along: it is seen with 4 channels under AVX2."""
+    script = """
+import itertools, torch
+import emqlib as emq
+from torch import nn
+torch.set_num_threads(1)
+x = torch.randn(63, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+found = []
+for kept, last in itertools.product(((), ("0",)), (False, True)):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2, bias=False), nn.Conv2d(8, 2, 3), nn.Flatten())
+    spec = emq.QuantSpec(bits=(32,), full_precision=kept, weight="minmax", activation="none", correction="none")
+    model = emq.convert(net, spec).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    model(x).square().mean().backward()
+    found.append(model[0].weight.grad.clone())
+    net(x.contiguous()).square().mean().backward()
+    assert torch.allclose(found[-1], net[0].weight.grad, rtol=1e-3, atol=1e-5)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_compiled_on_a_cpu_it_keeps_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor takes channels-last by itself."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    for stride, channels in product((1, 2), (4, 16)):
+        devices.compiled(nn.Sequential(nn.Conv2d(channels, 8, 1, stride=stride)), True, 0)
+    assert asked == [{}, {}, {"options": {"layout_optimization": False}}, {}]
+
+
+# What `make demo` prints
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_table_of_the_demo_is_in_words() -> None:
+    rows = results.pd.read_csv(ROOT / "results/small/00_quickstart.csv")
+    table = results.correction_table(rows)
+    assert list(table.columns) == ["accuracy (%) by bit-width", "1", "2*", "3", "4*", "5", "6", "7", "8*"]
+    assert table.iloc[:, 0].tolist() == ["without weight bias correction", "with weight bias correction"]
+    found = rows[~rows.adapted].set_index(["correction", "bits"]).top1
+    assert table["2*"].tolist() == [f"{found[correction, 2]:.1f}" for correction in ("none", "mean_var")]
+    with pytest.raises(ValueError, match=r"^rows="):
+        results.correction_table(rows.drop(columns="adapted"))
+
+
+def test_the_notebook_shows_the_table_that_the_demo_prints(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "notebooks/00_quickstart.ipynb").read_text())["cells"]
+    (shown,) = [cell for cell in cells if "results.save(table" in "".join(cell["source"])]
+    assert "table = results.correction_table(rows)" in "".join(shown["source"])
+    table = results.correction_table(results.pd.read_csv(ROOT / "results/small/00_quickstart.csv"))
+    assert "".join(shown["outputs"][0]["data"]["text/plain"]) == repr(table)
+    results.save(table, tmp_path / "a")
+    assert (tmp_path / "a.md").read_text() == (ROOT / "results/small/00_quickstart.md").read_text()
+
+
+def test_an_install_is_told_of_first_and_quiet() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("$(STAMP):")[1].split("\n\n")[0].splitlines()[1:]
+    assert recipe[0].startswith('\t@echo "Installing') and "GB" in recipe[0]
+    assert all(line.startswith("\t@") for line in recipe) and sum("pip install -q " in line for line in recipe) == 1
