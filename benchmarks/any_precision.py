@@ -21,13 +21,13 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import RESULTS
+from common import RESULTS, write
 from matplotlib.axes import Axes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import emqlib as emq
-from emqlib.paper import experiments, plots, runs, tables
+from emqlib.paper import experiments, plots, runs
 from emqlib.train import distributed, loop
 
 BITS = (2, 4, 8)
@@ -236,6 +236,4 @@ if __name__ == "__main__":
         for epochs in lengths:
             if not (rows.way.eq(way) & rows.epochs.eq(epochs)).any():
                 rows = pd.concat([rows, measure(data, way, epochs)], ignore_index=True)
-                tables.save(summary(rows), OUTPUT, rows)
-                plots.save(figure(rows), OUTPUT)
-    print(summary(rows).to_string(index=False))
+                write("any_precision", rows, summary(rows), figure(rows))

@@ -12,10 +12,11 @@ from time import perf_counter
 
 import pandas as pd
 import torch
+from common import write
 from matplotlib.axes import Axes
 
 from emqlib.files import digest
-from emqlib.paper import plots, runs, tables
+from emqlib.paper import plots, runs
 from emqlib.train import data, distributed
 from emqlib.train.data import ImageFiles, list_classes, loader
 
@@ -57,9 +58,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(os.environ.get("EMQ_DATA", "data"), "imagenet-sample/val")
     if place.is_dir():
-        measured = measure(place)
-        tables.save(summary(measured), OUTPUT, measured)
-        plots.save(figure(measured), OUTPUT)
-        print(summary(measured).to_string(index=False))
+        rows = measure(place)
+        write("decoding", rows, summary(rows), figure(rows))
     else:
         print(f"{place}: no such folder, decoding is not measured")

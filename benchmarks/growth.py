@@ -13,13 +13,13 @@ from time import perf_counter
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import resident
+from common import resident, write
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import experiments, plots, runs, tables
+from emqlib.paper import experiments, plots, runs
 from emqlib.train import distributed, loop
 from emqlib.train.data import loader
 
@@ -132,7 +132,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(640, 10))
+    write("growth", rows, summary(rows), figure(rows))

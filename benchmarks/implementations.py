@@ -16,12 +16,13 @@ import any_precision
 import pandas as pd
 import steps
 import torch
+from common import write
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import plots, runs, tables
+from emqlib.paper import plots, runs
 from emqlib.train import distributed
 
 BITS = 8
@@ -139,7 +140,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    write("implementations", rows, summary(rows), figure(rows))

@@ -7,11 +7,12 @@ from time import perf_counter
 
 import pandas as pd
 import torch
+from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import plots, runs, tables
+from emqlib.paper import plots, runs
 from emqlib.train import distributed
 from emqlib.train.data import loader
 
@@ -57,7 +58,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(2560, 10))
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(2560, 10))
+    write("loading", rows, summary(rows), figure(rows))

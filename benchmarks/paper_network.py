@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+from common import RESULTS, write
 from matplotlib.axes import Axes
 
 from emqlib.paper import experiments, plots, runs, tables
@@ -24,7 +25,7 @@ def asked() -> list[runs.Run]:
 
 
 def _of_seed(p: Parameters, seed: int) -> list[runs.Run]:
-    """Any-Precision; ours on the full data; at 80 % with the paper's coresets, and as `redrawn` has it, one part."""
+    """Any-Precision; ours on the full data, on the paper's coresets at 80 %, and as `experiments.redrawn`, one part."""
     start = {name: experiments.of_length(p, seed, "cifar10", count) for name, count in EPOCHS.items()}
     coreset = experiments.bitwise_coreset(0.8)
     found = [experiments.any_precision(start["any_precision"]), experiments.ours(start["full"])]
@@ -48,7 +49,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True  # few shapes of batches: the fastest convolutions are looked for once
-    measured = runs.run_all(asked(), OUTPUT.parents[1])
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = runs.run_all(asked(), RESULTS.parent)
+    write("paper_network", rows, summary(rows), figure(rows))

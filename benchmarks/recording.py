@@ -7,10 +7,11 @@ median, lowest and highest ratio of each score. Claim: at most 1.05.
 from dataclasses import replace
 
 import pandas as pd
+from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib.paper import plots, runs, tables
+from emqlib.paper import plots, runs
 from emqlib.train import distributed
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
@@ -51,7 +52,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(640, 10))
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(640, 10))
+    write("recording", rows, summary(rows), figure(rows))

@@ -8,13 +8,12 @@ with batches as large as Any-Precision's.
 from dataclasses import replace
 
 import pandas as pd
+from common import write
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib.paper import experiments, plots, profiles, runs, tables
+from emqlib.paper import experiments, plots, profiles, runs
 from emqlib.train import distributed
-
-OUTPUT = Path(__file__).parents[1] / "results/benchmarks/schemes"
 
 
 def measure(data: emq.Dataset, repeats: int = 5, epochs: int = 8, pruning_rate: float = 0.8) -> pd.DataFrame:
@@ -59,7 +58,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(1280, 10))
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(1280, 10))
+    write("schemes", rows, summary(rows), figure(rows))

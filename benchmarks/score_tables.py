@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from common import resident
+from common import resident, write
 from matplotlib.axes import Axes
 
-from emqlib.paper import plots, runs, tables
+from emqlib.paper import plots, runs
 from emqlib.train import distributed
 from emqlib.train.coresets import recorder
 
@@ -55,7 +55,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure()
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure()
+    write("score_tables", rows, summary(rows), figure(rows))

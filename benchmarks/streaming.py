@@ -12,13 +12,14 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import resident
+from common import resident, write
 from matplotlib.axes import Axes
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 import emqlib as emq
-from emqlib.paper import plots, runs, tables
+from emqlib.paper import plots, runs
+from emqlib.paper.measure import gradient_angles, linear_probes, preactivations, weight_shift
 from emqlib.train import distributed
 
 BITS = (2, 4, 8)
@@ -78,7 +79,5 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 
 if __name__ == "__main__":
-    measured = measure(emq.load_dataset("cifar10").subset(64, 32))
-    tables.save(summary(measured), OUTPUT, measured)
-    plots.save(figure(measured), OUTPUT)
-    print(summary(measured).to_string(index=False))
+    rows = measure(emq.load_dataset("cifar10").subset(64, 32))
+    write("streaming", rows, summary(rows), figure(rows))
