@@ -285,8 +285,6 @@ def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: floa
         {"how": "sample", "resample_every": 0},
         {"how": "sample", "rescore": True},
         {"how": "sample", "unbiased": True, "candidates": 1.0},
-        {"how": "ccs", "cut": 0.1},
-        {"balanced": True},
         {"full_epochs": 1},
     ]
     ways = ("identical", "independent", "disjoint")

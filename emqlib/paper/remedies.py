@@ -121,7 +121,7 @@ class _Network:
             return None
         layer = self.model.get_submodule(read)
         with at_bits(self.model, bits), torch.no_grad():
-            n = torch.tensor(levels(bits), device=layer.weight.device)
+            n = levels(bits)
             quantizer = layer.input_quantizer
             part = F.relu if not quantizer.signed else nn.Identity()  # without a sign, a ReLU stands before it
             mean, var = gaussian_moments(*self.inputs[read], lambda x: quantizer(part(x), n))

@@ -329,11 +329,10 @@ class Sampler:
         return torch.cat(picked).sort().values
 
     def _choose(self, b: int, part: Tensor, keep: int, stream: torch.Generator) -> Tensor:
-        config, labels = self.config, self.labels[part] if self.config.balanced else None
-        if config.score == "random":
-            return coreset.choose(torch.ones(len(part)), keep, "sample", stream, labels)
-        scores = self._chances(b) if config.how == "sample" else (self.scores if config.how == "ccs" else self.ranks)[b]
-        return coreset.choose(scores[part], keep, config.how, stream, labels, config.cut)
+        if self.config.score == "random":
+            return coreset.choose(torch.ones(len(part)), keep, "sample", stream)
+        scores = self._chances(b) if self.config.how == "sample" else self.ranks[b]
+        return coreset.choose(scores[part], keep, self.config.how, stream)
 
     def _chances(self, b: int) -> Tensor:
         """The weight (N,) of each sample in a draw: its rank over N to the `power`, and never nothing.
@@ -350,10 +349,9 @@ class Sampler:
 
         The expectation of the weighted mean loss over the draw is the mean over all data (Horvitz and Thompson 1952).
         """
-        labels = self.labels if self.config.balanced else None
         chances = torch.ones(self.n) if self.config.score == "random" else self._chances(b)
         keep = len(self.subsets[b])
-        weights = (keep / (self.n * coreset.inclusion(chances, keep, labels))).float()
+        weights = (keep / (self.n * coreset.inclusion(chances, keep))).float()
         over = weights[self.subsets[b]] > self.config.max_weight
         return weights.clamp_max(self.config.max_weight), _share(over)
 

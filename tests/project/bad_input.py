@@ -223,21 +223,17 @@ WINDOWS, DECAYS = (
 right = {"probabilities": P.expand(4, 4, 2), "window": 3}
 wrong("coreset.tdds", coreset.tdds, right, window=WINDOWS | {"too long": 5}, decay=DECAYS, probabilities=LOGITS)
 wrong("coreset.check_window", coreset.check_window, {"window": 3, "decay": 0.9}, window=WINDOWS, decay=DECAYS)
-right = {"scores": torch.ones(4), "pruning_rate": 0.5, "how": "ccs", "generator": torch.Generator()}
-CUTS = {"negative": -1, "two": 2.0, "text": "0.1", "None": None, "too much": 0.9}
+right = {"scores": torch.ones(4), "pruning_rate": 0.5, "how": "sample", "generator": torch.Generator()}
 GENERATORS = {"None": None, "a seed": 0}
 SCORES = VECTORS | {"empty": torch.ones(0), "nan": torch.ones(4) * NAN}
-select = {"scores": SCORES, "pruning_rate": RATES, "how": NAMES, "generator": GENERATORS, "cut": CUTS}
-some = {name: value for name, value in CLASSES.items() if name not in ("None", "unknown")}
-wrong("coreset.select", coreset.select, right, **select, labels=some)
+select = {"scores": SCORES, "pruning_rate": RATES, "how": NAMES, "generator": GENERATORS}
+wrong("coreset.select", coreset.select, right, **select)
 weights = right | {"how": "sample"}
 wrong("coreset.select by weight", coreset.select, weights, scores={"negative": -torch.ones(4), "zero": torch.zeros(4)})
 wrong("coreset.kept", coreset.kept, {"n": 4, "pruning_rate": 0.5}, n=NUMBERS | {"negative": -1}, pruning_rate=RATES)
 right = {"scores": torch.ones(4), "keep": 2, "how": "sample", "generator": torch.Generator()}
-keep, SOME_CUTS = NUMBERS | {"negative": -1, "more than all": 5}, {"negative": -1, "two": 2.0, "text": "0.1"}
-wrong(
-    "coreset.choose", coreset.choose, right, scores=VECTORS, keep=keep, how=NAMES, generator=GENERATORS, cut=SOME_CUTS
-)
+keep = NUMBERS | {"negative": -1, "more than all": 5}
+wrong("coreset.choose", coreset.choose, right, scores=VECTORS, keep=keep, how=NAMES, generator=GENERATORS)
 wrong("coreset.inclusion", coreset.inclusion, {"weights": torch.ones(4), "keep": 2}, weights=VECTORS, keep=keep)
 
 # Configurations
