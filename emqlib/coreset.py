@@ -3,12 +3,15 @@
 A score's docstring gives the end of it that is kept; all but `moderate` keep the highest.
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from . import checks
 
-HOW = ("top", "sample", "ccs")
+How = Literal["top", "sample"]
+HOW = get_args(How)
 EPS = 1e-8  # inside TDDS' logarithms, as its authors have it
 
 
@@ -146,22 +149,21 @@ def _features(features: Tensor, n: int) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-def select(
-    scores: Tensor,
-    pruning_rate: float,
-    how: str = "top",
-    generator: torch.Generator | None = None,
-    labels: Tensor | None = None,
-    cut: float = 0.0,
-) -> Tensor:
-    """Sorted indices (K,) of the round((1 - pruning_rate) N) samples to keep, at least one; scores: (N,).
+def select(scores: Tensor, pruning_rate: float, how: How = "top", generator: torch.Generator | None = None) -> Tensor:
+    """Select the round((1 - pruning_rate) N) samples to keep, at least one.
 
-    how: "top" keeps the highest scores, of equal ones the first; "sample" draws without replacement, scores being
-    weights >= 0, each sample with the probability that `inclusion` gives; "ccs" drops the `cut` highest fraction and
-    draws evenly over 50 strata of score of the rest (Zheng et al. 2023, arXiv 2210.15809). Draws come from `generator`
-    and no other source. labels: (N,) classes, to keep the same fraction of each.
-    ValueError: scores of another shape, not finite, or negative when sampling; an unknown `how`; drawing without a
-    CPU generator; fewer positive weights than samples to keep; a cut that leaves too few.
+    Args:
+        scores: finite numbers (N,).
+        pruning_rate: the fraction of samples not to keep, in [0, 1).
+        how: "top" keeps the highest scores, and of equal ones the first. "sample" draws without replacement: scores are
+            weights >= 0, and each sample is kept with the probability that `inclusion` gives.
+        generator: of the CPU; all draws come from it. "top" draws nothing.
+
+    Returns:
+        Their indices (K,), sorted.
+
+    Raises:
+        ValueError: names the argument that is wrong; fewer positive weights than samples to keep are too.
 
     >>> select(torch.tensor([0.1, 0.9, 0.5, 0.7]), pruning_rate=0.5)
     tensor([1, 3])
@@ -169,7 +171,7 @@ def select(
     rate = checks.pruning_rate(pruning_rate)
     if not isinstance(scores, Tensor) or scores.dim() != 1 or len(scores) == 0 or not bool(scores.isfinite().all()):
         raise checks.invalid("scores", scores, "a tensor (N,) of finite numbers, N >= 1")
-    return choose(scores, kept(len(scores), rate), how, generator, labels, cut)
+    return choose(scores, kept(len(scores), rate), how, generator)
 
 
 def kept(n: int, pruning_rate: float) -> int:
@@ -177,62 +179,26 @@ def kept(n: int, pruning_rate: float) -> int:
     return max(1, round((1 - checks.pruning_rate(pruning_rate)) * checks.integer("n", n, 1)))
 
 
-def choose(
-    scores: Tensor,
-    keep: int,
-    how: str,
-    generator: torch.Generator | None = None,
-    labels: Tensor | None = None,
-    cut: float = 0.0,
-) -> Tensor:
+def choose(scores: Tensor, keep: int, how: How, generator: torch.Generator | None = None) -> Tensor:
     """`select` on scores (N,), with the number of samples to keep in place of a rate: sorted indices (keep,)."""
     checks.choice("how", how, HOW)
     checks.integer("keep", keep, 0, len(checks.tensor("scores", scores, "a tensor (N,)", dims=1)))
-    checks.real("cut", cut, "a fraction in [0, 1]", low=0, high=1)
-    if how != "top" and (not isinstance(generator, torch.Generator) or generator.device.type != "cpu"):
-        raise checks.invalid("generator", generator, f'a torch.Generator of the CPU when how="{how}"')
-    if labels is None:
-        return _choose(scores, keep, how, generator, cut).sort().values
-    parts = []
-    for own, quota in _classes(labels, len(scores), keep):
-        parts.append(own[_choose(scores[own], quota, how, generator, cut)])
-    return torch.cat(parts).sort().values
-
-
-def _choose(scores: Tensor, keep: int, how: str, generator: torch.Generator | None, cut: float) -> Tensor:
-    if keep == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
     if how == "top":
-        return scores.argsort(descending=True, stable=True)[:keep]
-    if how == "ccs":
-        return _strata(scores, keep, cut, generator)
-    return _draw(inclusion(scores, keep), keep, generator)
+        return scores.argsort(descending=True, stable=True)[:keep].sort().values
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise checks.invalid("generator", generator, 'a torch.Generator of the CPU when how="sample"')
+    return _draw(inclusion(scores, keep), keep, generator).sort().values
 
 
-def _classes(labels: Tensor, n: int, keep: int) -> list[tuple[Tensor, int]]:
-    """For each class its samples' indices and how many of them to keep: proportional, by largest remainder."""
-    classes, sizes = _labels(labels, (n, 1 << 62)).unique(return_counts=True)
-    shares = sizes.double() * keep / n
-    quota = shares.floor().long()
-    largest = (shares - quota).argsort(descending=True, stable=True)[: keep - int(quota.sum())]
-    quota[largest] += 1
-    return [((labels == c).nonzero().flatten(), int(q)) for c, q in zip(classes, quota, strict=True)]
+def inclusion(weights: Tensor, keep: int) -> Tensor:
+    """The probability (N,) that "sample" keeps each sample: min(1, c w), with c such that the sum is `keep`.
 
-
-def inclusion(weights: Tensor, keep: int, labels: Tensor | None = None) -> Tensor:
-    """The probability (N,) that "sample" keeps each sample: min(1, c w), of sum `keep`; within each class if labels.
-
-    ValueError: weights negative, or fewer positive ones than `keep`.
+    ValueError: weights (N,) that are negative or not finite, or fewer positive ones than `keep`.
 
     >>> inclusion(torch.tensor([1.0, 1.0, 2.0, 6.0]), keep=2)
     tensor([0.2500, 0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
     checks.integer("keep", keep, 0, len(checks.tensor("weights", weights, "a tensor (N,)", dims=1)))
-    if labels is not None:
-        probabilities = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
-        for own, quota in _classes(labels, len(weights), keep):
-            probabilities[own] = inclusion(weights[own], quota)
-        return probabilities
     if bool((weights < 0).any()) or not bool(weights.isfinite().all()) or int((weights > 0).sum()) < keep:
         raise checks.invalid("scores", weights, f"weights >= 0, at least {keep} of them positive")
     w, certain = weights.double(), torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
@@ -245,8 +211,10 @@ def inclusion(weights: Tensor, keep: int, labels: Tensor | None = None) -> Tenso
         certain |= over
 
 
-def _draw(probabilities: Tensor, keep: int, generator: torch.Generator | None) -> Tensor:
+def _draw(probabilities: Tensor, keep: int, generator: torch.Generator) -> Tensor:
     """`keep` samples, each with its probability: a systematic sample along a random order, which keeps both exact."""
+    if keep == 0:
+        return torch.empty(0, dtype=torch.int64, device=probabilities.device)
     n, p = len(probabilities), probabilities.cpu()
     order = torch.empty(n, dtype=torch.float64).exponential_(generator=generator).argsort(stable=True)
     if bool((p == p[0]).all()):  # equal ones: the first of a random order
@@ -255,21 +223,3 @@ def _draw(probabilities: Tensor, keep: int, generator: torch.Generator | None) -
     points = torch.arange(keep, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=generator)
     chosen = torch.searchsorted(ends * (keep / ends[-1]), points, right=True)  # points lie 1 apart, samples fill <= 1
     return order[chosen].to(probabilities.device)
-
-
-def _strata(scores: Tensor, keep: int, cut: float, generator: torch.Generator | None, strata: int = 50) -> Tensor:
-    """CCS: the budget goes to strata of equal width in score, the smallest first, each gets at most an equal share."""
-    n = len(scores)
-    left = scores.argsort(stable=True)[: n - int(cut * n)]
-    if len(left) < keep:
-        raise checks.invalid("cut", cut, f"a fraction that leaves the {keep} samples to keep of {n}")
-    values = scores[left].double()
-    low, width = values[0], (values[-1] - values[0]).clamp_min(1e-300) / strata
-    stratum = ((values - low) / width).long().clamp_max(strata - 1).cpu()
-    sizes, parts, budget = stratum.bincount(minlength=strata), [], keep
-    for done, s in enumerate(sizes.argsort(stable=True).tolist()):
-        share = min(int(sizes[s]), budget // (strata - done))
-        own = (stratum == s).nonzero().flatten()
-        parts.append(own[torch.randperm(len(own), generator=generator)[:share]])
-        budget -= share
-    return left[torch.cat(parts).to(scores.device)]

@@ -16,6 +16,7 @@ import torch
 import torchvision
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from . import checks
@@ -34,8 +35,8 @@ def home() -> Path:
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file beside `path`, then rename it to `path`.
 
-    Whoever reads `path`, at any moment and after any crash, finds the old file or the new one, never a part.
-    OSError, which names `path`: the folder cannot be written to, or the disk is full; nothing is left behind then.
+    Whoever reads `path`, at any moment and after any crash, finds the old file or the new one, never a part. If the
+    folder cannot be written to, or the disk is full, an OSError names `path` and nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -68,7 +69,13 @@ def alone(path: Path, patience: float = 0) -> Iterator[None]:
     """Within the block no other process is in such a block for `path`; a killed one is out of it, whatever it left.
 
     Parts of the file that a killed process left behind are removed. The same thread may enter again within the block.
-    patience: seconds to wait for another process, -1 for as long as it takes. Busy: it has not finished by then.
+
+    Args:
+        path: the file.
+        patience: the seconds to wait for another process, -1 for as long as it takes.
+
+    Raises:
+        Busy: the other process has not finished by then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
@@ -104,39 +111,39 @@ def digest(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
-_DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
-_DTYPES |= {torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_DTYPES |= {torch.float64: "F64"}
-
-
 def write(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write tensors of any shape and what is said `about` them, of JSON's types, to `path`, atomically.
+    """Write tensors and what is said about them to `path`, atomically, as a safetensors file.
 
-    The header holds a checksum of both. The library's own writer takes a copy of all tensors, or a temporary file of
-    its own, which a killed process leaves behind, and hides what the disk said. OSError: it cannot be written.
+    Args:
+        path: the file.
+        about: anything of JSON's types, with a "version"; the header holds it, and a checksum of it and of the tensors.
+        tensors: of any shape; each is copied, since two may be the same.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        name: torch.clone(t.detach().cpu(), memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }
     told = canonical_json(about)
-    metadata = {"emqlib": told, "sha256": _digest(told, tensors)}
-    write_atomic(path, lambda file: _write(file, metadata, tensors))
-
-
-def _write(file: BinaryIO, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        file.write(_bytes(tensor))
+    whole = save(tensors, {"emqlib": told, "sha256": _digest(told, tensors)})
+    write_atomic(path, lambda file: file.write(whole))
 
 
 def read(path: Path, version: int, expected: str, name: str = "path") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` was given: `about`, whose "version" is this one, and the tensors, on the CPU.
+    """Read what `write` wrote.
 
-    ValueError, which calls the file `name`: no such file, not whole, changed, or of another version.
+    Args:
+        path: the file.
+        version: the "version" that the file must have.
+        expected: what the file should be, for the error.
+        name: what the error calls the file.
+
+    Returns:
+        `about` and the tensors, on the CPU.
+
+    Raises:
+        ValueError: no such file, not whole, changed, or of another version.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -158,16 +165,12 @@ def _digest(told: str, tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256(told.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha.update(_bytes(tensor))
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
 def flattened(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
-    """`tree`, of dicts, lists, tuples, tensors, numbers, texts and None, for JSON; its tensors go to `tensors`."""
+    """`tree` (dicts, lists, tuples, tensors, numbers, texts, None) in JSON's types; its tensors go into `tensors`."""
     if isinstance(tree, Tensor):
         name = f"{len(tensors)}: {at}"  # of its own, whatever the keys are
         tensors[name] = tree

@@ -1,73 +1,64 @@
-"""Layers that run at any bit-width: quantized Conv2d and Linear.
+"""Layers that run at any bit-width: quantized Conv2d and Linear, and the quantizers of their inputs.
 
-In a compiled graph a layer's bit-width is the number of levels in a tensor buffer, not a Python int. Its `bits`
-attribute is for reading only; `set_bits` keeps both equal.
+In a compiled graph the number of levels of a layer is a tensor buffer, not a Python number, so that one graph serves
+1 to 8 bits; 32 bits have another one. The attribute `bits` is for reading only: `set_bits` keeps all of them equal.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import quantizers
-from .checks import BIT_WIDTHS, bit_widths, choice, flag, invalid
-from .correction import CORRECTIONS, correct_weight, output_shift
-from .kernels import awaited
+from . import checks, kernels, quantizers
+from .checks import BIT_WIDTHS, invalid
+from .correction import Correction, output_shift
 
-NORMS = ("shared", "shared_affine", "switchable")
-RANGES = ("auto", "unit", "tracked")
-PLAIN = (Tensor, nn.Parameter)  # no classes derived from them, which may count writes otherwise
+Norm = Literal["shared", "shared_affine", "switchable"]
+NORMS = get_args(Norm)
+_PLAIN = (Tensor, nn.Parameter)  # classes derived from them may count writes in another way
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    try:
+        patterns = (None,) if isinstance(value, str) else tuple(islice(value, 10_000))
+    except Exception:  # iterating may raise anything
+        patterns = (None,)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        expected = 'a tuple of "first", "last" and name patterns, for example ("first",), or () for none'
+        raise invalid(name, value, expected)
+    return patterns
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How a network is quantized. ValueError names the field, its value and what is allowed.
+    """How a network is quantized.
 
-    bits: the trained bit-widths. weight: "dorefa", "minmax" or "lsq". activation: "dorefa", "pact", "lsq" or "none".
-    correction: weight bias correction, "none", "mean" or "mean_var". norm: one batch norm for all bit-widths
-    ("shared"), one each ("switchable"), or one affine for all with running statistics for each trained bit-width, those
-    of the others interpolated ("shared_affine"). full_precision: what stays unquantized: "first", "last", or name
-    patterns such as "*.shortcut". zero_level: min-max's grid with a zero. correction_gradient: whether the correction's
-    statistics carry gradient. output_correction: whether layers take the mean of what rounding their weight does off
-    their output (`correction.output_shift`, beyond the paper). activation_range, for "dorefa": "unit" clips to [0, 1]
-    as published, "tracked" follows the running minimum and maximum, "auto" takes "unit" for a network whose batch norms
-    have seen no data yet, and "tracked" for any other; an input that can be negative is always tracked.
+    Raises:
+        ValueError: names the field, its value and what is allowed.
     """
 
-    bits: tuple[int, ...]
-    weight: str = "dorefa"
-    activation: str = "dorefa"
-    correction: str = "mean_var"
-    norm: str = "shared"
-    full_precision: tuple[str, ...] = ("first", "last")
-    zero_level: bool = False
-    correction_gradient: bool = True
-    activation_range: str = "auto"
-    output_correction: bool = False
+    bits: Annotated[tuple[int, ...], checks.bit_widths]  # the trained bit-widths
+    weight: quantizers.Weight = "dorefa"  # the weight quantizer
+    activation: quantizers.Activation = "dorefa"  # the activation quantizer; "none" leaves activations as they are
+    correction: Correction = "mean_var"  # weight bias correction: the moments that each output channel keeps
+    # "shared": one batch norm for all bit-widths. "switchable": one for each. "shared_affine": one affine for all, and
+    # running statistics for each trained bit-width, between which those of other bit-widths are interpolated.
+    norm: Norm = "shared"
+    full_precision: Annotated[tuple[str, ...], _patterns] = ("first", "last")  # what to keep; also "*.shortcut"
+    zero_level: bool = False  # whether the grid of "minmax" has a zero
+    correction_gradient: bool = True  # whether the statistics of the correction carry gradient
+    # The range of "dorefa" activations. "unit": [0, 1], as published. "tracked": the running minimum and maximum, which
+    # inputs that can be negative always have. "auto": "unit" if the network's batch norms have seen no data yet.
+    activation_range: Literal["auto", "unit", "tracked"] = "auto"
+    output_correction: bool = False  # whether layers subtract `correction.output_shift`, which is beyond the paper
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", bit_widths("bits", self.bits))
-        choice("weight", self.weight, quantizers.WEIGHT_METHODS)
-        choice("activation", self.activation, quantizers.ACTIVATION_METHODS)
-        choice("correction", self.correction, CORRECTIONS)
-        choice("norm", self.norm, NORMS)
-        choice("activation_range", self.activation_range, RANGES)
-        flag("zero_level", self.zero_level)
-        flag("correction_gradient", self.correction_gradient)
-        flag("output_correction", self.output_correction)
-        expected = 'a tuple of "first", "last" and name patterns, for example ("first",), or () for none'
-        try:
-            kept = (None,) if isinstance(self.full_precision, str) else tuple(islice(self.full_precision, 10_000))
-        except Exception:  # whatever iterating raises
-            kept = (None,)
-        if not all(isinstance(name, str) and name for name in kept):
-            raise invalid("full_precision", self.full_precision, expected)
-        object.__setattr__(self, "full_precision", kept)
+        checks.fields(self)
         if self.zero_level and (self.weight != "minmax" or 1 in self.bits):
             raise invalid("zero_level", True, 'weight="minmax" and bit-widths from 2 up')
 
@@ -82,9 +73,9 @@ def nearest(trained: tuple[int, ...], bits: int) -> int:
 
 
 def again() -> bool:
-    """Whether this is a forward pass within a backward one: activation checkpointing's second, which measures nothing.
+    """Whether this forward pass is the second one of activation checkpointing, which runs inside a backward pass.
 
-    It has to compute what the first one did, whose batch must not count twice.
+    It has to compute what the first one did, and must not measure the same batch once more.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -104,7 +95,7 @@ class Reduction:
 class LearnedScale(nn.Module):
     """One learned positive scalar for each trained bit-width; another bit-width takes the nearest one's clipping range.
 
-    `reach` holds, for each bit-width of BIT_WIDTHS, the largest level in units of the scale.
+    `reach` holds, for each of BIT_WIDTHS, the largest level in units of the scale.
     """
 
     def __init__(self, bits: tuple[int, ...], reach: dict[int, float]) -> None:
@@ -115,19 +106,19 @@ class LearnedScale(nn.Module):
         self.set_bits(bits[-1])
 
     def set_bits(self, bits: int) -> None:
-        """Take the scale of `bits`, or of the nearest trained bit-width, stretched to its clipping range."""
+        """Take the scale of `bits`, or that of the nearest trained bit-width, stretched to its clipping range."""
         source = nearest(self.trained, bits)
         self.pick.zero_()
         self.pick[self.trained.index(source)] = self.reach[source] / self.reach[bits]
 
     def start(self, size: Tensor) -> None:
-        """Set every bit-width's scalar to size / sqrt(reach), LSQ's start; size: scalar, 2 mean|x|."""
+        """Set the scalar of every bit-width to size / sqrt(reach), where LSQ starts; size: scalar, 2 mean|x|."""
         reach = torch.tensor([self.reach[b] for b in self.trained], device=size.device)
         self.values.data.copy_((size / reach.clamp_min(1).sqrt()).clamp_min(1e-6))
 
     def forward(self) -> Tensor:
-        """The scalar in force, positive even where an optimizer step has carried its parameter past zero."""
-        pick = self.pick.clone()  # the next `set_bits` overwrites it, maybe before this pass's gradient is asked for
+        """The scalar in force, positive even if an optimizer step has carried its parameter past zero."""
+        pick = self.pick.clone()  # the next `set_bits` overwrites it, maybe before the backward pass of this one
         return (self.values * pick).sum().abs().clamp_min(1e-12)
 
 
@@ -137,68 +128,47 @@ def _reach(signed: bool) -> dict[int, float]:
 
 
 class InputQuantizer(nn.Module):
-    """Quantizes a layer's input; what it learns or tracks starts from the first batch it sees."""
+    """The base of the input quantizers: at 32 bits an unsigned one is a ReLU and a signed one the identity."""
 
-    def __init__(self, spec: QuantSpec, signed: bool) -> None:
+    method, range = "", ""  # the method of QuantSpec, and where the ends of the range come from
+    starts = True  # whether something starts from the first batch
+
+    def __init__(self, bits: tuple[int, ...], signed: bool) -> None:
         super().__init__()
-        self.method, self.signed = spec.activation, signed
+        self.signed, self.started = signed, not self.starts
         self.reduce: Reduction | None = None
-        self.parts = 1  # of a step's batch, of which each forward pass sees one
-        self.tracked = self.method == "dorefa" and (signed or spec.activation_range == "tracked")
-        self.started = self.method == "none" or (self.method == "dorefa" and not self.tracked)
-        if self.method == "lsq":
-            self.scale = LearnedScale(spec.bits, _reach(signed))
-        elif self.method == "pact":
-            self.scale = LearnedScale(spec.bits, dict.fromkeys(BIT_WIDTHS, 1.0))
+        self.parts = 1  # the parts of a step's batch, of which each forward pass sees one
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.ones(()))
 
     def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
         """x (any shape) at n levels (scalar)."""
-        if isinstance(n, Tensor):  # in float16 the constants of 32 bits would not fit
-            n = n.to(torch.promote_types(n.dtype, torch.float32))
         if not self.started:
-            self._start(x.detach())
-        elif self.tracked and self.training and not again():
-            self._follow(x.detach(), momentum=0.1)
-        if self.method == "none":
-            return x
-        if not isinstance(n, Tensor) and quantizers.is_full(n):
-            x = x if self.signed else x.relu()
-            return x if self.method == "dorefa" else awaited(x, self.scale.values)
-        if self.method == "lsq":
-            return quantizers.lsq_activation(x, n, self.scale(), self.signed, self.parts)
-        return quantizers.fake_quantize(x, *self.grid(n), learn_step=False)
+            # without a sign, a ReLU stood before this until conversion left it to the quantizer
+            self.start(x.detach() if self.signed else x.detach().clamp_min(0))
+            self.started = True
+        elif self.training and not again():
+            self.follow(x.detach())
+        if quantizers.is_full(n):
+            return x if self.signed else x.relu()
+        return self.quantize(x, n)
+
+    def quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
+        """x (any shape) at n levels (scalar), not those of 32 bits."""
+        return kernels.fake_quantize(x, *self.grid(n), learn_step=False)
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
-        """(scale, q_min, q_max, offset) in force at n levels (scalar), of any method but "none"."""
-        if self.method == "dorefa":
-            high = self.high if self.tracked else 1.0
-            # at 1 bit a grid's offset is the lower end itself, which the next batch moves
-            return quantizers.dorefa_grid(n, high, self.low.clone() if self.signed else None)
-        scale = self.scale()
-        scale = quantizers.pact_step(n, scale, self.signed) if self.method == "pact" else scale
-        return quantizers.learned_grid(n, scale, self.signed)
+        """(scale, q_min, q_max, offset) in force at n levels (scalar)."""
+        raise NotImplementedError
 
-    def _start(self, x: Tensor) -> None:
-        x = x if self.signed else x.clamp_min(0)  # which a ReLU did before it was left to the quantizer
-        if self.method == "lsq":
-            size = 2 * x.float().abs().mean()
-            self.scale.start(self.reduce.mean(size) if self.reduce else size)
-        elif self.method == "pact":
-            low, high = self._extremes(x.float())
-            self.scale.start(torch.maximum(-low, high))
-        else:
-            self._follow(x, momentum=1.0)
-        self.started = True
+    def start(self, x: Tensor) -> None:
+        """Start from the first batch, x (any shape)."""
 
-    def _follow(self, x: Tensor, momentum: float) -> None:
-        # a range of no width would divide by zero
-        low, high = self._extremes(x)
-        self.low.lerp_(low.to(self.low.dtype).clamp_max(-1e-6), momentum)
-        self.high.lerp_(high.to(self.high.dtype).clamp_min(1e-6), momentum)
+    def follow(self, x: Tensor) -> None:
+        """Follow a later batch of training, x (any shape)."""
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest number in x (any shape), of all processes."""
         ends = torch.stack([x.amin(), -x.amax()])
         low, negated = self.reduce.lowest(ends) if self.reduce else ends
         return low, -negated
@@ -208,23 +178,119 @@ class InputQuantizer(nn.Module):
         return torch.tensor(self.started)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over `get_extra_state`'s answer, a scalar."""
+        """Take over what `get_extra_state` gave, a scalar."""
         self.started = bool(state)
 
     def extra_repr(self) -> str:
-        """Method, sign and kind of range."""
+        """Method, sign and range."""
         return f"{self.method}, signed={self.signed}, range={self.range}"
 
-    @property
-    def range(self) -> str:
-        """Where the range comes from."""
-        return "tracked" if self.tracked else {"dorefa": "unit", "none": "-"}.get(self.method, "learned")
+
+class NoInputQuantizer(InputQuantizer):
+    """Leaves its input as it is."""
+
+    method, range, starts = "none", "-", False
+
+    def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
+        """x (any shape) itself."""
+        return x
+
+
+class UnitDoReFa(InputQuantizer):
+    """DoReFa over [0, 1], as published."""
+
+    method, range, starts = "dorefa", "unit", False
+
+    def grid(self, n: quantizers.Number) -> quantizers.Grid:
+        """See `InputQuantizer.grid`."""
+        return quantizers.dorefa_grid(n, 1.0)
+
+
+class TrackedDoReFa(InputQuantizer):
+    """DoReFa over the running minimum and maximum of the input."""
+
+    method, range = "dorefa", "tracked"
+
+    def grid(self, n: quantizers.Number) -> quantizers.Grid:
+        """See `InputQuantizer.grid`."""
+        # a copy of the lower end, which the next batch moves and which at 1 bit is the offset itself
+        return quantizers.dorefa_grid(n, self.high, self.low.clone() if self.signed else None)
+
+    def start(self, x: Tensor) -> None:
+        """The range starts as that of the first batch."""
+        self.follow(x, momentum=1.0)
+
+    def follow(self, x: Tensor, momentum: float = 0.1) -> None:
+        """The range moves towards that of the batch; it never has width zero, by which a grid would divide."""
+        low, high = self._extremes(x)
+        self.low.lerp_(low.to(self.low.dtype).clamp_max(-1e-6), momentum)
+        self.high.lerp_(high.to(self.high.dtype).clamp_min(1e-6), momentum)
+
+
+class _LearnedInputQuantizer(InputQuantizer):
+    range = "learned"
+    scale: LearnedScale
+
+    def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
+        """See `InputQuantizer.forward`."""
+        y = super().forward(x, n)
+        return kernels.awaited(y, self.scale.values) if quantizers.is_full(n) else y
+
+
+class PACT(_LearnedInputQuantizer):
+    """PACT, with a clipping level for each trained bit-width."""
+
+    method = "pact"
+
+    def __init__(self, bits: tuple[int, ...], signed: bool) -> None:
+        super().__init__(bits, signed)
+        self.scale = LearnedScale(bits, dict.fromkeys(BIT_WIDTHS, 1.0))
+
+    def grid(self, n: quantizers.Number) -> quantizers.Grid:
+        """See `InputQuantizer.grid`."""
+        return quantizers.learned_grid(n, quantizers.pact_step(n, self.scale(), self.signed), self.signed)
+
+    def start(self, x: Tensor) -> None:
+        """The clipping level starts as the largest number in the first batch."""
+        low, high = self._extremes(x.float())
+        self.scale.start(torch.maximum(-low, high))
+
+
+class LSQ(_LearnedInputQuantizer):
+    """LSQ, with a step for each trained bit-width."""
+
+    method = "lsq"
+
+    def __init__(self, bits: tuple[int, ...], signed: bool) -> None:
+        super().__init__(bits, signed)
+        self.scale = LearnedScale(bits, _reach(signed))
+
+    def quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
+        """See `InputQuantizer.quantize`."""
+        return kernels.lsq_activation(x, n, self.scale(), self.signed, self.parts)
+
+    def grid(self, n: quantizers.Number) -> quantizers.Grid:
+        """See `InputQuantizer.grid`."""
+        return quantizers.learned_grid(n, self.scale(), self.signed)
+
+    def start(self, x: Tensor) -> None:
+        """The step starts at LSQ's initial one for the first batch."""
+        size = 2 * x.float().abs().mean()
+        self.scale.start(self.reduce.mean(size) if self.reduce else size)
+
+
+def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
+    """The input quantizer of a layer; signed: whether its input can be negative."""
+    tracked = signed or spec.activation_range == "tracked"
+    dorefa = TrackedDoReFa if tracked else UnitDoReFa
+    kinds = {"none": NoInputQuantizer, "dorefa": dorefa, "pact": PACT, "lsq": LSQ}
+    return kinds[spec.activation](spec.bits, signed)
 
 
 class Kept:
-    """What a weight was turned into, and the `key` by which later passes see that it still holds; no copy has it.
+    """A quantized weight, and the `key` that tells later passes whether it still holds; copies come without it.
 
-    alive: the tensors in the key, whose ids and addresses no others can get that way.
+    alive: the tensors in the key. While they live, no others can get their ids and addresses.
     """
 
     def __init__(self, value: tuple[Tensor, Tensor | None], key: Any, alive: Any = None) -> None:
@@ -237,22 +303,23 @@ class Kept:
 class _QuantizedLayer(nn.Module):
     """What QuantConv2d and QuantLinear share; they bring `weight` and the product with it.
 
-    In evaluation mode and without gradients, a forward pass keeps the quantized weight for the next ones, until the
-    weight, by PyTorch's count of the writes to it, the bit-width or the mode changes. Writes through `.data` are not
-    counted: after them, call `eval()`. Nor are those of fused optimizers: nothing is kept while a weight has a `.grad`.
+    In evaluation mode without gradients, a forward pass keeps the quantized weight for the next ones, until the
+    bit-width, the mode or the weight changes. PyTorch counts the writes to a weight, but not those through `.data`:
+    after such a write, call `eval()`. Nor does it count those of fused optimizers, so nothing is kept while a weight
+    has a `.grad`.
     """
 
     weight: nn.Parameter
     levels: Tensor
-    reduce: Reduction | None
     prepared: Kept | None = None  # the weight of the training step at hand, and its domain
-    kept: Kept | None = None  # weight and bias in use
+    kept: Kept | None = None  # weight and bias in evaluation mode
 
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
-        self.spec, self.bits, self.reduce = spec, spec.bits[-1], None
+        self.spec, self.bits = spec, spec.bits[-1]
+        self.reduce: Reduction | None = None
         with self.weight.device:  # whatever is new lies where the weight does
-            self.input_quantizer = InputQuantizer(spec, signed)
+            self.input_quantizer = input_quantizer(spec, signed)
             self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)
             if spec.weight == "lsq":
                 self.weight_scale = LearnedScale(spec.bits, _reach(signed=True))
@@ -264,16 +331,25 @@ class _QuantizedLayer(nn.Module):
         return self.train(plain.training)
 
     def set_bits(self, bits: int, levels: Tensor | None = None) -> None:
-        """Run at `bits` from now on; levels: a scalar of their number that other layers share, by default one's own.
+        """Run at `bits` from now on.
 
-        By a shared one a compiled graph sees that two layers which read one activation quantize it alike: once does.
+        Args:
+            bits: the bit-width.
+            levels: a scalar of its number of levels that other layers share, None for the layer's own. By a shared one,
+                a compiled graph sees that two layers quantize the same activation alike, and does it once.
         """
-        self.bits, self.known_levels = bits, quantizers.levels(bits)
+        self.bits, self.known_levels, self.full = bits, quantizers.levels(bits), bits == 32
         if levels is not self.levels:
             self.levels = torch.full_like(self.levels, self.known_levels) if levels is None else levels
         for module in self.modules():
             if isinstance(module, LearnedScale):
                 module.set_bits(bits)
+
+    def _n(self) -> quantizers.Number:
+        """The levels in force: a tensor in a compiled graph, which would else be compiled for each bit-width."""
+        if self.full or not torch.compiler.is_compiling():
+            return self.known_levels
+        return self.levels.to(torch.promote_types(self.levels.dtype, torch.float32))
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; either way the next forward pass looks at the weight anew."""
@@ -281,22 +357,34 @@ class _QuantizedLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.kept = None  # which would stay behind, on another device for one
+        self.kept = None  # it would stay behind, for example on another device
         return super()._apply(fn, recurse)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight the layer multiplies with, quantized and corrected: (O, ...)."""
-        return self._corrected_and_domain()[0]
+    def weight_and_domain(self) -> tuple[Tensor, Tensor]:
+        """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...).
 
-    def prepare(self, step: Lock) -> None:
-        """Quantize and correct the weight now, for all forward passes with gradients while the lock `step` is held."""
-        self.prepared = Kept(self._corrected_and_domain(), step)
+        At 32 bits both are the same tensor.
+        """
+        w, n, method = self.weight, self._n(), self.spec.weight
+        if method == "dorefa":
+            w_q, domain = kernels.dorefa_weight(w, n)
+            return (domain if self.full else w_q), domain
+        if self.full:
+            w = w if method == "minmax" else kernels.awaited(w, self.weight_scale.values)
+            return w, w
+        if method == "minmax":
+            return quantizers.minmax_weight(w, n, self.spec.zero_level)
+        return kernels.lsq_activation(w, n, self.weight_scale(), signed=True), w
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the layer multiplies with, quantized and corrected: (O, ...)."""
+        return self._corrected_and_domain()[0]
 
     def _corrected_and_domain(self) -> tuple[Tensor, Tensor]:
         w_q, w = self.weight_and_domain()
         if w_q is w:  # correction would change nothing
             return w, w
-        return correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient), w
+        return kernels.correct_weight(w_q, w, self.spec.correction, self.spec.correction_gradient), w
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight (O, ...), quantized and corrected, and the bias (O,) that the layer adds."""
@@ -309,8 +397,12 @@ class _QuantizedLayer(nn.Module):
             shift = output_shift(weight, w, self.mean_input)
         return weight, -shift if self.bias is None else self.bias - shift
 
+    def prepare(self, step: Lock) -> None:
+        """Quantize and correct the weight now, for all forward passes with gradients while the lock `step` is held."""
+        self.prepared = Kept(self._corrected_and_domain(), step)
+
     def _at_hand(self) -> tuple[Tensor, Tensor | None]:
-        """`weight_and_bias`, with what the training step at hand, or an earlier pass in use, has made of the weight."""
+        """`weight_and_bias`, from the training step at hand or an earlier pass in evaluation mode if it is there."""
         if torch.compiler.is_compiling():
             return self.weight_and_bias()
         if not self.training and not torch.is_grad_enabled():
@@ -320,7 +412,7 @@ class _QuantizedLayer(nn.Module):
             return self.weight_and_bias()
         if torch.is_grad_enabled():
             return self._with_bias(*prepared.value)
-        self.prepared = None  # of reentrant checkpointing, whose second pass goes backward on its own
+        self.prepared = None  # the first pass of reentrant checkpointing, whose second one goes backward on its own
         return self.weight_and_bias()
 
     def _in_use(self) -> tuple[Tensor, Tensor | None]:
@@ -330,17 +422,17 @@ class _QuantizedLayer(nn.Module):
         kept, key = self.kept, self._key(sources)
         if kept is None or key is None or kept.key != key:
             kept = Kept(self.weight_and_bias(), key, [(t, t.detach()) for t in sources])
-            self.kept = None if key is None or type(kept.value[0]) not in PLAIN else kept
+            self.kept = None if key is None or type(kept.value[0]) not in _PLAIN else kept
         return kept.value
 
     def _key(self, sources: list[Tensor]) -> tuple[Any, ...] | None:
-        """What `weight_and_bias` depends on; None where a change could not be seen, or a CUDA graph is captured."""
-        seen = all(type(t) in PLAIN and (not t.is_leaf or t.grad is None) for t in sources)
+        """What `weight_and_bias` depends on; None if a change could go unseen, or while a CUDA graph is captured."""
+        seen = all(type(t) in _PLAIN and (not t.is_leaf or t.grad is None) for t in sources)
         if not seen or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         try:
             told = [(id(t), t._version, t.data_ptr()) for t in sources]
-        except RuntimeError:  # an inference tensor counts no writes, one inside torch.func has no address
+        except RuntimeError:  # an inference tensor counts no writes, and one inside torch.func has no address
             return None
         return self.bits, self.spec, torch.is_autocast_enabled(self.weight.device.type), *told
 
@@ -354,36 +446,13 @@ class _QuantizedLayer(nn.Module):
                 self.mean_input.lerp_(self.reduce.mean(mean) if self.reduce else mean, 0.1)
         return x, *self._at_hand()
 
-    def weight_and_domain(self) -> tuple[Tensor, Tensor]:
-        """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...).
-
-        At 32 bits, except in a compiled graph, both are the same tensor.
-        """
-        n, method = self._n(), self.spec.weight
-        full = not isinstance(n, Tensor) and quantizers.is_full(n)
-        if method == "dorefa":
-            w_q, w = quantizers.dorefa_weight(self.weight, n)
-        elif full:
-            w = self.weight if method == "minmax" else awaited(self.weight, self.weight_scale.values)
-        elif method == "minmax":
-            w_q, w = quantizers.minmax_weight(self.weight, n, self.spec.zero_level)
-        else:
-            w_q, w = quantizers.lsq_weight(self.weight, n, self.weight_scale())
-        return (w, w) if full else (w_q, w)
-
-    def _n(self) -> quantizers.Number:
-        """The levels in force: a tensor in a compiled graph, which would else be compiled for each bit-width."""
-        if not torch.compiler.is_compiling():
-            return self.known_levels
-        return self.levels.float() if self.levels.dtype == torch.float16 else self.levels  # whose 2**16 is infinite
-
     def extra_repr(self) -> str:
-        """The plain layer's, with bit-width, weight quantizer and correction."""
+        """That of the plain layer, with bit-width, weight quantizer and correction."""
         return f"{super().extra_repr()}, bits={self.bits}, weight={self.spec.weight}, correction={self.spec.correction}"
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    """The arguments of another convolution like `conv`, but for its bias."""
+    """The arguments of another convolution like `conv`, except its bias."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names}
 
@@ -415,7 +484,7 @@ class QuantConv2d(_QuantizedLayer, SafeConv2d):
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, spec: QuantSpec, signed: bool) -> "QuantConv2d":
-        """Take over `conv`, its parameters included. signed: whether its input can be negative."""
+        """Take over `conv` with its parameters; signed: whether its input can be negative."""
         return cls(**geometry(conv), device="meta")._adopt(conv, spec, signed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -428,7 +497,7 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, spec: QuantSpec, signed: bool) -> "QuantLinear":
-        """Take over `linear`, its parameters included. signed: whether its input can be negative."""
+        """Take over `linear` with its parameters; signed: whether its input can be negative."""
         return cls(linear.in_features, linear.out_features, device="meta")._adopt(linear, spec, signed)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -101,10 +101,12 @@ def _head(features: int, num_classes: int) -> dict[str, nn.Module]:
     return {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(features, num_classes)}
 
 
-def _resnet(widths: Sequence[int], depth: int, num_classes: int) -> nn.Module:
-    """Post-activation ResNet for small images: 3 x 3 stem, stages of BasicBlock, mean, linear head; He's weights."""
-    stem = {"conv1": _conv3x3(3, widths[0]), "bn1": nn.BatchNorm2d(widths[0]), "relu1": nn.ReLU()}
-    head = _head(widths[-1], num_classes)
+def _resnet(stages: int, depth: int, width: int, num_classes: int) -> nn.Module:
+    """Post-activation ResNet for small images: 3 x 3 stem, `stages` of BasicBlock, mean, linear head; He's weights."""
+    integer("num_classes", num_classes, 1, 10**6)
+    widths = [integer("width", width, 1, _MOST) * 2**stage for stage in range(stages)]
+    stem = {"conv1": _conv3x3(3, width), "bn1": nn.BatchNorm2d(width), "relu1": nn.ReLU()}
+    head = _head(widths[-1], num_classes)  # before the stages: seeded networks start from the same numbers as ever
     net = nn.Sequential(OrderedDict({**stem, **_stages(BasicBlock, widths, depth), **head}))
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
@@ -112,79 +114,70 @@ def _resnet(widths: Sequence[int], depth: int, num_classes: int) -> nn.Module:
     return net
 
 
-def _cifar_resnet(blocks: int, num_classes: int, width: int) -> nn.Module:
-    classes, width = integer("num_classes", num_classes, 1, 10**6), integer("width", width, 1, _MOST)
-    return _resnet((width, 2 * width, 4 * width), blocks, classes)
+MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def _recorded(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The builder, whose networks tell in `emq.network` how to build them again."""
+def _builder(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Enter a builder in MODELS; its networks tell in `emq.network` how to build them again.
 
-    @functools.wraps(builder)
+    It raises a ValueError for an argument that is not a positive integer.
+    """
+
+    @functools.wraps(function)
     def recorded(*args: int, **kwargs: int) -> nn.Module:
-        given = inspect.signature(builder).bind(*args, **kwargs)
+        given = inspect.signature(function).bind(*args, **kwargs)
         given.apply_defaults()
-        net = builder(*args, **kwargs)
+        net = function(*args, **kwargs)
         sizes = {name: int(value) for name, value in given.arguments.items()}
-        net.emq = Record(network={"name": builder.__name__} | sizes)
+        net.emq = Record(network={"name": function.__name__} | sizes)
         return net
 
+    MODELS[function.__name__] = recorded
     return recorded
 
 
-@_recorded
+@_builder
 def resnet8(num_classes: int = 10, width: int = 16) -> nn.Module:
     """He's CIFAR ResNet with n = 1, so 6n + 2 = 8 layers: (N, 3, 32, 32) -> (N, num_classes); 78,042 parameters.
 
-    `width`: channels of the first stage; the second and third have two and four times as many.
-    ValueError: `num_classes` or `width` is not a positive integer.
+    width: the channels of the first stage; the second and third have two and four times as many.
     """
-    return _cifar_resnet(1, num_classes, width)
+    return _resnet(3, 1, width, num_classes)
 
 
-@_recorded
+@_builder
 def resnet20(num_classes: int = 10, width: int = 16) -> nn.Module:
-    """He's CIFAR ResNet with n = 3, so 6n + 2 = 20 layers: (N, 3, 32, 32) -> (N, num_classes); 272,474 parameters.
-
-    `width`: channels of the first stage; the second and third have two and four times as many.
-    ValueError: `num_classes` or `width` is not a positive integer.
-    """
-    return _cifar_resnet(3, num_classes, width)
+    """He's CIFAR ResNet with n = 3, so 20 layers: (N, 3, 32, 32) -> (N, num_classes); 272,474 parameters."""
+    return _resnet(3, 3, width, num_classes)
 
 
-@_recorded
+@_builder
 def resnet18(num_classes: int = 10, width: int = 64) -> nn.Module:
     """ResNet-18 for CIFAR: (N, 3, 32, 32) -> (N, num_classes); 11,173,962 parameters.
 
     He's ImageNet ResNet-18 with a 3 x 3 stem and no pooling after it, as kuangliu/pytorch-cifar and the coreset papers
-    (TDDS) use it. `width`: channels of the first of four stages; each further one doubles them.
-    ValueError: `num_classes` or `width` is not a positive integer.
+    (TDDS) use it; each of its four stages has twice the channels of the one before.
     """
-    classes, width = integer("num_classes", num_classes, 1, 10**6), integer("width", width, 1, _MOST)
-    return _resnet((width, 2 * width, 4 * width, 8 * width), 2, classes)
+    return _resnet(4, 2, width, num_classes)
 
 
-@_recorded
+@_builder
+def resnet50(num_classes: int = 1000) -> nn.Module:
+    """torchvision's ResNet-50, untrained: (N, 3, 224, 224) -> (N, num_classes); 25,557,032 parameters."""
+    return torchvision_models.resnet50(weights=None, num_classes=integer("num_classes", num_classes, 1, 10**6))
+
+
+@_builder
 def preact_resnet20(num_classes: int = 10, width_factor: int = 5) -> nn.Module:
     """Any-Precision's CIFAR network: (N, 3, 32, 32) -> (N, num_classes); 6,758,810 parameters.
 
     Pre-activation ResNet-20 with 16, 32 and 64 times `width_factor` channels. As published, batch norm without ReLU
-    stands before the mean, and PyTorch's default initialisation is kept.
-    ValueError: `num_classes` or `width_factor` is not a positive integer.
+    stands before the mean, and the weights start as PyTorch's own do.
     """
     classes, factor = integer("num_classes", num_classes, 1, 10**6), integer("width_factor", width_factor, 1, 256)
     widths = (16 * factor, 32 * factor, 64 * factor)
     tail = {"bn": nn.BatchNorm2d(widths[-1]), **_head(widths[-1], classes)}
     return nn.Sequential(OrderedDict({"conv1": _conv3x3(3, widths[0]), **_stages(PreActBlock, widths, 3), **tail}))
-
-
-@_recorded
-def resnet50(num_classes: int = 1000) -> nn.Module:
-    """torchvision's ResNet-50, untrained: (N, 3, 224, 224) -> (N, num_classes); 25,557,032 parameters.
-
-    ValueError: `num_classes` is not a positive integer.
-    """
-    return torchvision_models.resnet50(weights=None, num_classes=integer("num_classes", num_classes, 1, 10**6))
 
 
 def _vit(num_classes: int, image_size: int, patch_size: int, width: int, depth: int, heads: int) -> nn.Module:
@@ -204,44 +197,29 @@ def _vit(num_classes: int, image_size: int, patch_size: int, width: int, depth: 
     return net
 
 
-@_recorded
+@_builder
 def vit_tiny(
     num_classes: int = 10, image_size: int = 32, patch_size: int = 4, width: int = 192, depth: int = 12, heads: int = 3
 ) -> nn.Module:
     """ViT-Ti for small images: (N, 3, image_size, image_size) -> (N, num_classes); 5,362,762 parameters.
 
     torchvision's VisionTransformer, class token and learned positions, on patches of patch_size x patch_size pixels:
-    `depth` layers of `heads` heads, `width` features a token, four times as many inside the MLP.
-    ValueError: an argument that is not a positive integer, patches that do not tile the image, heads that do not split
-    the width.
+    `depth` layers of `heads` heads, `width` features a token, four times as many inside the MLP. Patches that do not
+    tile the image, and heads that do not split the width, are a ValueError.
     """
     return _vit(num_classes, image_size, patch_size, width, depth, heads)
 
 
-@_recorded
+@_builder
 def vit_small(
     num_classes: int = 10, image_size: int = 32, patch_size: int = 4, width: int = 384, depth: int = 12, heads: int = 6
 ) -> nn.Module:
-    """ViT-S for small images: (N, 3, image_size, image_size) -> (N, num_classes); 21,342,346 parameters.
-
-    Arguments and errors as `vit_tiny`.
-    """
+    """ViT-S: as `vit_tiny`, of twice the width and heads; 21,342,346 parameters."""
     return _vit(num_classes, image_size, patch_size, width, depth, heads)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet8": resnet8,
-    "resnet20": resnet20,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "preact_resnet20": preact_resnet20,
-    "vit_tiny": vit_tiny,
-    "vit_small": vit_small,
-}
-
-
 def check_name(parameter: str, name: Any) -> str:
-    """`name`, if `build` knows such a network; ValueError, which names the parameter, otherwise."""
+    """`name`, if `build` knows such a network; else a ValueError that names the parameter."""
     expected = f"one of {', '.join(sorted(MODELS))}, torchvision.NAME or timm.NAME"
     library, dot, inner = instance(parameter, name, str, expected).partition(".")
     if dot and library in _LISTS and inner not in _LISTS[library]():
@@ -268,8 +246,17 @@ _LISTS: dict[str, Callable[[], list[str]]] = {
 def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     """The network of that name in `MODELS`, or "torchvision.NAME" or "timm.NAME" for one of theirs, untrained.
 
-    kwargs: its builder's, for example `width=8`. ValueError: unknown `name`, an argument that its builder does not
-    take, or a value that one of ours does not allow. ImportError that says what to install: no timm.
+    Args:
+        name: the name.
+        num_classes: the number of classes.
+        **kwargs: other arguments of its builder, for example `width=8`.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: an unknown name, an argument that the builder does not take, or a value that is not allowed.
+        ImportError: a network of timm, which is not installed.
 
     >>> build("resnet8", num_classes=100, width=4).fc
     Linear(in_features=16, out_features=100, bias=True)

@@ -1,13 +1,10 @@
 """Batch norm at any bit-width: one affine or several, and running statistics by bit-width."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
-from . import quantizers
+from . import kernels, quantizers
 from .checks import BIT_WIDTHS
 from .layers import QuantSpec, Reduction, again, nearest
 
@@ -27,59 +24,6 @@ def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
     at_low, at, at_high = (quantizers.levels(b) ** -2 for b in (low, bits, high))
     share = (at_low - at) / (at_low - at_high)
     return {low: 1 - share, high: share}
-
-
-@torch.library.custom_op("emqlib::batch_norm", mutates_args=())
-def _batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """PyTorch's own kernel, which inductor takes apart otherwise: in bfloat16 on a CPU that costs 5 % of a step.
-
-    The output, the running mean and variance after it, and the batch's mean and 1 / std, (C,) each.
-    """
-    mean, var = mean.clone(), var.clone()
-    y, *saved = torch.ops.aten.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
-    return y, mean, var, *saved
-
-
-@torch.library.custom_op("emqlib::batch_norm_backward", mutates_args=())
-def _batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to x, weight and bias."""
-    told = [True, weight is not None, weight is not None]
-    found = torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, mean, rstd, True, eps, told)
-    return found[0], *(mean.new_empty(0) if g is None else g for g in found[1:])
-
-
-@_batch_norm.register_fake
-def _(x: Tensor, mean: Tensor, var: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *(torch.empty_like(mean) for _ in range(4))
-
-
-@_batch_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *(mean.new_empty(0 if weight is None else len(mean)) for _ in range(2))
-
-
-def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, _, weight, _, _, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, *output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: FunctionCtx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    found = _batch_norm_backward(grad.contiguous(memory_format=_format(x)), x, weight, mean, rstd, ctx.eps)
-    return found[0], None, None, *((None, None) if weight is None else found[1:]), None, None
-
-
-_batch_norm.register_autograd(_gradients, setup_context=_save)
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class MultiBitBatchNorm(nn.Module):
@@ -174,9 +118,7 @@ class MultiBitBatchNorm(nn.Module):
         if self.training and self.reduce:
             y = self._over_processes(x, mean, var, weight, bias, momentum)
         elif self.training and torch.compiler.is_compiling() and x.is_cpu and x.dtype is torch.bfloat16:
-            x = x.contiguous(memory_format=_format(x))
-            y, *running = _batch_norm(x, mean, var, weight, bias, momentum, self.eps)[:3]
-            mean, var = (statistic.detach() for statistic in running)
+            y, mean, var = kernels.batch_norm(x, mean, var, weight, bias, momentum, self.eps)
         else:
             y = F.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
         if self.training and not in_place:

@@ -279,20 +279,3 @@ def systematic(probabilities: list, keep: int) -> dict[tuple[int, ...], float]:
             subset = tuple(sorted(order[sum(1 for end in ends if end <= point)] for point in points))
             chances[subset] = chances.get(subset, 0) + high - low
     return {subset: total / math.factorial(n) for subset, total in chances.items()}
-
-
-def strata(scores: list[float], keep: int, cut: float, count: int = 50) -> list[tuple[list[int], int]]:
-    """CCS: the samples of each stratum of equal width below the cut, and how many of them are kept."""
-    order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
-    left = order[: len(order) - int(cut * len(order))]
-    low, high = scores[left[0]], scores[left[-1]]
-    members: list[list[int]] = [[] for _ in range(count)]
-    for i in left:
-        place = int((scores[i] - low) / ((high - low) / count)) if high > low else 0
-        members[min(place, count - 1)].append(i)
-    parts = []
-    for done, own in enumerate(sorted(members, key=len)):
-        share = min(len(own), keep // (count - done))
-        keep -= share
-        parts.append((own, share))
-    return parts

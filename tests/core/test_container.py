@@ -13,13 +13,16 @@ from torch import Tensor
 
 from emqlib import files as container
 
+DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+DTYPES += (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 TENSORS = {
     "a": torch.tensor([[1.5, -math.inf], [math.nan, 0.0]]),
     "b.c": torch.arange(6, dtype=torch.int16).view(2, 3),
     "none": torch.empty(0, 3, dtype=torch.float64),
     "one": torch.tensor(7),
     "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    **{str(kind): torch.tensor([0, 1, 1]).to(kind) for kind in container._DTYPES},
+    **{str(kind): torch.tensor([0, 1, 1]).to(kind) for kind in DTYPES},
 }
 TREE: dict[str, Any] = {
     "numbers": {0: TENSORS["a"], 1: {"0": TENSORS["one"], "dict": 3}},
@@ -91,7 +94,7 @@ def test_every_part_of_a_file_is_refused(path: Path) -> None:
             container.read(path, 1, "a file")
 
 
-@pytest.mark.parametrize(("old", "new"), [(b'"one"', b'"two"'), (b'"I16"', b'"F16"'), (b"[2, 3]", b"[3, 2]")])
+@pytest.mark.parametrize(("old", "new"), [(b'"one"', b'"two"'), (b'"I16"', b'"F16"'), (b"[2,3]", b"[3,2]")])
 def test_numbers_under_another_name_or_of_another_kind_are_refused(old: bytes, new: bytes, path: Path) -> None:
     data = path.read_bytes()
     assert old in data

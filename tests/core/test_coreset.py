@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -138,8 +138,6 @@ def test_moderate_by_hand() -> None:
 def test_of_many_equal_ones_the_first_comes_first() -> None:
     """Where an unstable sort has another order."""
     assert coreset.ranks(torch.zeros(1000)).tolist() == list(range(1000))
-    labels = torch.arange(100).repeat_interleave(2)
-    assert select(torch.ones(200), 0.75, labels=labels).tolist() == list(range(0, 100, 2))
 
 
 def test_ranks_and_centrality_are_the_reference(rng: torch.Generator) -> None:
@@ -170,74 +168,10 @@ def test_tdds_is_the_formula(epochs: int, window: int, decay: float, rng: torch.
     close(coreset.tdds(p, window, decay), reference.tdds(p.numpy(), window, decay))
 
 
-WRONG_TDDS = {
-    "window": [2, 1, 0, -3, T + 1, 3.0, "3", True, None],
-    "decay": [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.9", True, None],
-}
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TDDS.items() for value in values])
-def test_wrong_tdds_parameters(name: str, value: object, rng: torch.Generator) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}=.*: expected .+"):
-        coreset.tdds(**{"probabilities": log(rng)["trajectory"], "window": 3, name: value})
-
-
-# How a valid argument is spoilt, by its name in the error
-WRONG: dict[str, list[Callable[[Tensor], object]]] = {
-    "probabilities": [
-        lambda p: 30 * p - 5,  # as logits are
-        lambda p: 2 * p - 1 / C,  # of sum one
-        lambda p: p.log(),
-        lambda p: p / 2,
-        lambda p: torch.cat([p[..., :-1, :], p[..., -1:, :] / 2], -2),  # one row
-        lambda p: p[..., :0, :],
-        lambda p: p * torch.nan,
-        lambda p: p.round().long(),
-        lambda p: p[0],
-        lambda p: p[None],
-        lambda p: p[..., :0],
-        lambda p: p.tolist(),
-    ],
-    "labels": [
-        lambda y: y.int(),
-        lambda y: y.double(),
-        lambda y: y - 2,
-        lambda y: y[:, None],
-        lambda y: y.tolist(),
-    ],
-    "features": [lambda h: h[0], lambda h: h[1:], lambda h: h[None], lambda h: h.tolist()],
-    "correct": [lambda c: c.float(), lambda c: c[:1], lambda c: c[:, 0], lambda c: c[None], lambda c: c.tolist()],
-}
-TAKES = {"p": "probabilities", "trajectory": "probabilities"}
-
-
-def wrong_arguments() -> Iterator[tuple[str, str, Callable[[Tensor], object]]]:
-    for score, (_, _, names) in SCORES.items():
-        yield from ((score, name, spoil) for name in names for spoil in WRONG[TAKES.get(name, name)])
-
-
-@pytest.mark.parametrize(("score", "name", "spoil"), list(wrong_arguments()))
-def test_wrong_arguments_of_scores(score: str, name: str, spoil: Callable, rng: torch.Generator) -> None:
-    function, _, names = SCORES[score]
-    data = log(rng)
-    with pytest.raises(ValueError, match=rf"(?s)^{TAKES.get(name, name)}=.*: expected a"):
-        function(*(spoil(data[n]) if n == name else data[n] for n in names))
-
-
 def test_one_sample_of_one_class() -> None:
     assert (
         coreset.entropy(torch.ones(1, 1)).tolist() == coreset.el2n(torch.ones(1, 1), torch.tensor([0])).tolist() == [0]
     )
-
-
-@pytest.mark.parametrize(
-    "labels", [torch.zeros(N - 1, dtype=torch.int64), torch.full((N,), C), torch.arange(N) // (N - 1) * C, None]
-)
-def test_labels_that_do_not_fit_the_probabilities(labels: object, rng: torch.Generator) -> None:
-    data = log(rng)
-    for arguments in [(data["p"], labels), (data["p"], labels, data["features"])]:
-        with pytest.raises(ValueError, match=r"(?s)^labels=.*expected an int64 tensor \(23,\)"):
-            (coreset.el2n, coreset.grand)[len(arguments) - 2](*arguments)
 
 
 def top_reference(scores: list[float], keep: int) -> list[int]:
@@ -254,36 +188,15 @@ def top_reference(scores: list[float], keep: int) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("how", HOW)
-def test_size_order_and_uniqueness(how: str, labelled: bool, rng: torch.Generator) -> None:
+def test_size_order_and_uniqueness(how: str, rng: torch.Generator) -> None:
     for n in (1, 2, 3, 8, 25, 50):
         scores = torch.rand(n, generator=rng) + 0.01
-        labels = torch.randint(0, 4, (n,), generator=rng) if labelled else None
         for rate in (0, 0.01, 0.1, 0.33, 0.5, 0.75, 0.8, 0.9, 0.99):
-            indices = select(scores, rate, how, rng, labels)
+            indices = select(scores, rate, how, rng)
             assert len(indices) == max(1, round((1 - rate) * n))
             assert indices.dtype == torch.int64 and indices.min() >= 0 and indices.max() < n
             assert bool((indices.diff() > 0).all())
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_classes_are_kept_in_proportion_by_largest_remainder(how: str, rng: torch.Generator) -> None:
-    for rate in (0.1, 0.45, 0.5, 0.7, 0.8, 0.97):
-        labels = torch.randint(0, 6, (61,), generator=rng) * 2  # odd classes have no sample
-        sizes, kept = Counter(labels.tolist()), round((1 - rate) * 61)
-        indices = select(torch.rand(61, generator=rng) + 0.1, rate, how, rng, labels)
-        counts = Counter(labels[indices].tolist())
-        rounded = {c: counts[c] - Fraction(size * kept, 61) for c, size in sizes.items()}
-        assert sum(counts.values()) == kept and all(abs(by) < 1 for by in rounded.values())
-        # whichever was rounded up had at least the remainder of whichever was rounded down
-        up, down = ([by % 1 for by in rounded.values() if sign * by > 0] for sign in (1, -1))
-        assert all(1 - a >= 1 - b for a in up for b in down)
-
-
-def test_of_equal_remainders_the_first_class_is_kept() -> None:
-    labels = torch.arange(4).repeat_interleave(2)
-    assert select(torch.ones(8), 0.75, labels=labels).tolist() == [0, 2]
 
 
 def test_top_is_the_reference(rng: torch.Generator) -> None:
@@ -292,16 +205,6 @@ def test_top_is_the_reference(rng: torch.Generator) -> None:
         for rate in (0.0, 0.3, 0.5, 0.8):
             indices = select(scores, rate)
             assert indices.tolist() == top_reference(scores.tolist(), len(indices))
-
-
-def test_top_of_each_class_is_the_reference(rng: torch.Generator) -> None:
-    labels = torch.arange(3).repeat_interleave(torch.tensor([4, 12, 8]))[torch.randperm(24, generator=rng)]
-    scores = torch.randint(-3, 4, (24,), generator=rng).float()
-    expected = []
-    for c, keep in enumerate([1, 3, 2]):
-        own = (labels == c).nonzero().flatten()
-        expected += own[top_reference(scores[own].tolist(), keep)].tolist()
-    assert select(scores, 0.75, labels=labels).tolist() == sorted(expected)
 
 
 def test_of_equal_scores_the_first_are_kept() -> None:
@@ -348,14 +251,8 @@ def test_inclusion_is_the_reference(weights: list[int], keep: int) -> None:
 @pytest.mark.parametrize("power", [0.5, 2, 8])
 def test_inclusion_of_many_weights(power: float, rng: torch.Generator) -> None:
     weights = torch.rand(200, dtype=torch.float64, generator=rng) ** power
-    labels = torch.randint(0, 3, (200,), generator=rng)
     for keep in (1, 40, 160):
         close(inclusion(weights, keep), reference.inclusion(weights.tolist(), keep))
-        by_class = inclusion(weights, keep, labels)
-        for c in range(3):
-            quota = round(float(by_class[labels == c].sum()))
-            close(by_class[labels == c], inclusion(weights[labels == c], quota))
-            assert abs(quota - keep * int((labels == c).sum()) / 200) < 1
 
 
 @each_weights
@@ -380,14 +277,12 @@ def test_gradients_weighted_by_inclusion_are_unbiased(weights: list[int], keep: 
     assert expectation == pytest.approx(sum(g for g, w in zip(gradients, weights, strict=True) if w) / n, abs=1e-12)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_samples_are_drawn_as_often_as_inclusion_says(labelled: bool, rng: torch.Generator) -> None:
+def test_samples_are_drawn_as_often_as_inclusion_says(rng: torch.Generator) -> None:
     """Of 40 weights over two orders of magnitude, four of them zero and several certain."""
     weights = torch.cat([torch.zeros(4), torch.logspace(-1, 1, 36)])[torch.randperm(40, generator=rng)]
-    labels = torch.randint(0, 3, (40,), generator=rng) if labelled else None
-    pi = inclusion(weights, 16, labels)
+    pi = inclusion(weights, 16)
     assert int((pi == 0).sum()) == 4 and int((pi == 1).sum()) >= 2
-    counts = Counter(i for _ in range(1500) for i in select(weights, 0.6, "sample", rng, labels).tolist())
+    counts = Counter(i for _ in range(1500) for i in select(weights, 0.6, "sample", rng).tolist())
     assert_frequencies(counts, dict(enumerate(pi.tolist())), 1500)
 
 
@@ -398,116 +293,13 @@ def test_weights_of_any_size_are_drawn(rng: torch.Generator) -> None:
         assert select(weights, 0.85, "sample", rng).tolist() == [3, 7, 19]
 
 
-@pytest.mark.parametrize("labels", [None, torch.arange(100) % 2], ids=["all at once", "by class"])
 @pytest.mark.parametrize("weights", [torch.ones(100), torch.arange(1.0, 11.0).repeat(10)], ids=["equal", "unequal"])
-@pytest.mark.parametrize("how", ["sample", "ccs"])
-def test_the_generator_decides_the_draw(how: str, weights: Tensor, labels: Tensor | None) -> None:
-    draws = [select(weights, 0.5, how, seeded(seed), labels).tolist() for seed in (1, 1, 2)]
+def test_the_generator_decides_the_draw(weights: Tensor) -> None:
+    draws = [select(weights, 0.5, "sample", seeded(seed)).tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     rng = seeded(1)
-    first, second = (select(weights, 0.5, how, rng, labels).tolist() for _ in range(2))
+    first, second = (select(weights, 0.5, "sample", rng).tolist() for _ in range(2))
     assert first == draws[0] != second
-
-
-@pytest.mark.parametrize("cut", [0.0, 0.1, 0.45])
-@pytest.mark.parametrize("keep", [1, 49, 50, 77, 165, 300])
-def test_ccs_strata_get_the_budget_of_the_reference(keep: int, cut: float, rng: torch.Generator) -> None:
-    scores = torch.rand(300, dtype=torch.float64, generator=rng) ** 3 - 0.2  # crowded at the low end
-    if keep > 300 * (1 - cut):
-        with pytest.raises(ValueError, match=rf"^cut=.*a fraction that leaves the {keep} samples to keep of 300"):
-            select(scores, 1 - keep / 300, "ccs", rng, cut=cut)
-        return
-    chosen = set(select(scores, 1 - keep / 300, "ccs", rng, cut=cut).tolist())
-    parts = reference.strata(scores.tolist(), keep, cut)
-    assert [len(chosen & set(own)) for own, _ in parts] == [share for _, share in parts]
-    assert len(chosen) == keep  # so that none lies above the cut
-
-
-def test_of_equal_scores_ccs_cuts_the_last(rng: torch.Generator) -> None:
-    assert select(torch.ones(1000), 0.5, "ccs", rng, cut=0.5).tolist() == list(range(500))
-
-
-def test_nothing_is_cut_by_default(rng: torch.Generator) -> None:
-    scores = torch.rand(9, generator=rng)
-    for chosen in (coreset.choose(scores, 9, "ccs", rng), select(scores, 0, "ccs", rng)):
-        assert chosen.tolist() == list(range(9))
-
-
-@pytest.mark.parametrize("rate", [0.3, 0.5, 0.9])
-def test_ccs_never_keeps_what_is_cut(rate: float, rng: torch.Generator) -> None:
-    scores = torch.randperm(100, generator=rng)
-    drawn = {int(s) for _ in range(20) for s in scores[select(scores, rate, "ccs", rng, cut=0.3)]}
-    assert drawn == set(range(70)) if rate == 0.3 else max(drawn) < 70
-    labels = (scores % 2).long()
-    assert max(scores[select(scores, rate, "ccs", rng, labels, cut=0.3)].tolist()) < 70
-
-
-@pytest.mark.parametrize(
-    ("scores", "shares"),
-    [
-        ([3.0] * 6 + [3.5] * 4 + [4.0] * 2, [1 / 3] * 6 + [1 / 2] * 4 + [1] * 2),  # two of each of three strata
-        ([-1.0] * 9, [6 / 9] * 9),
-    ],
-    ids=["three strata", "constant scores"],
-)
-def test_ccs_draws_evenly_within_a_stratum(scores: list[float], shares: list[float], rng: torch.Generator) -> None:
-    draws = (select(torch.tensor(scores), 1 - 6 / len(scores), "ccs", rng) for _ in range(500))
-    counts = Counter(i for indices in draws for i in indices.tolist())
-    assert_frequencies(counts, dict(enumerate(shares)), 500)
-
-
-@pytest.mark.parametrize(
-    "scores", [[1.0], torch.ones(2, 3), torch.ones(()), torch.ones(0), torch.tensor([1.0, torch.nan]), None]
-)
-def test_wrong_scores(scores: object) -> None:
-    with pytest.raises(ValueError, match=r"(?s)^scores=.*expected a tensor \(N,\) of finite numbers"):
-        select(scores, 0.5)
-
-
-@pytest.mark.parametrize("scores", [[1.0, -0.1, 2.0], [0.0, 0.0, 1.0]])
-def test_weights_that_cannot_be_sampled(scores: list[float], rng: torch.Generator) -> None:
-    with pytest.raises(ValueError, match=r"^scores=.*expected weights >= 0, at least 2 of them positive"):
-        select(torch.tensor(scores), 0.4, "sample", rng)
-
-
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(
-    "labels", [[0, 1, 2], torch.zeros(2, dtype=torch.int64), torch.zeros(3), torch.tensor([0, 1, -1])]
-)
-def test_wrong_labels(how: str, labels: object, rng: torch.Generator) -> None:
-    with pytest.raises(ValueError, match=r"(?s)^labels=.*expected an int64 tensor \(3,\)"):
-        select(torch.ones(3), 0.5, how, rng, labels)
-
-
-@pytest.mark.parametrize("how", ["best", "", None, 1])
-def test_unknown_how(how: object) -> None:
-    with pytest.raises(ValueError, match=r"^how=.*expected one of ccs, sample, top"):
-        select(torch.ones(3), 0.5, how)
-
-
-@pytest.mark.parametrize("how", ["sample", "ccs"])
-@pytest.mark.parametrize("generator", [None, 0, "seed", torch.Generator])
-def test_drawing_needs_a_generator(how: str, generator: object) -> None:
-    with pytest.raises(ValueError, match=rf'^generator=.*expected a torch.Generator of the CPU when how="{how}"'):
-        select(torch.ones(3), 0.5, how, generator)
-
-
-WRONG_CONFIG = {
-    "score": ["", "tdd", "Random", None, 1, ["random"]],
-    "pruning_rate": [1, 1.5, -0.1, float("nan"), float("inf"), "0.8", True, None, [0.5]],
-    "resample_every": [-1, 1.0, "1", True, None, float("nan")],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in WRONG_CONFIG.items() for value in values]
-)
-def test_wrong_config(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}=.*: expected .+"):
-        CoresetConfig(**{name: value})
-    if name == "pruning_rate":
-        with pytest.raises(ValueError, match=r"^pruning_rate=.*expected a fraction in \[0, 1\)"):
-            select(torch.ones(3), value)
 
 
 def test_numpy_numbers_become_plain_ones() -> None:

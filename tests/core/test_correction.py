@@ -195,33 +195,6 @@ def test_output_shift_is_what_a_layer_adds_to_the_mean(
     torch.testing.assert_close(output_shift(w_q, w, mean), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["", "Mean", "var", None, 1, True])
-def test_unknown_mode_lists_what_exists(mode: object) -> None:
-    with pytest.raises(ValueError, match=r"^mode=.*expected one of mean, mean_var, none$"):
-        correct_weight(torch.ones(2, 2), torch.ones(2, 2), mode)
-
-
-@pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((2, 3), (2, 3, 1)), ((3,), (3,)), ((), ()), ((0, 3), (0, 3))])
-def test_wrong_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match=r"^w_q, w shapes=.*expected two equal shapes \(O, ...\), not empty"):
-        correct_weight(torch.ones(shapes[0]), torch.ones(shapes[1]))
-
-
-def test_wrong_arguments() -> None:
-    good = torch.ones(2, 2)
-    for bad in ([[1.0, 2.0]], None, torch.ones(2, 2, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"(?s)^w_q=.*expected a floating-point tensor"):
-            correct_weight(bad, good)
-        with pytest.raises(ValueError, match=r"(?s)^w=.*expected a floating-point tensor"):
-            correct_weight(good, bad)
-    for flag in (0, "no", None):
-        with pytest.raises(ValueError, match=r"^gradient=.*expected True or False"):
-            correct_weight(good, good, gradient=flag)
-
-
-def test_output_shift_of_the_smallest_weight_and_of_none() -> None:
+def test_output_shift_of_the_smallest_weight() -> None:
     one = torch.ones(1, 1)
     assert output_shift(3 * one, one, torch.tensor([2.0])).tolist() == [4.0]
-    for w in (torch.ones(2), torch.ones(0, 3), torch.ones(2, 0)):
-        with pytest.raises(ValueError, match=r"^w=.*: expected a tensor \(O, I / groups, \.\.\.\), not empty$"):
-            output_shift(w, w, torch.ones(3))

@@ -20,6 +20,7 @@ import emqlib as emq
 from emqlib.convert import networks, quantized_layers, step_weights
 from emqlib.layers import QuantConv2d, QuantLinear, QuantSpec
 from emqlib.norms import MultiBitBatchNorm
+from emqlib.train import data as loading
 from emqlib.train import loop as training
 from emqlib.train.data import Dataset, Split
 
@@ -315,27 +316,7 @@ def test_a_child_in_full_precision_skips_quantizers(spec: dict[str, Any], x: Ten
             model(x).sum().backward()
         counts[b] = counted.count
     assert counts[32] < counts[4] - 10
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_full_precision_is_what_the_quantizers_gave_there(
-    spec: dict[str, Any], x: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a tensor of levels, which compiled graphs have, has it: outputs, and gradients, zeros of scales included."""
-    found = []
-    for as_tensor in (False, True):
-        if as_tensor:
-            for kind in (QuantConv2d, QuantLinear):
-                monkeypatch.setattr(kind, "_n", lambda layer: layer.levels)
-        model = build(bits=(4, 32), **spec).double()
-        y = model(x.double())
-        y.square().sum().backward()
-        found.append((y.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (y, gradients), (expected, others) = found
-    torch.testing.assert_close(y, expected)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert all(gradients[name] is not None for name in gradients)
+    assert all(p.grad is not None for p in model.parameters())  # zeros for scales, see `kernels.awaited`
 
 
 # --- loops of one's own --------------------------------------------------------------------------------------------
@@ -399,7 +380,7 @@ def test_activation_checkpointing_changes_nothing(
     """Weights and, since the second pass measures nothing, buffers; a range moves between two uses of its layer."""
     if plain is Twice and "activation_range" in spec:
         spec = {"activation": "none"}
-    monkeypatch.setattr("emqlib.train.data.normalize", lambda images, _: images.double() / 255)
+    monkeypatch.setattr(loading, "normalize", lambda images, _: images.double() / 255)
     states = []
     for kind in (net, plain):
         model = build(kind, output_correction=plain is Net, **spec).double()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import emqlib as emq
 from emqlib.correction import CORRECTIONS
-from emqlib.layers import NORMS, InputQuantizer, LearnedScale, QuantConv2d, QuantLinear, QuantSpec
+from emqlib.layers import NORMS, LearnedScale, QuantConv2d, QuantLinear, QuantSpec, input_quantizer
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS
 
@@ -75,7 +75,7 @@ def expected_input(layer: Layer, x: np.ndarray, scales: dict[int, float], bits: 
         return reference.lsq_activation(x, bits, learned(scales, reach(signed), bits), signed)[0]
     if method == "pact":
         return reference.pact_activation(x, bits, learned(scales, dict.fromkeys(ALL_BITS, 1.0), bits), signed)[0]
-    if layer.input_quantizer.tracked:
+    if layer.input_quantizer.range == "tracked":
         return reference.dorefa_activation(x, bits, float(x.min()) if signed else None, float(x.max()))[0]
     return reference.dorefa_activation(x, bits)[0]
 
@@ -93,7 +93,9 @@ def check(layer: Layer, x: Tensor, rng: torch.Generator, bits: tuple[int, ...], 
         layer.set_bits(b)
         w, x_q = expected_weight(layer, weight_scales, b), expected_input(layer, x.numpy(), input_scales, b)
         torch.testing.assert_close(layer.quantized_weight(), torch.from_numpy(w), rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(layer.input_quantizer(x, layer.levels), torch.from_numpy(x_q), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            layer.input_quantizer(x, layer.known_levels), torch.from_numpy(x_q), rtol=1e-9, atol=1e-11
+        )
         product = reference.linear if isinstance(layer, QuantLinear) else reference.conv2d
         expected = torch.from_numpy(product(x_q, w, bias, **arguments))
         torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-10)
@@ -264,8 +266,8 @@ def test_half_precision_layers(activation: str, dtype: torch.dtype, rng: torch.G
 def test_learned_scales_start_from_the_first_batch(rng: torch.Generator) -> None:
     x = 3 * torch.rand(10, 20, generator=rng)
     for signed in (False, True):
-        lsq = InputQuantizer(spec(activation="lsq"), signed)
-        pact = InputQuantizer(spec(activation="pact"), signed)
+        lsq = input_quantizer(spec(activation="lsq"), signed)
+        pact = input_quantizer(spec(activation="pact"), signed)
         for quantizer in (lsq, pact):
             quantizer(x, torch.tensor(255.0))
             quantizer(100 * x, torch.tensor(255.0))  # the second batch moves nothing
@@ -299,7 +301,7 @@ def test_a_scale_stays_positive() -> None:
 
 
 def test_tracked_ranges_follow_the_data(rng: torch.Generator) -> None:
-    quantizer, n = InputQuantizer(spec(), signed=True), torch.tensor(255.0)
+    quantizer, n = input_quantizer(spec(), signed=True), torch.tensor(255.0)
     batches = [torch.randn(50, generator=rng) * size for size in (1.0, 4.0, 0.5)]
     low = high = None
     for x in batches:
@@ -312,8 +314,8 @@ def test_tracked_ranges_follow_the_data(rng: torch.Generator) -> None:
 
 
 def test_a_unit_range_stays(rng: torch.Generator) -> None:
-    quantizer = InputQuantizer(spec(), signed=False)
-    assert quantizer.started and not quantizer.tracked
+    quantizer = input_quantizer(spec(), signed=False)
+    assert quantizer.started and quantizer.range == "unit"
     quantizer(100 * torch.rand(50, generator=rng), torch.tensor(3.0))
     assert (quantizer.low, quantizer.high) == (0, 1)
 
@@ -321,7 +323,7 @@ def test_a_unit_range_stays(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("activation", ACTIVATION_METHODS)
 @pytest.mark.parametrize("signed", [False, True])
 def test_first_batch_of_zeros(activation: str, signed: bool) -> None:
-    quantizer = InputQuantizer(spec(activation=activation, activation_range="tracked"), signed)
+    quantizer = input_quantizer(spec(activation=activation, activation_range="tracked"), signed)
     x = torch.zeros(2, 3, requires_grad=True)
     for n in (1.0, 3.0, 255.0, 2.0**32 - 1):
         y = quantizer(x, torch.tensor(n))

