@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self
@@ -100,10 +100,10 @@ def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[st
 
 
 def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    defaults = {f"spec.{f.name}": f.default for f in fields(QuantSpec)} | {
-        f.name: f.default for f in fields(TrainConfig)
-    }
-    theirs = defaults | theirs  # an option that is younger than the checkpoint was at its default
+    defaults = asdict(TrainConfig()) | {f"spec.{k}": v for k, v in asdict(QuantSpec(bits=(8,))).items()}
+    theirs = (
+        json.loads(json.dumps(defaults)) | theirs
+    )  # an option that is younger than the checkpoint was at its default
     differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
     unknown = [k for k in theirs if k not in ours and k not in defaults]  # options of a later version
     differing += [f"{k}: {theirs[k]!r} there, not known here" for k in unknown]

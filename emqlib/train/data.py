@@ -6,7 +6,6 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -19,13 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from tqdm.contrib.concurrent import thread_map
 
 from .. import checks, files
-from .. import files as container
-from ..checks import invalid
-from ..files import digest
 from .distributed import Place
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
@@ -36,17 +32,13 @@ MAX_PIXELS = 1024**3 // 12  # of an image: Pillow's own limit, where a program h
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """A split whose images are decoded when they are needed: N files below `folder` and their labels (N,) int64.
-
-    names: (N,) of bytes, the paths below `folder`; as an array, because each of a million Python strings would be
-    copied into each worker process. image_size: pixels of a side, S. workers: how many processes decode.
-    """
+    """A split of N files whose images are decoded when they are needed."""
 
     folder: Path
-    names: np.ndarray
-    labels: Tensor
-    image_size: int
-    workers: int
+    names: np.ndarray  # (N,) of bytes, paths below `folder`; a million texts would be copied into each worker process
+    labels: Tensor  # (N,) int64
+    image_size: int  # pixels of a side, S
+    workers: int  # how many processes decode
 
     @classmethod
     def of(
@@ -74,40 +66,44 @@ class ImageFiles:
         return self.folder / os.fsdecode(self.names[index])
 
     def listing(self) -> bytes:
-        """Names, sizes and labels of all files as bytes; other contents of the same size, 150 GB to read, go unseen."""
+        """Names, sizes and labels of all files as bytes. Contents are not read: ImageNet has 150 GB of them."""
         sizes = np.array([os.stat(os.path.join(os.fsencode(self.folder), name)).st_size for name in self.names])
         return b"".join([b"\0".join(self.names.tolist()), sizes.tobytes(), self.labels.numpy().tobytes()])
 
 
-def list_classes(folder: Path, inner: str = "") -> Labelled:
-    """All image files of <folder>/<class>/<inner>/, sorted; hidden files and those of other types are left out.
+def list_classes(folder: Path) -> Labelled:
+    """All image files below <folder>/<class>/, sorted; hidden ones and those of other types are left out.
 
-    FileNotFoundError: no such folder. ValueError: no class in it, or a class without images.
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no class in it, or a class without images.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise ValueError(f"{folder}: expected one folder for each class, found none")
-    found: Labelled = []
-    for entry in classes:
-        names = sorted(os.listdir(entry / inner)) if (entry / inner).is_dir() else []
-        images = [name for name in names if _is_image(name)]
-        if not images:
-            raise ValueError(f"{entry / inner}: expected images of this class, found none")
-        found += [(entry / inner / name, entry.name) for name in images]
-    return found
+    start = len(str(folder))
+    try:
+        names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+        index = {name: i for i, name in enumerate(names)}
+        found = make_dataset(folder, index, is_valid_file=lambda path: _is_image(path[start:]))
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{folder}: expected one folder with images for each class ({error})") from error
+    return [(Path(path), names[i]) for path, i in found]
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in f"{os.sep}{path}"
 
 
 def list_annotated(table: Path, folder: Path, separator: str, suffix: str = "", skip: int = 0) -> Labelled:
     """The image files in `folder` that the lines of `table` name, each before a separator, and their classes after it.
 
-    suffix: of files, not in the names; skip: lines of a header. ValueError: a line without both, a name that leads out
-    of the folder, is there twice or has no file; an image in the folder that no line names, as of a table cut short.
+    Args:
+        suffix: of the files, not in the names.
+        skip: lines of a header.
+
+    Raises:
+        ValueError: a line without a name or a class; a name that leads out of the folder, is there twice or has no
+            file; an image in the folder that no line names, as in a table that was cut short.
     """
     found: dict[Path, str] = {}
     for n, line in enumerate(table.read_text("utf-8", errors="replace").splitlines()):
@@ -128,14 +124,19 @@ def list_annotated(table: Path, folder: Path, separator: str, suffix: str = "", 
 
 
 def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
-    """The images at `paths`, (N, 3, H, W) uint8, decoded once: tens of thousands of files take tens of seconds.
+    """The images at `paths`, (N, 3, H, W) uint8; a cache keeps what tens of thousands of files take long to decode to.
 
-    The cache beside the data, or else below the user's cache folder, holds checksums of its pixels and of the files. It
-    is made anew where its pixels are not those that were written, or the files have other contents. For that, files are
-    read only if their times (that of the last change too, which no program can set) or inodes are others than when the
-    cache was made, as in a copy. Not seen are a file that rots on its disk, one written twice within a tick of the file
-    system's clock, and on Windows, which has no time of the last change, one rewritten in place with its time put back.
-    image_size: see `pixels`. ValueError: a file that is no readable image, images of unequal size.
+    The cache lies beside the data, or else below the user's cache folder, with checksums of its pixels and of the
+    files. It is made anew if its pixels are not those that were written, or if the files have other contents. Files
+    are read for that only if their times or inodes differ from those of when the cache was made, as in a copy. So a
+    file that rots on its disk is not seen, nor is one that is written twice within a tick of the file system's clock,
+    nor, on Windows, one that is rewritten in place with its time put back.
+
+    Args:
+        image_size: see `pixels`.
+
+    Raises:
+        ValueError: a file that is no readable image, images of unequal size.
     """
     name, states = _listing(folder, paths, image_size)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -163,7 +164,7 @@ def _listing(folder: Path, paths: Sequence[Path], image_size: int | None) -> tup
 def _read_cache(cache: Path, paths: Sequence[Path], states: str) -> Tensor:
     """What `_write_cache` wrote; OSError or ValueError: it is not whole, or the files have other contents."""
     expected = "a whole cache of these files"
-    about, tensors = container.read(cache, VERSION, expected, "cache")
+    about, tensors = files.read(cache, VERSION, expected, "cache")
     images, same = tensors.get("images", torch.empty(0)), about.get("states") == states
     contents = about.get("contents") if same else _contents(paths)
     whole = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(paths)
@@ -177,7 +178,7 @@ def _read_cache(cache: Path, paths: Sequence[Path], states: str) -> Tensor:
 
 
 def _write_cache(cache: Path, images: Tensor, states: str, contents: str) -> None:
-    container.write(cache, {"version": VERSION, "states": states, "contents": contents}, {"images": images})
+    files.write(cache, {"version": VERSION, "states": states, "contents": contents}, {"images": images})
 
 
 def _contents(paths: Sequence[Path]) -> str:
@@ -209,23 +210,21 @@ def _decode_all(paths: Sequence[Path], image_size: int | None) -> tuple[Tensor, 
 
 def _of_each(work: Callable[[int], str], count: int) -> list[str]:
     """What `work` returns of each number below `count`, in threads, with a progress bar."""
-    some, found = 64, []  # numbers a task: fewer, and threads wait for each other
+    some = 64  # numbers in a task: with fewer, threads wait for each other
 
     def of_some(start: int) -> list[str]:
         return [work(i) for i in range(start, min(start + some, count))]
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=count, disable=None) as progress:
-        for part in pool.map(of_some, range(0, count, some)):
-            found += part
-            progress.update(len(part))
-    return found
+    options = {"max_workers": min(8, os.cpu_count() or 1), "disable": None, "unit": f" x {some} files"}
+    return [digest for part in thread_map(of_some, range(0, count, some), **options) for digest in part]
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:
-    """The image at `path`, see `pixels`; ValueError, which names it, for a file that is no readable image.
+    """The image at `path`, see `pixels`.
 
-    A file of a format that is not in `FORMATS` is refused too, whatever its name says, and so is an image of more
-    pixels than Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
+    Raises:
+        ValueError: the file is no readable image, is of a format that is not in `FORMATS`, whatever its name says, or
+            has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:  # has read no more than the file's header
@@ -240,7 +239,8 @@ def decode(path: Path, image_size: int | None) -> np.ndarray:
 def pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
     """(H, W, 3) uint8 of an image in any mode; transparency is dropped.
 
-    image_size: the shorter side becomes so many pixels and the centre is cut out, a square; None: as it is.
+    Args:
+        image_size: resize the shorter side to so many pixels and cut out the centre; None: leave it as it is.
     """
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -306,8 +306,10 @@ class Dataset:
     def subset(self, train: int, test: int) -> "Dataset":
         """The first images of each class: `train` and `test` images in all, classes equally often to within one.
 
-        Deterministic, in the original order. A class with too few images leaves its places to the others.
-        ValueError: `train` or `test` is not in 1 to the number of images there are.
+        The original order stays. A class with too few images leaves its places to the others.
+
+        Raises:
+            ValueError: `train` or `test` is not between 1 and the number of images there are.
         """
         train_split = _first_of_each_class(self.train, checks.integer("train", train, 1, len(self.train)))
         test_split = _first_of_each_class(self.test, checks.integer("test", test, 1, len(self.test)))
@@ -321,19 +323,24 @@ def load_dataset(
     stream: bool | None = None,
     workers: int | None = None,
 ) -> Dataset:
-    """Read a data set into memory, on the CPU, or list the files of one to be streamed.
+    """Read a data set into memory, on the CPU, or list the files of one that is streamed.
 
-    name: "digits", "cifar10", "cifar100", "tinyimagenet", "imagenet", or "imagefolder:PATH" for any folder that holds
-        train/<class>/* and test/<class>/* (or val/<class>/*).
-    root: where the files are; None: the environment variable EMQ_DATA, else data/ in `files.home()`.
-        Looked for there: the official files, then <name>/{train,test}/<class>/*; then CIFAR is downloaded.
-    image_size: resize the shorter side to this many pixels and cut out the centre; None: images as they are. Streamed
-        images (None: 224) are cropped and resized at random for training, and normalised, as usual for ImageNet.
-    stream: decode the files of class folders in each epoch, in `workers` processes, instead of once; None: ImageNet
-        alone, which fits no memory. workers: None for the CPUs there are for this process, at most 16; 0 for none.
-    ValueError: unknown `name`, images of unequal size, a damaged image, missing or unexpected classes, stream=True for
-    what are no files of single images. FileNotFoundError: no data; says where it was looked for and how to get it.
-    ImportError: the digits without scikit-learn.
+    Args:
+        name: "digits", "cifar10", "cifar100", "tinyimagenet", "imagenet", or "imagefolder:PATH" for any folder that
+            holds train/<class>/* and test/<class>/* (or val/<class>/*).
+        root: where the files are; None: the environment variable EMQ_DATA, else data/ in `files.home()`. There the
+            official files are looked for, then <name>/{train,test}/<class>/*; at last, CIFAR is downloaded.
+        image_size: resize the shorter side to this many pixels and cut out the centre; None: images as they are.
+            Streamed images (None: 224) are cropped and resized at random for training, as usual for ImageNet.
+        stream: decode the files of class folders in each epoch instead of once; None: only ImageNet, which fits no
+            memory.
+        workers: processes that decode; None for the CPUs of this process, at most 16; 0 for none.
+
+    Raises:
+        ValueError: unknown name, images of unequal size, a damaged image, missing or unexpected classes, stream=True
+            for a data set that is no files of single images.
+        FileNotFoundError: no data; says where it was looked for and how to get it.
+        ImportError: the digits without scikit-learn.
     """
     source, path = SOURCES[check_name("name", name)], str(name).partition(":")[2]
     if image_size is not None:
@@ -358,12 +365,11 @@ def load_dataset(
 def check_name(parameter: str, name: Any) -> str:
     """The key of `SOURCES` that `name` means; ValueError, which names the parameter, where there is none."""
     kind, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
-    key = f"{kind}:PATH" if path else name
-    return key if isinstance(key, str) and key in SOURCES else checks.choice(parameter, name, SOURCES)
+    return checks.choice(parameter, f"{kind}:PATH" if path and f"{kind}:PATH" in SOURCES else name, SOURCES)
 
 
 def _workers() -> int:
-    """The CPUs of this process, shared with those of other ranks on this machine."""
+    """The CPUs of this process, shared with other processes of a launcher on this machine."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Linux, others
     return max(1, min(16, own // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -377,8 +383,10 @@ def normalize(images: Tensor, dataset: Dataset) -> Tensor:
 def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Tensor:
     """Mirror each image with probability 1/2 and shift it by up to `crop_padding` pixels, zeros moving in.
 
-    images: (B, 3, H, W) uint8 on any device; returns the same shape. What `dataset` does not ask for is left out.
-    generator: a CPU generator, so that every device sees the same draws: B flips, then 2 x B offsets.
+    Args:
+        images: (B, 3, H, W) uint8, on any device.
+        dataset: what it does not ask for is left out.
+        generator: of the CPU, so that every device sees the same draws: B flips, then 2 x B offsets.
     """
     batch, _, height, width = images.shape
     if dataset.flip:
@@ -527,8 +535,7 @@ def _class_folders(folder: Path, source: Source, how: Reading) -> Contents:
 
 def _tiny_imagenet(folder: Path, source: Source, how: Reading) -> Contents:
     """train/<wnid>/images/* and val/images/* with val/val_annotations.txt; the test split has no labels."""
-    train = list_classes(folder / "train", inner="images")
-    annotations = folder / "val" / "val_annotations.txt"
+    train, annotations = list_classes(folder / "train"), folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise FileNotFoundError(f"{annotations}: no such file")
     return _splits(folder, train, list_annotated(annotations, folder / "val" / "images", "\t"), source, how)
@@ -619,15 +626,13 @@ class MemoryLoader:
     def all_damaged(self) -> None:
         """Nothing that lies in memory is damaged."""
 
-    def epoch(
-        self, chunks: Sequence[Tensor], generator: torch.Generator | None = None, first: int = 0
-    ) -> Iterator[Batch]:
-        """This rank's part of each of `chunks` of sample indices (B,), on the data's device; augmented by a generator.
+    def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """This process's part of each of `chunks` of sample indices (B,), on the data's device.
 
-        first: the number, from 0, of the chunk to begin with; the generator stands where the one before it left it.
-        Every rank augments the whole batch, so that an image looks the same however many ranks there are.
+        With a generator, images are augmented. Every process augments the whole batch, so that an image looks the same
+        however many processes there are.
         """
-        for chunk in chunks[first:]:
+        for chunk in chunks:
             indices = chunk.to(self.split.labels.device)
             images = self.split.images[indices]
             images = images if generator is None else augment(images, self.data, generator)
@@ -638,8 +643,8 @@ class MemoryLoader:
 class FileLoader:
     """Batches of streamed files, decoded by worker processes that live as long as this object.
 
-    A damaged file is warned of by name, skipped and counted in `damaged`. What an image becomes depends on the
-    generator, the number of the chunk and the sample alone, not on how many workers there are or which of them it is.
+    A damaged file is warned of by name, skipped and counted in `damaged`. What an image becomes depends only on the
+    generator, the number of the chunk and the sample, and not on the worker that decodes it.
     """
 
     def __init__(self, data: Dataset, split: str, device: torch.device, place: Place, live: bool) -> None:
@@ -654,20 +659,18 @@ class FileLoader:
             persistent_workers=live and workers > 0,
             pin_memory=device.type == "cuda",
             collate_fn=_collate,
-            generator=torch.Generator(),  # workers' seeds, which nothing uses: not from the global generator
+            generator=torch.Generator(),  # of the workers' seeds, which nothing uses: leaves the global one alone
         )
 
-    def epoch(
-        self, chunks: Sequence[Tensor], generator: torch.Generator | None = None, first: int = 0
-    ) -> Iterator[Batch]:
-        """This rank's part of each of `chunks`, without those of its samples whose files are damaged.
+    def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """This process's part of each of `chunks` of sample indices (B,), without samples whose files are damaged.
 
-        chunks: sample indices (B,); first: the number, from 0, of the one to begin with. With a generator images are
-        cropped, resized and mirrored at random, else resized and cut out of the centre. ValueError: too many damaged
-        files, or a chunk of nothing else.
+        With a generator images are cropped, resized and mirrored at random, else resized and cut out of the centre.
+
+        Raises:
+            ValueError: too many damaged files, or a chunk of nothing else.
         """
-        self.keys.seed = None if generator is None else generator.initial_seed()
-        self.keys.chunks, self.keys.first = chunks, first
+        self.keys.seed, self.keys.chunks = None if generator is None else generator.initial_seed(), chunks
         for indices, images, damaged in self.batches:
             self._count(damaged)
             if len(indices) == 0:
@@ -678,14 +681,13 @@ class FileLoader:
 
     def _count(self, damaged: list[tuple[int, str]]) -> None:
         for index, message in damaged:
-            if index in self.damaged:
-                continue
-            self.damaged[index] = message
-            warnings.warn(f"{message}; skipped, {len(self.damaged)} so far", stacklevel=2)
+            if index not in self.damaged:
+                self.damaged[index] = message
+                warnings.warn(f"{message}; skipped, {len(self.damaged)} so far", stacklevel=2)
         self._check()
 
     def all_damaged(self) -> int:
-        """How many files any rank has found damaged so far; all ranks ask together. ValueError: too many."""
+        """How many files any process has found damaged so far; all processes ask together. ValueError: too many."""
         for theirs in self.place.collect(self.damaged):
             self.damaged = self.damaged | theirs
         self._check()
@@ -695,13 +697,18 @@ class FileLoader:
         if len(self.damaged) > DAMAGED * len(self.split):
             some = "\n".join(list(self.damaged.values())[:5])
             expected = f"at most {DAMAGED:.1%} of the {len(self.split)} files damaged"
-            raise invalid("data", f"{len(self.damaged)} damaged files", f"{expected}; the first are\n{some}")
+            raise checks.invalid("data", f"{len(self.damaged)} damaged files", f"{expected}; the first are\n{some}")
 
 
 def loader(
     data: Dataset, split: str, device: torch.device, place: Place | None = None, live: bool = True
 ) -> MemoryLoader | FileLoader:
-    """The loader of "train" or "test"; place: whose part of each batch; live: workers are kept between epochs."""
+    """The loader of "train" or "test".
+
+    Args:
+        place: of this process, which gets its part of each batch; None: alone.
+        live: whether worker processes are kept between epochs.
+    """
     if isinstance(getattr(data, split), ImageFiles):
         return FileLoader(data, split, device, place or Place(), live)
     return MemoryLoader(data, split, place or Place())
@@ -711,20 +718,19 @@ _Key = tuple[int | None, int, int]  # seed of the epoch, None for no augmentatio
 
 
 class _Keys:
-    """What a DataLoader asks for the batches of an epoch: this rank's part of the chunks that it finds here."""
+    """What a DataLoader asks for the batches of an epoch: this process's part of the chunks that it finds here."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.seed: int | None = None
         self.chunks: Sequence[Tensor] = ()
-        self.first = 0
 
     def __iter__(self) -> Iterator[list[_Key]]:
-        for n, chunk in enumerate(self.chunks[self.first :], start=self.first):
+        for n, chunk in enumerate(self.chunks):
             yield [(self.seed, n, i) for i in self.place.part(chunk).tolist()]
 
     def __len__(self) -> int:
-        return len(self.chunks) - self.first
+        return len(self.chunks)
 
 
 class _Files(torch.utils.data.Dataset):
@@ -747,7 +753,7 @@ class _Files(torch.utils.data.Dataset):
         if seed is None:
             return index, self.plain(image)
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-            torch.default_generator.manual_seed(int(digest(f"{seed},{chunk},{index}")[:15], 16))
+            torch.default_generator.manual_seed(int(files.digest(f"{seed},{chunk},{index}")[:15], 16))
             return index, self.augmented(image)
 
     def __len__(self) -> int:

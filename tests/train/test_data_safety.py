@@ -227,14 +227,6 @@ def test_the_limit_of_pixels_is_the_users(tmp_path: Path, monkeypatch: pytest.Mo
                 images.decode(tmp_path / "x.png", None)
 
 
-def test_one_place_opens_images() -> None:
-    sources = {path.name: path.read_text() for path in Path(images.__file__).parent.glob("*.py")}
-    assert {name for name, text in sources.items() if "Image.open(" in text} == {"images.py"}
-    assert (
-        sources["images.py"].count("Image.open(") == 1 and "Image.open(path, formats=FORMATS)" in sources["images.py"]
-    )
-
-
 def test_a_tensor_of_a_shape_that_no_tensor_has_is_no_whole_file(tmp_path: Path) -> None:
     header = json.dumps(
         {

@@ -3,34 +3,36 @@
 import gc
 import subprocess
 import sys
+import warnings
 import weakref
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
 from emqlib import models
-from emqlib.train import distributed as devices
+from emqlib.train import distributed
 
 CPU = torch.device("cpu")
 
 
 def test_auto_is_cuda_where_there_is_one() -> None:
-    assert devices.device_named("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert devices.has_cuda() == torch.cuda.is_available()
-    assert devices.device_named("cpu") == CPU
+    assert distributed.device_named("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert distributed.has_cuda() == torch.cuda.is_available()
+    assert distributed.device_named("cpu") == CPU
 
 
 @pytest.mark.parametrize("name", ["meta", "gpu", "cuda:99", 0, None, ""])
 def test_an_unknown_device_is_refused(name: object) -> None:
     with pytest.raises(ValueError, match=r"^device=.*expected one of .*auto.*cpu"):
-        devices.device_named(name)
+        distributed.device_named(name)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("none", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_autocast_chooses_the_type_of_products(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
-    with devices.autocast(name, CPU):
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda: True)
+    with distributed.autocast(name, CPU):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
@@ -45,19 +47,19 @@ def test_autocast_chooses_the_type_of_products(name: str, dtype: torch.dtype, mo
 )
 def test_channels_last_only_where_it_is_safe(convolution: nn.Conv2d, expected: torch.memory_format) -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 3), convolution)
-    assert devices.memory_format(net, True, CPU) == expected
-    assert devices.memory_format(net, True, torch.device("cuda")) == torch.channels_last
-    assert devices.memory_format(net, False, CPU) == torch.contiguous_format
+    assert distributed.memory_format(net, True, CPU) == expected
+    assert distributed.memory_format(net, True, torch.device("cuda")) == torch.channels_last
+    assert distributed.memory_format(net, False, CPU) == torch.contiguous_format
 
 
 def test_the_chosen_format_survives_the_convolution_that_crashes_in_the_other() -> None:
     """In a process of its own, since the crash takes the process along: 8 channels, an odd batch, two threads."""
     script = """
 import torch
-from emqlib.train import distributed as devices
+from emqlib.train import distributed
 torch.set_num_threads(2)
 conv = torch.nn.Conv2d(8, 16, 1, stride=2, bias=False)
-form = devices.memory_format(torch.nn.Sequential(conv), True, torch.device("cpu"))
+form = distributed.memory_format(torch.nn.Sequential(conv), True, torch.device("cpu"))
 conv.to(memory_format=form)
 x = torch.randn(63, 8, 32, 32).contiguous(memory_format=form)
 conv(x).square().sum().backward()
@@ -70,22 +72,9 @@ assert torch.allclose(conv.weight.grad[:, :, 0, 0].double(), expected, rtol=1e-3
 
 
 def test_every_builder_has_a_format() -> None:
-    formats = {name: devices.memory_format(build(), True, CPU) for name, build in models.MODELS.items()}
+    formats = {name: distributed.memory_format(build(), True, CPU) for name, build in models.MODELS.items()}
     assert set(formats.values()) == {torch.channels_last}
-    assert devices.memory_format(models.resnet8(width=8), True, CPU) == torch.contiguous_format
-
-
-def test_noise_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CUDA device its own generator too, if its state is among those kept."""
-    own = {"cuda": torch.arange(3)}
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: own[device.type])
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: own.update({device.type: state}))
-    with torch.random.fork_rng(devices=[]):
-        on_cpu, on_cuda = devices.noise(CPU), devices.noise(torch.device("cuda"))
-        drawn, own["cuda"] = torch.rand(3), torch.arange(5)
-        for kept, device, expected in ((on_cuda, "cpu", 5), (on_cpu, "cuda", 5), (on_cuda, "cuda", 3)):
-            devices.set_noise(torch.device(device), kept)
-            assert torch.equal(torch.rand(3), drawn) and len(own["cuda"]) == expected
+    assert distributed.memory_format(models.resnet8(width=8), True, CPU) == torch.contiguous_format
 
 
 @pytest.mark.parametrize(
@@ -104,7 +93,7 @@ def test_too_little_memory_names_what_to_try_and_lets_go_of_what_was_computed(er
         raise error
 
     kept: list[weakref.ref] = []
-    with pytest.raises(MemoryError) as caught, devices.enough_memory("batch_size", 128, "batch_size=64"):
+    with pytest.raises(MemoryError) as caught, distributed.enough_memory("batch_size", 128, "batch_size=64"):
         work()
     told = str(error).splitlines()[0]
     assert str(caught.value) == f"batch_size=128: out of memory ({told}); try batch_size=64"
@@ -114,7 +103,7 @@ def test_too_little_memory_names_what_to_try_and_lets_go_of_what_was_computed(er
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("bad_alloc"), KeyboardInterrupt()])
 def test_other_errors_are_what_they_are(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, devices.enough_memory("batch_size", 128, "batch_size=64"):
+    with pytest.raises(type(error)) as caught, distributed.enough_memory("batch_size", 128, "batch_size=64"):
         raise error
     assert caught.value is error
 
@@ -130,7 +119,7 @@ def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
-    graphed = devices.Graphed(nn.Linear(2, 2), lambda: 8)
+    graphed = distributed.Graphed(nn.Linear(2, 2), lambda: 8)
     (gc.enable if on else gc.disable)()
     try:
         for _ in range(3):
@@ -138,3 +127,35 @@ def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.M
         assert seen == [False] and gc.isenabled() == on
     finally:
         gc.enable()
+
+
+@pytest.fixture(params=[False, True])
+def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor has it, whatever processor this is."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param, raising=False)
+    distributed._tell_of_float32.cache_clear()
+    return request.param
+
+
+def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat16: bool) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            with distributed.autocast("bfloat16", CPU):
+                found = nn.Linear(2, 2)(torch.ones(1, 2)).dtype
+            with warnings.catch_warnings():  # after which Python itself would tell it again
+                pass
+    assert found == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert [str(w.message)[:35] for w in told] == ([] if bfloat16 else ["this processor has no fast bfloat16"])
+    asked = [("none", CPU), ("float16", CPU), ("bfloat16", torch.device("cuda"))]
+    assert [distributed.autocast_used(*pair) for pair in asked] == ["none", "float16", "bfloat16"]
+
+
+def test_compiled_on_a_cpu_a_network_that_fails_channels_last_stays_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor takes channels-last by itself."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    for stride, channels in product((1, 2), (4, 16)):
+        distributed.compiled(nn.Sequential(nn.Conv2d(channels, 8, 1, stride=stride)), True, 0)
+    assert asked == [{}, {}, {"options": {"layout_optimization": False}}, {}]

@@ -14,7 +14,6 @@ from torchvision.transforms import v2
 
 import emqlib as emq
 from emqlib import Dataset, QuantSpec, TrainConfig
-from emqlib.train.coresets import Sampler
 from emqlib.train.data import FileLoader, ImageFiles, MemoryLoader, loader, normalize
 from emqlib.train.distributed import Place
 from emqlib.train.evaluate import batches
@@ -94,7 +93,7 @@ def test_plain_images_are_resized_and_cut_out_of_the_centre(folder: Path) -> Non
         assert torch.equal(image, normalize(cut(pixels)[None], data)[0])
 
 
-def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_ranks(folder: Path) -> None:
+def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_processes(folder: Path) -> None:
     data, parts = streamed(folder), chunks(60)
     state = torch.random.get_rng_state()
     first = list(loader(data, "train", CPU).epoch(parts, seeded()))
@@ -111,24 +110,6 @@ def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_ranks(
     assert not torch.equal(twice[0][0], twice[1][0])  # a child's sample is not another child's, augmented alike
     plain, _, _ = next(loader(data, "train", CPU).epoch(parts))
     assert not torch.equal(plain, first[0][0])
-
-
-@pytest.mark.parametrize("first", [0, 3, 7])
-def test_an_epoch_begins_with_any_of_its_chunks(first: int, folder: Path) -> None:
-    data, parts = streamed(folder), chunks(60)
-    memory = emq.load_dataset("digits", image_size=16).subset(60, 10)
-    for made in (lambda: loader(data, "train", CPU), lambda: loader(streamed(folder, workers=2), "train", CPU)):
-        whole, rest = list(made().epoch(parts, seeded())), list(made().epoch(parts, seeded(), first))
-        assert len(rest) == 8 - first
-        for ours, theirs in zip(rest, whole[first:], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    draws = seeded()
-    whole = loader(memory, "train", CPU).epoch(parts, draws)
-    for _ in range(first):
-        next(whole)
-    rest = list(loader(memory, "train", CPU).epoch(parts, torch.Generator().set_state(draws.get_state()), first))
-    for ours, theirs in zip(rest, whole, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_workers_live_as_long_as_their_loader(folder: Path) -> None:
@@ -186,7 +167,7 @@ def test_more_than_one_in_a_thousand_is_an_error(many: Path, damage: list[Path])
 
 
 @pytest.mark.filterwarnings("ignore:.*not a readable image")
-def test_damaged_files_of_all_ranks_count_together(many: Path, damage: list[Path]) -> None:
+def test_damaged_files_of_all_processes_count_together(many: Path, damage: list[Path]) -> None:
     for file in damage:
         file.write_bytes(b"")
     data = streamed(many)
@@ -194,7 +175,7 @@ def test_damaged_files_of_all_ranks_count_together(many: Path, damage: list[Path
 
     class Both(Place):
         def collect(self, value: dict) -> list[dict]:
-            return [value, {bad[1]: "the other rank's"}]
+            return [value, {bad[1]: "the other process's"}]
 
     live = loader(data, "train", CPU, Both())
     assert len(list(live.epoch([torch.tensor([bad[0], 0])], seeded()))) == 1 and live.damaged.keys() == {bad[0]}
@@ -252,30 +233,6 @@ def test_damaged_files_are_named_in_the_history(many: Path, damage: list[Path]) 
     with pytest.warns(UserWarning, match="not a readable image"):
         history = emq.train(network(), streamed(many), TrainConfig(epochs=1, batch_size=256), progress=False)
     assert history.attrs["damaged"] == [str(damage[0])] and history.damaged.tolist() == [1]
-
-
-@pytest.mark.filterwarnings("ignore:.*not a readable image")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_training_in_slices_of_a_step_takes_streamed_data(
-    workers: int, many: Path, damage: list[Path], tmp_path: Path
-) -> None:
-    """What is damaged counts to the end, also where the last slices did not come across it."""
-    damage[0].write_bytes(b"")
-    data, path = streamed(many, workers, size=8), tmp_path / "run.pt"
-    config = TrainConfig(epochs=2, batch_size=64, lr=0.05, seed=6, coreset=emq.CoresetConfig(pruning_rate=0.8))
-    bad = next(i for i in range(len(data.train)) if data.train.path(i) == damage[0])
-    drawn = Sampler(config.coreset, config.scheme, config.seed, (2, 8), data.train.labels, 2)
-    assert [bad in torch.cat(list(drawn.selection(epoch).subsets.values())) for epoch in (0, 1)] == [True, False]
-    models = [network(), network()]
-    history = emq.train(models[0], data, config, progress=False)
-    for _ in range(history.steps.sum() - 1):
-        with pytest.raises(emq.OutOfTime):
-            emq.train(network(), data, config, path, progress=False, budget=1e-9)
-    found = emq.train(models[1], data, config, path, progress=False, budget=1e-9)
-    assert found.attrs == history.attrs
-    assert found.drop(columns="seconds").equals(history.drop(columns="seconds"))
-    assert history.damaged.tolist() == [1, 1] and history.attrs["damaged"] == [str(damage[0])]
-    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
 def test_images_are_mirrored_only_where_that_makes_sense(folder: Path) -> None:

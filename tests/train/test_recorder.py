@@ -268,7 +268,7 @@ def test_a_disk_too_small_for_a_table_is_an_error_and_no_crash(tmp_path: Path) -
     result = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True)
     assert result.returncode == 1 and "line 8" in result.stderr, result.stderr
     message = (
-        rf"OSError: \[Errno 27\] File too large: a table of scores of 0.0 GB; TMPDIR names the folder: '{tmp_path}"
+        rf"OSError: \[Errno 27\] File too large: a table of scores takes 0.0 GB; TMPDIR names the folder: '{tmp_path}"
     )
     assert re.search(message, result.stderr.splitlines()[-1])
     assert not list(tmp_path.iterdir())

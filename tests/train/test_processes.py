@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import process_worker
 import pytest
-import rank_worker
 import torch
 
 from emqlib import files as container
 from emqlib.train import checkpoint as checkpoints
-from emqlib.train import distributed as ranks
+from emqlib.train import distributed
 from emqlib.train.distributed import Place
 
 
@@ -24,28 +24,28 @@ def launch(folder: Path, *cases: str) -> subprocess.CompletedProcess[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("EMQ_")} | {"OMP_NUM_THREADS": "1"}
-    command += [rank_worker.__file__, str(folder), *cases]
+    command += [process_worker.__file__, str(folder), *cases]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    first, second = (json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((folder / f"{case}-{index}.json").read_text()) for index in (0, 1))
     return first, second
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found in every case, trained one after the other."""
-    folder = tmp_path_factory.mktemp("ranks")
-    done = launch(folder, *rank_worker.CASES, "sliced")
+    folder = tmp_path_factory.mktemp("processes")
+    done = launch(folder, *process_worker.CASES, "sliced")
     assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("case", rank_worker.CASES)
+@pytest.mark.parametrize("case", process_worker.CASES)
 def test_two_processes_train_as_one(case: str, together: Path) -> None:
-    alone, (first, second) = rank_worker.run(case), found(together, case)
-    assert (first["rank"], second["rank"], first["count"]) == (0, 1, 2)
+    alone, (first, second) = process_worker.run(case), found(together, case)
+    assert (first["index"], second["index"], first["count"]) == (0, 1, 2)
     assert first["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert first["coresets"] == alone["coresets"] == second["coresets"]
     assert bool(first["coresets"]) == (case in ("bitwise", "features"))
@@ -58,22 +58,24 @@ def test_two_processes_train_as_one(case: str, together: Path) -> None:
             assert first["state"][name] == pytest.approx(values, **close), name
 
 
-def test_ranks_stop_together_when_time_is_up_and_end_as_if_they_had_not(together: Path) -> None:
-    """To the bit, with the dropout of each; two epochs of eight steps, two of four, all but the last of which stop."""
+def test_processes_stop_together_when_time_is_up_and_end_as_if_they_had_not(together: Path) -> None:
+    """To the bit, with the dropout of each; after all of the four epochs but the last."""
     for found_by in found(together, "sliced"):
-        assert found_by["same"] and found_by["stops"] == 23
+        assert found_by["same"] and found_by["stops"] == 3
 
 
-def test_a_killed_rank_ends_the_job_and_all_go_on_together(tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job_and_all_go_on_together(tmp_path: Path) -> None:
     killed = launch(tmp_path, "killed")
     assert killed.returncode != 0 and not list(tmp_path.glob("*.json"))
-    message = "rank 0 of 2: another rank has stopped, see its own error; start all of them again, and training goes on"
-    assert f"{message} from the checkpoint {tmp_path / 'run.pt'}" in killed.stderr
+    message = (
+        "process 0 of 2: another process has stopped, see its own error; start all of them again, and training goes on"
+    )
+    assert f"{message} goes on from the checkpoint {tmp_path / 'run.pt'}" in killed.stderr
     about, _ = container.read(tmp_path / "run.pt", checkpoints.VERSION, "a checkpoint")
     assert 1 <= len(json.loads(about["history"])) < 4
     resumed = launch(tmp_path, "resumed")
     assert resumed.returncode == 0, resumed.stderr
-    alone, (first, second) = rank_worker.run("bitwise"), found(tmp_path, "resumed")
+    alone, (first, second) = process_worker.run("bitwise"), found(tmp_path, "resumed")
     assert first["loss"] == pytest.approx(alone["loss"], rel=1e-6) and first["loss"] == second["loss"]
     assert first["coresets"] == alone["coresets"] == second["coresets"]
     for name, values in alone["state"].items():
@@ -82,7 +84,7 @@ def test_a_killed_rank_ends_the_job_and_all_go_on_together(tmp_path: Path) -> No
 
 def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    place = ranks.current()
+    place = distributed.current()
     assert place == Place(0, 1) and place.main
     x = torch.arange(5.0)
     assert place.part(x) is not None and torch.equal(place.part(x), x)
@@ -97,7 +99,7 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_cover_a_batch_once_and_differ_by_one_at_most() -> None:
     for count in (1, 2, 3, 8):
         for size in (8, 9, 31):
-            parts = [Place(rank, count).part(torch.arange(size)) for rank in range(count)]
+            parts = [Place(index, count).part(torch.arange(size)) for index in range(count)]
             assert torch.cat(parts).tolist() == list(range(size))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -105,7 +107,7 @@ def test_parts_cover_a_batch_once_and_differ_by_one_at_most() -> None:
 def test_an_error_of_its_own_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match=r"^out of memory$"), Place(0, 2).joined("here"):
         raise RuntimeError("out of memory")
-    message = r"^rank 1 of 2: another rank has stopped.*goes on from here$"
+    message = r"^process 1 of 2: another process has stopped.*goes on from here$"
     with pytest.raises(RuntimeError, match=message), Place(1, 2).joined("here"):
         raise torch.distributed.DistBackendError("NCCL timed out")
 
@@ -114,16 +116,16 @@ def test_without_accelerate_it_is_said_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r'pip install "emqlib\[distributed\]"'):
-        ranks.current()
+        distributed.current()
 
 
-def test_layers_measure_over_ranks_within_training_alone() -> None:
-    model = rank_worker.network(activation_range="tracked")
+def test_layers_measure_over_processes_within_training_alone() -> None:
+    model = process_worker.network(activation_range="tracked")
     layers = [m for m in model.modules() if hasattr(m, "reduce")]
     assert len(layers) == 4  # two batch norms, a quantized layer and its input
-    with pytest.raises(ZeroDivisionError), ranks.synchronized(model, Place(0, 2)):
+    with pytest.raises(ZeroDivisionError), distributed.synchronized(model, Place(0, 2)):
         assert all(m.reduce for m in layers)
         raise ZeroDivisionError
     assert not any(m.reduce for m in layers)
-    with ranks.synchronized(model, Place()):
+    with distributed.synchronized(model, Place()):
         assert not any(m.reduce for m in layers)

@@ -1,4 +1,4 @@
-"""One rank of training runs, for test_ranks: `torchrun --nproc_per_node 2 tests/rank_worker.py FOLDER CASE ...`."""
+"""One process of training runs: `torchrun --nproc_per_node 2 tests/train/process_worker.py FOLDER CASE ...`."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from torch import nn
 
 import emqlib as emq
 from emqlib.train import data as loading
+from emqlib.train.checkpoint import OutOfTime
 from emqlib.train.data import normalize
 from emqlib.train.distributed import current
 
@@ -25,7 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"activation_range": "tracked", "output_correction": True, "norm": "shared_affine"},
         {"batch_size": 20},
     ),
-    "features": ({}, {"coreset": emq.CoresetConfig(**SCORED | {"score": "grand", "rescore": True})}),
+    "features": ({}, {"coreset": emq.CoresetConfig(**SCORED | {"score": "grand"})}),
 }
 
 
@@ -65,14 +66,14 @@ def run(
     return {"loss": history.loss.tolist(), "coresets": history.attrs["coresets"], "state": found}
 
 
-def in_slices(rank: int, checkpoint: Path) -> dict[str, Any]:
-    """Whether a run in calls of one step, by the first rank's budget alone, ends as one that is not disturbed."""
+def in_slices(index: int, checkpoint: Path) -> dict[str, Any]:
+    """Whether a run in calls of one epoch, by the main process's budget alone, ends as one that is not disturbed."""
     whole, stops = run("bitwise", dropout=0.3), 0
     while True:
         try:
-            found = run("bitwise", checkpoint, dropout=0.3, budget=1e-9 if rank == 0 else 1e9)
+            found = run("bitwise", checkpoint, dropout=0.3, budget=1e-9 if index == 0 else 1e9)
             return {"same": found == whole, "stops": stops}
-        except emq.OutOfTime:
+        except OutOfTime:
             stops += 1
 
 
@@ -82,18 +83,18 @@ def main(folder: Path, *cases: str) -> None:
     checkpoint = folder / "run.pt"
 
     def kill(_: nn.Module) -> None:
-        if place.rank == 1 and checkpoint.exists():
+        if place.index == 1 and checkpoint.exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
     for case in cases:
         if case == "killed":
             run("bitwise", checkpoint, kill)
         if case == "sliced":
-            found = in_slices(place.rank, folder / "sliced.pt")
+            found = in_slices(place.index, folder / "sliced.pt")
         else:
             found = run("bitwise", checkpoint) if case == "resumed" else run(case)
-        found |= {"rank": place.rank, "count": place.count}
-        (folder / f"{case}-{place.rank}.json").write_text(json.dumps(found))
+        found |= {"index": place.index, "count": place.count}
+        (folder / f"{case}-{place.index}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,513 @@
+"""Runs that are stopped, killed or broken, and what they go on from."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from filelock import FileLock
+from torch import nn
+from training_cases import (
+    BITS,
+    Stop,
+    assert_same_history,
+    assert_same_state,
+    kept,
+    quick,
+    same_state,
+    spoil,
+    stopped_at,
+    tiny,
+    train,
+)
+
+import emqlib as emq
+from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig
+from emqlib import files as container
+from emqlib.files import Busy
+from emqlib.layers import InputQuantizer
+from emqlib.train import checkpoint as checkpoints
+from emqlib.train import loop as training
+from emqlib.train.checkpoint import Deadline, OutOfTime
+from emqlib.train.config import SCORES
+from emqlib.train.distributed import Place
+from emqlib.train.loop import LossWatch
+
+RUNS = {
+    "sgd": ({}, {}),
+    "joint distillation": ({"scheme": "joint", "distillation": True}, {}),
+    "adamw": ({"optimizer": "adamw", "lr": 0.01, "clip_grad_norm": 1.0}, {"norm": "switchable"}),
+    "learned scales": ({"scheme": "joint"}, {"weight": "lsq", "activation": "lsq"}),
+    "learned clipping": ({"optimizer": "adamw", "lr": 0.01}, {"activation": "pact", "weight": "minmax"}),
+    "tracked range": ({"autocast": "bfloat16"}, {"activation_range": "tracked", "norm": "switchable"}),
+    "float16": ({"autocast": "float16"}, {}),
+    "coreset": ({"coreset": CoresetConfig(pruning_rate=0.5, resample_every=2)}, {"correction": "none"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_ends_where_the_undisturbed_one_does(
+    name: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields, spec = RUNS[name]
+    config, path = quick(epochs=3, warmup_epochs=0.5, **fields), tmp_path / "runs" / "deep" / "run.pt"
+    undisturbed = tiny(dropout=0.3, **spec)
+    history = train(undisturbed, digits, config, tmp_path / "undisturbed.pt")
+    for number, where in enumerate(("epoch 1, step 1", "epoch 2, step 2", "epoch 3, step 1")):
+        assert path.exists() == (number > 1)
+        model = tiny(init=number if path.exists() else 0, dropout=0.3, **spec)
+        torch.manual_seed(number)  # dropout must not depend on where the global generator stands
+        with stopped_at(monkeypatch, where), pytest.raises(Stop):
+            train(model, digits, config, path)
+    resumed = tiny(init=9, dropout=0.3, **spec)
+    assert_same_history(train(resumed, digits, config, path), history)
+    assert_same_state(resumed, undisturbed)
+    scalers = [kept(p)[1]["scaler"] for p in (path, tmp_path / "undisturbed.pt")]
+    assert scalers[0] == scalers[1] and bool(scalers[0]) == (name == "float16")
+    assert sorted(os.listdir(path.parent)) == [".run.pt.lock", "run.pt"]
+
+
+SCORED = {
+    "tdds": {"score": "tdds", "how": "sample", "unbiased": True},
+    "forgetting": {"score": "forgetting", "scoring_epochs": 3, "candidates": 0.7},
+    "moderate": {"score": "moderate", "scoring_epochs": 3, "scoring": "joint", "how": "sample"},
+    "grand": {"score": "grand", "scoring_epochs": 3, "across_bits": "disjoint"},
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_run_stopped_while_scoring_and_between_draws_ends_with_the_same_coresets(
+    name: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick(epochs=6, coreset=CoresetConfig(pruning_rate=0.5, **SCORED[name]))
+    undisturbed, path = tiny(), tmp_path / "run.pt"
+    history = train(undisturbed, digits, config)
+    assert [row["epoch"] for row in history.attrs["coresets"]] == [4, 4, 4, 5, 5, 5, 6, 6, 6]
+    for number, where in enumerate(("epoch 2, step 3", "epoch 5, step 3", "epoch 6, step 2")):
+        with stopped_at(monkeypatch, where), pytest.raises(Stop):
+            train(tiny(init=number), digits, config, path)
+    resumed = tiny(init=9)
+    found = train(resumed, digits, config, path)
+    assert_same_history(found, history)
+    assert found.attrs["coresets"] == history.attrs["coresets"]
+    assert_same_state(resumed, undisturbed)
+
+
+def test_what_is_observed_after_each_epoch_is_kept_in_the_checkpoint(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path, seen = quick(epochs=3), tmp_path / "run.pt", []
+
+    def observe(model: nn.Module) -> dict[str, list[float]]:
+        seen.append(float(model[0].weight.detach().norm()))
+        return {"norm": seen[-1:]}
+
+    with stopped_at(monkeypatch, "epoch 3, step 1"), pytest.raises(Stop):
+        emq.train(tiny(), digits, config, path, progress=False, observe=observe)
+    assert len(seen) == 2
+    model = tiny(init=1)
+    history = emq.train(model, digits, config, path, progress=False, observe=observe)
+    assert len(seen) == len(set(seen)) == 3 and seen[-1] == float(model[0].weight.detach().norm())
+    assert history.observed.tolist() == [{"norm": [value]} for value in seen]
+    unobserved = tiny()
+    assert "observed" not in train(unobserved, digits, config)
+    assert_same_state(unobserved, model)
+
+
+def test_what_started_from_the_first_batch_does_not_start_again(digits: Dataset, tmp_path: Path) -> None:
+    config, path = quick(), tmp_path / "run.pt"
+    for init in (0, 1):
+        model = tiny(init=init, weight="lsq", activation="lsq")
+        train(model, digits, config, path)
+        quantizers = [m for m in model.modules() if isinstance(m, InputQuantizer)]
+        assert quantizers and all(q.started for q in quantizers)
+        scale = model[4].input_quantizer.scale.values.detach().clone()
+        assert not torch.equal(scale, torch.ones(3))
+        emq.evaluate(model, digits, bits=BITS)
+        assert torch.equal(model[4].input_quantizer.scale.values, scale)
+
+
+def test_a_finished_run_is_returned_without_a_step(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = quick(), tmp_path / "run.pt"
+    trained = tiny()
+    history = train(trained, digits, config, path)
+    stamp = path.stat().st_mtime_ns
+    monkeypatch.delattr(training, "_step")
+    again = tiny(init=1)
+    emq.set_bits(again, 2)
+    pd.testing.assert_frame_equal(train(again, digits, config, path), history, check_exact=True)
+    assert_same_state(again, trained)
+    assert path.stat().st_mtime_ns == stamp and again[4].bits == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"lr": 0.1}, "lr: 0.05 there, 0.1 here"),
+        ({"epochs": 3, "seed": 1}, "epochs: 2 there, 3 here; seed: 0 there, 1 here"),
+        ({"scheme": "joint"}, "scheme: 'bitwise' there, 'joint' here"),
+        ({"schedule": "step", "milestones": (1,)}, "milestones: [] there, [1] here"),
+        ({"coreset": CoresetConfig(pruning_rate=0.5)}, "coreset: None there, {'score': 'random', 'pruning_rate': 0.5"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(fields: dict, named: str, digits: Dataset, tmp_path: Path) -> None:
+    assert_refused(tiny(), digits, quick(**fields), named, digits, tmp_path)
+
+
+def test_a_checkpoint_of_another_network_or_data_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    wider = emq.convert(emq.models.resnet8(width=4), QuantSpec(bits=BITS))
+    assert_refused(wider, digits, quick(), "net: '", digits, tmp_path)
+    assert_refused(
+        tiny(correction="none"), digits, quick(), "spec.correction: 'mean_var' there, 'none' here", digits, tmp_path
+    )
+    assert_refused(tiny(bits=(2, 3)), digits, quick(), "spec.bits: [2, 4, 8] there, [2, 3] here", digits, tmp_path)
+    assert_refused(tiny(), digits.subset(60, 20), quick(), f"data: '{digits.sha256}' there", digits, tmp_path)
+
+
+def assert_refused(
+    model: nn.Module, data: Dataset, config: TrainConfig, named: str, digits: Dataset, folder: Path
+) -> None:
+    path = folder / "run.pt"
+    if not path.exists():
+        train(tiny(), digits, quick(), path)
+    content, before = path.read_bytes(), copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"^checkpoint=.*expected one of the same run, but ") as caught:
+        train(model, data, config, path)
+    assert named in str(caught.value) and str(path) in str(caught.value)
+    assert path.read_bytes() == content
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"pruning_rate": 0.6}, {"score": "entropy"}, {"unbiased": True}, {"max_weight": 2.0}]
+)
+def test_a_checkpoint_of_another_coreset_option_is_refused(options: dict, digits: Dataset, tmp_path: Path) -> None:
+    coreset, path = CoresetConfig(score="el2n", pruning_rate=0.5, how="sample"), tmp_path / "run.pt"
+    train(tiny(), digits, quick(coreset=coreset), path)
+    name = next(iter(options))
+    message = rf"^checkpoint=.*expected one of the same run, but coreset: .*'{name}': .* there, .*'{name}': "
+    with pytest.raises(ValueError, match=message):
+        train(tiny(), digits, quick(coreset=replace(coreset, **options)), path)
+
+
+def test_a_checkpoint_from_before_an_option_counts_as_at_its_default(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    history = train(tiny(), digits, quick(), path)
+    about, tensors = container.read(path, checkpoints.VERSION, "a checkpoint")
+    identity = json.loads(about["identity"])
+    del identity["spec.output_correction"], identity["clip_grad_norm"], identity["milestones"]
+    container.write(path, about | {"identity": json.dumps(identity)}, tensors)
+    pd.testing.assert_frame_equal(train(tiny(init=1), digits, quick(), path), history)
+    with pytest.raises(ValueError, match=r"but spec.output_correction: False there, True here$"):
+        train(tiny(output_correction=True), digits, quick(), path)
+    with pytest.raises(ValueError, match=r"but clip_grad_norm: 0.0 there, 1.0 here$"):
+        train(tiny(), digits, quick(clip_grad_norm=1.0), path)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    """Of the format, or with an option that this one does not know and so cannot follow."""
+    path = tmp_path / "run.pt"
+    train(tiny(), digits, quick(), path)
+    about, tensors = container.read(path, checkpoints.VERSION, "a checkpoint")
+    container.write(path, about | {"identity": json.dumps(json.loads(about["identity"]) | {"depth": 2})}, tensors)
+    with pytest.raises(ValueError, match=r"^checkpoint=.*one of the same run, but depth: 2 there, not known here$"):
+        train(tiny(), digits, quick(), path)
+    container.write(path, about | {"version": checkpoints.VERSION + 1}, tensors)
+    with pytest.raises(ValueError, match=r"^checkpoint=.*, of version 3 of the format, not 4$"):
+        train(tiny(), digits, quick(), path)
+
+
+def test_a_device_is_no_difference(digits: Dataset, tmp_path: Path) -> None:
+    history = train(tiny(), digits, quick(device="auto"), tmp_path / "run.pt")
+    pd.testing.assert_frame_equal(train(tiny(init=1), digits, quick(device="cpu"), tmp_path / "run.pt"), history)
+
+
+class Hostile:
+    """Runs code when unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def broken_checkpoints(good: bytes, folder: Path) -> Iterator[bytes]:
+    yield b""
+    yield b"not a checkpoint"
+    yield bytes(range(256)) * 4
+    yield from (good[: int(len(good) * part)] for part in (0.01, 0.5, 0.999))
+    yield pickle.dumps(Hostile(folder / "executed"))
+    for content in (torch.ones(3), {"identity": "{}"}, Hostile(folder / "executed")):
+        whole = io.BytesIO()
+        torch.save(content, whole)
+        yield whole.getvalue()
+    path, tensors = folder / "other", {"x": torch.ones(3)}
+    state = {"dict": [[name, {"dict": []}] for name in ("model", "optimizer", "scaler", "sampler")]}
+    told = {"identity": "{}", "history": "[]", "state": state}
+    for wrong in (
+        {},
+        {"identity": 3},
+        {"identity": "{"},
+        {"history": None},
+        {"state": "eval"},
+        {"state": {}},
+        {"state": {"tensor": "y"}},
+        {"state": {"__reduce__": ["os.system", "true"]}},
+    ):
+        container.write(path, {"version": checkpoints.VERSION} | told | wrong, tensors)
+        content = path.read_bytes()
+        path.unlink()
+        yield content
+
+
+def test_a_broken_or_hostile_checkpoint_is_refused_and_not_run(digits: Dataset, tmp_path: Path) -> None:
+    path, model = tmp_path / "run.pt", tiny()
+    train(tiny(), digits, quick(), path)
+    for content in broken_checkpoints(path.read_bytes(), tmp_path):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^checkpoint='.*run\.pt': expected a whole checkpoint of this library"):
+            train(model, digits, quick(), path)
+        assert path.read_bytes() == content and sorted(os.listdir(tmp_path)) == [".run.pt.lock", "run.pt"]
+    assert_same_state(model, tiny())
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "scaler", "sampler"])
+@pytest.mark.parametrize("wrong", [{}, {"x": torch.ones(2)}, [], None])
+def test_a_checkpoint_with_another_state_is_refused(part: str, wrong: Any, digits: Dataset, tmp_path: Path) -> None:
+    """Of the right run and with the right checksum, as only somebody could make it who wants it to be taken."""
+    path, model, config = tmp_path / "run.pt", tiny(), quick(autocast="float16")
+    train(model, digits, config, path)
+    history, state = kept(path)
+    checkpoints.save(path, checkpoints.identity(model, digits, config), history, state | {part: wrong})
+    with pytest.raises(ValueError, match=r"^checkpoint='.*run\.pt': expected a whole state of this run \("):
+        train(tiny(), digits, config, path)
+
+
+def test_a_checkpoint_that_another_process_writes_is_left_to_it(digits: Dataset, tmp_path: Path) -> None:
+    path, model = tmp_path / "run.pt", tiny()
+    with FileLock(tmp_path / ".run.pt.lock"), pytest.raises(Busy, match=r"run\.pt: another process is at work on it$"):
+        train(model, digits, quick(), path)
+    assert same_state(model, tiny()) and not path.exists()
+    assert len(train(model, digits, quick(), path)) == 2
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, undisturbed, resumed = tmp_path / "run.pt", tiny(), tiny(init=1)
+    train(undisturbed, digits, quick())
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*run\.pt"):
+        patch.setattr(os, "fsync", full)
+        train(tiny(), digits, quick(), path)
+    assert os.listdir(tmp_path) == [".run.pt.lock"]
+    with (
+        monkeypatch.context() as patch,
+        stopped_at(patch, "epoch 2, step 1", lambda run: patch.setattr(os, "fsync", full)),
+        pytest.raises(OSError, match=r"No space left on device: .*run\.pt"),
+    ):
+        train(tiny(), digits, quick(), path)
+    assert sorted(os.listdir(tmp_path)) == [".run.pt.lock", "run.pt"]
+    assert train(resumed, digits, quick(), path).epoch.tolist() == [1, 2]
+    assert_same_state(resumed, undisturbed)
+
+
+# Stopped when time is up
+
+
+def test_a_budget_ends_training_with_an_epoch_and_never_before_one(
+    digits: Dataset, tmp_path: Path, clock: list[float]
+) -> None:
+    """Of three epochs of twelve steps of a second each; after the last there is nothing to come back for."""
+    undisturbed = tiny(dropout=0.3)
+    history = train(undisturbed, digits, quick(epochs=3))
+    for budget, expected in ((0.01, [1, 2]), (12, [1, 2]), (12.5, [2]), (24.5, []), (1000, [])):
+        said, found, path = [], None, tmp_path / f"{budget}.pt"
+        while found is None:
+            model = tiny(init=len(said), dropout=0.3)
+            try:
+                found = emq.train(model, digits, quick(epochs=3), path, progress=False, budget=budget)
+            except OutOfTime as stop:
+                said.append(str(stop))
+        assert said == [f"epoch {done} of 3; time is up, call again to go on" for done in expected]
+        assert_same_history(found, history)
+        assert_same_state(model, undisturbed)
+
+
+def test_a_deadline_is_for_several_calls_together(digits: Dataset, tmp_path: Path, clock: list[float]) -> None:
+    deadline = Deadline(13)
+    emq.train(tiny(), digits, quick(epochs=1), tmp_path / "first.pt", progress=False, budget=deadline)
+    with pytest.raises(OutOfTime, match=r"^epoch 1 of 2; time is up, call again to go on$"):
+        emq.train(tiny(), digits, quick(), tmp_path / "second.pt", progress=False, budget=deadline)
+    assert Deadline.of(deadline) is deadline and not Deadline(None).passed(Place()) and deadline.passed(Place())
+
+
+# Losses and weights that are not finite
+
+
+def test_losses_that_are_looked_at_late_are_not_forgotten(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where a step does not wait for its loss."""
+    history, see = train(tiny(), digits, quick()), LossWatch.see
+
+    def late(self: LossWatch, *args: Any) -> None:
+        self.lag = 16
+        see(self, *args)
+
+    monkeypatch.setattr(LossWatch, "see", late)
+    assert_same_history(train(tiny(), digits, quick()), history)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path, undisturbed, resumed = quick(epochs=3), tmp_path / "run.pt", tiny(), tiny(init=1)
+    train(undisturbed, digits, config)
+    lr = training.learning_rate(1 + 4.5 / 12, config)
+    message = rf"^loss=nan at epoch 2, step 5, 4 bits, lr {lr:.3g}: training stopped; the last checkpoint stays"
+
+    def spoil_images(run: Any) -> None:
+        monkeypatch.setattr(training.F, "cross_entropy", lambda logits, *_, **__: logits.sum() * torch.nan)
+
+    with stopped_at(monkeypatch, "epoch 2, step 5", spoil_images), pytest.raises(FloatingPointError, match=message):
+        train(tiny(), digits, config, path)
+    monkeypatch.undo()
+    assert len(kept(path)[0]) == 1
+    train(resumed, digits, config, path)
+    assert_same_state(resumed, undisturbed)
+
+
+@pytest.mark.parametrize("spec", [{}, {"weight": "lsq", "activation": "lsq"}])
+def test_a_gradient_that_is_not_finite_is_named_by_the_step_it_broke(spec: dict, digits: Dataset) -> None:
+    """The loss before it was finite, and in the first forward pass after it, which may be of another child, is not."""
+    model, calls = tiny(**spec), []
+
+    def fourth(grad: torch.Tensor) -> torch.Tensor | None:
+        calls.append(grad)
+        return grad * torch.nan if len(calls) == 4 else None
+
+    model[4].weight.register_hook(fourth)
+    message = r"^loss=nan at epoch 1, step 5, 4 bits, lr \S+: 4\.weight was not finite before it, so a gradient of"
+    with pytest.raises(FloatingPointError, match=message):
+        train(model, digits, quick())
+
+
+def test_float16_without_a_finite_gradient_is_no_training(digits: Dataset, tmp_path: Path) -> None:
+    """The scaler leaves such steps out, so that losses and weights stay finite, and nothing is learned."""
+    model = tiny()
+    model[4].weight.register_hook(lambda grad: grad * torch.inf)
+    message = r"^no gradient is finite in float16, .* and no step is made, up to epoch 4, step 12, .* checkpoint"
+    with pytest.raises(FloatingPointError, match=message):
+        train(model, digits, quick(epochs=9, autocast="float16"), tmp_path / "run.pt")
+    assert len(kept(tmp_path / "run.pt")[0]) == 3  # 40 steps in epochs of 12
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_loss_that_is_not_finite_is_named_where_it_is_scored_too(
+    score: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick(epochs=4, coreset=CoresetConfig(score=score, pruning_rate=0.5))
+    message = r"^loss=nan at epoch 1, step 2, 4 bits, lr "
+    with stopped_at(monkeypatch, "epoch 1, step 2", spoil), pytest.raises(FloatingPointError, match=message):
+        train(tiny(), digits, config)
+
+
+def test_a_joint_step_names_the_child(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil_scale(run: Any) -> None:
+        run.model[4].weight_scale.values.data[0] = torch.nan
+
+    message = r"^loss=nan at epoch 1, step 2, 8 bits, lr 0\.05: "
+    config, model = quick(scheme="joint", schedule="step"), tiny(weight="lsq")
+    with stopped_at(monkeypatch, "epoch 1, step 2", spoil_scale), pytest.raises(FloatingPointError, match=message):
+        train(model, digits, config)
+    assert model[0].weight.isfinite().all()  # no step was made with it
+
+
+def test_weights_that_break_in_the_last_step_do_not_reach_the_checkpoint(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of an epoch's last step is computed before that step changes the weights."""
+    path, step = tmp_path / "run.pt", training._step
+
+    def broken(run: Any, *args: Any) -> None:
+        step(run, *args)
+        if args[-1] == "epoch 2, step 12":
+            spoil(run)
+
+    monkeypatch.setattr(training, "_step", broken)
+    message = r"^4\.weight is not finite after epoch 2, step 12, \(2,\) bits, lr "
+    with pytest.raises(FloatingPointError, match=message):
+        train(tiny(), digits, quick(epochs=3), path)
+    history, state = kept(path)
+    assert len(history) == 1 and all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+# Killed
+
+
+SCRIPT = """
+import sys, time
+import torch
+import emqlib as emq
+from emqlib.train import loop as training
+
+checkpoint, final, init, pause = sys.argv[1:]
+step = training._step
+
+def slow_step(*args):
+    step(*args)
+    print(args[-1], flush=True)
+    time.sleep(float(pause))
+
+training._step = slow_step
+torch.manual_seed(int(init))
+model = emq.convert(emq.models.resnet8(width=4), emq.QuantSpec(bits=(2, 4)))
+data = emq.load_dataset("digits", image_size=8).subset(100, 10)
+config = emq.TrainConfig(epochs=3, batch_size=20, coreset=emq.CoresetConfig(pruning_rate=0.2))
+emq.train(model, data, config, checkpoint=checkpoint, progress=False)
+torch.save(model.state_dict(), final)
+"""
+
+
+def start(folder: Path, final: str, init: int, pause: float = 0) -> subprocess.Popen[str]:
+    """A training process that writes a line after each step, and its weights to `final` when it is done."""
+    checkpoint = folder / f"{final.split('-')[0]}.checkpoint"
+    command = [sys.executable, "-c", SCRIPT, str(checkpoint), str(folder / final), str(init), str(pause)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(emq.__file__).parents[1])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+
+
+def test_a_process_killed_in_the_middle_of_an_epoch_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    undisturbed = start(tmp_path, "undisturbed", init=0)
+    with start(tmp_path, "killed-first", init=0, pause=0.1) as victim:
+        for line in victim.stdout:
+            if line == "epoch 2, step 3\n":
+                break
+        victim.send_signal(signal.SIGKILL)
+    assert victim.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed.checkpoint").exists() and not (tmp_path / "killed-first").exists()
+    resumed = start(tmp_path, "killed-second", init=1)
+    steps = resumed.communicate(timeout=60)[0].splitlines()
+    assert steps[0] == "epoch 2, step 1" and steps[-1] == "epoch 3, step 8"
+    assert undisturbed.communicate(timeout=60)[0].splitlines()[-16:] == steps
+    assert resumed.returncode == undisturbed.returncode == 0
+    ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("killed-second", "undisturbed"))
+    assert list(ours) == list(theirs)
+    assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
