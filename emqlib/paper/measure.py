@@ -1,14 +1,13 @@
 """What is measured in trained networks: weights, pre-activations, tokens, gradients and features.
 
-The first functions measure one network. The last ones, which take a notebook's parameters, measure the networks of an
-experiment over all seeds, and keep each table beside its run's rows.
+The first functions measure one network. The last ones take a notebook's parameters and measure the networks of an
+experiment, of all seeds. They keep each table beside the rows of its run.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import combinations
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +22,7 @@ from ..train.data import Dataset
 from ..train.evaluate import Batches, batches, undisturbed
 from . import experiments
 from .profiles import Parameters
-from .runs import Run, derived
+from .runs import Measure, Run, derived
 
 SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins
 ALL = "all layers"
@@ -54,7 +53,7 @@ class Moments:
 
 
 class Histogram:
-    """Counts of numbers in `BINS` equal bins over [-SPAN, SPAN]; what lies beyond is counted in the outermost bins."""
+    """Counts in `BINS` equal bins over [-SPAN, SPAN]; numbers beyond are counted in the outermost bins."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
@@ -102,44 +101,33 @@ def _change(w_q: Tensor, w: Tensor) -> dict[str, float]:
 
 
 class Watcher:
-    """A batch norm's input at one bit-width, in units of the statistics that the norm assumes at it."""
+    """The input of one norm at one bit-width, standardized: moments by channel, and a histogram."""
 
     def __init__(self) -> None:
         self.moments, self.histogram = Moments(), Histogram()
+        self.size = Moments()  # of a layer norm's tokens: the standard deviation of each
 
-    def __call__(self, norm: MultiBitBatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        """Take in x (N, C, ...): z = (x - mean) / std of the running statistics in force."""
+    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Take in a batch norm's x (N, C, ...), or a layer norm's tokens (N, T, C), as a hook before its forward pass.
+
+        A batch norm's input is standardized by the running statistics in force, a token by itself.
+        """
         x = inputs[0].detach().float()
-        mean, var = (v.view(1, -1, *[1] * (x.dim() - 2)) for v in norm.statistics())
-        z = (x - mean) / (var + norm.eps).sqrt()
+        if isinstance(norm, nn.LayerNorm):
+            self.size.update(x.std(-1).reshape(-1, 1))
+            z = F.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1])
+        else:
+            mean, var = (v.view(1, -1, *[1] * (x.dim() - 2)) for v in norm.statistics())
+            z = (x - mean) / (var + norm.eps).sqrt()
         self.moments.update(z)
         self.histogram.update(z)
 
 
-class TokenWatcher:
-    """A layer norm's input at one bit-width: the size of its tokens, and moments of what is left once normalized."""
-
-    def __init__(self) -> None:
-        self.moments, self.size, self.n = Moments(), 0.0, 0
-
-    def __call__(self, norm: nn.LayerNorm, inputs: tuple[Tensor, ...]) -> None:
-        """Take in tokens (N, T, C): the standard deviation of each, and z, normalized without weight and bias."""
-        x = inputs[0].detach().float()
-        self.size += float(x.std(-1).sum())
-        self.n += x.shape[:-1].numel()
-        self.moments.update(nn.functional.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1]))
-
-
 def _watch(
-    model: nn.Module,
-    data: Dataset | Batches,
-    bits: Iterable[int],
-    watchers: tuple[type[nn.Module], type[Watcher] | type[TokenWatcher]],
-    samples: int,
-    batch_size: int,
-) -> dict[int, dict[str, Any]]:
-    """What a watcher of each module of one type, by name, sees at each bit-width of the same training images."""
-    wanted, (kind, watcher) = bit_widths("bits", bits), watchers
+    model: nn.Module, data: Dataset | Batches, bits: Iterable[int], kind: type[nn.Module], samples: int, batch_size: int
+) -> dict[int, dict[str, Watcher]]:
+    """At each bit-width, a watcher of each norm of one kind, by name, after the same training images."""
+    wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 1)
     seen = {}
@@ -149,7 +137,7 @@ def _watch(
             norm = "layer norm" if kind is nn.LayerNorm else "batch norm"
             raise invalid("model", type(model).__name__, f"a network with {norm}")
         for b in wanted:
-            seen[b] = {name: watcher() for name in modules}
+            seen[b] = {name: Watcher() for name in modules}
             with at_bits(model, b), ExitStack() as hooks:
                 for name, module in modules.items():
                     hooks.callback(module.register_forward_pre_hook(seen[b][name]).remove)
@@ -163,10 +151,10 @@ def _watch(
 def preactivations(
     model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How far each bit-width's pre-activations are from what its batch norm assumes.
+    """How far each bit-width's pre-activations are from what its batch norm assumes; the model is left as it was.
 
     A pre-activation is the input of a batch norm, standardized by the running statistics in force. If they fit, it has
-    mean 0 and variance 1 in each channel. Only moments and counts are kept; the model is left as it was.
+    mean 0 and variance 1 in each channel.
 
     Args:
         model: a converted network.
@@ -181,41 +169,38 @@ def preactivations(
         And one row a layer, bit-width and bin of a histogram: layer, bits, z, density.
         ValueError: not a converted network, bad bits, no batch norm, no images.
     """
-    seen = _watch(model, data, bits, (MultiBitBatchNorm, Watcher), samples, batch_size)
+    seen = _watch(model, data, bits, MultiBitBatchNorm, samples, batch_size)
     mismatch, histograms = [], []
     centers = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * SPAN / BINS) - SPAN).numpy().round(6)
     for b, watchers in seen.items():
         for name, watcher in watchers.items():
-            row = {"layer": name, "bits": b, "mean_shift": float(watcher.moments.mean.square().mean().sqrt())}
-            row |= {"variance": float(watcher.moments.var().mean())}
-            reference = seen[max(seen)][name].histogram
-            mismatch.append(row | {"wasserstein": watcher.histogram.wasserstein(reference)})
-            density = {"z": centers, "density": watcher.histogram.density().numpy().round(6)}
-            histograms.append(pd.DataFrame({"layer": name, "bits": b} | density))
+            where, moments, histogram = {"layer": name, "bits": b}, watcher.moments, watcher.histogram
+            row = {"mean_shift": float(moments.mean.square().mean().sqrt()), "variance": float(moments.var().mean())}
+            mismatch.append(where | row | {"wasserstein": histogram.wasserstein(seen[max(seen)][name].histogram)})
+            histograms.append(pd.DataFrame(where | {"z": centers, "density": histogram.density().numpy().round(6)}))
     return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)
 
 
 def layer_norms(
     model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
 ) -> pd.DataFrame:
-    """How far the tokens before every layer norm are from those at the highest bit-width; arguments: `preactivations`.
+    """How far the tokens before each layer norm are from those at the highest bit-width; arguments: `preactivations`.
 
     Returns:
-        One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a multiple, which
-        layer norm takes away; and what it leaves, of normalized tokens: mean_shift, the root mean square over features
-        of the shift of the mean in standard deviations, and variance, the mean over features of the ratio.
+        One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a ratio; and of
+        normalized tokens mean_shift, the root mean square over features of the shift in standard deviations, and
+        variance, the mean over features of the ratio.
         ValueError: not a converted network, bad bits, no layer norm, no images.
     """
-    seen = _watch(model, data, bits, (nn.LayerNorm, TokenWatcher), samples, batch_size)
+    seen = _watch(model, data, bits, nn.LayerNorm, samples, batch_size)
     rows = []
     for b, watchers in seen.items():
         for name, tokens in watchers.items():
             reference = seen[max(seen)][name]
             var = reference.moments.var()
             shift = ((tokens.moments.mean - reference.moments.mean) / var.sqrt()).square().mean().sqrt()
-            size = (tokens.size / tokens.n) / (reference.size / reference.n)
-            row = {"layer": name, "bits": b, "size": size, "mean_shift": float(shift)}
-            rows.append(row | {"variance": float((tokens.moments.var() / var).mean())})
+            row = {"layer": name, "bits": b, "size": float(tokens.size.mean / reference.size.mean)}
+            rows.append(row | {"mean_shift": float(shift), "variance": float((tokens.moments.var() / var).mean())})
     return pd.DataFrame(rows)
 
 
@@ -251,11 +236,10 @@ def gradient_angles(
     instance("data", data, Dataset, "a Dataset, for example load_dataset('cifar10')")
     if len(data.train.labels) < 2 * samples:
         raise invalid("samples", samples, f"at most half of the {len(data.train.labels)} training images")
-    device = next(model.parameters()).device
-    pairs = batches(data, "train", device, batch_size, 2 * samples)
+    pairs = batches(data, "train", next(model.parameters()).device, batch_size, 2 * samples)
     images, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    if len(labels) == len(data.train.labels):  # all there are come in their own order, which may be class by class
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
+    if len(labels) == len(data.train.labels):  # all images come in their own order, which may be class by class
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
         images, labels = images[order], labels[order]
     parts = -(-samples // batch_size)  # of near-equal size: batch norm cannot take a last one of one image
     halves = zip(images.split(samples), labels.split(samples), strict=True)
@@ -332,18 +316,16 @@ def _features(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple
     return torch.cat(kept).numpy(), torch.cat(labels).numpy()
 
 
-def _each(runs: Iterable[Run], measured: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat([measured(run) for run in runs], ignore_index=True)
+def _each(runs: Iterable[Run], name: str, p: Parameters, measure: Measure, each_epoch: bool = False) -> pd.DataFrame:
+    tables = [derived(run, name, p.results_dir, measure, each_epoch) for run in runs]
+    return pd.concat(tables, ignore_index=True)
 
 
 def token_shifts(p: Parameters) -> pd.DataFrame:
-    """What weight bias correction changes before each layer norm: rows of `layer_norms`.
-
-    Of ViTs trained on CIFAR-10 without and with correction, at the trained bit-widths.
-    """
+    """`layer_norms` of ViTs trained on CIFAR-10 without and with weight bias correction, at the trained bit-widths."""
     starts = (experiments.vit_base(p, seed, "cifar10") for seed in p.seeds)
     runs = [experiments.ours(start, correction=name) for start in starts for name in ("none", "mean_var")]
-    return _each(runs, lambda run: derived(run, "norms", p.results_dir, lambda *net: layer_norms(*net, p.bits)))
+    return _each(runs, "norms", p, lambda *net: layer_norms(*net, p.bits))
 
 
 def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -354,13 +336,9 @@ def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame
         `preactivations` of all of them, at the trained bit-widths, histograms of the first seed.
     """
     runs = experiments.corrected_or_not(p, dataset)
-
-    def found(run: Run, name: str, part: int) -> pd.DataFrame:
-        return derived(run, name, p.results_dir, lambda *net: preactivations(*net, p.bits)[part])
-
-    weights = _each(runs[::2], lambda run: derived(run, "weights", p.results_dir, lambda net, _: weight_shift(net)))
-    mismatch = _each(runs, lambda run: found(run, "mismatch", 0))
-    return weights, mismatch, _each(runs[:2], lambda run: found(run, "histograms", 1))
+    weights = _each(runs[::2], "weights", p, lambda net, _: weight_shift(net))
+    mismatch = _each(runs, "mismatch", p, lambda *net: preactivations(*net, p.bits)[0])
+    return weights, mismatch, _each(runs[:2], "histograms", p, lambda *net: preactivations(*net, p.bits)[1])
 
 
 def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -369,10 +347,7 @@ def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd
     Of the runs of `experiments.transfer` that train all child models.
     """
     runs = [run for run in experiments.transfer(p, dataset) if run.spec.bits == p.bits]
-
-    def angles(run: Run) -> pd.DataFrame:
-        count = min(1000, run.subset[0] // 4) if run.subset[0] else 1000
-        return derived(run, "angles", p.results_dir, lambda *net: gradient_angles(*net, p.bits, count), True)
-
-    probes = _each(runs, lambda run: derived(run, "probes", p.results_dir, lambda *net: linear_probes(*net, p.bits)))
-    return _each(runs, angles), probes
+    images = runs[0].subset[0]
+    count = min(1000, images // 4) if images else 1000
+    angles = _each(runs, "angles", p, lambda *net: gradient_angles(*net, p.bits, count), each_epoch=True)
+    return angles, _each(runs, "probes", p, lambda *net: linear_probes(*net, p.bits))

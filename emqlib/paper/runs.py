@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -40,31 +40,33 @@ class Run:
 
     profile: str  # its name
     dataset: str  # a name of `load_dataset`
-    model: str  # a name of `models.build`
+    model: Annotated[str, models.check_name]  # a name of `models.build`
     spec: QuantSpec
     config: TrainConfig
     model_args: tuple[tuple[str, int], ...] = ()  # keyword arguments of `models.build`
     subset: tuple[int, int] = (0, 0)  # training and test images, 0 for all
-    eval_bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)  # bit-widths to evaluate, trained or not
-    image_size: int = 0  # pixels a side, 0 for the data set's own
+    eval_bits: Annotated[tuple[int, ...], checks.bit_widths] = (
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    )  # bit-widths to evaluate, trained or not
+    image_size: Annotated[int, checks.Range(0)] = 0  # pixels a side, 0 for the data set's own
     stream: bool = False  # whether images are read from files while training, see `load_dataset`
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eval_bits", checks.bit_widths("eval_bits", self.eval_bits))
-        checks.instance("profile", self.profile, str, "a name")
+        checks.fields(self)
         check_data("dataset", self.dataset)
-        models.check_name("model", self.model)
-        checks.instance("spec", self.spec, QuantSpec, "a QuantSpec")
-        checks.instance("config", self.config, TrainConfig, "a TrainConfig")
-        args = checks.instance("model_args", self.model_args, tuple, "a tuple of pairs, a name and its value")
-        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in args):
-            raise checks.invalid("model_args", args, "a tuple of pairs, a name and its value")
-        if not isinstance(self.subset, tuple) or len(self.subset) != 2:
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.model_args):
+            raise checks.invalid("model_args", self.model_args, "a tuple of pairs, a name and its value")
+        if len(self.subset) != 2:
             raise checks.invalid("subset", self.subset, "two numbers of images")
         for number in self.subset:
             checks.integer("subset", number, 0)
-        checks.integer("image_size", self.image_size, 0)
-        checks.flag("stream", self.stream)
 
     @property
     def method(self) -> str:
@@ -113,7 +115,8 @@ class Run:
 def _asked(config: Any) -> dict[str, Any]:
     """The fields of a configuration that differ from their defaults, those of nested configurations likewise."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "device"}
-    differing = {f.name: values[f.name] for f in fields(config) if f.name in values and values[f.name] != f.default}
+    defaults = {f.name: f.default for f in fields(config)}
+    differing = {name: value for name, value in values.items() if value != defaults[name]}
     return {name: _asked(value) if is_dataclass(value) else value for name, value in differing.items()}
 
 
@@ -126,8 +129,8 @@ def run_all(
 ) -> pd.DataFrame:
     """Finish all `runs` and return their rows: one a run, bit-width and adaptation, with its provenance.
 
-    A finished run is read and never trained again; one that was stopped goes on from its last epoch. Calls that share
-    `results_dir` share the work: a run that another process is at work on comes last, and is waited for.
+    A finished run is read and never trained again. A stopped run goes on from its last epoch. Calls with the same
+    `results_dir` share the work: a run that another process is training comes last, and is waited for.
 
     Args:
         runs: what to train and evaluate.
@@ -137,9 +140,9 @@ def run_all(
         budget: the seconds after which the call stops at the end of an epoch; it always makes some progress.
 
     Raises:
-        OutOfTime: the budget is spent, and the same call goes on from here.
-        ValueError: no runs; a folder that cannot be written to; a damaged file, or one of another configuration, where
-            the rows of a run should be; rows of other images than there are now.
+        OutOfTime: the budget is spent. The same call goes on from here.
+        ValueError: no runs; a folder that cannot be written to; a stored file that is damaged, or whose configuration
+            or images are not those of the run.
     """
     runs, deadline = _listed(runs), Deadline.of(budget)
     results_dir = checks.path("results_dir", results_dir, "a folder")
@@ -148,9 +151,10 @@ def run_all(
         raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
     if None in records and not all(can_hold_files(results_dir.absolute() / name) for name in ("runs", "checkpoints")):
-        expected = "a folder that can be written to, runs/ and checkpoints/ too"
-        raise checks.invalid("results_dir", str(results_dir), expected)
-    _refuse_other_data(runs, records)
+        raise checks.invalid(
+            "results_dir", str(results_dir), "a folder that can be written to, runs/ and checkpoints/ too"
+        )
+    _refuse_other_data(runs, records, {})
     launched = processes > 1 and None in records
     if launched:
         _launch(runs, results_dir, progress, processes, deadline)
@@ -193,7 +197,7 @@ def _finish(
                 raise OutOfTime("")
             with place.first():  # a download is not for all processes at once
                 data = data_of(run, loaded)
-            _refuse_other_data(runs, records, run, data)
+            _refuse_other_data(runs, records, {_data_key(run): (data.sha256, "the images there are now")})
             label = f"run {i + 1} of {len(runs)}: {run.method}, {run.spec.bits} bits, seed {run.config.seed}"
             with _claimed(run, results_dir, place, patience) as ours:
                 if ours:
@@ -208,17 +212,16 @@ def _finish(
 
 
 def _refuse_other_data(
-    runs: list[Run], records: list[dict[str, Any] | None], run: Run | None = None, data: Dataset | None = None
+    runs: list[Run], records: list[dict[str, Any] | None], seen: dict[tuple, tuple[str, str]]
 ) -> None:
-    """ValueError if the images of a data set are not the same in all records, and in `data`, to be used for `run`."""
-    seen = {_data_key(run): (data.sha256, "the images there are now")} if run and data else {}
-    for other, record in zip(runs, records, strict=True):
+    """ValueError if records differ in the images of a data set; seen: checksums known before, and of what they are."""
+    for run, record in zip(runs, records, strict=True):
         if record is not None:
             found = record["provenance"]["data_sha256"]
-            sha256, where = seen.setdefault(_data_key(other), (found, f"runs/{other.hash}.json"))
+            sha256, where = seen.setdefault(_data_key(run), (found, f"runs/{run.hash}.json"))
             if sha256 != found:
-                expected = f"rows of the same images as {where}: those of runs/{other.hash}.json were others"
-                raise checks.invalid("dataset", other.dataset, f"{expected}; delete the rows of one of them")
+                expected = f"rows of the same images as {where}, unlike runs/{run.hash}.json; delete the rows of one"
+                raise checks.invalid("dataset", run.dataset, expected)
 
 
 @contextmanager
@@ -236,21 +239,21 @@ def _claimed(run: Run, results_dir: Path, place: distributed.Place, patience: fl
 
 
 def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int, deadline: Deadline) -> None:
-    """Finish `runs` in so many processes of their own, forked from this one: it must not have touched a GPU yet."""
+    """Finish `runs` in that many processes, forked from this one, which must not have used a GPU yet."""
     launch = distributed.accelerate().notebook_launcher
     loaded: dict[tuple, Dataset] = {}
     for run in runs:
-        data_of(run, loaded)  # an error about the data is better told here than by a process that dies of it
-    with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate's own is the same for every notebook
+        data_of(run, loaded)  # an error in the data is told here, not by a process that dies of it
+    with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate would use the same port for every notebook
         port = free.getsockname()[1]
     launch(_forked, (runs, results_dir, progress, deadline), num_processes=processes, use_port=str(port))
 
 
 def _forked(runs: list[Run], results_dir: Path, progress: bool, deadline: Deadline) -> None:
-    """`run_all` in a forked process, which would wait for ever for threads that only its parent has."""
+    """`run_all` in a forked process, with one thread: more would wait for threads that only the parent has."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    with suppress(OutOfTime):  # which the parent finds out for itself: an error would be shown with a traceback
+    with suppress(OutOfTime):  # the parent raises it, without a traceback of each process
         run_all(runs, results_dir, progress, budget=deadline)
 
 
@@ -347,15 +350,14 @@ Measure = Callable[[nn.Module, Dataset], pd.DataFrame]
 
 
 def derived(run: Run, name: str, results_dir: str | Path, measure: Measure, each_epoch: bool = False) -> pd.DataFrame:
-    """What `measure` finds in the network of `run`: read where it is kept, else measured and kept.
+    """What `measure` finds in the network of `run`, which is trained for it unless its checkpoint is there.
 
     Args:
-        run: trained for this, unless its checkpoint is there.
-        name: the table is kept as runs/<hash>-<name>.json.
+        run: the network.
+        name: the table is kept as runs/<hash>-<name>.json, and read from there the next time.
         results_dir: as of `run_all`.
         measure: makes a tidy table of a network and its data.
-        each_epoch: whether to measure before the training and after each of its epochs, which column epoch tells, in
-            place of once at its end.
+        each_epoch: measure before training and after each epoch, told by a column epoch, not once at the end.
 
     Returns:
         The table, each row with what the run was asked for and its provenance. ValueError: a damaged file.
@@ -410,10 +412,9 @@ def rows_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
 
 
 def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
-    """The finished record, if there is one.
+    """The finished record, if there is one; ValueError: a damaged one, or one of another configuration.
 
-    ValueError: a damaged one, or one of another configuration, as when a default has changed. Fields of the stored
-    configuration that there are no more are not looked at: the hash would be another if they had not had their default.
+    Fields that no longer exist are skipped: they had their defaults, or the hash would be another.
     """
     path = rows_file(run, results_dir)
     if not path.exists():
@@ -421,8 +422,9 @@ def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text())
         _frame(run, record)  # raises where a part is missing
-        now, then = _flat(json.loads(canonical_json(asdict(run)))), _flat(record["config"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        configs = json.loads(canonical_json(asdict(run))), record["config"]
+        now, then = (pd.json_normalize(config).to_dict("records")[0] for config in configs)
+    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise checks.invalid("results_dir", str(path), f"a whole record of a run, or none ({error!r})") from error
     for key, value in then.items():
         if now.get(key, value) != value and not key.endswith(".device"):
@@ -430,22 +432,16 @@ def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
     return record
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, {"config.lr": 0.1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     """A run's rows, with what was asked for before them and its cost and provenance after them."""
-    asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme}
-    asked |= {"norm": run.spec.norm, "correction": run.correction, "pruning_rate": run.pruning_rate}
     pruned = run.config.coreset if run.pruning_rate else CoresetConfig(pruning_rate=0)
-    asked |= {"coreset": run.coreset, "candidates": pruned.candidates, "scoring_epochs": pruned.warmup}
-    asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]}
-    asked |= {k: getattr(run.config, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
+    asked = {
+        **{"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme},
+        **{"norm": run.spec.norm, "correction": run.correction, "pruning_rate": run.pruning_rate},
+        **{"coreset": run.coreset, "candidates": pruned.candidates, "scoring_epochs": pruned.warmup},
+        **{"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]},
+        **{k: getattr(run.config, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed")},
+    }
     cost = {k: sum(epoch[k] for epoch in record["history"]) for k in COST}
     rows = pd.DataFrame(record["rows"])
     rows["calibration_passes"] = record["calibration_passes"] * rows.adapted
