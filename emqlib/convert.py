@@ -352,7 +352,7 @@ def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
 
 
 def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
-    """ "unit" is for networks still to be trained under DoReFa's clip: those whose batch norms have seen no data."""
+    """The range "unit" is for networks still to be trained: those whose batch norms have seen no data."""
     if spec.activation_range != "auto":
         return spec.activation_range
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]

@@ -37,7 +37,7 @@ def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFra
 
 
 def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
-    """ "71.2 ± 0.3", or "71.2" where one seed has no spread."""
+    """Each as "71.2 ± 0.3", or as "71.2" where one seed has no spread."""
     pairs = zip(means, stds, strict=True)
     return [f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}" for mean, std in pairs]
 
