@@ -546,13 +546,17 @@ Bits = int | Mapping[str, int]
 
 
 def set_bits(model: nn.Module, bits: Bits) -> None:
-    """Run `model` at a bit-width from now on: all of it, or by name patterns, of which the first match counts.
+    """Run `model` at a bit-width from now on. If a ValueError is raised, nothing has changed.
 
-    model: a converted network, a part of one, or any module that holds converted networks, such as
-    DistributedDataParallel or AveragedModel, of which each is set. bits: 1 to 8 or 32, trained or not; or for mixed
-    precision a dict such as {"layer3.*": 2, "*": 4}, of names as they are inside the converted network, or inside the
-    part of it that is given. All or nothing: on a ValueError (not converted, no such bit-width, a switchable norm not
-    built for it, a layer no pattern matches, a pattern no layer matches) nothing has changed.
+    Args:
+        model: a converted network, a part of one, or any module that holds converted networks, such as
+            DistributedDataParallel or AveragedModel; each of them is set.
+        bits: 1 to 8 or 32, trained or not. For mixed precision a dict such as {"layer3.*": 2, "*": 4}, of which the
+            first pattern that matches counts; names are those inside the converted network, or inside the given part.
+
+    Raises:
+        ValueError: not converted, no such bit-width, a switchable norm that was not built for it, a layer that no
+            pattern matches, or a pattern that matches no layer.
     """
     for network, plan in [(network, _checked(network, bits)) for network in networks(model)]:
         _switch(network, plan)

@@ -27,13 +27,14 @@ def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
 
 
 class MultiBitBatchNorm(nn.Module):
-    """Batch norm over (N, C, ...) with one affine for all bit-widths (shared) or one for each trained one (switchable).
+    """Batch norm over (N, C, ...) at any bit-width.
 
-    Running statistics lie in a table with a row for each bit-width and a last one that bit-widths without a row of
-    their own share. Under "switchable" and "shared_affine" each trained bit-width has a row; batch-norm adaptation
-    adds rows. Under "shared_affine" a bit-width without one mixes those of the trained ones on either side of it,
-    linearly in the power of the quantization noise, 1 / n^2 at n levels, and takes the nearest one's beyond the ends.
-    Source: switchable batch norm, Any-Precision (arXiv 1911.07346) and AdaBits (arXiv 1912.09666); "shared_affine" is
+    Its affine is one for all bit-widths, or under "switchable" one for each trained bit-width. Its running statistics
+    lie in a table. Under "switchable" and "shared_affine" each trained bit-width has a row of its own, and batch-norm
+    adaptation adds rows. All bit-widths without a row share the last one under "shared". Under "shared_affine" they mix
+    the rows of the trained bit-widths on either side, see `interpolation`.
+
+    Source: switchable batch norm, Any-Precision (arXiv 1911.07346) and AdaBits (arXiv 1912.09666). "shared_affine" is
     beyond the paper.
     """
 

@@ -366,8 +366,7 @@ def test_the_guides_session_dequantizes_its_weights_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(runtime, "InferenceSession", Session)
     monkeypatch.setattr(emq, "export_onnx", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(emq.data, "normalize", lambda images, _: images)
     model = ready(sequential(), X).eval()
-    data = type("Data", (), {"test": type("Split", (), {"images": X})})
+    data = type("Data", (), {"test": type("Split", (), {"images": X}), "mean": (0.0,) * 3, "std": (1.0,) * 3})
     exec(BLOCKS[1], {"emq": emq, "torch": torch, "model": model, "data": data})  # the guide's own text, nobody else's
     assert asked == ["1"]

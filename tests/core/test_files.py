@@ -15,11 +15,11 @@ import pytest
 
 from emqlib import files
 
-# A process of its own that may be killed or run out of space; run_path instead of an import, which would load torch.
+# A process of its own that may be killed or run out of space.
 WRITER = """
-import os, resource, runpy, signal, sys
+import os, resource, signal, sys
 from pathlib import Path
-write_atomic = runpy.run_path(sys.argv[1])["write_atomic"]
+from emqlib.files import write_atomic
 
 def killed(file):
     file.write(b"half")
@@ -140,9 +140,9 @@ def test_a_reader_sees_whole_files_only(tmp_path: Path) -> None:
 
 
 HOLDER = """
-import runpy, sys, time
+import sys, time
 from pathlib import Path
-alone = runpy.run_path(sys.argv[1])["alone"]
+from emqlib.files import alone
 path = Path(sys.argv[2])
 with alone(path):
     path.with_name(f".{path.name}.half.tmp").write_text("half")

@@ -1,0 +1,225 @@
+"""Evaluation and batch-norm adaptation of converted networks."""
+
+import copy
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+import pytest
+import torch
+from networks import assert_same_state, build, spec, state
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import emqlib as emq
+from emqlib.layers import NORMS, InputQuantizer
+from emqlib.norms import MultiBitBatchNorm
+from emqlib.train.data import Dataset, Split, normalize
+
+
+@pytest.fixture
+def compiler() -> Iterator[CompileCounter]:
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def data(rng: torch.Generator) -> Dataset:
+    def split(count: int) -> Split:
+        images = torch.randint(256, (count, 3, 16, 16), generator=rng, dtype=torch.uint8)
+        return Split(images, torch.randint(10, (count,), generator=rng))
+
+    return Dataset("noise", split(90), split(50), tuple("0123456789"), (0.5,) * 3, (0.3,) * 3, False, 0, "")
+
+
+def batches_of(data: Dataset, split: Split, size: int) -> list[tuple[Tensor, Tensor]]:
+    images = normalize(split.images, data)
+    return list(zip(images.split(size), split.labels.split(size), strict=True))
+
+
+def norms(model: nn.Module) -> list[MultiBitBatchNorm]:
+    return [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
+
+
+def everything(model: nn.Module) -> list[object]:
+    """All that evaluation must leave as it was, but the state dict."""
+    flags = [(m.training, getattr(m, "bits", None), getattr(m, "momentum", None)) for m in model.modules()]
+    return [flags, [m.own for m in norms(model)], [m.started for m in model.modules() if isinstance(m, InputQuantizer)]]
+
+
+@pytest.mark.parametrize("activation", ["dorefa", "lsq"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_evaluate(norm: str, activation: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm, activation=activation, activation_range="tracked"))
+    emq.set_bits(model, {"layer3.0.conv1": 2, "*": 4})
+    model.layer2.eval()
+    before, others = state(model), copy.deepcopy(everything(model))
+    for adapt in (False, True):
+        table = emq.evaluate(model, data, bits=(8, 2), adapt_norm=adapt, batch_size=20)
+        assert_same_state(state(model), before)
+        assert everything(model) == others
+    assert list(table.columns) == ["bits", "top1", "loss", "trained", "n"]
+    assert list(table.bits) == [2, 8] and list(table.n) == [50, 50] and table.trained.all()
+
+
+def test_evaluate_against_accuracy_by_hand(data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec()).eval()
+    table = emq.evaluate(model, data, bits=range(1, 9), batch_size=20)
+    assert list(table.bits) == list(range(1, 9)) and list(table[table.trained].bits) == [2, 4, 8]
+    for row in table.itertuples():
+        emq.set_bits(model, row.bits)
+        correct, loss = 0, 0.0
+        with torch.no_grad():
+            rows = model(normalize(data.test.images, data)).double().tolist()
+        for logits, label in zip(rows, data.test.labels.tolist(), strict=True):
+            correct += logits.index(max(logits)) == label
+            loss += math.log(sum(math.exp(v) for v in logits)) - logits[label]
+        assert row.top1 == pytest.approx(100 * correct / 50) and row.loss == pytest.approx(loss / 50, rel=1e-4)
+    default = emq.evaluate(model, data)
+    pd.testing.assert_frame_equal(default, table, rtol=1e-4)
+    listed = emq.evaluate(model, batches_of(data, data.test, 13))
+    pd.testing.assert_frame_equal(listed, table, rtol=1e-4)
+
+
+def test_ranges_start_alike_whatever_bits_are_asked_for(data: Dataset) -> None:
+    """A network not yet run starts its ranges at the highest trained bit-width, not at the first one evaluated."""
+    model = emq.convert(build("resnet8"), spec(activation="lsq"))
+    alone = emq.evaluate(model, data, bits=(8,))
+    among = emq.evaluate(model, data, bits=(1, 2, 8))
+    assert among.loss.iloc[-1] == alone.loss.iloc[0]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_evaluating_with_adaptation_is_adapting_then_evaluating(norm: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm))
+    at_once = emq.evaluate(model, data, bits=(2, 3, 32), adapt_norm=True, batch_size=30)
+    plain = emq.evaluate(model, data, bits=(2,), batch_size=30)
+    emq.adapt_norm(model, data, bits=(2, 3, 32), batch_size=30)
+    pd.testing.assert_frame_equal(emq.evaluate(model, data, bits=(2, 3, 32), batch_size=30), at_once)
+    assert plain.loss.iloc[0] != at_once.loss.iloc[0]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_adapt_norm_averages_batch_statistics(norm: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm)).train()
+    model(normalize(data.train.images, data))
+    before = state(model)
+    seen: dict[MultiBitBatchNorm, list[Tensor]] = {m: [] for m in norms(model)}
+    hooks = [m.register_forward_pre_hook(lambda m, args: seen[m].append(args[0])) for m in seen]
+    emq.adapt_norm(model, batches_of(data, data.train, 30), bits=(3,))
+    for hook in hooks:
+        hook.remove()
+    row = 2  # of 3 bits, in the order of bit-widths
+    for m, inputs in seen.items():
+        assert len(inputs) == 3 and m.serves(3) and m.momentum == 0.1 and m.training
+        mean = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+        var = torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+        torch.testing.assert_close(m.running_mean[row], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(m.running_var[row], var, rtol=1e-4, atol=1e-5)
+    for name, tensor in state(model).items():
+        if "running" in name:
+            others = [r for r in range(len(tensor)) if r != row]
+            assert torch.equal(tensor[others], before[name][others]), name
+        elif "_extra_state" not in name:
+            assert torch.equal(tensor, before[name]), name
+    emq.set_bits(model, 3)
+
+
+@pytest.mark.parametrize("what", ["images", "weights"])
+def test_what_is_not_finite_is_no_result_and_no_statistics(what: str, data: Dataset) -> None:
+    """argmax would call it class 0, and one batch would spoil the statistics of a bit-width for good."""
+    model = emq.convert(build("resnet8"), spec())
+    pairs = [(torch.full((4, 3, 8, 8), torch.nan), torch.zeros(4).long())] if what == "images" else data
+    if what == "weights":
+        model.layer2[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
+    before = state(model)
+    with pytest.raises(FloatingPointError, match=r"^loss=nan at 2 bits: weights, norms or images are not finite$"):
+        emq.evaluate(model, pairs, bits=(2, 4))
+    with pytest.raises(FloatingPointError, match=r"^statistics of a batch norm: weights or images are not finite$"):
+        emq.adapt_norm(model, pairs, bits=(3,))
+    pairs = zip(state(model).values(), before.values(), strict=True)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+
+
+def test_too_little_memory_to_evaluate_says_what_to_try(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = emq.convert(build("resnet8"), spec())
+
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model.fc.register_forward_pre_hook(too_much)
+    for function in (emq.evaluate, emq.adapt_norm):
+        with pytest.raises(MemoryError, match=r"^batch_size=40: out of memory \(CUDA .*\); try batch_size=20$"):
+            function(model, data, bits=(2,), batch_size=40)
+
+
+def test_adapt_norm_takes_a_random_part_of_the_training_images(data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec())
+    sizes: list[int] = []
+    model.bn1.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    emq.adapt_norm(model, data, bits=(2,), samples=50, batch_size=40)
+    assert sizes == [25, 25]
+    once = state(model)
+    emq.adapt_norm(model, data, bits=(2,), samples=50, batch_size=40)
+    assert_same_state(state(model), once)  # the same images each time, and nothing left of the first time
+    emq.adapt_norm(model, data, bits=(2,), batch_size=90)
+    assert sizes[-1] == 90
+
+
+def test_adapt_norm_counts_a_norm_that_is_used_twice(data: Dataset) -> None:
+    model = emq.convert(build("twice"), spec())
+    seen: list[Tensor] = []
+    model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    emq.adapt_norm(model, data, bits=(8,), batch_size=45)
+    del seen[:-4]  # the first two went by when the ranges started
+    torch.testing.assert_close(model.norm.running_mean[7], torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+
+
+def test_adaptation_helps_where_statistics_are_off(data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec())
+    for _ in range(30):
+        model(normalize(data.train.images, data))
+    for m in norms(model):
+        m.running_mean += 1
+    with torch.no_grad():
+        emq.set_bits(model, 4)
+        expected = model.train()(normalize(data.train.images, data))
+        emq.adapt_norm(model, data, bits=(4,), batch_size=90)
+        adapted = model.eval()(normalize(data.train.images, data))
+    torch.testing.assert_close(adapted, expected, rtol=0.05, atol=0.02)
+
+
+def test_a_network_without_norm_cannot_adapt(data: Dataset) -> None:
+    model = emq.convert(build("remembers"), spec())
+    assert len(emq.evaluate(model, data, bits=(2, 3))) == 2
+    for call in (lambda: emq.adapt_norm(model, data, (2,)), lambda: emq.evaluate(model, data, (2,), adapt_norm=True)):
+        with pytest.raises(ValueError, match=r"^model='Remembers': expected a network with batch norm to adapt"):
+            call()
+
+
+def failing(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The second batch has one channel too few."""
+    return [pairs[0], (pairs[1][0][:, :2], pairs[1][1])]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_nothing_changes_on_an_exception(norm: str, data: Dataset) -> None:
+    model = emq.convert(build("resnet8"), spec(norm=norm, activation="lsq"))
+    pairs = failing(batches_of(data, data.test, 20))
+    before, others = state(model), copy.deepcopy(everything(model))
+    for call in (lambda: emq.evaluate(model, pairs, (2, 4)), lambda: emq.adapt_norm(model, pairs, (2, 3))):
+        with pytest.raises(RuntimeError):
+            call()
+        assert_same_state(state(model), before)
+        assert everything(model) == others
+
+
+def test_evaluate_and_adapt_a_compiled_network(compiler: CompileCounter, data: Dataset) -> None:
+    model = emq.convert(build("twice"), spec())
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=compiler)
+    for network in (compiled, twin):
+        emq.adapt_norm(network, data, (2, 3), batch_size=45)
+    assert_same_state(state(model), state(twin))
+    pd.testing.assert_frame_equal(emq.evaluate(compiled, data, (2, 3)), emq.evaluate(twin, data, (2, 3)))
