@@ -234,6 +234,7 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
         return pack_as_set(network)
 
 
+@torch.no_grad()
 def pack_as_set(network: nn.Module) -> nn.Module:
     """`pack` at the bit-widths that `network` is set to, unchecked."""
     packed = copy.deepcopy(network).eval()

@@ -187,6 +187,7 @@ def test_where_norms_stand_before_convolutions_they_become_gain_and_shift() -> N
     model = emq.convert(models.preact_resnet20(width_factor=1), emq.QuantSpec(bits=(2, 4)))
     model(X)
     packed = emq.pack(model, 4)
+    assert not any(t.requires_grad for t in packed.state_dict(keep_vars=True).values())
     kinds = {name: type(m) for name, m in packed.named_modules()}
     assert {kinds[f"layer1.{i}.bn1"] for i in range(3)} == {ChannelAffine}  # what feeds them feeds a sum too
     assert {kinds[f"layer{i}.0.bn2"] for i in (1, 2, 3)} == {kinds["layer2.0.shortcut.1"]} == {nn.Identity}
