@@ -54,7 +54,7 @@ PROFILES = {
     "smoke": Profile(
         name="smoke",
         dataset="digits",
-        subset=(320, 160),
+        subset=(192, 96),
         model="resnet8",
         model_args=(("width", 4),),
         training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
@@ -74,7 +74,7 @@ PROFILES = {
             training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
             image_size=32,
         ),
-        cost_subset=(320, 160),
+        cost_subset=(192, 96),
         bit_counts=(2, 3),
     ),
     # real data and a small network, for a laptop's CPU

@@ -32,10 +32,24 @@ def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes found in every case, trained one after the other."""
-    folder = tmp_path_factory.mktemp("ranks")
-    done = launch(folder, *rank_worker.CASES, "sliced")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> str:
+    """What a job said in `folder`, one of whose two processes was killed."""
+    done = launch(folder, "killed")
+    assert done.returncode != 0 and not list(folder.glob("*.json"))
+    about, _ = container.read(folder / "run.pt", checkpoints.VERSION, "a checkpoint")
+    assert 1 <= len(json.loads(about["history"])) < 4
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def together(killed: str, folder: Path) -> Path:
+    """What two processes found in every case, trained one after the other: the killed one resumed, and all others."""
+    done = launch(folder, "resumed", *rank_worker.CASES, "sliced")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -62,16 +76,10 @@ def test_ranks_stop_together_when_time_is_up_and_end_as_if_they_had_not(together
         assert found_by["same"] and found_by["stops"] == 23
 
 
-def test_a_killed_rank_ends_the_job_and_all_go_on_together(tmp_path: Path) -> None:
-    killed = launch(tmp_path, "killed")
-    assert killed.returncode != 0 and not list(tmp_path.glob("*.json"))
+def test_a_killed_rank_ends_the_job_and_all_go_on_together(killed: str, together: Path) -> None:
     message = "rank 0 of 2: another rank has stopped, see its own error; start all of them again, and training goes on"
-    assert f"{message} from the checkpoint {tmp_path / 'run.pt'}" in killed.stderr
-    about, _ = container.read(tmp_path / "run.pt", checkpoints.VERSION, "a checkpoint")
-    assert 1 <= len(json.loads(about["history"])) < 4
-    resumed = launch(tmp_path, "resumed")
-    assert resumed.returncode == 0, resumed.stderr
-    alone, (first, second) = rank_worker.run("bitwise"), found(tmp_path, "resumed")
+    assert f"{message} from the checkpoint {together / 'run.pt'}" in killed
+    alone, (first, second) = rank_worker.run("bitwise"), found(together, "resumed")
     assert first["loss"] == pytest.approx(alone["loss"], rel=1e-6) and first["loss"] == second["loss"]
     assert first["coresets"] == alone["coresets"] == second["coresets"]
     for name, values in alone["state"].items():
