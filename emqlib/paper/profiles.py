@@ -55,7 +55,7 @@ PROFILES = {
     "smoke": Profile(
         name="smoke",
         dataset="digits",
-        subset=(320, 160),
+        subset=(192, 96),
         model="resnet8",
         model_args=(("width", 4),),
         training=_SMOKE,
@@ -70,7 +70,7 @@ PROFILES = {
             subset=(160, 80),
         ),
         imagenet=Setting(model="resnet8", model_args=(("width", 4),), training=_SMOKE, image_size=32),
-        cost_subset=(320, 160),
+        cost_subset=(192, 96),
         bit_counts=(2, 3),
     ),
     # real data and a small network, for a laptop's CPU
