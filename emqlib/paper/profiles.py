@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,9 @@ def parameters(
         profile: "smoke", "small", "paper", or "auto": $EMQ_PROFILE, else paper with CUDA and small without.
         bits: the trained bit-widths.
         seed: the first seed.
-        repeats: how many seeds, 0 for as many as the profile has.
-        results_dir: a folder, or "auto": `results` beside the package, or below the working directory where the package
-            was installed without it; `build/smoke` there for smoke.
+        repeats: how many seeds, 0 for the profile's number.
+        results_dir: a folder, or "auto": `results` beside the package, or in the working directory if the package was
+            installed without it; for smoke `build/smoke` there.
         pruning_rates: fractions in [0, 1), none twice; empty for the experiment's own.
         lengths: numbers of epochs, none twice; empty for the profile's own.
         dataset: a name of `load_dataset`; empty for the experiment's own.
@@ -177,18 +178,18 @@ def parameters(
         ValueError: names the parameter, its value and what is allowed.
     """
     chosen = PROFILES[_profile_name(profile)]
-    trained = checks.bit_widths("bits", _listed("bits", bits))
     first = checks.integer("seed", seed, 0)
     count = checks.integer("repeats", repeats, 0, 1000) or chosen.repeats
     rates = "fractions in [0, 1), none twice, for example [0.5, 0.8]"
     epochs = "numbers of epochs, none twice, for example [4, 12]"
+    length = partial(checks.integer, "lengths", low=1, high=MOST_EPOCHS)
     return Parameters(
         profile=chosen,
-        bits=trained,
+        bits=checks.bit_widths("bits", _listed("bits", bits)),
         seeds=tuple(range(first, first + count)),
         results_dir=_results_dir(results_dir, chosen),
         pruning_rates=_each("pruning_rates", pruning_rates, rates, checks.pruning_rate),
-        lengths=tuple(sorted(_each("lengths", lengths, epochs, _epochs))) or chosen.lengths,
+        lengths=tuple(sorted(_each("lengths", lengths, epochs, length))) or chosen.lengths,
         dataset=_dataset(dataset),
         model="" if isinstance(model, str) and not model else check_model("model", model),
         processes=checks.integer("processes", processes, 1, 1024),
@@ -220,10 +221,6 @@ def _each(name: str, value: Any, expected: str, check: Callable[[Any], Any]) -> 
         if len(set(found)) == len(found):
             return found
     raise checks.invalid(name, items, expected)
-
-
-def _epochs(value: Any) -> int:
-    return checks.integer("lengths", value, 1, MOST_EPOCHS)
 
 
 def _results_dir(value: str | Path, profile: Profile) -> Path:
