@@ -44,12 +44,23 @@ class Profile(Setting):
     dataset: str = ""  # in place of every experiment's own
 
 
-_SMOKE = TrainConfig(epochs=4, batch_size=32, lr=0.05)
+_TINY_RESNET = (("width", 4),)
 _TINY_VIT = (("patch_size", 8), ("width", 16), ("depth", 1), ("heads", 1))
-_SMALL_VIT = (("patch_size", 8), ("width", 64), ("depth", 4), ("heads", 2))
+_VIT = (("patch_size", 8), ("width", 64), ("depth", 4), ("heads", 2))
+
+_SMOKE = TrainConfig(epochs=4, batch_size=32, lr=0.05)
 _CPU = TrainConfig(autocast="bfloat16")
 _GPU = TrainConfig(autocast="bfloat16", compile="auto")
 _STEPS = replace(_GPU, schedule="step")
+_SMOKE_VIT = replace(_SMOKE, epochs=5, optimizer="adamw", lr=1e-3)
+_SMALL_VIT = TrainConfig(epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0)
+_SMALL_IMAGENET = replace(_CPU, epochs=5, batch_size=32, lr=0.05, warmup_epochs=1)
+# what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
+_PAPER = replace(_STEPS, epochs=200, optimizer="adamw", lr=1e-3, weight_decay=0, milestones=(100, 150, 180))
+# DeiT's schedule (arXiv 2012.12877, table 9), its learning rate of 1e-3 for batches of 1,024 scaled to 128
+_DEIT = replace(_GPU, epochs=300, optimizer="adamw", lr=1.25e-4, weight_decay=0.05, warmup_epochs=5)
+# Any-Precision's schedule for ImageNet
+_IMAGENET = replace(_STEPS, epochs=80, batch_size=256, lr=0.5, weight_decay=1e-5, milestones=(45, 60, 70))
 
 PROFILES = {
     # shows in seconds and without a download that everything runs
@@ -58,19 +69,14 @@ PROFILES = {
         dataset="digits",
         subset=(320, 160),
         model="resnet8",
-        model_args=(("width", 4),),
+        model_args=_TINY_RESNET,
         training=_SMOKE,
         repeats=1,
         lengths=(4, 5),
         coreset_epochs=5,
         coreset_subset=(160, 80),
-        vit=Setting(
-            model="vit_tiny",
-            model_args=_TINY_VIT,
-            training=replace(_SMOKE, epochs=5, optimizer="adamw", lr=1e-3),
-            subset=(160, 80),
-        ),
-        imagenet=Setting(model="resnet8", model_args=(("width", 4),), training=_SMOKE, image_size=32),
+        vit=Setting(model="vit_tiny", model_args=_TINY_VIT, training=_SMOKE_VIT, subset=(160, 80)),
+        imagenet=Setting(model="resnet8", model_args=_TINY_RESNET, training=_SMOKE, image_size=32),
         cost_subset=(320, 160),
         bit_counts=(2, 3),
     ),
@@ -84,46 +90,20 @@ PROFILES = {
         lengths=(4, 8),
         coreset_epochs=8,
         coreset_subset=(10000, 5000),
-        vit=Setting(
-            model="vit_tiny",
-            model_args=_SMALL_VIT,
-            training=TrainConfig(
-                epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0
-            ),
-            subset=(10000, 5000),
-        ),
-        imagenet=Setting(
-            model="torchvision.resnet18",
-            training=replace(_CPU, epochs=5, batch_size=32, lr=0.05, warmup_epochs=1),
-            image_size=224,
-        ),
+        vit=Setting(model="vit_tiny", model_args=_VIT, training=_SMALL_VIT, subset=(10000, 5000)),
+        imagenet=Setting(model="torchvision.resnet18", training=_SMALL_IMAGENET, image_size=224),
     ),
     "paper": Profile(
         name="paper",
         model="preact_resnet20",
         model_args=(("width_factor", 5),),
-        # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
-        training=replace(
-            _STEPS, epochs=200, optimizer="adamw", lr=1e-3, weight_decay=0, milestones=(100, 150, 180), compile="graphs"
-        ),
+        training=replace(_PAPER, compile="graphs"),
         repeats=1,
         lengths=(50, 100, 200),
         coreset_epochs=200,
         coreset_subset=(0, 0),
-        # DeiT's schedule (arXiv 2012.12877, table 9), its learning rate of 1e-3 for batches of 1,024 scaled to 128
-        vit=Setting(
-            model="vit_tiny",
-            model_args=(("patch_size", 4),),
-            training=replace(
-                _GPU, epochs=300, optimizer="adamw", lr=1.25e-4, weight_decay=0.05, warmup_epochs=5, label_smoothing=0.1
-            ),
-        ),
-        # Any-Precision's schedule for ImageNet, on torchvision's network
-        imagenet=Setting(
-            model="torchvision.resnet50",
-            training=replace(_STEPS, epochs=80, batch_size=256, lr=0.5, weight_decay=1e-5, milestones=(45, 60, 70)),
-            image_size=224,
-        ),
+        vit=Setting(model="vit_tiny", model_args=(("patch_size", 4),), training=replace(_DEIT, label_smoothing=0.1)),
+        imagenet=Setting(model="torchvision.resnet50", training=_IMAGENET, image_size=224),
     ),
 }
 
