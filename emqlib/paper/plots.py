@@ -18,6 +18,7 @@ _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "t
 _BITS = "bit-width of weights and activations (*: trained)"
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
 _WIDE = 10.0  # inches, of a figure with its legend beside it
+_ANGLES = ("depth", "epoch", "bits", "other_bits", "other_images", "angle")
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 
 
@@ -40,9 +41,9 @@ def _finish(ax: Axes, x: str, y: str, beside: bool = False) -> Axes:
     return ax
 
 
-def _setting(rows: pd.DataFrame, title: str) -> str:
-    """The title, and what the figure was made with."""
-    checks.table("rows", rows, ("epochs", "seed", "dataset", "model", "profile"))
+def _setting(rows: pd.DataFrame, title: str, *columns: str) -> str:
+    """The title, and what the figure was made with; ValueError: no rows, or a column of a figure is missing."""
+    checks.table("rows", rows, (*columns, "epochs", "seed", "dataset", "model", "profile"))
     first, seeds = rows.iloc[0], rows.groupby("epochs").seed.nunique()
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {count} seed(s)"
@@ -57,7 +58,7 @@ def _label(row: pd.Series) -> str:
 
 def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` with a column "method and setting"."""
-    return rows.assign(**{"method and setting": checks.table("rows", rows, SETTING).apply(_label, axis=1)})
+    return rows.assign(**{"method and setting": rows.apply(_label, axis=1)})
 
 
 def _widths(rows: pd.DataFrame) -> dict[int, str]:
@@ -71,9 +72,8 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Bars show the standard deviation over seeds. rows: of `runs.run_all`. ValueError: no rows.
     """
-    ax = axes(ax, _setting(rows, "Accuracy by bit-width"), _WIDE)
-    rows = _labelled(checks.table("rows", rows, ("bits", "top1", "trained", "adapted")))
-    rows = rows.assign(**{"batch norm": rows.adapted.map({False: "as trained", True: "adapted"})})
+    ax = axes(ax, _setting(rows, "Accuracy by bit-width", "bits", "top1", "trained", "adapted", *SETTING), _WIDE)
+    rows = _labelled(rows).assign(**{"batch norm": rows.adapted.map({False: "as trained", True: "adapted"})})
     look = {"hue": "method and setting", "palette": "colorblind", "style": "batch norm"}
     look |= {"markers": {"as trained": "o", "adapted": "s"}, "dashes": {"as trained": "", "adapted": (4, 1.5)}}
     sns.lineplot(rows, x="bits", y="top1", **look, **_SPREAD, ax=ax)
@@ -219,8 +219,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     A line for each choice of statistics. Bars show the standard deviation over seeds, the shaded band is 1.5 points
     wide. rows: of `experiments.uncalibrated`. ValueError: no rows.
     """
-    checks.table("rows", rows, ("bits",))
-    ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
+    ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation", "bits"))
     gaps = adaptation_gaps(rows[rows.bits >= 2])
     ax.axhspan(-1.5, 0, color="0.9", zorder=0)
     gaps = gaps.assign(width=gaps.bits.map(_widths(gaps))).sort_values("bits", kind="stable")
@@ -234,8 +233,7 @@ def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     A line for each pair of bit-widths on the same images; dashed lines are one bit-width on other images. rows: of
     `measure.alignment`. ValueError: no rows.
     """
-    checks.table("rows", rows, ("layer", "depth", "epoch"))
-    ax = axes(ax, _setting(rows, "Angles between gradients, by layer"), _WIDE)
+    ax = axes(ax, _setting(rows, "Angles between gradients, by layer", "layer", *_ANGLES), _WIDE)
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
     _angle_lines(ax, last.sort_values("depth", kind="stable"), "layer")
     ax.tick_params(axis="x", rotation=60, labelsize=7)
@@ -244,14 +242,12 @@ def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def angles_by_epoch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The same angles, all layers as one vector, before training and after each epoch. ValueError: no rows."""
-    checks.table("rows", rows, ("depth", "epoch"))
-    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"), _WIDE)
+    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training", *_ANGLES), _WIDE)
     _angle_lines(ax, rows[rows.depth < 0], "epoch")
     return _finish(ax, "epochs trained", "angle (degrees)", beside=True)
 
 
 def _angle_lines(ax: Axes, rows: pd.DataFrame, x: str) -> None:
-    checks.table("rows", rows, (x, "bits", "other_bits", "other_images", "angle"))
     images = rows.other_images.astype(bool).map({False: "same images", True: "other images"})
     both = rows.bits.astype(str) + " and " + rows.other_bits.astype(str) + " bits"
     pair = both.where(rows.bits != rows.other_bits, rows.bits.astype(str) + " bits")

@@ -156,8 +156,8 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     """How much of the gap between the uncorrected network and its adapted self each correction closes, by bit-width.
 
     One row a bit-width: top-1 (%) of ours on the full data for each correction, without and with batch-norm adaptation,
-    and the share of the gap (%) that each correction closes, empty where the gap is below one point, as seeds differ by
-    that. All are means over seeds. ValueError: `rows` lack such runs.
+    and the share of the gap (%) that each correction closes. The share is empty where the gap is below one point, which
+    is within the noise of seeds. All are means over seeds. ValueError: `rows` lack such runs.
     """
     checks.table("rows", rows, ("method", "pruning_rate", "correction", "bits", "trained", "adapted", "top1"))
     part = rows[(rows.method == "Ours") & (rows.pruning_rate == 0)]
