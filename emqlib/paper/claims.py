@@ -124,17 +124,17 @@ def _children(results: Path) -> str:
     return f"""
     Bit-widths that were not trained work | yes | A network trained at 2, 4 and 8 bits and not calibrated has
     {said(rows, bits=1)} % at 1 bit, {said(rows, bits=3)} % at 3 bits, {said(rows, bits=4)} % at 4 bits and
-    {said(rows, bits=6)} % at 6 bits. | partly | From 3 bits up, they are as accurate as their trained neighbours. 1
-    bit fails.
+    {said(rows, bits=6)} % at 6 bits. | partly | From 3 bits up, they are as accurate as their trained neighbours.
+    At 1 bit, the network fails.
 
     The children's gradients align | below about {plain(reported, "value")} degrees (Figure 4) | After
     {plain(angles, "epoch")} epochs, the angle is {high} degrees between 4 and 8 bits, {low} between 2 and 4 bits,
     {ends} between 2 and 8 bits, and {others} between different images at 4 bits. | partly | They align far better
-    than those of different images. Only 4 and 8 bits are below the paper's angle.
+    than the gradients of different images. Only 4 and 8 bits are below the paper's angle.
 
     A child model gains from the steps of the others | yes | The others' steps alone give {without} % at 2, 4 and 8
     bits. Half as many steps of its own give {alone} %. All are calibrated. | supported | The others' steps help a
-    child model more than half as many of its own.
+    child model more than half as many steps of its own do.
     """
 
 
@@ -166,8 +166,8 @@ def _scores(results: Path) -> str:
     return f"""
     Importance beats random | yes | {plain(rows, "epochs", coreset="tdds")} epochs on {plain(rows, "n_train")}
     images at 50, 80 and 90 % pruning give {tdds} % with TDDS and {random} % with random coresets drawn each epoch
-    (RS2). As many passes as TDDS and its scoring take give {longer} % with RS2. | not supported | TDDS is ahead at
-    equal epochs, but not once random coresets get the passes that scoring costs.
+    (RS2). RS2 reaches {longer} % with the passes that TDDS and its scoring take. | not supported | TDDS is ahead at
+    equal epochs, but not when random coresets also get the passes that scoring takes.
 
     Scores extracted bit-wise are better than joint ones (Table 7) | yes | At 80 % pruning and equal passes:
     {bitwise} % with bit-wise scores, {joint} % with joint scores, {identical} % with the same coreset for all
@@ -239,7 +239,7 @@ def _beyond(results: Path) -> str:
     After {plain(equal, "epochs")} epochs: {tdds} % by TDDS, {random} % at random, {el2n} % by EL2N of one epoch on
     all data, {chosen} % with a coreset chosen once, {said(equal, method="Any-Precision")} % with Any-Precision. The
     paper's network on an H200, {plain(once, "epochs")} epochs: {said(large, method="Ours, own statistics")} %, and
-    {said(once)} % with a coreset chosen once. | partly | Most of the loss goes. One epoch on all data removes the
+    {said(once)} % with a coreset chosen once. | partly | Most of the loss disappears. One epoch on all data removes the
     rest. Small batches also help Any-Precision.
     """
 

@@ -64,31 +64,26 @@ def _scaled(milestones: tuple[int, ...], factor: float, epochs: int) -> tuple[in
 
 
 def of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
-    """`base` for as many epochs, and the very one of Table 1 where they are the profile's own."""
+    """`base` for that many epochs; the run of Table 1 where they are the profile's own."""
     return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
 
 
 def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
-    """What runs that compare coresets share: more epochs, on as much of the data as they can then afford."""
+    """What runs that compare coresets share: more epochs than `base`, on a part of the data."""
     return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
 
 def in_setting(base: Run, setting: Setting) -> Run:
-    """`base` with the network, the training and the images of `setting`; of its own training the seed is kept."""
-    return replace(
-        _run("base", base),
-        model=checks.instance("setting", setting, Setting, "a Setting, such as a profile's vit").model,
-        model_args=setting.model_args,
-        subset=setting.subset,
-        image_size=setting.image_size,
-        config=replace(setting.training, seed=base.config.seed),
-    )
+    """`base` with the network, the training and the images of `setting`; only the seed of its training is kept."""
+    checks.instance("setting", setting, Setting, "a Setting, such as a profile's vit")
+    own = {name: getattr(setting, name) for name in ("model", "model_args", "subset", "image_size")}
+    return replace(_run("base", base), **own, config=replace(setting.training, seed=base.config.seed))
 
 
 def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
-    """What runs of a ViT share, with as many patches on TinyImageNet's 64 x 64 pixels as on CIFAR's 32 x 32.
+    """What runs of a ViT share: min-max weights and learned activation ranges (LSQ).
 
-    Weights take one step size an output channel. Activations, signed and long-tailed, learn theirs (LSQ).
+    TinyImageNet's 64 x 64 pixels get as many patches as CIFAR's 32 x 32.
     """
     shared = in_setting(base(p, seed, dataset), p.profile.vit)
     args = dict(shared.model_args)
@@ -124,8 +119,8 @@ def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
 def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
     """Coresets by importance as the notebooks use them, or None where nothing is pruned.
 
-    They are cheap enough for short runs: each bit-width scores 4/3 of what it keeps, in the three epochs that TDDS
-    needs at least, and so spends on scoring what one more epoch of its coreset costs. options: of `CoresetConfig`.
+    Scoring is cheap enough for short runs: three epochs, the fewest that TDDS needs, on 4/3 of what is kept. This costs
+    as much as one more epoch on the coreset. options: of `CoresetConfig`.
     """
     if not checks.pruning_rate(pruning_rate):
         return None
@@ -134,30 +129,30 @@ def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None
 
 
 def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
-    """Ours where steps and images are few, which goes beyond the paper.
+    """Ours for few steps and images, beyond the paper.
 
-    Each batch of the base is cut in `parts` smaller ones, coresets are drawn anew each epoch from all data by
-    importance, and each trained bit-width has running statistics of its own.
+    Each batch is cut in `parts`, coresets are drawn each epoch from all data by importance, and each trained bit-width
+    has its own statistics.
     """
     drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
     return ours(in_parts(base, parts), drawn, norm="shared_affine")
 
 
 def in_parts(run: Run, parts: int) -> Run:
-    """`run` with each batch in as many smaller ones."""
+    """`run` with each batch cut in so many smaller ones."""
     count = checks.integer("parts", parts, 1, _run("run", run).config.batch_size)
     return replace(run, config=replace(run.config, batch_size=run.config.batch_size // count))
 
 
 def as_files(run: Run, results_dir: Path) -> str:
-    """The name of the run's data set as class folders of files below `results_dir`, which are written if need be."""
+    """The name of the run's data set as class folders below `results_dir`, which are written if they are not there."""
     folder = results_dir / "images" / run.dataset
     write_class_folders(load_dataset(run.dataset).subset(*run.subset), folder)
     return f"imagefolder:{folder}"
 
 
 def write_class_folders(data: Dataset, folder: Path) -> None:
-    """Write a data set as class folders of PNG files, {train,val}/<class>/*, whole or not at all; once only."""
+    """Write a data set as PNG files in {train,val}/<class>/, whole or not at all, unless `folder` exists."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -187,10 +182,10 @@ def quickstart(p: Parameters) -> list[Run]:
 
 
 def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """Table 1: Dedicated, Any-Precision, and ours at several pruning rates; on the full data with each correction.
+    """Table 1: Dedicated, Any-Precision, and ours with each correction and at several pruning rates.
 
-    Coresets are random ones, drawn anew each epoch (RS2), and bit-wise ones by TDDS. At the middle rate there is one
-    more run without gradient through the correction's statistics. The paper's numbers: results/paper/table1.csv.
+    Coresets are random ones drawn each epoch (RS2), and bit-wise ones by TDDS. One run at the middle rate has no
+    gradient through the correction's statistics. The paper's numbers: results/paper/table1.csv.
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
@@ -204,9 +199,9 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """Accuracy against the cost of training: Any-Precision and ours at each pruning rate, at each run length.
+    """Accuracy against training cost: Any-Precision, ours at each pruning rate, and `redrawn` at the middle rate.
 
-    The middle rate also by `redrawn`.
+    All at each run length.
     """
     rates = [0.0, *(rate for rate in p.pruning_rates or (0.5, 0.8, 0.9) if rate)]
     runs = []
@@ -218,13 +213,13 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
-    """What coresets lose to Any-Precision at as many epochs, and what takes the loss away.
+    """What coresets lose to Any-Precision at equal epochs, and what removes the loss.
 
-    - The longest run: Any-Precision; the coreset of Table 1, also with batches a quarter as large; `redrawn` by TDDS,
-      by EL2N of one epoch on all data, and at random (RS2).
+    - The longest run: Any-Precision; the coreset of Table 1, also with quarter-size batches; `redrawn` by TDDS, by EL2N
+      of one epoch on all data, and at random (RS2).
     - Shorter runs: Any-Precision, and `redrawn` by TDDS and by EL2N.
-    - The controls, in the shortest run: Any-Precision with half-size batches, and one epoch on all data before coresets
-      that are drawn at random (EL2N's weights to the power 0).
+    - Controls, in the shortest run: Any-Precision with half-size batches; one epoch on all data, then random coresets
+      (EL2N's weights to the power 0).
     """
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
     runs = []
@@ -241,46 +236,37 @@ def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 
 
 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """Coresets by score: Random and RS2, TDDS and EL2N at every pruning rate, all the others at the middle one.
+    """Coresets by score: Random, RS2, TDDS and EL2N at every pruning rate, the other scores at the middle one.
 
-    All scores are recorded in the same scoring phase, and so at the same price. Random and RS2 have none, and train on
-    their coresets from the first epoch; RS2 also for one epoch more, which is that price (see `bitwise_coreset`).
+    Every score is recorded in the same scoring phase, at the same cost. Random and RS2 have none. RS2 is also trained
+    for one epoch more, which costs as much as scoring.
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
         shared = coreset_base(p, seed, dataset)
+        longer = replace(shared, config=replace(shared.config, epochs=shared.config.epochs + 1))
         for rate in rates:
-            middle = rate == rates[len(rates) // 2]
-            scores = [score for score in SCORES[1:] if middle or score in ("tdds", "el2n")]
+            scores = SCORES[1:] if rate == rates[len(rates) // 2] else [s for s in SCORES if s in ("tdds", "el2n")]
             coresets = [CoresetConfig(pruning_rate=rate, resample_every=every) for every in (0, 1)]
             coresets += [bitwise_coreset(rate, score=score) for score in scores]
             coresets += [bitwise_coreset(rate, how="sample")]
-            runs += [ours(shared, coreset) for coreset in coresets]
-            longer = replace(shared, config=replace(shared.config, epochs=shared.config.epochs + 1))
-            runs += [ours(longer, CoresetConfig(pruning_rate=rate))]
+            runs += [*(ours(shared, coreset) for coreset in coresets), ours(longer, CoresetConfig(pruning_rate=rate))]
     return runs
 
 
 def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
-    """What of a TDDS coreset matters: how it is scored, drawn and shared between bit-widths, and trained on.
+    """What matters in a TDDS coreset: how it is scored, drawn, shared between bit-widths, and trained on.
 
-    - The first four differ in how a coreset is drawn.
-    - The next seven have all samples as candidates, so that nothing else sets bit-widths apart. "joint" against
-      "bitwise" scoring is Table 7. Coresets that are identical, independent or disjoint across bit-widths, by
-      importance and at random, tell what its own scores are worth to a bit-width from what wider coverage is worth.
-    - The last three train on the first coreset with another batch size, learning rate or weight decay.
+    - Four ways to draw it.
+    - Seven with all samples as candidates: "joint" scoring, for Table 7; and coresets that are identical, independent
+      or disjoint across bit-widths, by importance and at random, which tells own scores from wider coverage.
+    - The first coreset with another batch size, learning rate and weight decay.
     """
-    options = [
-        {},
-        {"how": "sample"},
-        {"how": "sample", "resample_every": 0},
-        {"how": "sample", "unbiased": True, "candidates": 1.0},
-    ]
-    ways = ("identical", "independent", "disjoint")
-    options += [{"candidates": 1.0, "scoring": "joint"}]
-    options += [{"candidates": 1.0, "across_bits": way} for way in ways]
+    ways = [{"across_bits": way} for way in ("identical", "independent", "disjoint")]
     random = {"score": "random", "candidates": 1.0, "scoring_epochs": 0, "resample_every": 0}
-    options += [random | {"across_bits": way} for way in ways]
+    options = [{}, {"how": "sample"}, {"how": "sample", "resample_every": 0}]
+    options += [{"how": "sample", "unbiased": True, "candidates": 1.0}, {"candidates": 1.0, "scoring": "joint"}]
+    options += [{"candidates": 1.0} | way for way in ways] + [random | way for way in ways]
     first, runs = p.profile.training, []
     trainings = [{"batch_size": first.batch_size // 2}, {"lr": 2 * first.lr}, {"weight_decay": first.weight_decay / 5}]
     for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
@@ -301,10 +287,7 @@ def table2(p: Parameters) -> list[Run]:
 
 
 def vit(p: Parameters) -> list[Run]:
-    """The comparison for ViT, on CIFAR-10 and on TinyImageNet: ours without and with correction and pruned, the others.
-
-    Layer norm keeps no statistics, so that no bit-width needs a norm of its own, and nothing is adapted.
-    """
+    """The same for ViT on CIFAR-10 and TinyImageNet: ours without and with correction and pruned, and the others."""
     runs = []
     for shared in (vit_base(p, seed, dataset) for dataset in ("cifar10", "tinyimagenet") for seed in p.seeds):
         runs += [ours(shared, correction=correction) for correction in ("none", "mean_var")]
@@ -316,7 +299,7 @@ def vit(p: Parameters) -> list[Run]:
 def imagenet(p: Parameters) -> list[Run]:
     """Table 3: Any-Precision, and ours on the full data and at several pruning rates, of one seed.
 
-    On ImageNet-1K, streamed, or any class folders; smoke has digits, written as files. ValueError: another data set.
+    On ImageNet-1K or any class folders, streamed; smoke writes digits as files. ValueError: another data set.
     """
     if p.dataset not in ("", "imagenet") and not p.dataset.startswith("imagefolder:"):
         raise checks.invalid("dataset", p.dataset, "imagenet, or imagefolder:PATH for class folders")
@@ -330,9 +313,9 @@ def imagenet(p: Parameters) -> list[Run]:
 
 
 def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
-    """Every scheme over more and more bit-widths, on a small part of CIFAR-10: what it costs, not what it gives.
+    """What each scheme costs for more and more bit-widths, on a small part of CIFAR-10.
 
-    The bit-widths asked for come first, the others of 1 to 8 after them.
+    The bit-widths of `p` come first, then the others of 1 to 8.
     """
     order, runs = tuple(dict.fromkeys((*p.bits, 2, 4, 8, 6, 3, 5, 7, 1))), []
     for count in p.profile.bit_counts:
@@ -345,36 +328,31 @@ def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
 def deployed(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """What is deployed, for each seed: Table 1's network, ours on the full data; then one in full precision."""
     full = replace(p, bits=(32,))
-    pairs = [(ours(base(p, seed, dataset)), *dedicated(base(full, seed, dataset))) for seed in p.seeds]
-    return [run for pair in pairs for run in pair]
+    return [run for s in p.seeds for run in (ours(base(p, s, dataset)), *dedicated(base(full, s, dataset)))]
 
 
 def corrected_or_not(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Table 1's networks, ours on the full data, without and with correction: for `measure.distributions`."""
-    pairs = product(p.seeds, ("none", "mean_var"))
-    return [ours(base(p, seed, dataset), correction=correction) for seed, correction in pairs]
+    return [ours(base(p, seed, dataset), correction=name) for seed, name in product(p.seeds, ("none", "mean_var"))]
 
 
 def bias_correction(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Table 6: weight bias correction under a shared and a switchable batch norm, on the full data."""
-    runs = []
-    for shared in (base(p, seed, dataset) for seed in p.seeds):
-        runs += [ours(shared, correction=correction) for correction in ("none", "mean", "mean_var")]
-        runs += [ours(shared, correction=correction, norm="switchable") for correction in ("none", "mean_var")]
-    return runs
+    pairs = (("shared", ("none", "mean", "mean_var")), ("switchable", ("none", "mean_var")))
+    kinds = [{"norm": norm, "correction": correction} for norm, corrections in pairs for correction in corrections]
+    return [ours(base(p, seed, dataset), **kind) for seed in p.seeds for kind in kinds]
 
 
 def uncalibrated(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """What takes the place of calibration, on the full data: shared or own statistics, output correction or none."""
-    kinds = product(("shared", "shared_affine"), (False, True))
-    specs = [{"norm": norm, "output_correction": output} for norm, output in kinds]
-    return [ours(base(p, seed, dataset), **spec) for seed in p.seeds for spec in specs]
+    """What replaces calibration, on the full data: shared or own statistics, without and with output correction."""
+    kinds = product(p.seeds, ("shared", "shared_affine"), (False, True))
+    return [ours(base(p, seed, dataset), norm=norm, output_correction=output) for seed, norm, output in kinds]
 
 
 def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """Every bit-width from few trained ones: all of `bits`, then the lowest and the highest alone.
+    """Every bit-width from few trained ones: all of `p`, then the lowest and the highest alone; on the full data.
 
-    Any-Precision, which calibrates what it has not trained; ours; ours with `UNCALIBRATED`. All on the full data.
+    Any-Precision, which calibrates what it has not trained; ours; ours with `UNCALIBRATED`.
     """
     runs = []
     for bits, seed in product((p.bits, (p.bits[0], p.bits[-1])), p.seeds):
@@ -384,43 +362,40 @@ def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """What a child model gains from others' steps: all of them; all but one, each left out once; each one alone.
+    """What a child model gains from the others' steps: trained all together, all but one, and each alone.
 
-    ValueError: a single bit-width, which has no others.
+    ValueError: a single bit-width.
     """
     if len(p.bits) < 2:
         raise checks.invalid("bits", p.bits, "two bit-widths at least")
+    children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
     runs = []
     for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
-        children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
-        runs += [ours(start, bits=bits, **UNCALIBRATED) for bits in children]
-        runs += dedicated(start)
+        runs += [*(ours(start, bits=bits, **UNCALIBRATED) for bits in children), *dedicated(start)]
     return runs
 
 
 RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
 RUNS += [corrected_or_not, bias_correction, uncalibrated, untrained, transfer, deployed]
-
-
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h
 
 
 def main(arguments: list[str]) -> int:
     """Finish the runs of one experiment from a shell, in one process or in all that a launcher started.
 
-    Args:
-        arguments: its name, and parameters as papermill takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
-
-    Returns:
-        The exit status: CALL_AGAIN where the budget is spent and work is left, else 0. In several processes it is
-        always 0, since their launcher would take another status for a failure.
-
-    Raises:
-        SystemExit: a wrong name, or a budget that is no number.
-        ValueError: a wrong parameter, or a budget that is not > 0.
+    arguments: its name, and parameters as papermill takes them, for example ["imagenet", "-p", "bits", "[2,4,8]"].
+    Returns CALL_AGAIN where the budget is spent and work is left, else 0; always 0 under a launcher, which would take
+    another status for a failure. ValueError: a wrong parameter or budget.
     """
     names = {function.__name__: function for function in RUNS}
-    asked = _parser(list(names)).parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m emqlib.paper.experiments")
+    parser.add_argument("name", choices=list(names), help="the runs of one notebook")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("PARAMETER", "VALUE"))
+    profile = {"type": lambda name: ("profile", name), "help": "the same as -p profile NAME"}
+    parser.add_argument("--profile", dest="p", action="append", metavar="NAME", **profile)
+    text = f"stop at the end of an epoch after so many seconds, with exit status {CALL_AGAIN}; the same call goes on"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
+    asked = parser.parse_args(arguments)
     deadline, known = Deadline(asked.budget), inspect.signature(parameters).parameters
     for name, _ in asked.p:
         checks.choice("parameter", name, known)
@@ -435,18 +410,6 @@ def main(arguments: list[str]) -> int:
     if current().main:
         print(report)
     return status if started() == 1 else 0
-
-
-def _parser(names: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m emqlib.paper.experiments")
-    parser.add_argument("name", choices=names, help="the runs of one notebook")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("PARAMETER", "VALUE"))
-    profile = {"type": lambda name: ("profile", name), "help": "the same as -p profile NAME"}
-    parser.add_argument("--profile", dest="p", action="append", metavar="NAME", **profile)
-    text = "stop at the end of an epoch once so many seconds have passed; the same call goes on from there. "
-    text += f"Exit status {CALL_AGAIN} where work is left (0 in processes that a launcher started)"
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
-    return parser
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Histogram:
 
 
 def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.DataFrame:
-    """What quantization does to the moments of each layer's weight w, taken in the quantizer's own domain.
+    """What quantization does to the mean and standard deviation of each layer's weight w, as the quantizer scales it.
 
     The correction "mean" makes mean_shift 0, and "mean_var" makes scale 1 too. The model is left as it was.
 

@@ -18,6 +18,7 @@ _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "t
 _BITS = "bit-width of weights and activations (*: trained)"
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
 _WIDE = 10.0  # inches, of a figure with its legend beside it
+_ANGLES = ("depth", "epoch", "bits", "other_bits", "other_images", "angle")
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 
 
@@ -31,8 +32,8 @@ def axes(ax: Axes | None, title: str, width: float = 7.2) -> Axes:
     return ax
 
 
-def _named(ax: Axes, x: str, y: str, beside: bool = False) -> Axes:
-    """`ax` with the names of its axes and a small legend, inside or, where it has many lines, beside them."""
+def _finish(ax: Axes, x: str, y: str, beside: bool = False) -> Axes:
+    """`ax` with the names of its axes and a small legend: inside, or beside them where it has many lines."""
     ax.set(xlabel=x, ylabel=y)
     if ax.get_legend() is not None:
         place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {"loc": "best"}
@@ -40,9 +41,9 @@ def _named(ax: Axes, x: str, y: str, beside: bool = False) -> Axes:
     return ax
 
 
-def _setting(rows: pd.DataFrame, title: str) -> str:
-    """The title, and what the figure was made with."""
-    checks.table("rows", rows, ("epochs", "seed", "dataset", "model", "profile"))
+def _setting(rows: pd.DataFrame, title: str, *columns: str) -> str:
+    """The title, and what the figure was made with; ValueError: no rows, or a column of a figure is missing."""
+    checks.table("rows", rows, (*columns, "epochs", "seed", "dataset", "model", "profile"))
     first, seeds = rows.iloc[0], rows.groupby("epochs").seed.nunique()
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {count} seed(s)"
@@ -57,9 +58,7 @@ def _label(row: pd.Series) -> str:
 
 def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` with a column "method and setting"."""
-    settings = checks.table("rows", rows, SETTING)[SETTING].drop_duplicates()
-    labels = settings.assign(**{"method and setting": settings.apply(_label, axis=1)})
-    return rows.merge(labels, on=SETTING, how="left")
+    return rows.assign(**{"method and setting": rows.apply(_label, axis=1)})
 
 
 def _widths(rows: pd.DataFrame) -> dict[int, str]:
@@ -73,23 +72,21 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     Bars show the standard deviation over seeds. rows: of `runs.run_all`. ValueError: no rows.
     """
-    ax = axes(ax, _setting(rows, "Accuracy by bit-width"), _WIDE)
-    rows = _labelled(checks.table("rows", rows, ("bits", "top1", "trained", "adapted")))
-    rows = rows.assign(**{"batch norm": rows.adapted.map({False: "as trained", True: "adapted"})})
+    ax = axes(ax, _setting(rows, "Accuracy by bit-width", "bits", "top1", "trained", "adapted", *SETTING), _WIDE)
+    rows = _labelled(rows).assign(**{"batch norm": rows.adapted.map({False: "as trained", True: "adapted"})})
     look = {"hue": "method and setting", "palette": "colorblind", "style": "batch norm"}
     look |= {"markers": {"as trained": "o", "adapted": "s"}, "dashes": {"as trained": "", "adapted": (4, 1.5)}}
     sns.lineplot(rows, x="bits", y="top1", **look, **_SPREAD, ax=ax)
     widths = _widths(rows)
     ax.set_xticks(list(widths), list(widths.values()))
-    return _named(ax, _BITS, "top-1 accuracy (%)", beside=True)
+    return _finish(ax, _BITS, "top-1 accuracy (%)", beside=True)
 
 
 def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) over the trained bit-widths against the cost of training, a line for each setting.
+    """Mean top-1 accuracy (%) over the trained bit-widths against training cost, a line for each setting.
 
     A line joins the run lengths of a setting, in epochs beside the points. Bars show the standard deviation over seeds.
-    rows: of `runs.run_all`, those without adaptation; cost: "sample_passes" or "seconds". ValueError: no rows, or
-    another cost.
+    rows: of `runs.run_all`; cost: "sample_passes" or "seconds". ValueError: no rows, or another cost.
     """
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
     ax = axes(ax, _setting(rows, "Accuracy against training cost"))
@@ -97,37 +94,31 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
     points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / unit
     look = {"hue": "method and setting", "style": "method and setting", "markers": True, "dashes": False}
     sns.lineplot(points, x="cost", y="top1", **look, palette="colorblind", **_SPREAD, ax=ax)
-    several = points.epochs.nunique() > 1
-    if several:
+    label += ", logarithmic"
+    if points.epochs.nunique() > 1:
+        label += "; beside the points: epochs"
+        place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6}
         for point in points.groupby(SETTING, dropna=False)[["cost", "top1"]].mean().reset_index().itertuples():
-            place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6}
             ax.annotate(f"{point.epochs}", (point.cost, point.top1), **place)
-    label += ", logarithmic" + ("; beside the points: epochs" if several else "")
-    return _named(_logarithmic(ax), label, "mean top-1 accuracy (%)")
-
-
-def _logarithmic(ax: Axes) -> Axes:
     ax.set_xscale("log")
     for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")  # the others would overlap
-    return ax
+    return _finish(ax, label, "mean top-1 accuracy (%)")
 
 
 def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each way to select coresets.
+    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each kind of coreset.
 
-    Bars show the standard deviation over seeds. rows: of `runs.run_all`, those without adaptation. ValueError: no rows.
+    Bars show the standard deviation over seeds. rows: of `runs.run_all`. ValueError: no rows.
     """
     ax = axes(ax, _setting(rows, "Accuracy by pruning rate"))
     seeds = seed_means(rows, ["coreset", "pruning_rate"])
-    _side_by_side(
-        ax, seeds.assign(percent=(100 * seeds.pruning_rate).round().astype(int)), "percent", "top1", "coreset"
-    )
-    return _named(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
+    _side_by_side(ax, seeds.assign(rate=(100 * seeds.pruning_rate).round().astype(int)), "rate", "top1", "coreset")
+    return _finish(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
 
 
 def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> None:
-    """Means and standard deviations, lines of one `hue` a little beside the others, or bars would hide each other."""
+    """Means and standard deviations, a line for each `hue`, moved sideways so that bars do not hide each other."""
     look = {"markers": list("osD^vP*Xhd<>")[: rows[hue].nunique()], "markersize": 5, "lw": 1, "palette": "colorblind"}
     spread = {"errorbar": "sd", "capsize": 0.05, "err_kws": {"lw": 1}, "dodge": 0.5}
     sns.pointplot(rows, x=x, y=y, hue=hue, **look, **spread, ax=ax)
@@ -136,36 +127,35 @@ def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> Non
 def accuracy_by_coreset(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Mean top-1 accuracy (%) over the trained bit-widths for each coreset, the best at the top.
 
-    Bars show the standard deviation over seeds, small dots are seeds. rows: of `runs.run_all`, as `tables.named` names
-    them, those without adaptation. ValueError: no rows.
+    Bars show the standard deviation over seeds, small dots are seeds. rows: as `tables.named` names their coresets.
+    ValueError: no rows.
     """
     ax = axes(ax, _setting(rows, "Accuracy by coreset"))
     seeds = seed_means(rows, ["method", "coreset"])
-    pairs = zip(seeds.method, seeds.coreset, strict=True)
-    names = [name + method.removeprefix("Ours") if method.startswith("Ours") else method for method, name in pairs]
-    seeds = seeds.assign(coreset=names)
+    ours = seeds.method.str.startswith("Ours")
+    names = seeds.coreset + seeds.method.str.removeprefix("Ours")
+    seeds = seeds.assign(coreset=names.where(ours, seeds.method))
     order = list(seeds.groupby("coreset").top1.mean().sort_values(ascending=False).index)
     shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0], "ax": ax}
     sns.stripplot(seeds, **shared, size=3, alpha=0.5, jitter=False)
-    sns.pointplot(
-        seeds, **shared, errorbar="sd", linestyle="none", marker="D", markersize=4, capsize=0.2, err_kws={"lw": 1}
-    )
+    diamonds = {"linestyle": "none", "marker": "D", "markersize": 4, "capsize": 0.2, "err_kws": {"lw": 1}}
+    sns.pointplot(seeds, **shared, errorbar="sd", **diamonds)
     ax.figure.set_size_inches(7.2, 1.4 + 0.22 * len(order))
     ax.tick_params(axis="y", labelsize=7)
-    return _named(ax, "mean top-1 accuracy (%)", "")
+    return _finish(ax, "mean top-1 accuracy (%)", "")
 
 
 def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
     """Training cost against the number of bit-widths, a line for each scheme; rows: of `experiments.growth`.
 
-    ValueError: no rows, or another cost than "sample_passes" and "seconds".
+    cost: "sample_passes" or "seconds". ValueError: no rows, or another cost.
     """
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
     ax, table = axes(ax, _setting(rows, "Training cost by number of bit-widths")), growth_table(rows)
     look = {"hue": "scheme", "style": "scheme", "markers": True, "dashes": False, "palette": "colorblind"}
     sns.lineplot(table.assign(cost=table[cost] / unit), x="bit-widths", y="cost", **look, ax=ax)
     ax.set(xticks=sorted(table["bit-widths"].unique()), ylim=(0, None))
-    return _named(ax, "number of bit-widths", label)
+    return _finish(ax, "number of bit-widths", label)
 
 
 def _palette(rows: pd.DataFrame, name: str = "{}") -> dict[str, tuple[float, float, float]]:
@@ -175,11 +165,10 @@ def _palette(rows: pd.DataFrame, name: str = "{}") -> dict[str, tuple[float, flo
 
 
 def distributions(histograms: pd.DataFrame) -> Axes:
-    """Distributions of one layer's pre-activations by bit-width, networks without and with correction side by side.
+    """Distributions of one layer's pre-activations by bit-width, without and with correction side by side.
 
-    Pre-activations are standardized by the batch norm's running statistics, which fit where the curves are one; the
-    dotted line is the standard normal distribution. histograms: of `measure.distributions`, one layer of them.
-    Returns the left panel. ValueError: no rows, or rows of several layers.
+    Pre-activations are standardized by the batch norm's running statistics. The dotted line is the standard normal
+    distribution. histograms: of `measure.distributions`. Returns the left panel. ValueError: no rows, several layers.
     """
     checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
     if histograms.layer.nunique() != 1:
@@ -188,11 +177,9 @@ def distributions(histograms: pd.DataFrame) -> Axes:
     columns = {"trained_with": histograms.trained_with.map(_CORRECTIONS), "bit-width": histograms.bits.astype(str)}
     rows, palette = histograms.assign(**columns), _palette(histograms)
     look = {"hue": "bit-width", "hue_order": list(palette), "palette": palette, "errorbar": None}
-    inside = {"facet_kws": {"legend_out": False}}  # else room for it is kept within the figure
+    shape = {"height": 3.6, "aspect": 1.1, "facet_kws": {"legend_out": False}}  # the legend takes no room inside
     with sns.axes_style("whitegrid"):
-        grid = sns.relplot(
-            rows, x="z", y="density", col="trained_with", kind="line", **look, height=3.6, aspect=1.1, **inside
-        )
+        grid = sns.relplot(rows, x="z", y="density", col="trained_with", kind="line", **look, **shape)
     z = rows.z.drop_duplicates()
     for ax in grid.axes.flat:
         ax.plot(z, (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi), color="black", ls=":", lw=1)
@@ -205,16 +192,14 @@ def distributions(histograms: pd.DataFrame) -> Axes:
 
 
 def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How far the input of each norm lies from what it is at other bit-widths, in standard deviations.
+    """How far the input of each norm is shifted, in standard deviations: a line for each bit-width, means over seeds.
 
-    A line for each bit-width, means over seeds, dashed without correction; rows: the mismatch of
-    `measure.distributions`, with the running mean of a batch norm, or `measure.token_shifts`, with the highest
-    bit-width. ValueError: no rows.
+    Dashed lines are without correction. rows: of `measure.distributions`, against the running mean of a batch norm, or
+    of `measure.token_shifts`, against the highest bit-width. ValueError: no rows.
     """
     checks.table("rows", rows, ("layer", "trained_with", "bits", "mean_shift"))
-    title = "Tokens before each layer norm, against the highest bit-width"
-    if "wasserstein" in rows:
-        title = "Mismatch with the shared batch norm, by layer"
+    tokens = "Tokens before each layer norm, against the highest bit-width"
+    title = "Mismatch with the shared batch norm, by layer" if "wasserstein" in rows else tokens
     ax = axes(ax, _setting(rows, title), _WIDE)
     short = rows.layer.map(lambda name: ".".join(name.split(".")[-2:]))
     layer = short if short.nunique() == rows.layer.nunique() else rows.layer
@@ -225,48 +210,44 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     sns.lineplot(rows.assign(layer=layer, **networks), x="layer", y="mean_shift", **look, ax=ax)
     ax.tick_params(axis="x", rotation=60, labelsize=7)
     ax.set_ylim(bottom=0)
-    return _named(ax, "", "shift of the mean (standard deviations)", beside=True)
+    return _finish(ax, "", "shift of the mean (standard deviations)", beside=True)
 
 
 def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Top-1 accuracy against bit-width, in points above the same network after batch-norm adaptation.
+    """Top-1 accuracy above the same network after batch-norm adaptation, in points, by bit-width from 2 up.
 
-    A line for each choice of statistics, bit-widths from 2 up; bars show the standard deviation over seeds, the shaded
-    band is 1.5 points wide. rows: of `experiments.uncalibrated`. ValueError: no rows.
+    A line for each choice of statistics. Bars show the standard deviation over seeds, the shaded band is 1.5 points
+    wide. rows: of `experiments.uncalibrated`. ValueError: no rows.
     """
-    checks.table("rows", rows, ("bits",))
-    ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation"))
+    ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation", "bits"))
     gaps = adaptation_gaps(rows[rows.bits >= 2])
     ax.axhspan(-1.5, 0, color="0.9", zorder=0)
     gaps = gaps.assign(width=gaps.bits.map(_widths(gaps))).sort_values("bits", kind="stable")
     _side_by_side(ax, gaps, "width", "gap", "statistics")
-    return _named(ax, _BITS, "top-1 above adapted (points)")
+    return _finish(ax, _BITS, "top-1 above adapted (points)")
 
 
 def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Angles between the child models' gradients after the last epoch, by layer from the input to the output.
 
-    A line for each pair of bit-widths on the same images; dashed: one bit-width on other images. rows: the angles of
+    A line for each pair of bit-widths on the same images; dashed lines are one bit-width on other images. rows: of
     `measure.alignment`. ValueError: no rows.
     """
-    checks.table("rows", rows, ("layer", "depth", "epoch"))
-    ax = axes(ax, _setting(rows, "Angles between gradients, by layer"), _WIDE)
+    ax = axes(ax, _setting(rows, "Angles between gradients, by layer", "layer", *_ANGLES), _WIDE)
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
     _angle_lines(ax, last.sort_values("depth", kind="stable"), "layer")
     ax.tick_params(axis="x", rotation=60, labelsize=7)
-    return _named(ax, "", "angle (degrees)", beside=True)
+    return _finish(ax, "", "angle (degrees)", beside=True)
 
 
 def angles_by_epoch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """The same angles, all layers as one vector, before training and after each epoch. ValueError: no rows."""
-    checks.table("rows", rows, ("depth", "epoch"))
-    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training"), _WIDE)
+    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training", *_ANGLES), _WIDE)
     _angle_lines(ax, rows[rows.depth < 0], "epoch")
-    return _named(ax, "epochs trained", "angle (degrees)", beside=True)
+    return _finish(ax, "epochs trained", "angle (degrees)", beside=True)
 
 
 def _angle_lines(ax: Axes, rows: pd.DataFrame, x: str) -> None:
-    checks.table("rows", rows, (x, "bits", "other_bits", "other_images", "angle"))
     images = rows.other_images.astype(bool).map({False: "same images", True: "other images"})
     both = rows.bits.astype(str) + " and " + rows.other_bits.astype(str) + " bits"
     pair = both.where(rows.bits != rows.other_bits, rows.bits.astype(str) + " bits")
@@ -279,8 +260,7 @@ def _angle_lines(ax: Axes, rows: pd.DataFrame, x: str) -> None:
 def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> Axes:
     """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
 
-    label, value: columns; unit: what `value` is measured in; mark: where a dashed line shows what is claimed.
-    ValueError: no rows.
+    label, value: columns; unit: of `value`; mark: where a dashed line shows what is claimed. ValueError: no rows.
     """
     checks.table("rows", rows, (label, value))
     ax, (dots, bar, *_) = axes(None, title), sns.color_palette("colorblind")
@@ -292,7 +272,7 @@ def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, ma
         ax.axvline(mark, ls="--", lw=1, color="0.3")
     ax.tick_params(axis="y", labelsize=7)
     ax.set_xlim(left=0)
-    return _named(ax, unit, "")
+    return _finish(ax, unit, "")
 
 
 def save(ax: Axes, path: Path) -> None:

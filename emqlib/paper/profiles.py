@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,23 @@ class Profile(Setting):
     dataset: str = ""  # in place of every experiment's own
 
 
-_SMOKE = TrainConfig(epochs=4, batch_size=32, lr=0.05)
+_TINY_RESNET = (("width", 4),)
 _TINY_VIT = (("patch_size", 8), ("width", 16), ("depth", 1), ("heads", 1))
-_SMALL_VIT = (("patch_size", 8), ("width", 64), ("depth", 4), ("heads", 2))
+_VIT = (("patch_size", 8), ("width", 64), ("depth", 4), ("heads", 2))
+
+_SMOKE = TrainConfig(epochs=4, batch_size=32, lr=0.05)
 _CPU = TrainConfig(autocast="bfloat16")
 _GPU = TrainConfig(autocast="bfloat16", compile="auto")
 _STEPS = replace(_GPU, schedule="step")
+_SMOKE_VIT = replace(_SMOKE, epochs=5, optimizer="adamw", lr=1e-3)
+_SMALL_VIT = TrainConfig(epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0)
+_SMALL_IMAGENET = replace(_CPU, epochs=5, batch_size=32, lr=0.05, warmup_epochs=1)
+# what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
+_PAPER = replace(_STEPS, epochs=200, optimizer="adamw", lr=1e-3, weight_decay=0, milestones=(100, 150, 180))
+# DeiT's schedule (arXiv 2012.12877, table 9), its learning rate of 1e-3 for batches of 1,024 scaled to 128
+_DEIT = replace(_GPU, epochs=300, optimizer="adamw", lr=1.25e-4, weight_decay=0.05, warmup_epochs=5)
+# Any-Precision's schedule for ImageNet
+_IMAGENET = replace(_STEPS, epochs=80, batch_size=256, lr=0.5, weight_decay=1e-5, milestones=(45, 60, 70))
 
 PROFILES = {
     # shows in seconds and without a download that everything runs
@@ -57,19 +69,14 @@ PROFILES = {
         dataset="digits",
         subset=(192, 96),
         model="resnet8",
-        model_args=(("width", 4),),
+        model_args=_TINY_RESNET,
         training=_SMOKE,
         repeats=1,
         lengths=(4, 5),
         coreset_epochs=5,
         coreset_subset=(160, 80),
-        vit=Setting(
-            model="vit_tiny",
-            model_args=_TINY_VIT,
-            training=replace(_SMOKE, epochs=5, optimizer="adamw", lr=1e-3),
-            subset=(160, 80),
-        ),
-        imagenet=Setting(model="resnet8", model_args=(("width", 4),), training=_SMOKE, image_size=32),
+        vit=Setting(model="vit_tiny", model_args=_TINY_VIT, training=_SMOKE_VIT, subset=(160, 80)),
+        imagenet=Setting(model="resnet8", model_args=_TINY_RESNET, training=_SMOKE, image_size=32),
         cost_subset=(192, 96),
         bit_counts=(2, 3),
     ),
@@ -83,46 +90,20 @@ PROFILES = {
         lengths=(4, 8),
         coreset_epochs=8,
         coreset_subset=(10000, 5000),
-        vit=Setting(
-            model="vit_tiny",
-            model_args=_SMALL_VIT,
-            training=TrainConfig(
-                epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0
-            ),
-            subset=(10000, 5000),
-        ),
-        imagenet=Setting(
-            model="torchvision.resnet18",
-            training=replace(_CPU, epochs=5, batch_size=32, lr=0.05, warmup_epochs=1),
-            image_size=224,
-        ),
+        vit=Setting(model="vit_tiny", model_args=_VIT, training=_SMALL_VIT, subset=(10000, 5000)),
+        imagenet=Setting(model="torchvision.resnet18", training=_SMALL_IMAGENET, image_size=224),
     ),
     "paper": Profile(
         name="paper",
         model="preact_resnet20",
         model_args=(("width_factor", 5),),
-        # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
-        training=replace(
-            _STEPS, epochs=200, optimizer="adamw", lr=1e-3, weight_decay=0, milestones=(100, 150, 180), compile="graphs"
-        ),
+        training=replace(_PAPER, compile="graphs"),
         repeats=1,
         lengths=(50, 100, 200),
         coreset_epochs=200,
         coreset_subset=(0, 0),
-        # DeiT's schedule (arXiv 2012.12877, table 9), its learning rate of 1e-3 for batches of 1,024 scaled to 128
-        vit=Setting(
-            model="vit_tiny",
-            model_args=(("patch_size", 4),),
-            training=replace(
-                _GPU, epochs=300, optimizer="adamw", lr=1.25e-4, weight_decay=0.05, warmup_epochs=5, label_smoothing=0.1
-            ),
-        ),
-        # Any-Precision's schedule for ImageNet, on torchvision's network
-        imagenet=Setting(
-            model="torchvision.resnet50",
-            training=replace(_STEPS, epochs=80, batch_size=256, lr=0.5, weight_decay=1e-5, milestones=(45, 60, 70)),
-            image_size=224,
-        ),
+        vit=Setting(model="vit_tiny", model_args=(("patch_size", 4),), training=replace(_DEIT, label_smoothing=0.1)),
+        imagenet=Setting(model="torchvision.resnet50", training=_IMAGENET, image_size=224),
     ),
 }
 
@@ -164,9 +145,9 @@ def parameters(
         profile: "smoke", "small", "paper", or "auto": $EMQ_PROFILE, else paper with CUDA and small without.
         bits: the trained bit-widths.
         seed: the first seed.
-        repeats: how many seeds, 0 for as many as the profile has.
-        results_dir: a folder, or "auto": `results` beside the package, or below the working directory where the package
-            was installed without it; `build/smoke` there for smoke.
+        repeats: how many seeds, 0 for the profile's number.
+        results_dir: a folder, or "auto": `results` beside the package, or in the working directory if the package was
+            installed without it; for smoke `build/smoke` there.
         pruning_rates: fractions in [0, 1), none twice; empty for the experiment's own.
         lengths: numbers of epochs, none twice; empty for the profile's own.
         dataset: a name of `load_dataset`; empty for the experiment's own.
@@ -177,18 +158,18 @@ def parameters(
         ValueError: names the parameter, its value and what is allowed.
     """
     chosen = PROFILES[_profile_name(profile)]
-    trained = checks.bit_widths("bits", _listed("bits", bits))
     first = checks.integer("seed", seed, 0)
     count = checks.integer("repeats", repeats, 0, 1000) or chosen.repeats
     rates = "fractions in [0, 1), none twice, for example [0.5, 0.8]"
     epochs = "numbers of epochs, none twice, for example [4, 12]"
+    length = partial(checks.integer, "lengths", low=1, high=MOST_EPOCHS)
     return Parameters(
         profile=chosen,
-        bits=trained,
+        bits=checks.bit_widths("bits", _listed("bits", bits)),
         seeds=tuple(range(first, first + count)),
         results_dir=_results_dir(results_dir, chosen),
         pruning_rates=_each("pruning_rates", pruning_rates, rates, checks.pruning_rate),
-        lengths=tuple(sorted(_each("lengths", lengths, epochs, _epochs))) or chosen.lengths,
+        lengths=tuple(sorted(_each("lengths", lengths, epochs, length))) or chosen.lengths,
         dataset=_dataset(dataset),
         model="" if isinstance(model, str) and not model else check_model("model", model),
         processes=checks.integer("processes", processes, 1, 1024),
@@ -220,10 +201,6 @@ def _each(name: str, value: Any, expected: str, check: Callable[[Any], Any]) -> 
         if len(set(found)) == len(found):
             return found
     raise checks.invalid(name, items, expected)
-
-
-def _epochs(value: Any) -> int:
-    return checks.integer("lengths", value, 1, MOST_EPOCHS)
 
 
 def _results_dir(value: str | Path, profile: Profile) -> Path:

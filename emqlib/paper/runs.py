@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..train.data import check_name as check_data
 from ..train.evaluate import ADAPTATION_SAMPLES, batch_norms, evaluate
 from ..train.loop import train
 
+Records = list[dict[str, Any] | None]  # of runs, None for what is not finished
 COST = ("sample_passes", "scoring_passes", "steps", "seconds")  # columns of a training's history, summed over epochs
 
 
@@ -114,10 +115,8 @@ class Run:
 
 def _asked(config: Any) -> dict[str, Any]:
     """The fields of a configuration that differ from their defaults, those of nested configurations likewise."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "device"}
-    defaults = {f.name: f.default for f in fields(config)}
-    differing = {name: value for name, value in values.items() if value != defaults[name]}
-    return {name: _asked(value) if is_dataclass(value) else value for name, value in differing.items()}
+    values = [(f.name, getattr(config, f.name), f.default) for f in fields(config) if f.name != "device"]
+    return {name: _asked(v) if is_dataclass(v) else v for name, v, default in values if v != default}
 
 
 def run_all(
@@ -151,9 +150,7 @@ def run_all(
         raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
     if None in records and not all(can_hold_files(results_dir.absolute() / name) for name in ("runs", "checkpoints")):
-        raise checks.invalid(
-            "results_dir", str(results_dir), "a folder that can be written to, runs/ and checkpoints/ too"
-        )
+        raise checks.invalid("results_dir", str(results_dir), "a folder in which runs/ and checkpoints/ can be written")
     _refuse_other_data(runs, records, {})
     launched = processes > 1 and None in records
     if launched:
@@ -175,14 +172,9 @@ def _listed(runs: Any) -> list[Run]:
 
 
 def _finish(
-    runs: list[Run],
-    records: list[dict[str, Any] | None],
-    results_dir: Path,
-    progress: bool,
-    deadline: Deadline,
-    worked: bool,
-) -> list[dict[str, Any]]:
-    """The records of all `runs`; worked: whether this call has made progress already, and may stop where time is up."""
+    runs: list[Run], records: Records, results_dir: Path, progress: bool, deadline: Deadline, worked: bool
+) -> Records:
+    """The records of all `runs`; worked: whether this call has made progress, so that it may stop where time is up."""
     loaded: dict[tuple, Dataset] = {}
     patience = 0  # seconds to wait for another process: in the first round other runs come before that
     while None in records:
@@ -211,9 +203,7 @@ def _finish(
     return records
 
 
-def _refuse_other_data(
-    runs: list[Run], records: list[dict[str, Any] | None], seen: dict[tuple, tuple[str, str]]
-) -> None:
+def _refuse_other_data(runs: list[Run], records: Records, seen: dict[tuple, tuple[str, str]]) -> None:
     """ValueError if records differ in the images of a data set; seen: checksums known before, and of what they are."""
     for run, record in zip(runs, records, strict=True):
         if record is not None:
@@ -261,7 +251,8 @@ def _execute(
     run: Run, data: Dataset, results_dir: Path, progress: bool | str, place: distributed.Place, deadline: Deadline
 ) -> dict[str, Any]:
     """Train and evaluate `run`, and write its record."""
-    model, history = _train(run, data, results_dir, progress, deadline)
+    model = build(run, data.num_classes)
+    history = train(model, data, run.config, checkpoint_file(run, results_dir), progress, budget=deadline)
     switchable = run.spec.norm == "switchable" and batch_norms(model)  # which knows the trained bit-widths alone
     rows = evaluate(model, data, bits=run.spec.bits if switchable else run.eval_bits).assign(adapted=False)
     if batch_norms(model):
@@ -335,15 +326,10 @@ def build(run: Run, num_classes: int) -> nn.Module:
 def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:
     """The network of `run` and its data: trained, or read where `run_all` has left its checkpoint."""
     data = data_of(checks.instance("run", run, Run, "a Run"))
-    with alone(checkpoint_file(run, results_dir), patience=-1):
-        return _train(run, data, results_dir, progress)[0], data
-
-
-def _train(
-    run: Run, data: Dataset, results_dir: str | Path, progress: bool | str, deadline: Deadline | None = None
-) -> tuple[nn.Module, pd.DataFrame]:
-    model = build(run, data.num_classes)
-    return model, train(model, data, run.config, checkpoint_file(run, results_dir), progress, budget=deadline)
+    model, checkpoint = build(run, data.num_classes), checkpoint_file(run, results_dir)
+    with alone(checkpoint, patience=-1):
+        train(model, data, run.config, checkpoint, progress)
+    return model, data
 
 
 Measure = Callable[[nn.Module, Dataset], pd.DataFrame]
@@ -367,15 +353,12 @@ def derived(run: Run, name: str, results_dir: str | Path, measure: Measure, each
         raise checks.invalid("measure", measure, "a function of a network and its data")
     path = rows_file(run, results_dir, f"-{name}")
     checkpoint = checkpoint_file(run, results_dir, f"-{name}" if each_epoch else "")
-    with nullcontext() if path.exists() else alone(checkpoint, patience=-1):
-        if not path.exists():  # another process may have been at work on it
-            if each_epoch:
-                data, table = _followed(run, checkpoint, measure)
-            else:
-                model, data = trained(run, results_dir)
-                table = measure(model, data)
-            remove_parts(path)
-            write_text(path, json.dumps({"asked": _about(run, data), "table": table.to_dict("list")}) + "\n")
+    if not path.exists():
+        with alone(checkpoint, patience=-1):
+            if not path.exists():  # another process may have been at work on it
+                data, table = _measured(run, checkpoint, measure, each_epoch)
+                remove_parts(path)
+                write_text(path, json.dumps({"asked": _about(run, data), "table": table.to_dict("list")}) + "\n")
     try:
         record = json.loads(path.read_text())
         return pd.DataFrame(record["table"]).assign(**record["asked"])
@@ -383,10 +366,13 @@ def derived(run: Run, name: str, results_dir: str | Path, measure: Measure, each
         raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
 
 
-def _followed(run: Run, checkpoint: Path, measure: Measure) -> tuple[Dataset, pd.DataFrame]:
-    """The data and what `measure` finds before training and after each epoch, which the checkpoint keeps."""
+def _measured(run: Run, checkpoint: Path, measure: Measure, each_epoch: bool) -> tuple[Dataset, pd.DataFrame]:
+    """The data of `run` and the table of `derived`; the checkpoint keeps what is measured after each epoch."""
     data = data_of(run)
     model = build(run, data.num_classes)
+    if not each_epoch:
+        train(model, data, run.config, checkpoint)
+        return data, measure(model, data)
     tables = [measure(model, data)]
     history = train(model, data, run.config, checkpoint, observe=lambda m: measure(m, data).to_dict("list"))
     tables += map(pd.DataFrame, history.observed)
@@ -435,13 +421,11 @@ def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
 def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     """A run's rows, with what was asked for before them and its cost and provenance after them."""
     pruned = run.config.coreset if run.pruning_rate else CoresetConfig(pruning_rate=0)
-    asked = {
-        **{"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme},
-        **{"norm": run.spec.norm, "correction": run.correction, "pruning_rate": run.pruning_rate},
-        **{"coreset": run.coreset, "candidates": pruned.candidates, "scoring_epochs": pruned.warmup},
-        **{"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]},
-        **{k: getattr(run.config, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed")},
-    }
+    asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "scheme": run.config.scheme}
+    asked |= {"norm": run.spec.norm, "correction": run.correction, "pruning_rate": run.pruning_rate}
+    asked |= {"coreset": run.coreset, "candidates": pruned.candidates, "scoring_epochs": pruned.warmup}
+    asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]}
+    asked |= {k: getattr(run.config, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
     cost = {k: sum(epoch[k] for epoch in record["history"]) for k in COST}
     rows = pd.DataFrame(record["rows"])
     rows["calibration_passes"] = record["calibration_passes"] * rows.adapted

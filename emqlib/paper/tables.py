@@ -45,7 +45,7 @@ def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
 def _wide(rows: pd.DataFrame, index: list[str], columns: str, value: str = "top1") -> pd.DataFrame:
     """`spread` as text, one column a value of `columns`, in order; what was not run is empty."""
     cells = spread(rows, [*index, columns], value)
-    cells = cells.assign(text=_texts(cells["mean"], cells["std"]))
+    cells["text"] = _texts(cells["mean"], cells["std"])
     wide = cells.pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
     return wide.sort_index(axis=1).fillna("").rename_axis(columns=None)
 
@@ -64,10 +64,9 @@ def seed_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def _mean_over_bits(rows: pd.DataFrame, by: list[str]) -> pd.Series:
-    """mean ± standard deviation over seeds of each seed's mean over bit-widths, for each group of `by`."""
+    """For each group of `by` the text of each seed's mean over bit-widths: mean ± standard deviation over seeds."""
     seeds = rows.groupby([*by, "seed"], sort=False).top1.mean().groupby(by, sort=False)
-    means = seeds.mean()
-    return pd.Series(_texts(means, seeds.std()), index=means.index, dtype=object)
+    return pd.Series(_texts(seeds.mean(), seeds.std()), index=seeds.mean().index, dtype=object)
 
 
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -92,16 +91,14 @@ def correction_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """`columns` of each setting and seed, summed over its runs, each counted once: Dedicated has one a bit-width.
+    """`columns` of each setting and seed, summed over its runs: Dedicated has one a bit-width.
 
-    "calibration" are the images that go forward in the adaptation of those bit-widths of `rows` that cannot be served
-    without it, as those that a switchable norm was not trained for.
+    "calibration" is the number of images that adapt those bit-widths of `rows` that cannot be served without it.
     """
-    parts = ["adapted", "bits", "calibration_passes"] if "calibration" in columns else []
-    needed = [*SETTING, "run", "seed", *parts, *(name for name in columns if name != "calibration")]
+    needed = [*SETTING, "run", "seed", *(name for name in columns if name != "calibration")]
     runs = checks.table("rows", rows, needed).drop_duplicates("run")
     if "calibration" in columns:
-        needing = served(rows)
+        needing = served(checks.table("rows", rows, ["calibration_passes"]))
         passes = needing[needing.adapted].groupby("run").calibration_passes.sum()
         runs = runs.assign(calibration=runs.run.map(passes).fillna(0))
     return runs.groupby([*SETTING, "seed"], sort=False)[columns].sum()
@@ -122,9 +119,9 @@ def with_cost(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
 def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row a method and setting: mean top-1 (%) over the trained bit-widths, and what training cost.
 
-    The mean is without and with batch-norm adaptation. The cost is sample passes (millions) and the part of them (%) in
-    the scoring phase, forward passes of calibration (millions), optimizer steps, seconds, and how many times fewer
-    passes and seconds than Any-Precision at as many epochs. All are means over seeds.
+    The mean is without and with batch-norm adaptation. The cost is sample passes (millions) and the part of them (%)
+    in the scoring phase, forward passes of calibration (millions), optimizer steps, seconds, and how many times fewer
+    passes and seconds than Any-Precision takes for as many epochs. All are means over seeds.
 
     Args:
         rows: of `runs.run_all`.
@@ -160,7 +157,7 @@ def _paper_columns(wide: pd.DataFrame, reported: pd.DataFrame) -> dict[str, list
     columns = {}
     for metric, name in {"mean_top1": "paper: top1 (%)", "time_ratio": "paper: times faster"}.items():
         values = reported[reported.metric == metric].set_index(["method", "pruning_rate"]).value
-        # the paper's method has the correction and TDDS coresets: an ablation of it has no number there
+        # the paper has numbers of its own method alone, with the correction and TDDS coresets, not of ablations
         own = (wide.method != "Ours") | ((wide.correction == "mean_var") & wide.coreset.isin(["full data", "tdds"]))
         keys = zip(wide.method, wide.pruning_rate, own, strict=True)
         columns[name] = [values.get((method, rate)) if reports else None for method, rate, reports in keys]
@@ -171,8 +168,8 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     """How much of the gap between the uncorrected network and its adapted self each correction closes, by bit-width.
 
     One row a bit-width: top-1 (%) of ours on the full data for each correction, without and with batch-norm adaptation,
-    and the share of the gap that each correction closes with no adaptation (%), all means over seeds. The share is
-    empty where the gap is below one point: that is within the noise of seeds. ValueError: `rows` lack such runs.
+    and the share of the gap (%) that each correction closes. The share is empty where the gap is below one point, which
+    is within the noise of seeds. All are means over seeds. ValueError: `rows` lack such runs.
     """
     checks.table("rows", rows, ("method", "pruning_rate", "correction", "bits", "trained", "adapted", "top1"))
     part = rows[(rows.method == "Ours") & (rows.pruning_rate == 0)]
@@ -189,10 +186,10 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
 def comparison_table(
     rows: pd.DataFrame, columns: str = "pruning_rate", index: Sequence[str] = ("coreset",)
 ) -> pd.DataFrame:
-    """One row a way to select coresets, one column a pruning rate: mean top-1 (%) over the trained bit-widths.
+    """One row a kind of coreset, one column a pruning rate: mean top-1 (%) over the trained bit-widths.
 
-    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run. columns, index: what
-    else to spread the numbers over.
+    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run. columns, index: of
+    `rows`, in place of pruning rates and coresets.
     """
     return _wide(seed_means(rows, [*index, columns]), list(index), columns).reset_index()
 
@@ -203,7 +200,7 @@ def curve_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
-    """One row a way to select coresets: what they had in common, means over draws, bit-widths and seeds.
+    """One row a kind of coreset: what its coresets have in common, means over draws, bit-widths and seeds.
 
     - union: the fraction of the data that is in any coreset of a draw.
     - overlap: the fraction of a coreset that another bit-width's has too.
@@ -223,15 +220,14 @@ def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
 def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
     """One row a run of Any-Precision: its mean top-1 (%), and that of ours at each pruning rate for no more cost.
 
-    Ours is the longest of the runs there are that costs no more; empty where all cost more. cost: "seconds" or
-    "sample_passes"; rows: of `experiments.curves`.
+    Of ours, the longest run that costs no more is taken. cost: "seconds" or "sample_passes"; rows: of
+    `experiments.curves`.
     """
     checks.choice("cost", cost, ("seconds", "sample_passes"))
     points = with_cost(rows, cost).groupby(SETTING, sort=False)[["top1", cost]].mean().reset_index()
     ours, table = points[points.method.str.startswith("Ours")], []
     for baseline in points[points.method == "Any-Precision"].to_dict("records"):
-        row = {"epochs": baseline["epochs"], cost: round(baseline[cost])}
-        row |= {"Any-Precision": round(baseline["top1"], 1)}
+        row = {"epochs": baseline["epochs"], cost: round(baseline[cost]), "Any-Precision": round(baseline["top1"], 1)}
         for (method, rate), runs in ours.groupby(["method", "pruning_rate"], sort=False):
             longest = runs[runs[cost] <= baseline[cost]].sort_values("epochs").tail(1)
             texts = [f"{run.top1:.1f} ({run.epochs} epochs)" for run in longest.itertuples()]
@@ -241,9 +237,9 @@ def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
 
 
 def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:
-    """`rows` with their coresets' names made to tell apart all that differs: candidates and training included.
+    """`rows` with coresets' names that tell apart all that differs, candidates and training included.
 
-    more: other columns whose values belong to the name where they are not the most frequent one.
+    more: other columns, whose value is part of the name where it is not the most frequent one.
     """
     asked = ("batch_size", "lr", "weight_decay", *more)
     checks.table("rows", rows, ("coreset", "candidates", "scoring_epochs", *asked))
@@ -266,18 +262,17 @@ def option_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def adaptation_gaps(rows: pd.DataFrame) -> pd.DataFrame:
-    """How far each network is above its batch-norm-adapted self: one row a seed and bit-width, gap in points.
+    """How far each network is above its batch-norm-adapted self, in points: one row a seed and bit-width.
 
-    Column statistics says what takes the place of adaptation: running statistics that bit-widths share, or that each
-    trained bit-width has of its own, without or with output correction. rows: of `experiments.uncalibrated`.
+    Column statistics: shared by bit-widths, or their own for each trained one; without or with output correction.
+    rows: of `experiments.uncalibrated`.
     """
     keys = ["run", "seed", "bits", "trained"]
     checks.table("rows", rows, (*keys, "norm", "correction", "adapted", "top1"))
     norms = rows.norm.map({"shared": "shared statistics", "shared_affine": "own statistics"})
     corrected = rows.correction.str.endswith(", output").map({True: ", output correction", False: ""})
-    wide = rows.assign(statistics=norms + corrected).pivot_table(
-        index=["statistics", *keys], columns="adapted", values="top1", sort=False
-    )
+    pivot = {"index": ["statistics", *keys], "columns": "adapted", "values": "top1", "sort": False}
+    wide = rows.assign(statistics=norms + corrected).pivot_table(**pivot)
     return wide.assign(gap=wide[False] - wide[True]).reset_index()
 
 
@@ -290,10 +285,10 @@ def adaptation_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a method and set of trained bit-widths: top-1 (%) at every bit-width as served, and what that costs.
+    """One row a method and set of trained bit-widths: top-1 (%) at every bit-width as served, and the cost.
 
-    Any-Precision is calibrated where it was not trained, ours nowhere. passes: of training, in millions; calibration:
-    forward passes, in thousands; means ± std over seeds. rows: of `experiments.untrained`.
+    Any-Precision is calibrated where it was not trained, ours nowhere. Passes of training are in millions, forward
+    passes of calibration in thousands. Means ± std over seeds. rows: of `experiments.untrained`.
     """
     checks.table("rows", rows, ("sample_passes", "calibration_passes", "seconds"))
     index = ["trained_bits", "method", "correction"]
@@ -308,8 +303,8 @@ def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
 def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a child model: top-1 (%) after all steps, after its own alone, after the others' alone.
 
-    Means ± std over seeds, all after batch-norm adaptation, so that what is compared are weights; "gained" is what the
-    others' steps add to its own. rows: of `experiments.transfer`.
+    Means ± std over seeds, all after batch-norm adaptation, so that weights are compared. "gained" is what the others'
+    steps add to its own. rows: of `experiments.transfer`.
     """
     checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "top1"))
     adapted = rows[rows.adapted]
@@ -326,10 +321,9 @@ def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
 def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Training cost by scheme and number of bit-widths: sample passes, by formula too, calibration, steps, seconds.
 
-    The formula, for B bit-widths, N images and E epochs, is B N E; of ours with coresets it is B N (c S + (1 - r)
-    (E - S)), where S scoring epochs see the fraction c of the images, and r is the pruning rate. Calibration are the
-    images that go forward to serve bit-widths that were not trained. Dedicated is the sum of one network for each
-    bit-width. rows: of `experiments.growth`.
+    The formula, for B bit-widths, N images and E epochs, is B N E. With coresets it is B N (c S + (1 - r) (E - S)):
+    S scoring epochs see the fraction c of the images, and r is the pruning rate. Dedicated is the sum of one network
+    for each bit-width. rows: of `experiments.growth`.
     """
     checks.table("rows", rows, (*SETTING, "run", "trained_bits", "scoring_epochs", "n_train"))
     runs = rows.drop_duplicates("run")
