@@ -126,7 +126,8 @@ def write(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None
         name: torch.clone(t.detach().cpu(), memory_format=torch.contiguous_format) for name, t in tensors.items()
     }
     told = canonical_json(about)
-    whole = save(tensors, {"emqlib": told, "sha256": _digest(told, tensors)})
+    # one entry alone: the library writes several in any order, and equal contents should give equal files
+    whole = save(tensors, {"emqlib": _digest(told, tensors) + told})
     write_atomic(path, lambda file: file.write(whole))
 
 
@@ -147,8 +148,8 @@ def read(path: Path, version: int, expected: str, name: str = "path") -> tuple[d
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            about = json.loads(metadata["emqlib"])
+            checksum, told = file.metadata()["emqlib"][:64], file.metadata()["emqlib"][64:]
+            about = json.loads(told)
             names = file.keys()
             tensors = {key: file.get_tensor(key) for key in names}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # of PyTorch: a shape
@@ -156,7 +157,7 @@ def read(path: Path, version: int, expected: str, name: str = "path") -> tuple[d
     found = about.get("version") if isinstance(about, dict) else None
     if found != version:
         raise checks.invalid(name, str(path), f"{expected}, of version {version} of the format, not {found!r}")
-    if metadata.get("sha256") != _digest(metadata["emqlib"], tensors):
+    if checksum != _digest(told, tensors):
         raise checks.invalid(name, str(path), f"{expected}: it is not what was saved, its checksum differs")
     return about, tensors
 

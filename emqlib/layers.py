@@ -217,11 +217,11 @@ class TrackedDoReFa(InputQuantizer):
         return quantizers.dorefa_grid(n, self.high, self.low.clone() if self.signed else None)
 
     def start(self, x: Tensor) -> None:
-        """The range starts as that of the first batch."""
+        """Take the range of the first batch, x (any shape)."""
         self.follow(x, momentum=1.0)
 
     def follow(self, x: Tensor, momentum: float = 0.1) -> None:
-        """The range moves towards that of the batch; it never has width zero, by which a grid would divide."""
+        """Move towards the range of x (any shape), which never has width zero, by which a grid would divide."""
         low, high = self._extremes(x)
         self.low.lerp_(low.to(self.low.dtype).clamp_max(-1e-6), momentum)
         self.high.lerp_(high.to(self.high.dtype).clamp_min(1e-6), momentum)
@@ -251,7 +251,7 @@ class PACT(_LearnedInputQuantizer):
         return quantizers.learned_grid(n, quantizers.pact_step(n, self.scale(), self.signed), self.signed)
 
     def start(self, x: Tensor) -> None:
-        """The clipping level starts as the largest number in the first batch."""
+        """Take the largest number in the first batch, x (any shape), as the clipping level."""
         low, high = self._extremes(x.float())
         self.scale.start(torch.maximum(-low, high))
 
@@ -266,7 +266,7 @@ class LSQ(_LearnedInputQuantizer):
         self.scale = LearnedScale(bits, _reach(signed))
 
     def quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        """See `InputQuantizer.quantize`."""
+        """See `InputQuantizer.quantize`: x of any shape."""
         return kernels.lsq_activation(x, n, self.scale(), self.signed, self.parts)
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
@@ -274,7 +274,7 @@ class LSQ(_LearnedInputQuantizer):
         return quantizers.learned_grid(n, self.scale(), self.signed)
 
     def start(self, x: Tensor) -> None:
-        """The step starts at LSQ's initial one for the first batch."""
+        """Take LSQ's initial step for the first batch, x (any shape)."""
         size = 2 * x.float().abs().mean()
         self.scale.start(self.reduce.mean(size) if self.reduce else size)
 

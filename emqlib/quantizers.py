@@ -55,7 +55,8 @@ def round_ste(x: Tensor) -> Tensor:
 def dorefa_weight(w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
     """E (2 r(n (t/2 + 1/2)) / n - 1) and E t, with t = tanh(w) / max|tanh(w)| and E = mean|w|.
 
-    E and the maximum are of the whole tensor; E carries no gradient, the maximum does. An all-zero weight gives zeros.
+    w is (O, ...), and so are both results. E and the maximum are of the whole tensor. E carries no gradient, and the
+    maximum does. An all-zero weight gives zeros.
     Source: Any-Precision-DNNs, models/quan_ops.py; DoReFa, eq. 9.
     """
     E, tanh = w.detach().abs().mean(), w.tanh()
@@ -66,7 +67,8 @@ def dorefa_weight(w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
 def minmax_weight(w: Tensor, n: Number, zero_level: bool = False) -> tuple[Tensor, Tensor]:
     """s (2 r(n (w/(2s) + 1/2)) / n - 1) and w, with s = max|w_o| for each output channel o.
 
-    This grid of n + 1 levels has no zero. With `zero_level` it is s r(m w/s) / m, m = (n - 1) / 2: the
+    w is (O, ...), and so are both results. This grid of n + 1 levels has no zero.
+    With `zero_level` it is s r(m w/s) / m, m = (n - 1) / 2: the
     n levels around zero that integer kernels want. s is a statistic and carries no gradient.
     """
     s = _largest(w)
@@ -96,6 +98,7 @@ def lsq_weight(w: Tensor, n: Number, scale: Tensor) -> tuple[Tensor, Tensor]:
 def dorefa_activation(x: Tensor, n: Number, high: Number = 1.0, low: Tensor | None = None) -> Tensor:
     """r(n clip(x, 0, c) / c) c / n with c = high; with a negative `low`, the grid `affine_grid` over [low, high].
 
+    x may have any shape.
     No gradient reaches the range. Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
     """
     return fake_quantize(x, *dorefa_grid(n, high, low))
@@ -104,6 +107,7 @@ def dorefa_activation(x: Tensor, n: Number, high: Number = 1.0, low: Tensor | No
 def pact_activation(x: Tensor, n: Number, alpha: Tensor, signed: bool) -> Tensor:
     """r(n clip(x, 0, a) / a) a / n with a learned clipping level a = alpha; signed: `signed_grid` in steps of 2 a / n.
 
+    x may have any shape.
     The gradient to alpha is 1 where x >= alpha and 0 inside. Signed: outside, the outermost level in units of alpha.
     Source: PACT, eq. 1-3.
     """
@@ -127,6 +131,7 @@ def fake_quantize(
 ) -> Tensor:
     """s r(clip((x - o) / s, q_min, q_max)) + o: the uniform quantizer that all activation methods share.
 
+    x may have any shape.
     With u = (x - o) / s, the gradient to x is 1 for q_min < u < q_max and 0 outside; to s it is r(u) - u inside, or 0
     without `learn_step`, and q_min or q_max outside; to o it is 0 inside and 1 outside.
     Source: LSQ, eq. 1-5; the offset is LSQ+'s (arXiv 2004.09576).
@@ -157,6 +162,7 @@ def unsigned_grid(n: Number) -> tuple[Number, Number, None]:
 def signed_grid(n: Number, scale: Tensor) -> tuple[Number, Number, Tensor | None]:
     """(q_min, q_max, offset) = (-2**(b-1), 2**(b-1) - 1, none), for inputs of either sign.
 
+    All are scalars.
     At 1 bit that grid would be {-s, 0} and lose every positive input, so there the offset is s/2: {-s/2, s/2}.
     """
     half = (n + 1) / 2
@@ -165,7 +171,7 @@ def signed_grid(n: Number, scale: Tensor) -> tuple[Number, Number, Tensor | None
 
 
 def affine_grid(n: Number, low: Tensor, high: Tensor) -> Grid:
-    """The grid of n + 1 levels over [low, high], low < 0 < high, of which one level is zero.
+    """The grid of n + 1 levels over [low, high], scalars with low < 0 < high, of which one level is zero.
 
     At 1 bit a zero level would leave one side without any, so there the two levels are low and high themselves.
     """
@@ -176,7 +182,7 @@ def affine_grid(n: Number, low: Tensor, high: Tensor) -> Grid:
 
 
 def dorefa_grid(n: Number, high: Number, low: Tensor | None = None) -> Grid:
-    """The grid of `dorefa_activation`: n + 1 levels over [0, high], or over [low, high] with a negative `low`."""
+    """The grid of `dorefa_activation`: n + 1 levels, scalars, over [0, high], or over [low, high] with a negative `low`."""
     return (high / n, *unsigned_grid(n)) if low is None else affine_grid(n, low, high)
 
 

@@ -39,7 +39,7 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Read the first `count` integers of what `pack_integers` wrote: int64 (count,).
+    """Read the first `count` integers of what `pack_integers` wrote, uint8 (K,): int64 (N,), N = count.
 
     >>> unpack_integers(torch.tensor([57], dtype=torch.uint8), bits=2, count=4)
     tensor([1, 2, 3, 0])

@@ -207,7 +207,7 @@ def layer_norms(
 def angle(a: Tensor, b: Tensor) -> float:
     """The angle in degrees between two tensors of equal shape: 2 atan2(|u - v|, |u + v|) of their directions u and v.
 
-    Unlike the arc cosine it is exact for small angles. NaN where a tensor is zero. Source: Kahan 2006.
+    Of any shape. Unlike the arc cosine it is exact for small angles. NaN where a tensor is zero. Source: Kahan 2006.
     """
     if tensor("a", a, "a tensor").shape != tensor("b", b, "a tensor").shape:
         raise invalid("b", tuple(b.shape), f"the shape of a, {tuple(a.shape)}")

@@ -6,6 +6,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 from .. import checks, files
 from .distributed import Place
@@ -215,8 +216,10 @@ def _of_each(work: Callable[[int], str], count: int) -> list[str]:
     def of_some(start: int) -> list[str]:
         return [work(i) for i in range(start, min(start + some, count))]
 
-    options = {"max_workers": min(8, os.cpu_count() or 1), "disable": None, "unit": f" x {some} files"}
-    return [digest for part in thread_map(of_some, range(0, count, some), **options) for digest in part]
+    starts = range(0, count, some)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        parts = tqdm(pool.map(of_some, starts), total=len(starts), disable=None, unit=f" x {some} files")
+        return [digest for part in parts for digest in part]
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:

@@ -66,10 +66,10 @@ def edited(path: Path, change: Any) -> Path:
     data, tensors = path.read_bytes(), load_file(path)
     length = struct.unpack("<Q", data[:8])[0]
     head = json.loads(data[8 : 8 + length])
-    about = json.loads(head["__metadata__"]["emqlib"])
+    about = json.loads(head["__metadata__"]["emqlib"][64:])
     change(about)
     told = json.dumps(about)
-    head["__metadata__"] = {"emqlib": told, "sha256": container._digest(told, tensors)}
+    head["__metadata__"] = {"emqlib": container._digest(told, tensors) + told}
     text = json.dumps(head).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
     return path
@@ -98,7 +98,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     emq.train(model, data, emq.TrainConfig(epochs=1, batch_size=10), progress=False)
     path = tmp_path / "net.safetensors"
     emq.save(model, path)
-    about = json.loads(header(path)["__metadata__"]["emqlib"])
+    about = json.loads(header(path)["__metadata__"]["emqlib"][64:])
     assert about["version"] == 4 and about["network"] == {"name": "resnet8", "num_classes": 10, "width": 4}
     assert about["spec"]["bits"] == [2, 4] and about["spec"]["activation_range"] == "unit"
     assert about["trained_on"] == {

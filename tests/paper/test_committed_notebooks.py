@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+import emqlib as emq
 from emqlib.paper import experiments, measure, plots, profiles, runs, tables
 
 nbformat = pytest.importorskip("nbformat")
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = {m.__name__.rpartition(".")[2]: m for m in (experiments, measure, plots, profiles, runs, tables)}
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (experiments, measure, plots, profiles, runs, tables)} | {
+    "emq": emq
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -25,7 +28,10 @@ def test_a_committed_notebook_holds_results_alone(path: Path) -> None:
     assert all(cell.metadata in ({}, {"tags": ["parameters"]}) for cell in notebook.cells)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert {out.output_type for cell in code for out in cell.outputs} <= {"execute_result", "display_data"}
+    outputs = [out for cell in code for out in cell.outputs]
+    assert {out.output_type for out in outputs} <= {"execute_result", "display_data", "stream"}
+    printed = "".join(out.text for out in outputs if out.output_type == "stream")
+    assert {out.name for out in outputs if out.output_type == "stream"} <= {"stdout"} and "\r" not in printed
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -37,7 +43,7 @@ def test_what_a_notebook_calls_is_there(path: Path) -> None:
 
 def test_every_experiment_has_a_notebook_and_every_figure_is_drawn() -> None:
     code = "".join(path.read_text() for path in NOTEBOOKS)
-    through_measure = {"corrected_or_not", "deployed"}  # which measure.distributions and measure.deploy train
+    through_measure = {"corrected_or_not"}  # which measure.distributions trains
     assert {f.__name__ for f in experiments.RUNS} - through_measure == set(re.findall(r"experiments\.(\w+)\(p\)", code))
     assert set(plots.FIGURES) == set(re.findall(r'plots\.draw\(p\.output\(\\"(\w+)\\"\)\)', code))
 

@@ -317,7 +317,6 @@ TABLE += [
     ("paper.runs.trained", {"results_dir": "results"}, {"run": RUNS}),
     ("paper.runs.coreset_rows", {"results_dir": "results"}, {"runs": [lambda: [run()], None, [3]]}),
     ("paper.runs.derived", DERIVE, {"run": RUNS, "measure": [None, "loss"]}),
-    ("paper.runs.followed", DERIVE, {"run": RUNS, "measure": [None, "loss"]}),
     ("paper.experiments.growth", {"p": small}, {"pruning_rate": RATES}),
     ("paper.experiments.imagenet", {}, {"p:dataset": [lambda: replace(small(), dataset="cifar10")]}),
     ("paper.experiments.transfer", {}, {"p:bits": [lambda: replace(small(), bits=(4,))]}),
@@ -340,7 +339,6 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("tables.untrained_table", "10_untrained_bitwidths", {}),
     ("tables.transfer_table", "09_knowledge_transfer", {}),
     ("tables.growth_table", "11_training_cost", {}),
-    ("tables.deployment_table", "12_deploy", {}),
     ("plots.accuracy_by_bits", "00_quickstart", {}),
     ("plots.accuracy_by_cost", "02_cifar100", {}),
     ("plots.accuracy_by_pruning", "05_coreset_comparison", {}),
@@ -350,7 +348,6 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("plots.mismatch", "08_mismatch", {}),
     ("plots.angles_by_layer", "09_angles", {}),
     ("plots.angles_by_epoch", "09_angles", {}),
-    ("plots.accuracy_by_size", "12_deploy", {}),
 ]
 FIRST = {"tables.coreset_table": "draws", "plots.distributions": "histograms"}  # what others call rows
 FRAMES = [None, "rows.csv", {"bits": [2]}, pd.DataFrame(), pd.DataFrame({"x": [1.0]})]

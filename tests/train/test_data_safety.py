@@ -86,7 +86,7 @@ def npy(size: int) -> bytes:
 
 def safetensors(size: int) -> bytes:
     tensor = {"dtype": "U8", "shape": [8, 3, size, 1], "data_offsets": [0, 24 * size]}
-    header = json.dumps({"__metadata__": {"emqlib": '{"version":1}', "sha256": ""}, "images": tensor}).encode()
+    header = json.dumps({"__metadata__": {"emqlib": "0" * 64 + '{"version":1}'}, "images": tensor}).encode()
     return struct.pack("<Q", len(header)) + header
 
 
@@ -230,7 +230,7 @@ def test_the_limit_of_pixels_is_the_users(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_tensor_of_a_shape_that_no_tensor_has_is_no_whole_file(tmp_path: Path) -> None:
     header = json.dumps(
         {
-            "__metadata__": {"emqlib": '{"version":1}', "sha256": ""},
+            "__metadata__": {"emqlib": "0" * 64 + '{"version":1}'},
             "a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]},
         }
     ).encode()

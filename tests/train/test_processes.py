@@ -67,9 +67,7 @@ def test_processes_stop_together_when_time_is_up_and_end_as_if_they_had_not(toge
 def test_a_killed_process_ends_the_job_and_all_go_on_together(tmp_path: Path) -> None:
     killed = launch(tmp_path, "killed")
     assert killed.returncode != 0 and not list(tmp_path.glob("*.json"))
-    message = (
-        "process 0 of 2: another process has stopped, see its own error; start all of them again, and training goes on"
-    )
+    message = "process 0 of 2: another process has stopped, see its own error; start all of them again, and training"
     assert f"{message} goes on from the checkpoint {tmp_path / 'run.pt'}" in killed.stderr
     about, _ = container.read(tmp_path / "run.pt", checkpoints.VERSION, "a checkpoint")
     assert 1 <= len(json.loads(about["history"])) < 4

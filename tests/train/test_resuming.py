@@ -371,7 +371,8 @@ def test_losses_that_are_looked_at_late_are_not_forgotten(digits: Dataset, monke
         see(self, *args)
 
     monkeypatch.setattr(LossWatch, "see", late)
-    assert_same_history(train(tiny(), digits, quick()), history)
+    again = train(tiny(), digits, quick())
+    assert again.loss.tolist() == history.loss.tolist()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

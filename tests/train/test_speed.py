@@ -188,7 +188,7 @@ def test_no_step_that_records_scores_or_weighs_losses_waits(
     score: str, digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = {"how": "sample", "unbiased": True, "candidates": 1.0}
-    coreset = emq.CoresetConfig(score=score, pruning_rate=0.5, scoring_epochs=3, rescore=True, **drawn)
+    coreset = emq.CoresetConfig(score=score, pruning_rate=0.5, scoring_epochs=3, **drawn)
     with watched(monkeypatch) as waits:
         config = emq.TrainConfig(epochs=5, batch_size=20, coreset=coreset)
         emq.train(build("resnet8", bits=(2, 4)), digits, config, progress=False)
@@ -203,7 +203,7 @@ def test_the_watch_sees_what_waits(digits: emq.Dataset, monkeypatch: pytest.Monk
     assert waits.found == ["aten._local_scalar_dense", "aten.index"]
 
 
-@pytest.mark.parametrize("module", ["quantizers", "correction", "layers", "norms", "attention", "recorder"])
+@pytest.mark.parametrize("module", ["quantizers", "correction", "layers", "norms", "kernels"])
 def test_what_a_step_runs_through_asks_for_no_value(module: str) -> None:
     """`.cpu()` of a CPU tensor does nothing that a dispatch mode could see."""
     tree = ast.parse((Path(emq.__file__).parent / f"{module}.py").read_text())

@@ -402,7 +402,7 @@ def test_auto_compiles_where_a_run_is_long_enough(digits: Dataset, monkeypatch: 
     layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
     for scheme in ("joint", "bitwise"):
         config = quick(compile="auto", scheme=scheme)
-        forwards = len(model.quant_spec.bits) * config.epochs * -(-len(digits.train) // config.batch_size)
+        forwards = len(model.emq.spec.bits) * config.epochs * -(-len(digits.train) // config.batch_size)
         for steps, times in ((forwards / layers + 1, 0), (forwards / layers, 1)):
             monkeypatch.setattr(training.distributed, "COMPILE_STEPS", steps)
             compiled.clear()

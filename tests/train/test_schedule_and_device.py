@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import emqlib as emq
-from emqlib import TrainConfig, devices, experiments, layers, methods, profiles, results, runs, studies, training
+from emqlib import TrainConfig, layers
+from emqlib.paper import experiments, profiles, runs, tables
+from emqlib.train import distributed, loop
 
 # Learning rates of the steps
 
@@ -22,8 +24,8 @@ from emqlib import TrainConfig, devices, experiments, layers, methods, profiles,
 def rates(monkeypatch: pytest.MonkeyPatch, images: int = 6, **fields: object) -> list[float]:
     """The rate of each step of a run of three steps an epoch, without the arithmetic of the steps."""
     seen: list[float] = []
-    monkeypatch.setattr(training, "_step", lambda run, step, batch, lr, watch, where: seen.append(lr))
-    monkeypatch.setattr(training.LossWatch, "mean", lambda self: 0.0)
+    monkeypatch.setattr(loop, "_step", lambda run, step, batch, lr, watch, where: seen.append(lr))
+    monkeypatch.setattr(loop.LossWatch, "mean", lambda self: 0.0)
     data = emq.load_dataset("digits", image_size=8).subset(images, 2)
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.LazyLinear(10))
     net(torch.zeros(1, 3, 8, 8))
@@ -57,7 +59,7 @@ def test_a_run_of_one_step_trains(monkeypatch: pytest.MonkeyPatch, fields: dict)
 @pytest.mark.parametrize("epochs", range(1, 13))
 def test_short_runs_keep_the_decays_apart_and_an_epoch_after_each(epochs: int) -> None:
     p = profiles.parameters(profile="paper")
-    scaled = methods.base(p, 0, "cifar10", epochs).config.milestones
+    scaled = experiments.base(p, 0, "cifar10", epochs).config.milestones
     assert all(earlier < later for earlier, later in pairwise((0, *scaled, epochs)))
     own = p.profile.training.milestones
     assert len(scaled) == len(own) or epochs < 6
@@ -67,7 +69,7 @@ def test_short_runs_keep_the_decays_apart_and_an_epoch_after_each(epochs: int) -
 def test_milestones_of_a_run_of_the_profiles_own_length_stay() -> None:
     p = profiles.parameters(profile="paper")
     p = replace(p, profile=replace(p.profile, training=replace(p.profile.training, epochs=4, milestones=(1, 2, 3))))
-    assert methods.base(p, 0, "cifar10").config.milestones == (1, 2, 3)
+    assert experiments.base(p, 0, "cifar10").config.milestones == (1, 2, 3)
 
 
 # A processor without bfloat16
@@ -80,7 +82,7 @@ def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Whether the processor has it, whatever processor this is."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param, raising=False)
-    devices._tell_of_float32.cache_clear()
+    distributed._tell_of_float32.cache_clear()
     return request.param
 
 
@@ -88,14 +90,14 @@ def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
-            with devices.autocast("bfloat16", CPU):
+            with distributed.autocast("bfloat16", CPU):
                 found = nn.Linear(2, 2)(torch.ones(1, 2)).dtype
             with warnings.catch_warnings():  # after which Python itself would tell it again
                 pass
     assert found == (torch.bfloat16 if bfloat16 else torch.float32)
     assert [str(w.message)[:35] for w in told] == ([] if bfloat16 else ["this processor has no fast bfloat16"])
     asked = [("none", CPU), ("float16", CPU), ("bfloat16", torch.device("cuda"))]
-    assert [devices.autocast_used(*pair) for pair in asked] == ["none", "float16", "bfloat16"]
+    assert [distributed.autocast_used(*pair) for pair in asked] == ["none", "float16", "bfloat16"]
 
 
 def test_the_warning_comes_before_the_first_step(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,18 +140,6 @@ def test_rows_from_before_are_read_beside_new_ones(tmp_path: Path) -> None:
     rows = runs.run_all([new, old], tmp_path, progress=False)
     assert list(rows.processor.isna()) == list(rows.seed == 1)
     assert "processor" not in runs.run_all([old], tmp_path, progress=False)
-
-
-def test_a_table_of_remedies_has_the_processor_of_new_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [name for name in studies._REMEDY_COLUMNS if name not in ("remedy", "adapted_top1")]
-    table = studies.pd.DataFrame([dict.fromkeys(names, 1) | {"run": "a", "adapted": a} for a in (False, True)])
-    run = methods.base(profiles.parameters(profile="smoke"), 0, "digits")
-    monkeypatch.setattr(runs.Run, "hash", "a")
-    monkeypatch.setattr(studies, "uncalibrated", lambda p, dataset: [run])
-    for rows in (table, table.drop(columns=["processor", "instructions", "autocast"])):
-        monkeypatch.setattr(studies, "run_all", lambda runs, results_dir, rows=rows: rows)
-        found = studies.remedies(profiles.parameters(profile="smoke"))
-        assert ("processor" in found) == ("processor" in rows) and "device" in found
 
 
 def test_the_processor_is_named_where_the_system_has_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,38 +226,40 @@ for kept, last in itertools.product(((), ("0",)), (False, True)):
     assert result.returncode == 0, result.stderr
 
 
-def test_compiled_on_a_cpu_it_keeps_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor takes channels-last by itself."""
+def test_on_a_cpu_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler takes channels-last by itself."""
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    monkeypatch.setattr(torch, "compile", lambda model: asked.append((model[0].stride, model[0].in_channels)) or model)
     for stride, channels in product((1, 2), (4, 16)):
-        devices.compiled(nn.Sequential(nn.Conv2d(channels, 8, 1, stride=stride)), True, 0)
-    assert asked == [{}, {}, {"options": {"layout_optimization": False}}, {}]
+        distributed.compiled(nn.Sequential(nn.Conv2d(channels, 8, 1, stride=stride)), True, 0)
+        distributed.compiled(nn.Sequential(nn.Conv2d(channels, 8, 1, stride=stride, device="meta")), True, 0)
+    made = [((s, s), c) for s, c in product((1, 2), (4, 16)) for _ in range(1 if (s, c) == (2, 4) else 2)]
+    assert asked == made
 
 
 # What `make demo` prints
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_table_of_the_demo_is_in_words() -> None:
-    rows = results.pd.read_csv(ROOT / "results/small/00_quickstart.csv")
-    table = results.correction_table(rows)
+    rows = tables.pd.read_csv(ROOT / "results/small/00_quickstart.csv")
+    table = tables.correction_table(rows)
     assert list(table.columns) == ["accuracy (%) by bit-width", "1", "2*", "3", "4*", "5", "6", "7", "8*"]
     assert table.iloc[:, 0].tolist() == ["without weight bias correction", "with weight bias correction"]
     found = rows[~rows.adapted].set_index(["correction", "bits"]).top1
     assert table["2*"].tolist() == [f"{found[correction, 2]:.1f}" for correction in ("none", "mean_var")]
     with pytest.raises(ValueError, match=r"^rows="):
-        results.correction_table(rows.drop(columns="adapted"))
+        tables.correction_table(rows.drop(columns="adapted"))
 
 
 def test_the_notebook_shows_the_table_that_the_demo_prints(tmp_path: Path) -> None:
     cells = json.loads((ROOT / "notebooks/00_quickstart.ipynb").read_text())["cells"]
-    (shown,) = [cell for cell in cells if "results.save(table" in "".join(cell["source"])]
-    assert "table = results.correction_table(rows)" in "".join(shown["source"])
-    table = results.correction_table(results.pd.read_csv(ROOT / "results/small/00_quickstart.csv"))
+    (shown,) = [cell for cell in cells if "tables.save(table" in "".join(cell["source"])]
+    assert "table = tables.correction_table(rows)" in "".join(shown["source"])
+    table = tables.correction_table(tables.pd.read_csv(ROOT / "results/small/00_quickstart.csv"))
     assert "".join(shown["outputs"][0]["data"]["text/plain"]) == repr(table)
-    results.save(table, tmp_path / "a")
+    tables.save(table, tmp_path / "a")
     assert (tmp_path / "a.md").read_text() == (ROOT / "results/small/00_quickstart.md").read_text()
 
 
