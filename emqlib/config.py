@@ -24,8 +24,9 @@ class TrainConfig:
     the labels, each lower one the softmax of the next higher. clip_grad_norm: the largest gradient norm, 0 for any.
     autocast: "none", "bfloat16" (float32 on a CPU that has no fast bfloat16, see `devices.autocast_used`) or "float16".
     channels_last: the memory format of images and weights, where that is safe (see `devices.memory_format`). compile:
-    True runs the network through torch.compile, "auto" only where the run has 500 steps or more for each layer, since
-    compiling costs more than it saves before; "graphs": as CUDA graphs, on one GPU alone, which need no compiling.
+    True runs the network through torch.compile where that is safe (see `devices.compiled`), "auto" only where the run
+    has 500 steps or more for each layer, since compiling costs more than it saves before; "graphs": as CUDA graphs, on
+    one GPU alone, which need no compiling.
     device: "auto" takes CUDA if there is one. seed: of shuffling, augmentation, dropout and coresets. coreset: None
     for the full data. batch_size: of a step, of all ranks together. accumulate: in how many parts, one after the other,
     a rank takes its share of a step, for less memory; batch norm sees one part at a time.

@@ -88,14 +88,15 @@ def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -
 
 
 def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
-    """`model` through torch.compile, where `how` is True, or "auto" and the run has steps enough to earn that back."""
+    """`model` through torch.compile, where `how` is True, or "auto" and the run has steps enough to earn that back.
+
+    On a CPU a network with a convolution that `fails_channels_last` is not compiled: the compiler chooses formats by
+    itself, and what it made of such networks crashed or gave NaN even when told to keep theirs (torch 2.14.1).
+    """
     layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
     pays = how == "auto" and steps >= COMPILE_STEPS * layers
-    if how is not True and not pays:
-        return model
-    if _stays_contiguous(model, next(model.parameters()).device):
-        return torch.compile(model, options={"layout_optimization": False})  # which would choose channels-last
-    return torch.compile(model)
+    safe = not _stays_contiguous(model, next(model.parameters()).device)
+    return torch.compile(model) if safe and (how is True or pays) else model
 
 
 class Graphed:
