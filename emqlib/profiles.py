@@ -54,19 +54,19 @@ PROFILES = {
     "smoke": Profile(
         name="smoke",
         dataset="digits",
-        subset=(192, 96),
+        subset=(96, 48),
         model="resnet8",
         model_args=(("width", 4),),
         training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
         repeats=1,
         lengths=(4, 5),
         coreset_epochs=5,
-        coreset_subset=(160, 80),
+        coreset_subset=(96, 48),
         vit=Setting(
             model="vit_tiny",
             model_args=(("patch_size", 8), ("width", 16), ("depth", 1), ("heads", 1)),
             training=TrainConfig(epochs=5, batch_size=32, optimizer="adamw", lr=1e-3),
-            subset=(160, 80),
+            subset=(96, 48),
         ),
         imagenet=Setting(
             model="resnet8",
@@ -74,7 +74,7 @@ PROFILES = {
             training=TrainConfig(epochs=4, batch_size=32, lr=0.05),
             image_size=32,
         ),
-        cost_subset=(192, 96),
+        cost_subset=(96, 48),
         bit_counts=(2, 3),
     ),
     # real data and a small network, for a laptop's CPU

@@ -22,7 +22,7 @@ pytest.importorskip("onnxscript")
 @pytest.fixture(scope="module")
 def digits() -> emq.Dataset:
     pytest.importorskip("sklearn")
-    return emq.load_dataset("digits").subset(300, 200)
+    return emq.load_dataset("digits", image_size=8).subset(300, 200)
 
 
 def trained(data: emq.Dataset, bits: tuple[int, ...]) -> nn.Module:
@@ -78,7 +78,7 @@ def test_a_pytorch_without_quantization_of_its_own(
     digits: emq.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = emq.convert(models.resnet8(10, width=4), emq.QuantSpec(bits=(32,)))
-    images = torch.rand(4, 3, 32, 32)
+    images = torch.rand(4, 3, 8, 8)
     for missing, weights in ((False, ["float32", "int8"]), (True, ["float32"])):
         if missing:
             monkeypatch.setitem(sys.modules, "torch.ao.quantization.quantize_fx", None)
