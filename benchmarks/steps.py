@@ -35,7 +35,7 @@ def measure(
 ) -> pd.DataFrame:
     """Rows: phase, network, precision, mode, bits, repeat; seconds of a step of the plain and of our network."""
     device, rows = devices.device("auto"), []
-    x = data.train.images[:batch].float().div(255).to(device).contiguous(memory_format=torch.channels_last)
+    x = data.train.images[:batch].float().div(255).to(device)
     y = data.train.labels[:batch].to(device)
     for (name, arguments), precision in itertools.product(networks.items(), precisions):
         torch.compiler.reset()
@@ -55,7 +55,8 @@ def step(
     net: nn.Module, x: torch.Tensor, y: torch.Tensor, phase: str, precision: str, mode: str, channels_last: bool = True
 ) -> Callable:
     """One training or inference step of `net` on images x (B, 3, H, W) and labels y (B,)."""
-    net = net.to(x.device, memory_format=devices.memory_format(net, channels_last, x.device)).train(phase == "training")
+    memory_format = devices.memory_format(net, channels_last, x.device)
+    net, x = net.to(x.device, memory_format=memory_format).train(phase == "training"), x.to(memory_format=memory_format)
     forward = torch.compile(net) if mode == "compiled" else net
     optimizer = training.optimizer(net, emq.TrainConfig(lr=0.01))
 

@@ -17,6 +17,8 @@ from emqlib.analysis import BINS, SPAN, Histogram, Moments, Watcher, layer_norms
 from emqlib.data import Dataset, augment, normalize
 from emqlib.norms import MultiBitBatchNorm
 
+pytestmark = pytest.mark.processor
+
 BITS = (2, 4, 8)
 WIDTH = 2 * SPAN / BINS
 

@@ -23,6 +23,8 @@ from emqlib.layers import QuantConv2d, QuantLinear
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.packing import ChannelAffine, PackedConv2d, PackedLinear
 
+pytestmark = pytest.mark.processor
+
 EPSILON = 2.0**-23
 
 

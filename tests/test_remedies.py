@@ -22,6 +22,8 @@ from emqlib.layers import QuantConv2d, QuantLinear
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.remedies import ACTIVATIONS, RULES, compare, gaussian_inputs, gaussian_moments
 
+pytestmark = pytest.mark.processor
+
 BITS = (2, 4, 8)
 Pair = tuple[np.ndarray, np.ndarray]  # mean and variance of each channel, (C,) each
 

@@ -361,6 +361,7 @@ STEPS = {
 }
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_are_those_of_the_literal_loop(
@@ -396,6 +397,7 @@ def losses(data: Dataset, model: nn.Module | None = None, **fields: Any) -> list
     return train(model or tiny(), data, quick(**fields)).loss.tolist()
 
 
+@pytest.mark.processor
 def test_channels_last_computes_the_same(digits: Dataset) -> None:
     models = [tiny(bits=(8, 32)) for _ in range(2)]
     formats = (torch.channels_last, torch.contiguous_format)
@@ -643,6 +645,7 @@ def test_a_network_without_a_linear_layer_has_no_features_to_score(digits: Datas
 # Does it learn
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("scheme", ["bitwise", "joint"])
 def test_it_learns(scheme: str) -> None:
     pytest.importorskip("sklearn")
