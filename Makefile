@@ -1,7 +1,10 @@
 # make demo        install into .venv, run the quickstart, print its table and what to do next
-# make test        install, lint, tests, and every notebook in the smoke profile
+# make test        install, lint, tests, and every notebook in the smoke profile; ten minutes of one core
+# make coverage    the same, and no less than 95 % of the lines; what CI runs
+# make older       the tests whose numbers depend on the processor, once more with the instructions of older ones
 # make bench       run every benchmark, into results/benchmarks/; EMQ_ANY_PRECISION: a checkout to measure against
-# make faults      disturb jobs in real processes, many times over, into results/reliability/; ten minutes
+# make faults      disturb jobs in real processes, many times over, into results/reliability/, and run the tests that take
+#                  minutes; half an hour
 # make mutants     change the sources in hundreds of places, by mutmut: which changes does no test notice? hours; it goes on
 # make browser     run the quickstart in JupyterLab in headless Chromium, if one is installed; look at build/browser.png
 # make figures     redraw every figure in results/ from the CSV beside it
@@ -27,7 +30,7 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: install demo test lint format bench faults mutants browser figures results clean
+.PHONY: install demo test coverage older lint format bench faults mutants browser figures results clean
 
 install: $(STAMP)
 
@@ -53,12 +56,19 @@ demo: install
 	@echo "Figure: $$(ls $(DEMO)/*/00_quickstart.png)"
 	@echo "Next:   $(BIN)/jupyter lab notebooks/00_quickstart.ipynb, which made this; README.md for your own network"
 
-# nbval reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on. Kernels beside
-# one another wait for each other's threads, of which each has one.
+# Tests of one file run in one process, which makes once what they share. Counting lines takes a fifth longer. nbval
+# reports what the notebooks do; warnings of the Jupyter stack around them are not ours to fail on. Processes beside one
+# another wait for each other's threads, of which each has one.
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --cov=emqlib --cov-fail-under=95 --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(COUNTED)
 	OMP_NUM_THREADS=1 EMQ_PROFILE=smoke $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax \
 		--nbval-current-env --nbval-cell-timeout=300 -o addopts= -W default notebooks
+
+coverage: COUNTED = --cov=emqlib --cov-fail-under=95 --cov-report=term:skip-covered
+coverage: test
+
+older: install
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m processor
 
 lint: install
 	$(BIN)/ruff check .
@@ -78,6 +88,7 @@ bench: install
 	for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark || exit 1; done
 
 faults: install
+	$(BIN)/python -m pytest -m thorough
 	$(BIN)/python tests/project/faults.py
 
 # What it has found is kept in mutants/; `.venv/bin/mutmut show NAME` shows a change.

@@ -16,6 +16,8 @@ from emqlib import models
 from emqlib.convert import MultiheadAttention, open_attention
 from emqlib.layers import QuantLinear
 
+pytestmark = pytest.mark.processor
+
 KINDS = {
     "batch first": {"batch_first": True},
     "batch second": {},

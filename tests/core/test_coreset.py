@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from emqlib import CoresetConfig, coreset
 from emqlib.coreset import HOW, inclusion, select
 
+pytestmark = pytest.mark.processor
+
 N, C, D, T = 23, 4, 5, 7
 DRAWS = 4000
 

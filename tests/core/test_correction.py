@@ -10,6 +10,8 @@ from torch import Tensor
 from emqlib.correction import CORRECTIONS, correct_weight, output_shift
 from emqlib.quantizers import WEIGHT_METHODS, quantize_weight
 
+pytestmark = pytest.mark.processor
+
 SHAPES = [(6, 4, 3, 3), (8, 1, 3, 3), (5, 7), (3, 2, 1, 1), (4, 3, 5)]  # the second one depthwise
 BITS = (1, 2, 4, 8)
 

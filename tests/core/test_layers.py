@@ -17,6 +17,8 @@ from emqlib.layers import NORMS, LearnedScale, QuantConv2d, QuantLinear, QuantSp
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.quantizers import ACTIVATION_METHODS, WEIGHT_METHODS
 
+pytestmark = pytest.mark.processor
+
 ALL_BITS = (*range(1, 9), 32)
 TRAINED = (2, 4, 8)
 STATISTICS = ("running_mean", "running_var")

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from emqlib import models
 
+pytestmark = pytest.mark.processor
+
 # Per network: number of convolutions, ReLUs and classes. 1 x 1 shortcuts are counted: one in each of the later stages.
 SHAPES = {
     "resnet8": (1 + 6 + 2, 1 + 6, 10),

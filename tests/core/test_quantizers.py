@@ -14,6 +14,8 @@ from torch import Tensor
 from emqlib import quantizers
 from emqlib.quantizers import quantize_activation, quantize_weight
 
+pytestmark = pytest.mark.processor
+
 LOW_BITS = range(1, 9)
 ALL_BITS = (*LOW_BITS, 32)
 SIGNS = (False, True)

@@ -24,6 +24,8 @@ from emqlib.deploy.pack import ChannelAffine, PackedConv2d, PackedLinear
 from emqlib.layers import QuantConv2d, QuantLinear
 from emqlib.norms import MultiBitBatchNorm
 
+pytestmark = pytest.mark.processor
+
 EPSILON = 2.0**-23
 
 

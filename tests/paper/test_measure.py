@@ -17,6 +17,8 @@ from emqlib.norms import MultiBitBatchNorm
 from emqlib.paper.measure import BINS, SPAN, Histogram, Moments, Watcher, layer_norms, preactivations, weight_shift
 from emqlib.train.data import Dataset, augment, normalize
 
+pytestmark = pytest.mark.processor
+
 BITS = (2, 4, 8)
 WIDTH = 2 * SPAN / BINS
 

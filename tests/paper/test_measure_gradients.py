@@ -17,6 +17,8 @@ from emqlib.norms import MultiBitBatchNorm
 from emqlib.paper.measure import ALL, angle, gradient_angles, linear_probes
 from emqlib.train.data import Dataset, Split, augment, normalize
 
+pytestmark = pytest.mark.processor
+
 BITS = (2, 4, 8)
 LAYERS = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0"]
 LAYERS += ["layer3.0.conv1", "layer3.0.conv2", "layer3.0.shortcut.0", "fc"]

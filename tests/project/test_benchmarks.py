@@ -50,6 +50,7 @@ def test_every_benchmark_has_rows_a_table_and_a_figure_that_its_rows_give(tmp_pa
     pyplot.close("all")
 
 
+@pytest.mark.processor
 def test_steps(digits: emq.Dataset) -> None:
     steps = benchmark("steps")
     asked = {"networks": {"resnet8": {"width": 4}}, "precisions": ("none", "bfloat16"), "modes": ("eager",)}

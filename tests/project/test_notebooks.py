@@ -138,8 +138,8 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
         ["sample_passes", "scoring_passes"]
     ]
     passes, scored = cost.max().to_numpy().T
-    images, epochs = 192, 4  # of the profile
-    kept = {0.5: (96, 128), 0.8: (38, 51), 0.9: (19, 26)}  # in an epoch, and in each of three that score 4/3 as many
+    images, epochs = 96, 4  # of the profile
+    kept = {0.5: (48, 64), 0.8: (19, 26), 0.9: (10, 13)}  # in an epoch, and in each of three that score 4/3 as many
     full = [("Any-Precision", 0.0), ("Dedicated", 0.0), ("Ours", 0.0)]
     bits = {"Any-Precision": 3, "Dedicated": 1, "Ours": 3}
     expected = {(method, rate, "full data"): bits[method] * epochs * images for method, rate in full}
