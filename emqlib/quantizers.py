@@ -182,7 +182,7 @@ def affine_grid(n: Number, low: Tensor, high: Tensor) -> Grid:
 
 
 def dorefa_grid(n: Number, high: Number, low: Tensor | None = None) -> Grid:
-    """The grid of `dorefa_activation`, of scalars: n + 1 levels over [0, high], or over [low, high] if `low` is given."""
+    """The grid of `dorefa_activation`, of scalars: n + 1 levels over [0, high], or over [low, high] with a `low`."""
     return (high / n, *unsigned_grid(n)) if low is None else affine_grid(n, low, high)
 
 
