@@ -30,6 +30,8 @@ export IPYTHONDIR         := $(CURDIR)/build/ipython
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
+MAKEFLAGS += --no-print-directory
+
 .PHONY: install demo test coverage older lint format bench faults mutants browser figures results clean
 
 install: $(STAMP)

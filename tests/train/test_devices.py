@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 import weakref
-from itertools import product
 
 import pytest
 import torch
@@ -150,12 +149,3 @@ def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat
     assert [str(w.message)[:35] for w in told] == ([] if bfloat16 else ["this processor has no fast bfloat16"])
     asked = [("none", CPU), ("float16", CPU), ("bfloat16", torch.device("cuda"))]
     assert [distributed.autocast_used(*pair) for pair in asked] == ["none", "float16", "bfloat16"]
-
-
-def test_compiled_on_a_cpu_a_network_that_fails_channels_last_stays_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor takes channels-last by itself."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
-    for stride, channels in product((1, 2), (4, 16)):
-        distributed.compiled(nn.Sequential(nn.Conv2d(channels, 8, 1, stride=stride)), True, 0)
-    assert asked == [{}, {}, {"options": {"layout_optimization": False}}, {}]

@@ -143,7 +143,7 @@ def test_rows_from_before_are_read_beside_new_ones(tmp_path: Path) -> None:
 
 
 def test_the_processor_is_named_where_the_system_has_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    from emqlib.provenance import _processor
+    from emqlib.paper.runs import _processor
 
     for text, expected in (("model name\t: A B @ 2 GHz\nmodel name\t: other\n", "A B @ 2 GHz"), ("", "x86_64")):
         _processor.cache_clear()
