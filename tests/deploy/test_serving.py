@@ -40,6 +40,7 @@ def trained(data: emq.Dataset, bits: tuple[int, ...]) -> nn.Module:
     return model
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_rows_are_those_of_the_network(serving: ModuleType, digits: emq.Dataset) -> None:
     model, full = trained(digits, (2, 4)), trained(digits, (32,))

@@ -337,7 +337,7 @@ def test_imagenet_is_missed_before_any_work(tmp_path: Path, monkeypatch: pytest.
 # From a shell
 
 
-QUICK = ("-p", "bits", "[4]", "-p", "results_dir")  # of quickstart: two runs of four epochs of ten steps
+QUICK = ("-p", "bits", "[4]", "-p", "results_dir")  # of quickstart: two runs of four epochs of three steps
 
 
 def test_a_shell_sees_the_exit_status(tmp_path: Path) -> None:
