@@ -3,7 +3,6 @@
 import gc
 import subprocess
 import sys
-import warnings
 import weakref
 
 import pytest
@@ -126,26 +125,3 @@ def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.M
         assert seen == [False] and gc.isenabled() == on
     finally:
         gc.enable()
-
-
-@pytest.fixture(params=[False, True])
-def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the processor has it, whatever processor this is."""
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param, raising=False)
-    distributed._tell_of_float32.cache_clear()
-    return request.param
-
-
-def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat16: bool) -> None:
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            with distributed.autocast("bfloat16", CPU):
-                found = nn.Linear(2, 2)(torch.ones(1, 2)).dtype
-            with warnings.catch_warnings():  # after which Python itself would tell it again
-                pass
-    assert found == (torch.bfloat16 if bfloat16 else torch.float32)
-    assert [str(w.message)[:35] for w in told] == ([] if bfloat16 else ["this processor has no fast bfloat16"])
-    asked = [("none", CPU), ("float16", CPU), ("bfloat16", torch.device("cuda"))]
-    assert [distributed.autocast_used(*pair) for pair in asked] == ["none", "float16", "bfloat16"]
