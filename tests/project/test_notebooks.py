@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import pandas as pd
 import pytest
@@ -161,7 +162,8 @@ def read(notebook: str, *arguments: str) -> dict[str, object]:
         if cell.cell_type == "code":
             first = ast.parse(cell.source).body  # of the cell that also starts the runs, the call that reads alone
             first = first[:1] if "profiles.parameters(" in cell.source else first
-            exec(compile(ast.Module(first, []), notebook, "exec"), names)
+            with matplotlib.rc_context():  # the style that a notebook sets is its own
+                exec(compile(ast.Module(first, []), notebook, "exec"), names)
         if "p" in names:
             return names
     raise AssertionError(f"{notebook} reads no parameters")

@@ -58,7 +58,8 @@ def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     pytest.importorskip("onnxruntime")
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
-    digits = emq.load_dataset("digits").subset(600, 200)
+    torch.manual_seed(0)
+    digits = emq.load_dataset("digits").subset(1000, 200)
     monkeypatch.setattr(emq, "load_dataset", lambda name: digits)
     names: dict[str, Any] = {}
     assert executed(BLOCKS[0], names) == 1
