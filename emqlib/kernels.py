@@ -4,7 +4,6 @@ A twin has the arguments of its plain formula and gives the same values and grad
 fewer operations. The tests compare the two at every bit-width.
 """
 
-from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -25,19 +24,6 @@ def unsynced_buffers() -> dict[str, bool]:
     """
     known = signature(nn.parallel.DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-
-
-def static_quantization() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None:
-    """PyTorch's own: get_default_qconfig_mapping, prepare_fx, convert_fx. None in a release that has given it up.
-
-    PyTorch 2.11 to 2.14 have it and announce that it goes; its successor lives in torchao.
-    """
-    try:
-        from torch.ao.quantization import get_default_qconfig_mapping
-        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-    except ImportError:
-        return None
-    return get_default_qconfig_mapping, prepare_fx, convert_fx
 
 
 def returned(y: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Every fast twin against its plain formula, at every bit-width; and what differs between releases of PyTorch."""
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emqlib import kernels, models, quantizers
+from emqlib import kernels, quantizers
 from emqlib.correction import CORRECTIONS, correct_weight
 from emqlib.quantizers import levels
 from emqlib.train import distributed
@@ -205,21 +204,6 @@ def newer(module: nn.Module, broadcast_buffers: Any = None, forward_sync_buffers
 def test_the_newest_name_is_taken(release: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", release)
     assert kernels.unsynced_buffers() == {name: False}
-
-
-@pytest.mark.filterwarnings("ignore")  # that it is to go, in the words of each release
-def test_static_quantization(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = kernels.static_quantization()
-    if found is not None:
-        mapping, prepare, convert = found
-        net, images = models.resnet8().eval(), torch.rand(64, 3, 32, 32, generator=rng)
-        with torch.no_grad():
-            prepared, expected = prepare(net, mapping("x86"), (images[:1],)), net(images)
-            torch.testing.assert_close(prepared(images), expected)
-            error = (convert(prepared)(images) - expected).abs().max()
-        assert 0 < error < 0.5 * expected.std()  # integers of eight bits: close, and not the same
-    monkeypatch.setitem(sys.modules, "torch.ao.quantization.quantize_fx", None)
-    assert kernels.static_quantization() is None
 
 
 class Half(torch.autograd.Function):
