@@ -7,6 +7,7 @@
 #                  minutes; half an hour
 # make mutants     change the sources in hundreds of places, by mutmut: which changes does no test notice? hours; it goes on
 # make browser     run the quickstart in JupyterLab in headless Chromium, if one is installed; look at build/browser.png
+# make docs        build the site into build/site: guide, recipes, reference, all notebooks as they were executed
 # make figures     redraw every figure in results/ from the CSV beside it
 # make results     execute the notebooks, JOBS side by side, which train what is not trained yet: PROFILE=small (default),
 #                  smoke or paper; ONLY="01_cifar10 12_deploy" takes some. Stopped at any time, it goes on from there
@@ -32,14 +33,14 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: install demo test coverage older lint format bench faults mutants browser figures results clean
+.PHONY: install demo test coverage older lint format bench faults mutants browser docs figures results clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing PyTorch, JupyterLab and what else is needed into .venv: once, some minutes, about 6 GB"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[deploy,distributed,notebook,test]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[deploy,distributed,docs,notebook,test]"
 	@touch $@
 
 # The notebook prints the progress of its training and nothing else; the table shown is the one that it wrote.
@@ -102,6 +103,12 @@ mutants: install
 browser: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
 	$(BIN)/python tests/project/browser.py
+
+# Pages link to one another as they do in this checkout. A warning, such as for a link that leads nowhere, is an error.
+docs: install
+	rm -rf build/docs && mkdir -p build/docs
+	cp -r README.md GUIDE.md CONTRIBUTING.md CHANGELOG.md LICENSE docs/. notebooks results build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 figures: install
 	$(BIN)/python -m emqlib.paper.plots

@@ -28,8 +28,9 @@ Grid = tuple[Number, Number, Number, Tensor | None]  # (scale, q_min, q_max, off
 def levels(bits: int) -> float:
     """n = 2**bits - 1, the number of levels above the lowest one; 32 bits give 2**32 - 1.
 
-    >>> [levels(b) for b in (1, 2, 8)]
-    [1.0, 3.0, 255.0]
+    Examples:
+        >>> [levels(b) for b in (1, 2, 8)]
+        [1.0, 3.0, 255.0]
     """
     return float(2 ** bit_width("bits", bits) - 1)
 
