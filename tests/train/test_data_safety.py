@@ -17,7 +17,7 @@ from torch import Tensor
 
 import emqlib as emq
 from emqlib import files as container
-from emqlib.train import data as images
+from emqlib.train import sources as images
 
 
 @pytest.fixture(autouse=True)
