@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,13 +46,17 @@ class Damaged(ValueError):
     """A file that is not readable. In a streamed data set such a sample is left out, if there are only few."""
 
 
+Key = tuple[int | None, int, np.ndarray]  # of a batch: seed of the epoch, if any; number of the chunk; samples (B,)
+
+
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """A split of N samples, which worker processes read from a map-style dataset when they are needed."""
+    """A split of N samples, which worker processes read from a map-style dataset when they are needed.
 
-    items: (
-        Any  # the dataset; where it has a method `listing(rows)`, as `sources.ImageFiles` does, checksums are of that
-    )
+    Where the dataset has a method `listing(rows)`, as `sources.ImageFiles` does, checksums are made of what that gives.
+    """
+
+    items: Any  # the dataset
     rows: Tensor  # (N,), which of its items these are
     labels: Tensor  # (N,) int64
     workers: int  # how many processes read
@@ -60,12 +64,9 @@ class Streamed:
     @classmethod
     def of(cls, items: Any, workers: int, name: str = "data") -> "Streamed":
         """All items of a map-style dataset, see `Dataset.from_dataset`; `name` is what errors call it."""
-        sized = hasattr(items, "__len__") and hasattr(items, "__getitem__")
-        if (
-            not sized
-            or isinstance(items, (str, bytes, Mapping, Tensor, np.ndarray, IterableDataset))
-            or len(items) == 0
-        ):
+        other = (str, bytes, Mapping, Tensor, np.ndarray, IterableDataset)
+        sized = hasattr(items, "__len__") and hasattr(items, "__getitem__") and not isinstance(items, other)
+        if not sized or len(items) == 0:
             expected = "a map-style dataset of one item at least: its length is known, and items[i] is (input, label)"
             raise checks.invalid(name, items, expected)
         return cls(items, torch.arange(len(items)), _labels(items), workers)
@@ -86,18 +87,29 @@ class Streamed:
         """The file of a sample, of a data set of files."""
         return self.items.path(int(self.rows[index]))
 
-    def read(self, index: int, seed: int | None = None, chunk: int = 0) -> Tensor:
-        """The input of a sample, of any shape.
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        """A batch: the samples (B,) that are whole, their inputs, and the others with what is wrong with them."""
+        (seed, chunk, indices), whole, images, damaged = key, [], [], []
+        with _seeding() as start:
+            for index in indices.tolist():
+                # what is random in a sample depends on the seed of the epoch, the number of the chunk and it alone
+                start(int(files.digest(f"{seed},{chunk},{index}")[:15], 16))
+                try:
+                    images.append(self._input(index))
+                    whole.append(index)
+                except Damaged as error:
+                    damaged.append((index, str(error)))
+        kinds = sorted({_kind(image) for image in images})
+        if len(kinds) > 1:
+            raise checks.invalid("data", " and ".join(kinds), "inputs of one shape and type in a batch")
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return torch.tensor(whole, dtype=torch.long), stacked, damaged
 
-        What is random in it depends on the seed of the epoch, the number of the chunk and the sample alone.
-        """
-        with _seeded(int(files.digest(f"{seed},{chunk},{index}")[:15], 16)):
-            image, label = _pair(self.items[int(self.rows[index])])
-        known = int(self.labels[index])
+    def _input(self, index: int) -> Tensor:
+        row, known = int(self.rows[index]), int(self.labels[index])
+        image, label = _pair(self.items[row])
         if label != known:
-            raise checks.invalid(
-                "label", label, f"{known} for item {int(self.rows[index])}, as the dataset's labels say"
-            )
+            raise checks.invalid("label", label, f"{known} for item {row}, as the dataset's labels say")
         return image
 
 
@@ -137,7 +149,8 @@ def _labels(items: Any) -> Tensor:
     found = _integers(told, len(items))
     if found is not None:
         return found
-    with _seeded(0):
+    with _seeding() as start:
+        start(0)
         return torch.tensor([_pair(items[i])[1] for i in range(len(items))])
 
 
@@ -150,15 +163,18 @@ def _integers(given: Any, count: int) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within the block PyTorch's, NumPy's and Python's global generators are seeded; afterwards they are as before."""
+def _seeding() -> Iterator[Callable[[int], None]]:
+    """Seeds the global generators of PyTorch, NumPy and Python within the block; afterwards they are as before."""
     states = random.getstate(), np.random.get_state()
+
+    def seed(number: int) -> None:
+        torch.default_generator.manual_seed(number)
+        np.random.seed(number % 2**32)
+        random.seed(number)
+
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
+            yield seed
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -255,8 +271,7 @@ class Dataset:
         Args:
             train: for training.
             test: for `evaluate`; None: no test split.
-            name: what results call the data.
-            classes: the name of each class; None: "0", "1" and so on.
+            name: as of `from_tensors`, like `classes`.
             num_workers: how many processes read items; 0: this one does.
 
         Raises:
@@ -409,12 +424,8 @@ def sha256(*splits: Split | Streamed) -> str:
         if isinstance(split, Streamed) and hasattr(split.items, "listing"):
             total.update(split.items.listing(split.rows))
             continue
-        ends = (
-            [split.read(i) for i in (0, len(split) - 1)[: len(split)]]
-            if isinstance(split, Streamed)
-            else [split.images]
-        )
-        for tensor in (*ends, split.labels):
+        ends = np.arange(0, len(split), max(1, len(split) - 1))  # the first and the last
+        for tensor in (split.images if isinstance(split, Split) else split[None, 0, ends][1], split.labels):
             total.update(str(tuple(tensor.shape)).encode())
             total.update(tensor.cpu().contiguous().view(-1).numpy())
     return total.hexdigest()
@@ -458,9 +469,9 @@ class StreamLoader:
     def __init__(self, data: Dataset, split: str, device: torch.device, place: Place, live: bool) -> None:
         self.data, self.split, self.device, self.place = data, getattr(data, split), device, place
         self.damaged: dict[int, str] = {}
-        self.keys: list[_Key] = []  # of the batches of an epoch
+        self.keys: list[Key] = []  # of the batches of an epoch
         self.batches = DataLoader(
-            _Batches(self.split),
+            self.split,
             batch_size=None,  # an item is a batch already
             sampler=self.keys,
             num_workers=self.split.workers,
@@ -487,8 +498,8 @@ class StreamLoader:
             self._check()
             if len(indices) == 0:
                 raise ValueError(f"{damaged[0][1]}, and so is every image of its batch")
-            moved = (x.to(self.device, non_blocking=True) for x in (images, self.split.labels[indices], indices))
-            images, labels, indices = moved
+            found = (images, self.split.labels[indices], indices)
+            images, labels, indices = (x.to(self.device, non_blocking=True) for x in found)
             yield normalize(images, self.data), labels, indices
 
     def all_damaged(self) -> int:
@@ -503,31 +514,6 @@ class StreamLoader:
             some = "\n".join(list(self.damaged.values())[:5])
             expected = f"at most {DAMAGED:.1%} of the {len(self.split)} files damaged"
             raise checks.invalid("data", f"{len(self.damaged)} damaged files", f"{expected}; the first are\n{some}")
-
-
-_Key = tuple[int | None, int, np.ndarray]  # seed of the epoch, None for none; number of the chunk; samples (B,)
-
-
-class _Batches(torch.utils.data.Dataset):
-    """By key: the samples (B,) that are whole, their inputs, and the others with what is wrong with their files."""
-
-    def __init__(self, split: Streamed) -> None:
-        self.split = split
-
-    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-        seed, chunk, indices = key
-        whole, images, damaged = [], [], []
-        for index in indices.tolist():
-            try:
-                images.append(self.split.read(index, seed, chunk))
-                whole.append(index)
-            except Damaged as error:
-                damaged.append((index, str(error)))
-        kinds = sorted({_kind(image) for image in images})
-        if len(kinds) > 1:
-            raise checks.invalid("data", " and ".join(kinds), "inputs of one shape and type in a batch")
-        stacked = torch.stack(images) if images else torch.empty(0)
-        return torch.tensor(whole, dtype=torch.long), stacked, damaged
 
 
 def loader(

@@ -168,7 +168,7 @@ def _evaluating(model: nn.Module, always: bool) -> Iterator[torch.device]:
     Norm statistics and not yet started input ranges go back to what they were: always, or after an exception.
     """
     training = {module: module.training for module in model.modules()}
-    kept = batch_norms(model) + [m for m in _input_quantizers(model) if not m.started]
+    kept = batch_norms(model) + [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.started]
     before = [copy.deepcopy(m.state_dict()) for m in kept]
     restore = True
     model.eval()
@@ -207,10 +207,6 @@ def _measuring(model: nn.Module) -> Iterator[nn.Module]:
         yield _inner(model, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
-    return [m for m in model.modules() if isinstance(m, InputQuantizer)]
-
-
 def batch_norms(model: nn.Module) -> list[MultiBitBatchNorm]:
     """The batch norms of converted networks; none in a transformer, whose layer norms keep no statistics."""
     return [m for network in networks(model) for m in network.modules() if isinstance(m, MultiBitBatchNorm)]
@@ -225,7 +221,7 @@ def _norms(model: nn.Module) -> list[MultiBitBatchNorm]:
 
 def _start_ranges(model: nn.Module, data: Dataset | Batches, batch_size: int) -> None:
     """Start input ranges that have seen no data at the highest trained bit-width: a low one would distort them."""
-    if all(m.started for m in _input_quantizers(model)):
+    if all(m.started for m in model.modules() if isinstance(m, InputQuantizer)):
         return
     with ExitStack() as highest, _measuring(model) as forward:
         for network in networks(model):

@@ -5,7 +5,6 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -19,13 +18,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from .. import checks, files
 from .data import Damaged, Dataset, Split, Streamed, rank_in_class, sha256, statistics
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
 Triple = tuple[float, float, float]
+Transform = Callable[[Tensor], Tensor]
 VERSION = 1  # of the cache
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of pixels alone: Pillow would run PostScript
 MAX_PIXELS = 1024**3 // 12  # of an image: Pillow's own limit, where a program has turned that off
@@ -140,9 +140,7 @@ def list_annotated(table: Path, folder: Path, separator: str, suffix: str = "", 
 class ImageFiles(torch.utils.data.Dataset):
     """A map-style dataset of image files and their labels (N,), decoded and transformed when they are asked for."""
 
-    def __init__(
-        self, folder: Path, paths: Sequence[Path], labels: Tensor, transform: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, folder: Path, paths: Sequence[Path], labels: Tensor, transform: Transform) -> None:
         start = len(str(folder).rstrip("/")) + 1
         # bytes, below the folder: a million texts would be copied into each worker process
         self.names = np.array([os.fsencode(str(path)[start:]) for path in paths])
@@ -166,7 +164,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return b"".join([b"\0".join(names.tolist()), sizes.tobytes(), self.targets[rows].numpy().tobytes()])
 
 
-def transforms(size: int, flip: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def transforms(size: int, flip: bool) -> tuple[Transform, Transform]:
     """What makes images (3, H, W) into (3, S, S), as usual for ImageNet: at random for training, and for testing."""
     from torchvision.transforms import v2
 
@@ -179,10 +177,9 @@ def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> 
     """The images at `paths`, (N, 3, H, W) uint8; a cache keeps what tens of thousands of files take long to decode to.
 
     The cache lies beside the data, or else below the user's cache folder, with checksums of its pixels and of the
-    files. It is made anew if its pixels are not those that were written, or if the files have other contents. Files
-    are read for that only if their times or inodes differ from those of when the cache was made, as in a copy. So a
-    file that rots on its disk is not seen, nor is one that is written twice within a tick of the file system's clock,
-    nor, on Windows, one that is rewritten in place with its time put back.
+    files. It is made anew if either differs. Files are read for that only if their times or inodes are not those of
+    when the cache was made, as in a copy: a file that rots on its disk is not seen, nor is one that is written twice
+    within a tick of the clock, nor, on Windows, one that is rewritten in place with its time put back.
 
     Args:
         image_size: see `pixels`.
@@ -253,9 +250,7 @@ def _digest(path: Path) -> str:
 
 def _in_threads(digest: Callable[[int], str], count: int) -> str:
     """A digest of what `digest` returns for each number below `count`, in threads, with a progress bar."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = tqdm(pool.map(digest, range(count)), total=count, disable=None, unit=" files")
-        return files.digest("".join(found))
+    return files.digest("".join(thread_map(digest, range(count), max_workers=8, disable=None, unit=" files")))
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:
@@ -388,7 +383,7 @@ def _kaggle(folder: Path, _: int | None) -> tuple[Labelled, Labelled]:
 
 def _of_files(
     folder: Path, train: Labelled, test: Labelled, source: Source, image_size: int | None, workers: int | None
-) -> tuple[Split, Split, tuple[str, ...]] | tuple[Streamed, Streamed, tuple[str, ...]]:
+) -> Whole | tuple[Streamed, Streamed, tuple[str, ...]]:
     """The splits of image files below `folder`, decoded now, or streamed by `workers`; and their classes."""
     classes = tuple(sorted({name for _, name in train}))
     if source.num_classes not in (None, len(classes)):
@@ -402,10 +397,12 @@ def _of_files(
     if workers is None:
         images = load_images(folder, paths, image_size)
         return Split(images[:n], labels[:n]), Split(images[n:], labels[n:]), classes
-    first, second = transforms(image_size or 224, source.flip)
-    files_of_train = ImageFiles(folder, paths[:n], labels[:n], first)
-    files_of_test = ImageFiles(folder, paths[n:], labels[n:], second)
-    return Streamed.of(files_of_train, workers), Streamed.of(files_of_test, workers), classes
+    at_random, plain = transforms(image_size or 224, source.flip)
+    first, second = (
+        ImageFiles(folder, paths[:n], labels[:n], at_random),
+        ImageFiles(folder, paths[n:], labels[n:], plain),
+    )
+    return Streamed.of(first, workers), Streamed.of(second, workers), classes
 
 
 _ELSEWHERE = "or point root= or the environment variable EMQ_DATA at the folder that holds it."

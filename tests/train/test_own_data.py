@@ -213,7 +213,7 @@ def test_labels_are_read_without_items_where_the_dataset_tells_them(tmp_path: Pa
         items = Counted(names)
         split = Streamed.of(items, 0)
         assert split.labels.tolist() == TARGETS.tolist() and items.read == 24
-        assert torch.equal(split.read(5), torch.from_numpy(IMAGES[5]))
+        assert torch.equal(split[None, 0, np.array([5])][1], torch.from_numpy(IMAGES[5:6]))
     assert Streamed.of(TensorDataset(torch.ones(3, 2), torch.tensor([0, 1, 1])), 0).labels.tolist() == [0, 1, 1]
 
 
@@ -296,7 +296,7 @@ def test_labels_that_items_contradict_are_refused() -> None:
     data = Dataset.from_dataset(items)
     data.train.labels[3] = 2
     with pytest.raises(ValueError, match=r"^label=0: expected 2 for item 3, as the dataset's labels say"):
-        data.train.read(3)
+        next(loader(data, "train", CPU).epoch([torch.arange(4)]))
 
 
 def test_fewer_outputs_than_classes_are_refused() -> None:
