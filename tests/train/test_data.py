@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import socket
 import sys
 import urllib.request
@@ -394,22 +395,21 @@ def test_a_damaged_image_is_named(tmp_path, keep):
 
 
 def test_missing_and_unexpected_classes_are_named(tmp_path):
-    write_folders(tmp_path / "empty class")
-    (tmp_path / "empty class" / "train" / "c").mkdir()
+    write_folders(tmp_path)
+    (tmp_path / "train" / "c").mkdir()
     with pytest.raises(ValueError, match=r"train: expected one folder with images for each class \(.*classes c\."):
-        load_dataset(f"imagefolder:{tmp_path / 'empty class'}")
-    (tmp_path / "no class" / "train").mkdir(parents=True)
-    (tmp_path / "no class" / "test").mkdir()
-    with pytest.raises(ValueError, match=r"no class/train: expected one folder with images for each class"):
-        load_dataset(f"imagefolder:{tmp_path / 'no class'}")
-    write_folders(tmp_path / "unknown class")
-    save(tmp_path / "unknown class" / "test" / "z" / "0.png", pixels(8, 8, 3))
+        load_dataset(f"imagefolder:{tmp_path}")
+    (tmp_path / "train" / "c").rmdir()
+    save(tmp_path / "test" / "z" / "0.png", pixels(8, 8, 3))
     with pytest.raises(ValueError, match=r"test/z/0\.png.*'z' has no images for training"):
-        load_dataset(f"imagefolder:{tmp_path / 'unknown class'}")
-    (tmp_path / "no test" / "train" / "a").mkdir(parents=True)
-    save(tmp_path / "no test" / "train" / "a" / "0.png", pixels(8, 8, 3))
-    with pytest.raises(FileNotFoundError, match=r"no test/test: no such folder"):
-        load_dataset(f"imagefolder:{tmp_path / 'no test'}")
+        load_dataset(f"imagefolder:{tmp_path}")
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(FileNotFoundError, match=r"/test: no such folder"):
+        load_dataset(f"imagefolder:{tmp_path}")
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"/train: expected one folder with images for each class"):
+        load_dataset(f"imagefolder:{tmp_path}")
 
 
 def test_statistics_of_an_imagefolder_are_those_of_its_training_images(tmp_path):
@@ -418,14 +418,6 @@ def test_statistics_of_an_imagefolder_are_those_of_its_training_images(tmp_path)
     assert data.mean == pytest.approx(images.mean((0, 1, 2)), abs=1e-12)
     assert data.std == pytest.approx(images.std((0, 1, 2)), abs=1e-12)
     assert abs(normalize(data.train.images, data).mean((0, 2, 3))).max() < 1e-5
-
-
-def test_constant_images_can_be_normalised(tmp_path):
-    for split in ("train", "test"):
-        save(tmp_path / split / "a" / "0.png", np.full((4, 4, 3), 51, np.uint8))
-    data = load_dataset(f"imagefolder:{tmp_path}")
-    assert data.mean == pytest.approx([0.2] * 3) and data.std == (1, 1, 1)
-    assert abs(normalize(data.train.images, data)).max() < 1e-6
 
 
 # The cache of decoded images
@@ -466,36 +458,16 @@ def test_two_folders_of_equal_names_lengths_and_times_are_not_mixed_up(tmp_path)
         assert torch.equal(load_dataset(f"imagefolder:{name}").train.images, as_tensor(images))
 
 
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_a_damaged_cache_is_made_anew(tmp_path, decoded, keep):
-    written = write_folders(tmp_path)
-    load_dataset(f"imagefolder:{tmp_path}")
-    (cache,) = (tmp_path / ".emqlib").iterdir()
-    whole = cache.read_bytes()
-    cache.write_bytes(whole[:keep])
-    decoded.clear()
-    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
-    assert decoded and cache.read_bytes() == whole
-
-
-def test_data_that_cannot_be_written_to_is_cached_for_the_user(tmp_path, decoded):
-    write_folders(tmp_path / "data")
+def test_data_that_cannot_be_written_to_is_cached_for_the_user_or_nowhere(tmp_path, decoded):
+    written = write_folders(tmp_path / "data")
     (tmp_path / "data" / ".emqlib").write_text("a file where the cache would be")  # holds for root too
     load_dataset("imagefolder:data")
-    assert any((tmp_path / "user-cache" / "emqlib").rglob("*.safetensors"))
     decoded.clear()
     load_dataset("imagefolder:data")
-    assert not decoded
-
-
-def test_nowhere_to_cache_is_no_error(tmp_path, decoded):
-    written = write_folders(tmp_path / "data")
-    (tmp_path / "data" / ".emqlib").write_text("")
+    assert not decoded and any((tmp_path / "user-cache" / "emqlib").rglob("*.safetensors"))
+    (tmp_path / "user-cache").rename(tmp_path / "gone")
     (tmp_path / "user-cache").write_text("")
-    for _ in range(2):
-        decoded.clear()
-        assert torch.equal(load_dataset("imagefolder:data").train.images, as_tensor(written["train"]))
-        assert decoded
+    assert torch.equal(load_dataset("imagefolder:data").train.images, as_tensor(written["train"])) and decoded
 
 
 # Digits
@@ -599,16 +571,6 @@ def test_augment_is_a_flip_and_a_crop_of_the_padded_image(flip, padding, height,
         expected = padded[:, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width]
         assert np.array_equal(ours[i], expected)
     assert ours.dtype == torch.uint8 and ours.shape == data.train.images.shape
-
-
-def test_augment_uses_flips_and_all_offsets_about_equally():
-    data = made_up(crop_padding=1)
-    image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
-    kinds, counts = augment(image.repeat(3600, 1, 1, 1), data, torch.Generator().manual_seed(0)).unique(
-        dim=0, return_counts=True
-    )
-    assert len(kinds) == 2 * 9  # flips x offsets
-    assert counts.min() > 130 and counts.max() < 270  # 200 each, +- 5 standard deviations
 
 
 def test_augment_draws_from_its_generator_only():

@@ -132,6 +132,9 @@ def test_a_constant_channel_and_great_numbers_can_be_normalized() -> None:
     found = normalize(data.train.images, data)
     exact = (inputs[:, 1].double() - data.mean[1]) / data.std[1]
     assert data.std[0] == 1 and not found[:, 0].any() and (found[:, 1] - exact).abs().max() < 0.1
+    flat = Dataset.from_tensors(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8), [0, 1])
+    assert flat.mean == pytest.approx([0.2]) and flat.std == (1,)
+    assert normalize(flat.train.images, flat).abs().max() < 1e-6
 
 
 # Map-style datasets
