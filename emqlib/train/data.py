@@ -30,7 +30,6 @@ class Split:
     labels: Tensor
 
     def __len__(self) -> int:
-        """Number of samples, N."""
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Split":
@@ -72,7 +71,6 @@ class Streamed:
         return cls(items, torch.arange(len(items)), _labels(items), workers)
 
     def __len__(self) -> int:
-        """Number of samples, N."""
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Streamed":
@@ -406,7 +404,7 @@ def _first_of_each_class(split: Split | Streamed, count: int) -> Split | Streame
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of (N, C, ...); bytes count as numbers in [0, 1], and exactly."""
     if images.dtype == torch.uint8:
-        counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
+        counts = torch.stack([channel.flatten().bincount(minlength=256).cpu() for channel in images.unbind(1)])
         share, value = counts.double() / counts[0].sum(), torch.arange(256).double() / 255
         mean = share @ value
         std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
@@ -489,7 +487,7 @@ class StreamLoader:
             ValueError: too many damaged files, a chunk of nothing else, an item of another kind, unequal shapes.
         """
         seed = None if generator is None else generator.initial_seed()
-        self.keys[:] = [(seed, n, self.place.part(chunk).numpy()) for n, chunk in enumerate(chunks)]
+        self.keys[:] = [(seed, n, self.place.part(chunk).cpu().numpy()) for n, chunk in enumerate(chunks)]
         for indices, images, damaged in self.batches:
             for index, message in damaged:
                 if index not in self.damaged:

@@ -167,8 +167,9 @@ def _evaluating(model: nn.Module, always: bool) -> Iterator[torch.device]:
 
     Norm statistics and not yet started input ranges go back to what they were: always, or after an exception.
     """
+    norms = batch_norms(model)  # refuses what is no network
     training = {module: module.training for module in model.modules()}
-    kept = batch_norms(model) + [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.started]
+    kept = norms + [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.started]
     before = [copy.deepcopy(m.state_dict()) for m in kept]
     restore = True
     model.eval()

@@ -294,7 +294,6 @@ INTEGERS_OF_EACH = [
     LABELS[:3],
     LABELS[None],
     [0, 1, 0, 10**30],
-    LABELS > 0,
     LABELS * 1j,
 ]
 TENSORS_WRONG = {"images": INPUTS, "labels": INTEGERS_OF_EACH, "test_labels": INTEGERS_OF_EACH, "name": [None, 3]}

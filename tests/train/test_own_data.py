@@ -198,7 +198,7 @@ class Counted(Pictures):
 
     def __getitem__(self, index: int) -> Any:
         self.read += 1
-        pair = (torch.from_numpy(IMAGES[index]), torch.tensor(TARGETS[index]))
+        pair = (IMAGES[index], torch.tensor(TARGETS[index]))
         return pair if self.names is None else dict(zip(self.names, pair, strict=True))
 
 
