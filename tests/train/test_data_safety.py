@@ -146,6 +146,8 @@ def test_an_image_replaced_while_it_is_read_is_seen(folder: Path, monkeypatch: p
 def test_a_copy_is_read_once_and_not_decoded(copy: Callable, folder: Path, counted: list[str]) -> None:
     first = load(folder)
     assert counted.count("decode") == 9 and counted.count("digest") == 8  # the first tells the size
+    counted.clear()
+    assert torch.equal(load(folder), first) and not counted
     shutil.copytree(folder, folder.parent / "copy", copy_function=copy)
     for expected in (8, 0):
         counted.clear()
