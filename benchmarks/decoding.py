@@ -15,19 +15,20 @@ import torch
 from common import write
 from matplotlib.axes import Axes
 
-from emqlib.files import digest
 from emqlib.paper import plots, runs
-from emqlib.train import data, distributed
-from emqlib.train.data import ImageFiles, list_classes, loader
+from emqlib.train import distributed, sources
+from emqlib.train.data import Dataset, Streamed, loader, sha256
+from emqlib.train.sources import ImageFiles, list_classes
 
 
-def listed(folder: Path, workers: int, size: int = 224) -> data.Dataset:
+def listed(folder: Path, workers: int, size: int = 224) -> Dataset:
     """The class folders in `folder` as a data set whose training and test images are the same."""
     found = list_classes(folder)
     classes = tuple(sorted({name for _, name in found}))
     labels = torch.tensor([classes.index(name) for _, name in found])
-    split = ImageFiles.of(folder, [path for path, _ in found], labels, size, workers)
-    return data.Dataset(str(folder), split, split, classes, *data.IMAGENET, True, 0, digest(split.listing()))
+    for_training, _ = sources.transforms(size, flip=True)
+    split = Streamed.of(ImageFiles(folder, [path for path, _ in found], labels, for_training), workers)
+    return Dataset(str(folder), split, split, classes, *sources.IMAGENET, True, 0, sha256(split))
 
 
 def measure(folder: Path, workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3, batch: int = 50) -> pd.DataFrame:

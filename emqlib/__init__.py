@@ -13,9 +13,10 @@ from .deploy.onnx import export_onnx
 from .deploy.pack import pack
 from .layers import QuantSpec
 from .train.config import CoresetConfig, TrainConfig
-from .train.data import Dataset, load_dataset
+from .train.data import Dataset
 from .train.evaluate import adapt_norm, evaluate
 from .train.loop import train
+from .train.sources import load_dataset
 
 __version__ = "1.0.0"
 

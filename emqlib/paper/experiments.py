@@ -19,8 +19,9 @@ from .. import checks
 from ..layers import QuantSpec
 from ..train.checkpoint import Deadline, OutOfTime
 from ..train.config import SCORES, CoresetConfig, TrainConfig
-from ..train.data import Dataset, check_name, load_dataset
+from ..train.data import Dataset
 from ..train.distributed import current, started
+from ..train.sources import check_name, load_dataset
 from .profiles import Parameters, Setting, parameters
 from .runs import Run, run_all
 

@@ -13,8 +13,8 @@ from .. import checks
 from ..files import can_hold_files, home
 from ..models import check_name as check_model
 from ..train.config import MOST_EPOCHS, TrainConfig
-from ..train.data import check_name as check_data
 from ..train.distributed import has_cuda
+from ..train.sources import check_name as check_data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,11 @@ from ..train import distributed
 from ..train.checkpoint import Deadline, OutOfTime
 from ..train.config import CoresetConfig, TrainConfig
 from ..train.coresets import generator
-from ..train.data import Dataset, load_dataset
-from ..train.data import check_name as check_data
+from ..train.data import Dataset
 from ..train.evaluate import ADAPTATION_SAMPLES, batch_norms, evaluate
 from ..train.loop import train
+from ..train.sources import check_name as check_data
+from ..train.sources import load_dataset
 
 Records = list[dict[str, Any] | None]  # of runs, None for what is not finished
 COST = ("sample_passes", "scoring_passes", "steps", "seconds")  # columns of a training's history, summed over epochs

@@ -16,7 +16,7 @@ from ..checks import bit_widths, choice, flag, integer, invalid
 from ..convert import at_bits, networks, quantized_layers, trained_bits
 from ..layers import InputQuantizer
 from ..norms import MultiBitBatchNorm
-from .data import Dataset, ImageFiles, augment, loader, normalize
+from .data import Dataset, Streamed, as_dataset, augment, loader, normalize
 from .distributed import enough_memory
 
 ADAPTATION_SAMPLES = 5000  # images that batch-norm adaptation takes, at each bit-width
@@ -28,18 +28,23 @@ Logits = Callable[[Any], Tensor]  # from what a network gives
 def batches(
     data: Dataset | Batches, split: str, device: torch.device, batch_size: int, limit: int | None = None
 ) -> Batches:
-    """(images (B, 3, H, W) float, labels (B,)) on `device`: of a data set's split, or an iterable's.
+    """Inputs (B, ...) as floats and labels (B,) on `device`: of a data set's split, or of an iterable.
 
-    split: "test", or "train", whose images are augmented as in training, the same way each time: statistics of plain
-    images are not what the network was trained under, and cost it points. limit: at most this many samples.
-    ValueError: an iterator, which a second bit-width would find empty; pairs that are none.
+    Args:
+        split: "test", or "train", whose images are augmented as in training, the same way each time: statistics of
+            plain images are not what the network was trained under, and cost it points.
+        limit: at most so many samples.
+
+    Raises:
+        ValueError: an iterator, which a second bit-width would find empty; pairs that are none.
     """
     choice("split", split, ("train", "test"))
     integer("batch_size", batch_size, 1)
     integer("limit", 1 if limit is None else limit, 1)
     if not isinstance(data, Dataset):
         if not isinstance(data, Iterable) or isinstance(data, (Iterator, str, Tensor)):
-            raise invalid("data", type(data).__name__, "a Dataset, or an iterable of (images, labels) to go over again")
+            expected = "a Dataset, a map-style dataset, or an iterable of (images, labels) to go over again"
+            raise invalid("data", type(data).__name__, expected)
         return ((images.to(device), labels.to(device)) for images, labels in map(_pair, data))
     generator, whole = torch.Generator().manual_seed(0), getattr(data, split)
     if len(whole) == 0:
@@ -48,9 +53,9 @@ def batches(
     if limit is not None and limit < len(whole):  # the same random images each time: data sets lie class by class
         chosen = torch.randperm(len(whole), generator=generator)[:limit]
     count = -(-len(chosen) // batch_size)  # parts of near-equal size: batch norm cannot take a last part of one image
-    if isinstance(whole, ImageFiles):
-        files = loader(data, split, device, live=False)
-        found = files.epoch(chosen.tensor_split(count), generator if split == "train" else None)
+    if isinstance(whole, Streamed):
+        stream = loader(data, split, device, live=False)
+        found = stream.epoch(chosen.tensor_split(count), generator if split == "train" else None)
         return ((images, labels) for images, labels, _ in found)
     part = whole.take(chosen.to(whole.labels.device)) if len(chosen) < len(whole) else whole
     images = augment(part.images, data, generator) if split == "train" else part.images
@@ -65,25 +70,14 @@ def _pair(given: Any) -> tuple[Tensor, Tensor]:
     return tuple(pair)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; afterwards each module's own mode is back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for layer in quantized_layers(model).values():
-            layer.kept = None
-
-
 def logits_of(output: Any, own: Logits | None = None) -> Tensor:
     """The logits (B, C) in a network's output: itself, its attribute or entry "logits", or the first of a tuple.
 
-    own: a function that finds them, where they are anywhere else. ValueError: they are not there.
+    Args:
+        own: a function that finds them elsewhere.
+
+    Raises:
+        ValueError: they are not there.
     """
     found = output if own is None else own(output)
     if own is None and not isinstance(found, Tensor):
@@ -99,21 +93,31 @@ def logits_of(output: Any, own: Logits | None = None) -> Tensor:
 
 def evaluate(
     model: nn.Module,
-    data: Dataset | Batches,
+    data: Any,
     bits: Iterable[int] = range(1, 9),
     adapt_norm: bool = False,
     batch_size: int = 500,
     logits: Logits | None = None,
 ) -> pd.DataFrame:
-    """Accuracy by bit-width on the test split (or on an iterable of (images, labels)): one row a bit-width.
+    """Accuracy by bit-width, on test data. The model is left as it was, training mode included.
 
-    Columns: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient steps), n (images).
-    model: a converted network, a part of one, or any module that holds converted networks, all of which run at the
-    same bit-width. adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back
-    afterwards. logits: a function that takes the network's output and gives the logits (B, C); by default see
-    `logits_of`. The model is left as it was, training mode included. ValueError: as `set_bits`; no images; no logits,
-    or fewer than classes; adapt_norm without a batch norm, or without a Dataset to take training images from.
-    FloatingPointError: a loss that is not finite. MemoryError: names the batch size to try.
+    Args:
+        model: a converted network, a part of one, or any module that holds converted networks, all of which run at the
+            same bit-width.
+        data: a `Dataset`, whose test split is taken, a map-style dataset as `Dataset.from_dataset` takes it, or an
+            iterable of (inputs, labels).
+        adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back afterwards.
+        logits: takes the network's output and gives the logits (B, C); by default see `logits_of`.
+
+    Returns:
+        One row a bit-width: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient
+        steps), n (samples).
+
+    Raises:
+        ValueError: as `set_bits`; no images; no logits, or fewer than classes; adapt_norm without a batch norm, or
+            without a `Dataset` to take training images from.
+        FloatingPointError: a loss that is not finite.
+        MemoryError: names the batch size to try.
     """
     wanted = bit_widths("bits", bits)
     flag("adapt_norm", adapt_norm)
@@ -123,21 +127,16 @@ def evaluate(
     trained = set.intersection(*(set(trained_bits(network)) for network in networks(model)))
     if adapt_norm and not (isinstance(data, Dataset) and _norms(model)):
         raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
-    if not adapt_norm:
-        _refuse_unserved(model, wanted)
-    smaller = f"batch_size={max(1, batch_size // 2)}"
+    for b in () if adapt_norm else wanted:
+        with at_bits(model, b):  # refuses what the network does not serve
+            pass
+    data, smaller = as_dataset(data), f"batch_size={max(1, batch_size // 2)}"
     with enough_memory("batch_size", batch_size, smaller), undisturbed(model, data, batch_size) as device:
         if adapt_norm:
             _adapt(model, data, wanted, ADAPTATION_SAMPLES, batch_size)
         rows = _scores(model, batches(data, "test", device, batch_size), wanted, logits)
     table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(trained))
     return table[["bits", "top1", "loss", "trained", "n"]]
-
-
-def _refuse_unserved(model: nn.Module, wanted: tuple[int, ...]) -> None:
-    for b in wanted:
-        with at_bits(model, b):
-            pass
 
 
 def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logits | None) -> list[dict[str, float]]:
@@ -163,15 +162,26 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logi
 
 
 @contextmanager
-def _restored(model: nn.Module, always: bool) -> Iterator[None]:
-    """Norm statistics and not yet started input ranges go back to what they were: always, or after an exception."""
-    kept = batch_norms(model) + [m for m in _input_quantizers(model) if not m.started]
+def _evaluating(model: nn.Module, always: bool) -> Iterator[torch.device]:
+    """Within the block the model is in evaluation mode, without gradients; afterwards each module's own mode is back.
+
+    Norm statistics and not yet started input ranges go back to what they were: always, or after an exception.
+    """
+    norms = batch_norms(model)  # refuses what is no network
+    training = {module: module.training for module in model.modules()}
+    kept = norms + [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.started]
     before = [copy.deepcopy(m.state_dict()) for m in kept]
     restore = True
+    model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield next(model.parameters()).device
         restore = always
     finally:
+        for module, mode in training.items():
+            module.training = mode
+        for layer in quantized_layers(model).values():
+            layer.kept = None
         for m, state in zip(kept, before, strict=True) if restore else ():
             m.load_state_dict(state)
 
@@ -179,8 +189,7 @@ def _restored(model: nn.Module, always: bool) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module, data: Dataset | Batches, batch_size: int) -> Iterator[torch.device]:
     """Evaluation mode without gradients, input ranges started; afterwards norms, ranges and modes are as before."""
-    networks(model)  # refuses another
-    with _restored(model, always=True), _evaluating(model) as device:
+    with _evaluating(model, always=True) as device:
         _start_ranges(model, data, batch_size)
         yield device
 
@@ -199,10 +208,6 @@ def _measuring(model: nn.Module) -> Iterator[nn.Module]:
         yield _inner(model, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
-    return [m for m in model.modules() if isinstance(m, InputQuantizer)]
-
-
 def batch_norms(model: nn.Module) -> list[MultiBitBatchNorm]:
     """The batch norms of converted networks; none in a transformer, whose layer norms keep no statistics."""
     return [m for network in networks(model) for m in network.modules() if isinstance(m, MultiBitBatchNorm)]
@@ -217,7 +222,7 @@ def _norms(model: nn.Module) -> list[MultiBitBatchNorm]:
 
 def _start_ranges(model: nn.Module, data: Dataset | Batches, batch_size: int) -> None:
     """Start input ranges that have seen no data at the highest trained bit-width: a low one would distort them."""
-    if all(m.started for m in _input_quantizers(model)):
+    if all(m.started for m in model.modules() if isinstance(m, InputQuantizer)):
         return
     with ExitStack() as highest, _measuring(model) as forward:
         for network in networks(model):
@@ -228,30 +233,32 @@ def _start_ranges(model: nn.Module, data: Dataset | Batches, batch_size: int) ->
 
 
 def adapt_norm(
-    model: nn.Module,
-    data: Dataset | Batches,
-    bits: Iterable[int],
-    samples: int = ADAPTATION_SAMPLES,
-    batch_size: int = 500,
+    model: nn.Module, data: Any, bits: Iterable[int], samples: int = ADAPTATION_SAMPLES, batch_size: int = 500
 ) -> None:
     """Batch-norm adaptation: give each of `bits` running statistics of its own, re-estimated by forward passes.
 
-    The cumulative mean over the batches of `samples` random training images, augmented as in training, or of an
-    iterable of (images, labels). Trained parameters stay untouched, and so do other bit-widths' statistics; a
-    switchable norm gains the bit-widths it was not built for, with the affine of the nearest trained one. Cost:
-    samples forward passes a bit-width. Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv
-    2006.16971).
-    Input ranges that have seen no data yet start from the first batch. model: as for `evaluate`; what it gives does not
-    matter. It is left in the mode, training or evaluation, that it was in. On an exception all is as it was.
-    ValueError: not a converted network, bad bits, no batch norm, no images. FloatingPointError: images or weights that
-    are not finite. MemoryError: names the batch size to try.
+    They are the cumulative mean over batches. Trained parameters and the statistics of other bit-widths stay as they
+    are. A switchable norm gains the bit-widths it was not built for, with the affine of the nearest trained one. Input
+    ranges that have seen no data yet start from the first batch. The model stays in the mode, training or evaluation,
+    that it is in. On an exception all is as it was.
+    Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv 2006.16971).
+
+    Args:
+        model: as for `evaluate`; what it gives does not matter.
+        data: as for `evaluate`, but training samples are taken, augmented as in training.
+        samples: how many of them, at random, at each bit-width; of an iterable all are taken.
+
+    Raises:
+        ValueError: not a converted network, bad bits, no batch norm, no images.
+        FloatingPointError: images or weights that are not finite.
+        MemoryError: names the batch size to try.
     """
     wanted = bit_widths("bits", bits)
     integer("samples", samples, 2)
     integer("batch_size", batch_size, 2)
     _norms(model)
-    smaller = f"batch_size={max(2, batch_size // 2)}"
-    with enough_memory("batch_size", batch_size, smaller), _restored(model, always=False), _evaluating(model):
+    data, smaller = as_dataset(data), f"batch_size={max(2, batch_size // 2)}"
+    with enough_memory("batch_size", batch_size, smaller), _evaluating(model, always=False):
         _start_ranges(model, data, batch_size)
         _adapt(model, data, wanted, samples, batch_size)
 

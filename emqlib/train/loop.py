@@ -25,7 +25,7 @@ from . import distributed
 from .checkpoint import Deadline, OutOfTime
 from .config import TrainConfig, learning_rate
 from .coresets import Sampler, Selection, generator
-from .data import Batch, Dataset, FileLoader, MemoryLoader, loader
+from .data import Batch, Dataset, MemoryLoader, StreamLoader, as_dataset, loader
 from .distributed import Place
 from .evaluate import logits_of
 
@@ -131,7 +131,7 @@ class _Run:
     config: TrainConfig
     place: Place
     device: torch.device
-    loader: MemoryLoader | FileLoader
+    loader: MemoryLoader | StreamLoader
     memory_format: torch.memory_format
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -146,7 +146,7 @@ class _Run:
 
 def train(
     model: nn.Module,
-    data: Dataset,
+    data: Any,
     config: TrainConfig,
     checkpoint: str | Path | None = None,
     progress: bool | str = True,
@@ -160,6 +160,7 @@ def train(
     one process; only dropout and output correction's means differ. The main process shows progress and writes files.
 
     Args:
+        data: a `Dataset`, or a map-style dataset as `Dataset.from_dataset` takes it.
         checkpoint: a file that is written after each epoch, atomically. If it is there, training goes on from it, and
             on a CPU ends with exactly the weights of an undisturbed run.
         progress: whether to show a bar, on stderr or in a notebook; a text is its label.
@@ -184,6 +185,7 @@ def train(
     label = progress if isinstance(progress, str) else checks.flag("progress", progress) and "training"
     if observe is not None and not callable(observe):
         raise checks.invalid("observe", observe, "a function of the network, or None")
+    data = as_dataset(data)
     bits, path, deadline = _check(model, data, config), checkpoints.checked(checkpoint), Deadline.of(budget)
     if path is None and deadline.end is not None:
         raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
@@ -210,7 +212,7 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
     """The trained bit-widths of `model`, where all three are what they should be."""
     spec = converted(model).emq.spec
     checks.instance("config", config, TrainConfig, 'a TrainConfig, for example TrainConfig(scheme="joint", epochs=10)')
-    checks.instance("data", data, Dataset, "a Dataset, for example load_dataset('cifar10')")
+    checks.instance("data", data, Dataset, "a Dataset, as of load_dataset('cifar10'), or a map-style dataset")
     if len(data.train) == 0:
         raise checks.invalid("data", "no images", "at least one image to train on")
     if config.scheme == "dedicated" and len(spec.bits) != 1:
@@ -337,7 +339,9 @@ def _seeded(run: _Run, epoch: int) -> Iterator[None]:
 
 def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: LossWatch, where: str) -> None:
     """One optimizer step on this process's part of the samples of `step`, itself in `accumulate` parts."""
-    config, images = run.config, batch[0].contiguous(memory_format=run.memory_format)
+    config, images = run.config, batch[0]
+    if images.dim() == 4:
+        images = images.contiguous(memory_format=run.memory_format)
     run.optimizer.zero_grad(set_to_none=True)
     for group in run.optimizer.param_groups:
         group["lr"] = lr

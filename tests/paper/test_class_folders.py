@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emqlib.paper.experiments import write_class_folders
-from emqlib.train.data import load_dataset
+from emqlib.train.sources import load_dataset
 
 
 def test_class_folders_written_and_read_again_are_the_same_data(tmp_path: Path) -> None:

@@ -270,11 +270,62 @@ BATCHES = {"data": digits, "split": "test", "device": torch.device("cpu"), "batc
 LEARN = {"model": model, "data": digits, "config": emq.TrainConfig(epochs=1), "progress": False}
 LEARNED = {"model": MODELS, "data": [*DATA, without("train")], "config": CONFIGS, "progress": [None, 1]}
 LEARNED |= {"checkpoint": [*FILES[1:], "FILE/a"], "observe": [3, "loss"]}
+TENSORS_OF_OWN = {
+    "images": torch.ones(4, 2, 8),
+    "labels": LABELS,
+    "test_images": torch.ones(4, 2, 8),
+    "test_labels": LABELS,
+}
+INPUTS = [
+    None,
+    "digits",
+    1j,
+    torch.ones(4),
+    torch.ones(0, 2, 8),
+    torch.ones(4, 2, 8).long(),
+    {"a": 1},
+    lambda: digits().train,
+]
+INTEGERS_OF_EACH = [
+    None,
+    "digits",
+    1,
+    *CLASSES[1:],
+    LABELS[:3],
+    LABELS[None],
+    [0, 1, 0, 10**30],
+    LABELS * 1j,
+]
+TENSORS_WRONG = {"images": INPUTS, "labels": INTEGERS_OF_EACH, "test_labels": INTEGERS_OF_EACH, "name": [None, 3]}
+TENSORS_WRONG |= {"test_images": [*INPUTS, torch.ones(4, 3, 8), torch.ones(4, 2, 8).byte()], "flip": FLAGS}
+TENSORS_WRONG |= {"classes": ["ab", ["a"], [0, 1], {"a": 0, "b": 1}], "crop_padding": [*NUMBERS, -1]}
+TENSORS_WRONG |= {"mean": [0.5, "ab", [NAN], ["0", 1], [1, 2, 3]], "std": [1, [0], [-1.0, 1], [INF, 1], []]}
+PAIRED = [(torch.ones(2, 8), 0), (torch.ones(2, 8), 1)]
+MAPPED = [
+    None,
+    "digits",
+    3,
+    [],
+    {"train": PAIRED},
+    torch.ones(4, 2),
+    np.ones((4, 2)),
+    iter(PAIRED),
+    lambda: digits().train,
+]
 TABLE += [
+    ("Dataset.from_tensors", TENSORS_OF_OWN, TENSORS_WRONG),
+    ("Dataset.from_tensors", TENSORS_OF_OWN, {"flip:images": [True], "crop_padding:images": [1]}),
+    ("Dataset.from_dataset", {"train": PAIRED}, {"train": MAPPED, "test": MAPPED[1:], "name": [None, 3]}),
+    ("Dataset.from_dataset", {"train": PAIRED}, {"classes": ["ab", ["a"]], "num_workers": [*NUMBERS, -1, 10**9]}),
+    (
+        "Dataset.from_dataset",
+        {"train": PAIRED},
+        {"train:data": [[PAIRED], [0], ["ab"]], "train:label": [[(PAIRED[0][0], "a")]]},
+    ),
     ("load_dataset", {"name": "digits"}, LOAD),
     ("load_dataset", {"name": "cifar10"}, {"root": PATHS[1:]}),
     ("Dataset.subset", {"self": digits, "train": 20, "test": 10}, {"train": [*COUNTS, 41], "test": COUNTS}),
-    ("train.data.check_name", {"parameter": "dataset"}, {"name:dataset": NAMES}),
+    ("train.sources.check_name", {"parameter": "dataset"}, {"name:dataset": NAMES}),
     ("evaluate", MEASURE, MEASURED | {"batch_size": COUNTS, "adapt_norm": FLAGS}),
     ("evaluate", MEASURE, {"data": [without("test")]}),
     ("evaluate", MEASURE, {"data:model": [[(torch.ones(2, 3, 8, 8), torch.tensor([0, 10]))]]}),

@@ -32,7 +32,7 @@ TRIED = re.findall(r"^\| `(\d\d_\w+\.ipynb)` \| .* \| `(-p .*)` \|$", README, fl
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) == 2 and "emq.convert(" in BLOCKS[0] and "emq.export_onnx(" in BLOCKS[1]
+    assert len(BLOCKS) == 4 and "emq.convert(" in BLOCKS[0] and "emq.export_onnx(" in BLOCKS[1]
     assert [name for name, _ in TRIED] == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import socket
 import sys
 import urllib.request
@@ -18,7 +19,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
 from emqlib import files
-from emqlib.train.data import Dataset, Split, augment, load_dataset, normalize
+from emqlib.train.data import Dataset, Split, augment, normalize
+from emqlib.train.sources import load_dataset
 
 REAL = Path(os.environ.get("EMQ_DATA") or "no data")
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -130,16 +132,12 @@ def as_tensor(images: np.ndarray) -> torch.Tensor:
 # Names, places and their order
 
 
-def test_unknown_names_list_what_exists():
-    for name in ("mnist", "CIFAR10", "", "imagefolder", "imagefolder:", "cifar10:", "cifar10:x", None, 3, ["digits"]):
-        with pytest.raises(ValueError, match="cifar10, cifar100, digits, imagefolder:PATH, imagenet, tinyimagenet"):
-            load_dataset(name)
-
-
-@pytest.mark.parametrize("size", [0, -1, 2.0, True, "32"])
-def test_image_size_is_checked_first(size):
-    with pytest.raises(ValueError, match="image_size="):
-        load_dataset("imagefolder:nowhere", image_size=size)
+@pytest.mark.parametrize(
+    "name", ["mnist", "CIFAR10", "imagefolder", "imagefolder:", "cifar10:", "cifar10:x", ["digits"]]
+)
+def test_unknown_names_list_what_exists(name):
+    with pytest.raises(ValueError, match="cifar10, cifar100, digits, imagefolder:PATH, imagenet, tinyimagenet"):
+        load_dataset(name)
 
 
 @pytest.mark.parametrize(
@@ -148,22 +146,18 @@ def test_image_size_is_checked_first(size):
         ("cifar10", ["cifar-10-batches-py", "cifar10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"]),
         ("cifar100", ["cifar-100-python", "cifar100", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"]),
         ("tinyimagenet", ["tiny-imagenet-200", "tinyimagenet", "tiny-imagenet-200.zip", "val/val_annotations.txt"]),
+        ("imagenet", ["imagenet", "ILSVRC", "image-net.org", "imagenet/train/<wnid>"]),
+        ("imagefolder:empty", ["train", "train/<class>"]),
     ],
 )
 def test_missing_data_names_every_place_and_the_way_to_get_it(name, places, tmp_path):
     timeout = socket.getdefaulttimeout()
-    with pytest.raises(FileNotFoundError, match="EMQ_DATA") as error:
+    with pytest.raises(FileNotFoundError, match="no data for") as error:
         load_dataset(name, tmp_path / "empty")
     for place in places:
         assert (place if "/" in place or "." in place else str(tmp_path / "empty" / place)) in str(error.value)
-    assert socket.getdefaulttimeout() == timeout
+    assert ("EMQ_DATA" in str(error.value)) == (":" not in name) and socket.getdefaulttimeout() == timeout
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
-
-
-def test_missing_imagefolder_names_its_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train/<class>") as error:
-        load_dataset(f"imagefolder:{tmp_path / 'nothing'}")
-    assert str(tmp_path / "nothing" / "train") in str(error.value)
 
 
 def test_root_comes_before_environment_before_data_folder(tmp_path, monkeypatch):
@@ -191,21 +185,22 @@ def test_cifar10_official_files(tmp_path, monkeypatch):
         assert split.labels.tolist() == labels
     assert (data.mean, data.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     assert data.flip and data.crop_padding == 4
+    small = load_dataset("cifar10", tmp_path, image_size=16).train.images
+    expected = as_tensor(written["train"][0]).double().view(50, 3, 16, 2, 16, 2).mean((3, 5))
+    # antialiased bilinear weights are 1/8 3/8 3/8 1/8, so noise does not average as it would in 2 x 2 boxes
+    assert small.shape == expected.shape and np.corrcoef(small.flatten(), expected.flatten())[0, 1] > 0.85
 
 
-def test_cifar100_official_files(tmp_path, monkeypatch):
+def test_cifar100_has_its_fine_labels(tmp_path, monkeypatch):
     folder, names = tmp_path / "cifar-100-python", [f"class{i:02}" for i in range(100)]
-    images = pixels(6, 32, 32, 3)
-    fine, coarse = [3, 99, 0, 50, 7, 7], [0, 1, 0, 1, 0, 1]
-    train = write_batch(folder / "train", images, fine_labels=fine, coarse_labels=coarse)
-    test = write_batch(folder / "test", images[:2], fine_labels=fine[:2], coarse_labels=coarse[:2])
-    monkeypatch.setattr(CIFAR100, "train_list", [train])
-    monkeypatch.setattr(CIFAR100, "test_list", [test])
+    images, labels = pixels(6, 32, 32, 3), [3, 99, 0, 50, 7, 7]
+    for split in ("train", "test"):
+        batch = write_batch(folder / split, images, fine_labels=labels, coarse_labels=[0, 1, 0, 1, 0, 1])
+        monkeypatch.setattr(CIFAR100, f"{split}_list", [batch])
     monkeypatch.setattr(CIFAR100, "meta", write_meta(folder / "meta", "fine_label_names", names))
     data = load_dataset("cifar100", tmp_path)
-    assert data.train.labels.tolist() == fine and data.test.labels.tolist() == fine[:2]
-    assert torch.equal(data.train.images, as_tensor(images)) and data.classes == tuple(names)
-    assert data.mean == (0.5071, 0.4865, 0.4409)
+    assert data.train.labels.tolist() == data.test.labels.tolist() == labels and data.classes == tuple(names)
+    assert torch.equal(data.train.images, as_tensor(images)) and data.mean == (0.5071, 0.4865, 0.4409)
 
 
 def test_official_files_and_class_folders_give_the_same_images_and_labels(tmp_path, monkeypatch):
@@ -220,21 +215,17 @@ def test_official_files_and_class_folders_give_the_same_images_and_labels(tmp_pa
             assert torch.equal(a.images[a.labels == label], b.images[b.labels == label])
 
 
-def test_official_files_come_before_class_folders(tmp_path, monkeypatch):
-    folders = write_folders(tmp_path / "cifar10", NAMES, 1, seed=20)["train"]
-    assert torch.equal(load_dataset("cifar10", tmp_path).train.images, as_tensor(folders))
+def test_official_files_come_before_class_folders_unless_they_are_damaged(tmp_path, monkeypatch):
     official = write_cifar10(tmp_path, monkeypatch)["train"][0]
-    assert torch.equal(load_dataset("cifar10", tmp_path).train.images, as_tensor(official))
-
-
-def test_damaged_official_files_never_count_as_the_data(tmp_path, monkeypatch):
-    write_cifar10(tmp_path, monkeypatch)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
-    batch.write_bytes(batch.read_bytes()[:-100])
+    whole = batch.read_bytes()
+    batch.write_bytes(whole[:-100])
     with pytest.raises(FileNotFoundError, match="incomplete or damaged"):
         load_dataset("cifar10", tmp_path)
     folders = write_folders(tmp_path / "cifar10", NAMES, 1)["train"]
     assert torch.equal(load_dataset("cifar10", tmp_path).train.images, as_tensor(folders))
+    batch.write_bytes(whole)
+    assert torch.equal(load_dataset("cifar10", tmp_path).train.images, as_tensor(official))
 
 
 def test_download_is_the_last_resort(tmp_path, monkeypatch):
@@ -263,53 +254,37 @@ def test_tinyimagenet_official_layout(tmp_path):
     assert data.test.images[:, 0, 4, 4].tolist() == [0, 10, 20, 30, 40]
 
 
-def test_tinyimagenet_as_class_folders_with_val(tmp_path):
-    wnids = [f"n{i:08}" for i in range(200)]
-    written = write_folders(tmp_path / "tinyimagenet", wnids, 1, held_out="val")
-    data = load_dataset("tinyimagenet", tmp_path)
-    assert torch.equal(data.test.images, as_tensor(written["val"])) and data.classes == tuple(wnids)
-
-
 def test_tinyimagenet_without_annotations_is_not_the_data(tmp_path):
     folder, _ = write_tiny_imagenet(tmp_path)
     (folder / "val" / "val_annotations.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"val_annotations\.txt: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"No such file .*val_annotations\.txt"):
         load_dataset("tinyimagenet", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("../../../secret.png\tn00000001", "secret"),
-        ("..\tn00000001", ".."),
-        ("/etc/passwd\tn00000001", "passwd"),
-        ("a\0b.JPEG\tn00000001", "b.JPEG"),
-        ("\tn00000001", "n00000001"),
-        ("missing.JPEG\tn00000001\t0\t0", "missing"),
-        ("val_0.JPEG\tn00000001", "val_0.JPEG"),  # twice
-        ("other.JPEG", "other"),
-        ("other.JPEG\t ", "other"),
-        ("\xff\xfe garbage", "garbage"),
+        ("../../../secret.png\tn00000001", "'../../../secret.png' on one side alone"),
+        ("..\tn00000001", "'..' on one side"),
+        ("/etc/passwd\tn00000001", "'/etc/passwd' on one side"),
+        ("a\0b.JPEG\tn00000001", "b.JPEG' on one side"),
+        ("\tn00000001", "'' on one side"),
+        ("missing.JPEG\tn00000001\t0\t0", "'missing.JPEG' on one side"),
+        ("val_0.JPEG\tn00000001", "an image twice"),
+        ("val_5.JPEG", "an image twice, or a line without a class"),
+        ("val_0.JPEG\t ", "an image twice, or a line without a class"),
+        ("\xff\xfe garbage\ta", "garbage' on one side"),
+        (None, "'val_4.JPEG' on one side"),  # the table was cut short
     ],
 )
 def test_annotations_name_each_image_of_their_folder_once_and_nothing_else(line, found, tmp_path):
     folder, _ = write_tiny_imagenet(tmp_path)
     (tmp_path / "secret.png").write_bytes((folder / "val" / "images" / "val_0.JPEG").read_bytes())
-    (folder / "val" / "images" / "other.JPEG").write_bytes(b"")
     table = folder / "val" / "val_annotations.txt"
-    table.write_bytes(table.read_bytes() + line.encode("latin-1"))
-    message = (
-        rf"val_annotations\.txt, line 6: .*{re.escape(found)}.*: expected an image that lies in .*images, once, then"
-    )
-    with pytest.raises(ValueError, match=message):
-        load_dataset("tinyimagenet", tmp_path)
-
-
-def test_annotations_cut_short_are_no_smaller_test_set(tmp_path):
-    folder, _ = write_tiny_imagenet(tmp_path)
-    table = folder / "val" / "val_annotations.txt"
-    table.write_text("".join(table.read_text().splitlines(keepends=True)[:3]))
-    with pytest.raises(ValueError, match=r"expected a line for each image of .*images, found none for val_3\.JPEG$"):
+    whole = table.read_bytes()
+    table.write_bytes(whole[: whole.index(b"val_4")] if line is None else whole + line.encode("latin-1"))
+    told = r"val_annotations\.txt: expected one line, with a class, for each image of .*images, found .*"
+    with pytest.raises(ValueError, match=told + re.escape(found)):
         load_dataset("tinyimagenet", tmp_path)
 
 
@@ -335,12 +310,10 @@ def test_class_folders_of_lossless_files(tmp_path, suffix, held_out):
     assert torch.equal(data.train.images, as_tensor(written["train"][order])) and data.train.images.is_contiguous()
     assert torch.equal(data.test.images, as_tensor(written[held_out][[1, 0]]))
     assert data.name == f"imagefolder:{tmp_path}" and data.train.images.dtype == torch.uint8
-
-
-def test_test_comes_before_val(tmp_path):
-    write_folders(tmp_path, held_out="val", seed=3)
-    written = write_folders(tmp_path, held_out="test", seed=5)
-    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").test.images, as_tensor(written["test"]))
+    other = write_folders(tmp_path, ("cat", "ant"), size=(6, 9), held_out="test", seed=5, suffix=suffix)
+    assert torch.equal(
+        load_dataset(f"imagefolder:{tmp_path}").test.images, as_tensor(other["test"][[1, 0]])
+    )  # before val
 
 
 def test_every_image_mode_becomes_rgb(tmp_path):
@@ -396,16 +369,6 @@ def test_image_size_scales_the_shorter_side_and_cuts_out_the_centre(tmp_path):
     assert load_dataset(f"imagefolder:{tmp_path}", image_size=16).train.images.shape == (1, 3, 16, 16)
 
 
-def test_image_size_of_official_files(tmp_path, monkeypatch):
-    images = write_cifar10(tmp_path, monkeypatch)["train"][0]
-    data = load_dataset("cifar10", tmp_path, image_size=16)
-    expected = as_tensor(images).double().view(50, 3, 16, 2, 16, 2).mean((3, 5))
-    assert data.train.images.shape == (50, 3, 16, 16) and data.test.images.shape == (10, 3, 16, 16)
-    # antialiased bilinear weights are 1/8 3/8 3/8 1/8, so noise does not average as it would in 2 x 2 boxes
-    assert np.corrcoef(data.train.images.flatten(), expected.flatten())[0, 1] > 0.85
-    assert torch.equal(load_dataset("cifar10", tmp_path, image_size=32).train.images, as_tensor(images))
-
-
 @pytest.mark.parametrize("keep", [0, 30, -200])
 def test_a_damaged_image_is_named(tmp_path, keep):
     write_folders(tmp_path, size=(16, 16))
@@ -416,22 +379,21 @@ def test_a_damaged_image_is_named(tmp_path, keep):
 
 
 def test_missing_and_unexpected_classes_are_named(tmp_path):
-    write_folders(tmp_path / "empty class")
-    (tmp_path / "empty class" / "train" / "c").mkdir()
+    write_folders(tmp_path)
+    (tmp_path / "train" / "c").mkdir()
     with pytest.raises(ValueError, match=r"train: expected one folder with images for each class \(.*classes c\."):
-        load_dataset(f"imagefolder:{tmp_path / 'empty class'}")
-    (tmp_path / "no class" / "train").mkdir(parents=True)
-    (tmp_path / "no class" / "test").mkdir()
-    with pytest.raises(ValueError, match=r"no class/train: expected one folder with images for each class"):
-        load_dataset(f"imagefolder:{tmp_path / 'no class'}")
-    write_folders(tmp_path / "unknown class")
-    save(tmp_path / "unknown class" / "test" / "z" / "0.png", pixels(8, 8, 3))
+        load_dataset(f"imagefolder:{tmp_path}")
+    (tmp_path / "train" / "c").rmdir()
+    save(tmp_path / "test" / "z" / "0.png", pixels(8, 8, 3))
     with pytest.raises(ValueError, match=r"test/z/0\.png.*'z' has no images for training"):
-        load_dataset(f"imagefolder:{tmp_path / 'unknown class'}")
-    (tmp_path / "no test" / "train" / "a").mkdir(parents=True)
-    save(tmp_path / "no test" / "train" / "a" / "0.png", pixels(8, 8, 3))
-    with pytest.raises(FileNotFoundError, match=r"no test/test: no such folder"):
-        load_dataset(f"imagefolder:{tmp_path / 'no test'}")
+        load_dataset(f"imagefolder:{tmp_path}")
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(FileNotFoundError, match=r"/test: no such folder"):
+        load_dataset(f"imagefolder:{tmp_path}")
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"/train: expected one folder with images for each class"):
+        load_dataset(f"imagefolder:{tmp_path}")
 
 
 def test_statistics_of_an_imagefolder_are_those_of_its_training_images(tmp_path):
@@ -442,27 +404,7 @@ def test_statistics_of_an_imagefolder_are_those_of_its_training_images(tmp_path)
     assert abs(normalize(data.train.images, data).mean((0, 2, 3))).max() < 1e-5
 
 
-def test_constant_images_can_be_normalised(tmp_path):
-    for split in ("train", "test"):
-        save(tmp_path / split / "a" / "0.png", np.full((4, 4, 3), 51, np.uint8))
-    data = load_dataset(f"imagefolder:{tmp_path}")
-    assert data.mean == pytest.approx([0.2] * 3) and data.std == (1, 1, 1)
-    assert abs(normalize(data.train.images, data)).max() < 1e-6
-
-
 # The cache of decoded images
-
-
-def test_files_are_decoded_once(tmp_path, decoded):
-    write_folders(tmp_path / "data")
-    first = load_dataset("imagefolder:data")
-    assert len({*decoded}) == 8
-    decoded.clear()
-    second = load_dataset(f"imagefolder:{tmp_path / 'data'}")
-    assert not decoded and second.sha256 == first.sha256
-    assert torch.equal(first.train.images, second.train.images)
-    assert load_dataset("imagefolder:data", image_size=4).train.images.shape[-1] == 4
-    assert decoded
 
 
 def test_a_changed_added_or_removed_file_makes_the_cache_anew(tmp_path):
@@ -477,17 +419,6 @@ def test_a_changed_added_or_removed_file_makes_the_cache_anew(tmp_path):
     assert len(load_dataset(f"imagefolder:{tmp_path}").train) == 6
 
 
-def test_a_file_of_the_same_length_but_a_later_time_makes_the_cache_anew(tmp_path):
-    write_folders(tmp_path, suffix=".bmp")
-    load_dataset(f"imagefolder:{tmp_path}")
-    image, path = pixels(8, 8, 3, seed=9), tmp_path / "train" / "a" / "0000.bmp"
-    before = path.stat()
-    save(path, image)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
-    assert path.stat().st_size == before.st_size
-    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images[0], as_tensor(image[None])[0])
-
-
 def test_two_folders_of_equal_names_lengths_and_times_are_not_mixed_up(tmp_path):
     written = {}
     for seed, name in enumerate(("one", "two")):
@@ -499,55 +430,16 @@ def test_two_folders_of_equal_names_lengths_and_times_are_not_mixed_up(tmp_path)
         assert torch.equal(load_dataset(f"imagefolder:{name}").train.images, as_tensor(images))
 
 
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_a_damaged_cache_is_made_anew(tmp_path, decoded, keep):
-    written = write_folders(tmp_path)
-    load_dataset(f"imagefolder:{tmp_path}")
-    (cache,) = (tmp_path / ".emqlib").iterdir()
-    whole = cache.read_bytes()
-    cache.write_bytes(whole[:keep])
-    decoded.clear()
-    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
-    assert decoded and cache.read_bytes() == whole
-
-
-@pytest.mark.parametrize("other", [pixels(7, 3, 8, 8), pixels(8, 3, 8), np.ones((8, 3, 8, 8), np.float32)])
-def test_a_cache_of_something_else_is_made_anew(tmp_path, other):
-    written = write_folders(tmp_path)
-    load_dataset(f"imagefolder:{tmp_path}")
-    (cache,) = (tmp_path / ".emqlib").iterdir()
-    with cache.open("wb") as file:
-        np.save(file, other)
-    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
-
-
-def test_a_pickle_in_the_cache_is_never_run(tmp_path):
-    written = write_folders(tmp_path)
-    load_dataset(f"imagefolder:{tmp_path}")
-    (cache,) = (tmp_path / ".emqlib").iterdir()
-    with cache.open("wb") as file:
-        np.save(file, np.array([{"an": "object"}]), allow_pickle=True)
-    assert torch.equal(load_dataset(f"imagefolder:{tmp_path}").train.images, as_tensor(written["train"]))
-
-
-def test_data_that_cannot_be_written_to_is_cached_for_the_user(tmp_path, decoded):
-    write_folders(tmp_path / "data")
+def test_data_that_cannot_be_written_to_is_cached_for_the_user_or_nowhere(tmp_path, decoded):
+    written = write_folders(tmp_path / "data")
     (tmp_path / "data" / ".emqlib").write_text("a file where the cache would be")  # holds for root too
     load_dataset("imagefolder:data")
-    assert any((tmp_path / "user-cache" / "emqlib").rglob("*.safetensors"))
     decoded.clear()
     load_dataset("imagefolder:data")
-    assert not decoded
-
-
-def test_nowhere_to_cache_is_no_error(tmp_path, decoded):
-    written = write_folders(tmp_path / "data")
-    (tmp_path / "data" / ".emqlib").write_text("")
+    assert not decoded and any((tmp_path / "user-cache" / "emqlib").rglob("*.safetensors"))
+    (tmp_path / "user-cache").rename(tmp_path / "gone")
     (tmp_path / "user-cache").write_text("")
-    for _ in range(2):
-        decoded.clear()
-        assert torch.equal(load_dataset("imagefolder:data").train.images, as_tensor(written["train"]))
-        assert decoded
+    assert torch.equal(load_dataset("imagefolder:data").train.images, as_tensor(written["train"])) and decoded
 
 
 # Digits
@@ -605,14 +497,6 @@ def test_subset_fills_up_where_a_class_is_short():
     assert replace(made_up(), train=split, test=split).subset(4, 1).train.labels.tolist() == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("train", "test", "name"), [(0, 1, "train"), (7, 1, "train"), (2, 99, "test"), (2, 0.5, "test")]
-)
-def test_subset_checks_its_sizes(train, test, name):
-    with pytest.raises(ValueError, match=rf"^{name}=.*an integer in \[1, 6\]"):
-        made_up().subset(train, test)
-
-
 def test_checksum_names_pixels_and_labels(tmp_path):
     write_folders(tmp_path / "one", seed=1)
     write_folders(tmp_path / "same", seed=1)
@@ -661,16 +545,6 @@ def test_augment_is_a_flip_and_a_crop_of_the_padded_image(flip, padding, height,
     assert ours.dtype == torch.uint8 and ours.shape == data.train.images.shape
 
 
-def test_augment_uses_flips_and_all_offsets_about_equally():
-    data = made_up(crop_padding=1)
-    image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
-    kinds, counts = augment(image.repeat(3600, 1, 1, 1), data, torch.Generator().manual_seed(0)).unique(
-        dim=0, return_counts=True
-    )
-    assert len(kinds) == 2 * 9  # flips x offsets
-    assert counts.min() > 130 and counts.max() < 270  # 200 each, +- 5 standard deviations
-
-
 def test_augment_draws_from_its_generator_only():
     data, state = made_up(64), torch.get_rng_state()
     images = data.train.images.clone()
@@ -680,11 +554,6 @@ def test_augment_draws_from_its_generator_only():
     assert torch.equal(images, data.train.images)  # never in place
     generator = torch.Generator().manual_seed(1)
     assert not torch.equal(augment(images, data, generator), augment(images, data, generator))
-
-
-def test_augment_without_flip_and_padding_changes_nothing():
-    data = made_up(flip=False, crop_padding=0)
-    assert torch.equal(augment(data.train.images, data, torch.Generator()), data.train.images)
 
 
 # Real files, where the machine has them

@@ -1,6 +1,5 @@
 """Streamed class folders: real files, decoded by real worker processes, against Pillow and torchvision by hand."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torchvision.transforms import v2
 
 import emqlib as emq
 from emqlib import Dataset, QuantSpec, TrainConfig
-from emqlib.train.data import FileLoader, ImageFiles, MemoryLoader, loader, normalize
+from emqlib.train.data import MemoryLoader, Streamed, StreamLoader, loader, normalize
 from emqlib.train.distributed import Place
 from emqlib.train.evaluate import batches
 
@@ -73,13 +72,16 @@ def test_what_is_streamed_is_listed_and_not_read(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Image, "open", refuse)
     data = streamed(folder)
-    assert isinstance(data.train, ImageFiles) and (len(data.train), len(data.test)) == (60, 30)
-    assert data.num_classes == 10 and data.train.image_size == 16 and data.mean == (0.485, 0.456, 0.406)
+    assert isinstance(data.train, Streamed) and (len(data.train), len(data.test)) == (60, 30)
+    assert data.num_classes == 10 and data.mean == (0.485, 0.456, 0.406)
     paths = [data.train.path(i) for i in range(60)]
     assert paths == sorted(p for p in (folder / "train").rglob("*.*"))
     assert [f"class{label}" for label in data.train.labels] == [p.parent.name for p in paths]
-    assert emq.load_dataset(f"imagefolder:{folder}", stream=True).train.image_size == 224
     assert data.to("meta").train is data.train
+    train, test = ([type(part) for part in split.items.transform.transforms] for split in (data.train, data.test))
+    assert train == [v2.RandomResizedCrop, v2.RandomHorizontalFlip] and test == [v2.Resize, v2.CenterCrop]
+    usual = emq.load_dataset(f"imagefolder:{folder}", stream=True)
+    assert usual.test.items.transform.transforms[1].size == (224, 224)
 
 
 def test_plain_images_are_resized_and_cut_out_of_the_centre(folder: Path) -> None:
@@ -108,13 +110,11 @@ def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_proces
     assert not any(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     twice = list(loader(data, "train", CPU).epoch([parts[0], parts[0]], seeded()))
     assert not torch.equal(twice[0][0], twice[1][0])  # a child's sample is not another child's, augmented alike
-    plain, _, _ = next(loader(data, "train", CPU).epoch(parts))
-    assert not torch.equal(plain, first[0][0])
 
 
 def test_workers_live_as_long_as_their_loader(folder: Path) -> None:
     live = loader(streamed(folder, workers=1), "train", CPU)
-    assert isinstance(live, FileLoader)
+    assert isinstance(live, StreamLoader)
     pids = []
     for seed in (1, 2):
         assert len(list(live.epoch(chunks(60), seeded(seed)))) == 8
@@ -130,11 +130,9 @@ def test_memory_and_files_are_one_interface(folder: Path) -> None:
     held = emq.load_dataset(f"imagefolder:{same}", image_size=16)
     held = replace(held, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     files = streamed(same)
-    assert isinstance(loader(held, "train", CPU), MemoryLoader) and held.classes == files.classes
-    # Resize(18) and CenterCrop(16) of a 16 x 16 image keep its middle
-    for ours, theirs in zip(
-        loader(held, "train", CPU).epoch(chunks(30)), loader(files, "train", CPU).epoch(chunks(30)), strict=True
-    ):
+    assert isinstance(loader(held, "test", CPU), MemoryLoader) and held.classes == files.classes
+    both = [loader(data, "test", CPU).epoch(chunks(30)) for data in (held, files)]
+    for ours, theirs in zip(*both, strict=True):  # Resize(18) and CenterCrop(16) of a 16 x 16 image keep its middle
         assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2]) and ours[0].shape == theirs[0].shape
         assert torch.corrcoef(torch.stack([ours[0].flatten(), theirs[0].flatten()]))[0, 1] > 0.6
 
@@ -148,21 +146,18 @@ def test_a_damaged_image_is_named_skipped_and_counted(many: Path, damage: list[P
         seen = torch.cat([indices for *_, indices in live.epoch(chunks(1030, 64), seeded())])
     assert sorted(seen.tolist()) == [i for i in range(1030) if i != bad]
     assert list(live.damaged) == [bad]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
-        assert sum(len(indices) for *_, indices in live.epoch(chunks(1030, 64), seeded())) == 1029
+    assert sum(len(indices) for *_, indices in live.epoch(chunks(1030, 64), seeded())) == 1029  # one warning is enough
+    with pytest.warns(UserWarning, match="not a readable image"):
+        history = emq.train(network(), data, TrainConfig(epochs=1, batch_size=256), progress=False)
+    assert history.attrs["damaged"] == [str(damage[0])] and history.damaged.tolist() == [1]
 
 
 @pytest.mark.filterwarnings("ignore:.*not a readable image")
 def test_more_than_one_in_a_thousand_is_an_error(many: Path, damage: list[Path]) -> None:
     for file in damage:
         file.write_bytes(b"")
-    live = loader(streamed(many), "train", CPU)
     message = rf"(?s)^data='2 damaged files': expected at most 0.1% of the 1030 files damaged; .*{damage[0].parent}"
     with pytest.raises(ValueError, match=message):
-        list(live.epoch(chunks(1030, 64), seeded()))
-    damage[1].write_bytes(b"")
-    with pytest.raises(ValueError, match="2 damaged files"):
         emq.train(network(), streamed(many, size=8), TrainConfig(epochs=1, batch_size=64), progress=False)
 
 
@@ -181,15 +176,8 @@ def test_damaged_files_of_all_processes_count_together(many: Path, damage: list[
     assert len(list(live.epoch([torch.tensor([bad[0], 0])], seeded()))) == 1 and live.damaged.keys() == {bad[0]}
     with pytest.raises(ValueError, match=r"^data='2 damaged files'"):
         live.all_damaged()
-
-
-@pytest.mark.filterwarnings("ignore:.*not a readable image")
-def test_a_batch_of_nothing_else_is_an_error(many: Path, damage: list[Path]) -> None:
-    damage[0].write_bytes(b"")
-    data = streamed(many)
-    bad = next(i for i in range(len(data.train)) if data.train.path(i) == damage[0])
-    with pytest.raises(ValueError, match=rf"^{damage[0]}: damaged, and so is every image of its batch"):
-        list(loader(data, "train", CPU).epoch([torch.tensor([bad])], seeded()))
+    with pytest.raises(ValueError, match=rf"^{damage[0]}: not a readable image .*, and so is every image of its batch"):
+        list(loader(data, "train", CPU).epoch([torch.tensor(bad[:1])], seeded()))
 
 
 def network() -> torch.nn.Module:
@@ -228,26 +216,6 @@ def interrupt_second(path: Path):
     return observe
 
 
-def test_damaged_files_are_named_in_the_history(many: Path, damage: list[Path]) -> None:
-    damage[0].write_bytes(b"")
-    with pytest.warns(UserWarning, match="not a readable image"):
-        history = emq.train(network(), streamed(many), TrainConfig(epochs=1, batch_size=256), progress=False)
-    assert history.attrs["damaged"] == [str(damage[0])] and history.damaged.tolist() == [1]
-
-
-def test_images_are_mirrored_only_where_that_makes_sense(folder: Path) -> None:
-    from torchvision.transforms import v2
-
-    kinds = [
-        {
-            type(t)
-            for t in loader(replace(streamed(folder), flip=flip), "train", CPU).batches.dataset.augmented.transforms
-        }
-        for flip in (True, False)
-    ]
-    assert kinds[0] - kinds[1] == {v2.RandomHorizontalFlip} and kinds[1] == {v2.RandomResizedCrop}
-
-
 def test_an_unlabelled_test_folder_is_no_test_set(tmp_path: Path) -> None:
     """As ImageNet's own: files without classes."""
     folder = write(tmp_path / "data", 20, 10)
@@ -281,15 +249,9 @@ def test_the_checksum_tells_names_sizes_and_labels(tmp_path: Path) -> None:
     assert streamed(folder).sha256 != first
 
 
-def test_what_cannot_be_streamed_is_said(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_streamed_is_said() -> None:
     with pytest.raises(ValueError, match=r"^stream=True: expected False for 'digits'"):
         emq.load_dataset("digits", stream=True)
-    for value in (1, "yes", 0):
-        with pytest.raises(ValueError, match=r"^stream=.*expected True or False"):
-            emq.load_dataset("digits", stream=value)
-    for value in (-1, 1.5, "2", True):
-        with pytest.raises(ValueError, match=r"^workers=.*expected an integer in \[0, 1024\]"):
-            emq.load_dataset(f"imagefolder:{folder}", workers=value)
 
 
 def imagenet(root: Path, flat: bool) -> dict[str, int]:
@@ -315,14 +277,6 @@ def imagenet(root: Path, flat: bool) -> dict[str, int]:
 def test_imagenet_is_streamed_from_either_layout(flat: bool, tmp_path: Path) -> None:
     answers = imagenet(tmp_path, flat)
     data = emq.load_dataset("imagenet", root=tmp_path)
-    assert isinstance(data.train, ImageFiles) and data.num_classes == 1000 and len(data.train) == 1000
+    assert isinstance(data.train, Streamed) and data.num_classes == 1000 and len(data.train) == 1000
     found = {data.test.path(i).stem: int(label) for i, label in enumerate(data.test.labels)}
     assert found == answers
-
-
-def test_missing_imagenet_says_where_to_put_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as caught:
-        emq.load_dataset("imagenet", root=tmp_path)
-    text = str(caught.value)
-    for part in (tmp_path / "imagenet", tmp_path / "ILSVRC", "image-net.org", "EMQ_DATA", "imagenet/train/<wnid>"):
-        assert str(part) in text

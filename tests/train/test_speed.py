@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import emqlib as emq
 from emqlib import models
 from emqlib.norms import MultiBitBatchNorm
-from emqlib.train import data
 from emqlib.train import loop as training
 from emqlib.train.config import SCORES
 
@@ -159,7 +158,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Waits]:
 @pytest.fixture(scope="module")
 def digits() -> emq.Dataset:
     pytest.importorskip("sklearn")
-    return data.load_dataset("digits").subset(40, 10)
+    return emq.load_dataset("digits").subset(40, 10)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
