@@ -107,7 +107,7 @@ browser: install
 # Pages link to one another as they do in this checkout. A warning, such as for a link that leads nowhere, is an error.
 docs: install
 	rm -rf build/docs && mkdir -p build/docs
-	cp -r README.md GUIDE.md CONTRIBUTING.md CHANGELOG.md LICENSE docs/. notebooks results build/docs
+	cp -r README.md GUIDE.md CONTRIBUTING.md CHANGELOG.md LICENSE docs notebooks results build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 figures: install

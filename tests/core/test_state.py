@@ -1,0 +1,161 @@
+"""A converted network among what training code does with networks: copies, averages, compilers, several devices.
+
+The table of docs/recipes.md says the same; each of its cells is a test here.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import emqlib as emq
+
+SPECS: dict[str, dict[str, Any]] = {
+    "DoReFa": {},
+    "tracked DoReFa": {"activation_range": "tracked"},
+    "PACT, switchable": {"activation": "pact", "norm": "switchable"},
+    "LSQ, own statistics": {"weight": "lsq", "activation": "lsq", "norm": "shared_affine", "output_correction": True},
+}
+BITS = (2, 4, 8)
+of_specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def converted(spec: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    convolutions = [
+        nn.Sequential(nn.Conv2d(i, o, 3, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        for i, o in ((3, 8), (8, 8), (8, 16))
+    ]
+    net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return emq.convert(net, emq.QuantSpec(bits=BITS, **spec))
+
+
+def images(seed: int = 0) -> torch.Tensor:
+    return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(model: nn.Module, network: nn.Module | None = None, steps: int = 3) -> nn.Module:
+    """`network`, by default `model` itself, after steps of SGD by the forward pass of `model`."""
+    network = model if network is None else network
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    network.train()
+    for i in range(steps):
+        emq.set_bits(network, BITS[i % 3])
+        optimizer.zero_grad()
+        model(images(i)).square().mean().backward()
+        optimizer.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def answers(model: nn.Module) -> list[torch.Tensor]:
+    found = []
+    for bits in BITS:
+        with emq.at_bits(model, bits):
+            found.append(model(images()))
+    return found
+
+
+def equal(first: nn.Module, second: nn.Module, **tolerance: float) -> bool:
+    pairs = zip(answers(first), answers(second), strict=True)
+    return all(torch.allclose(a, b, **({"rtol": 0, "atol": 0} | tolerance)) for a, b in pairs)
+
+
+@of_specs
+def test_a_state_dict_loads_strictly_into_a_network_converted_alike(spec: dict[str, Any]) -> None:
+    model, other = trained(converted(spec)), converted(spec).eval()
+    assert not equal(other, model)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert equal(other, model)
+
+
+@of_specs
+def test_a_deep_copy_answers_alike_and_lives_on_its_own(spec: dict[str, Any]) -> None:
+    model = trained(converted(spec))
+    other = copy.deepcopy(model)
+    assert equal(other, model)
+    trained(model)
+    assert not equal(other, model)
+
+
+@of_specs
+@pytest.mark.parametrize("library", ["torch", "timm"])
+def test_averages_of_weights_run_at_every_bit_width(library: str, spec: dict[str, Any]) -> None:
+    """An average over equal networks is that network, and one over different networks lies between them."""
+    model = trained(converted(spec))
+    if library == "torch":
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+        update = average.update_parameters
+    else:
+        average = ModelEmaV3(model, decay=0.5, min_decay=0.5)
+        update = average.update
+    update(model)
+    assert equal(average.eval(), model, rtol=1e-6, atol=1e-7)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trained(model)
+    update(model)
+    for name, p in average.module.named_parameters():
+        between = (before[name] + model.get_parameter(name)) / 2
+        assert torch.allclose(p, between, atol=1e-6), name
+    assert all(torch.isfinite(a).all() for a in answers(average))
+
+
+@of_specs
+@pytest.mark.parametrize("bits", BITS)
+def test_an_exported_program_answers_like_the_network(bits: int, spec: dict[str, Any]) -> None:
+    model = trained(converted(spec))
+    emq.set_bits(model, bits)
+    program = torch.export.export(model, (images(),)).module()
+    with torch.no_grad():
+        assert torch.equal(program(images()), model(images()))
+
+
+@of_specs
+def test_a_compiled_network_trains_like_an_eager_one(spec: dict[str, Any]) -> None:
+    """By the tracer of torch.compile, without the code that it would generate: that is tested in test_speed."""
+    model, eager = converted(spec), trained(converted(spec))
+    torch.compiler.reset()
+    trained(torch.compile(model, backend="aot_eager"), model)
+    assert equal(model, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store: Path = tmp_path_factory.mktemp("processes") / "store"
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(store), 1), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@of_specs
+def test_ddp_trains_the_same_network(spec: dict[str, Any], one_process: None) -> None:
+    model = converted(spec)
+    trained(nn.parallel.DistributedDataParallel(model), model)
+    assert equal(model, trained(converted(spec)))
+
+
+@of_specs
+def test_fsdp2_trains_the_same_network_once_its_ranges_have_started(spec: dict[str, Any], one_process: None) -> None:
+    model = trained(converted(spec), steps=1)
+    alone = trained(copy.deepcopy(model))
+    fully_shard(model[1])
+    trained(fully_shard(model))
+    whole = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in model.state_dict().items()}
+    other = converted(spec)
+    other.load_state_dict(whole)
+    assert equal(other.eval(), alone)
+
+
+@pytest.mark.parametrize("spec", [{"activation": "pact"}, {"activation": "lsq"}], ids=["PACT", "LSQ"])
+def test_fsdp2_refuses_ranges_that_start_with_the_first_batch(spec: dict[str, Any], one_process: None) -> None:
+    """Written to a gathered parameter, the first range would be lost when it is sharded again."""
+    model = fully_shard(converted(spec))
+    with pytest.raises(ValueError, match="one batch through the converted network before fully_shard"):
+        emq.set_bits(model, 2)
