@@ -12,11 +12,11 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import write
+from common import ranges, write
 from matplotlib.axes import Axes
 
 from emqlib.files import digest
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.train import data, distributed
 from emqlib.train.data import ImageFiles, list_classes, loader
 
@@ -52,7 +52,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Axes:
     """Images a second of each repeat, by worker processes."""
     named = rows.assign(case=rows.workers.astype(str) + " workers")
-    return plots.ranges(named, "case", "images a second", "Decoded and cropped to 224 x 224", "images a second")
+    return ranges(named, "case", "images a second", "Decoded and cropped to 224 x 224", "images a second")
 
 
 if __name__ == "__main__":

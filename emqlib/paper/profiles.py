@@ -120,7 +120,6 @@ class Parameters:
     lengths: tuple[int, ...] = ()
     dataset: str = ""
     model: str = ""
-    processes: int = 1
 
     def output(self, name: str) -> Path:
         """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
@@ -137,7 +136,6 @@ def parameters(
     lengths: Any = (),
     dataset: str = "",
     model: str = "",
-    processes: Any = 1,
 ) -> Parameters:
     """Check a notebook's parameters. Lists may also be the strings that `papermill -p` makes of them.
 
@@ -152,7 +150,6 @@ def parameters(
         lengths: numbers of epochs, none twice; empty for the profile's own.
         dataset: a name of `load_dataset`; empty for the experiment's own.
         model: a name of `models.build`; empty for the profile's own.
-        processes: how many train together, one a GPU.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -172,15 +169,13 @@ def parameters(
         lengths=tuple(sorted(_each("lengths", lengths, epochs, length))) or chosen.lengths,
         dataset=_dataset(dataset),
         model="" if isinstance(model, str) and not model else check_model("model", model),
-        processes=checks.integer("processes", processes, 1, 1024),
     )
 
 
 def _profile_name(profile: str) -> str:
-    name = checks.choice("profile", profile, [*PROFILES, "auto"])
-    if name == "auto":
-        name = checks.choice("profile", os.environ.get("EMQ_PROFILE") or "auto", [*PROFILES, "auto"])
-    return ("paper" if has_cuda() else "small") if name == "auto" else name
+    if checks.choice("profile", profile, [*PROFILES, "auto"]) == "auto":
+        profile = checks.choice("profile", os.environ.get("EMQ_PROFILE") or "auto", [*PROFILES, "auto"])
+    return ("paper" if has_cuda() else "small") if profile == "auto" else profile
 
 
 def _listed(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
@@ -204,8 +199,8 @@ def _each(name: str, value: Any, expected: str, check: Callable[[Any], Any]) -> 
 
 
 def _results_dir(value: str | Path, profile: Profile) -> Path:
-    auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
     given = checks.path("results_dir", value, "auto, or a folder")
+    auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
     folder = auto if value == "auto" else Path(os.path.expanduser(given)).absolute()
     if not can_hold_files(folder):
         raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
@@ -218,6 +213,7 @@ def _dataset(value: Any) -> str:
         return value
     check_data("dataset", value)
     kind, colon, path = value.partition(":")
-    if colon:
-        checks.path("dataset", path, "imagefolder:PATH of a folder")
-    return f"{kind}:{Path(os.path.expanduser(path)).absolute()}" if colon else value
+    if not colon:
+        return value
+    checks.path("dataset", path, "imagefolder:PATH of a folder")
+    return f"{kind}:{Path(os.path.expanduser(path)).absolute()}"

@@ -306,13 +306,13 @@ NOTEBOOK = {"profile": [*NAMES, "Smoke"], "model": [*ARCHITECTURES[2:], None, "r
 NOTEBOOK |= {"bits": [*BITS[:5], *BITS[7:11], 9, 0, "2;4", *LISTS], "pruning_rates": RATES_TWICE}
 NOTEBOOK |= {"dataset": [None, 3, "mnist", "imagefolder:\0", "imagefolder:" + "a" * 5000, "imagefolder"]}
 NOTEBOOK |= {"lengths": [*LISTS, [4, 4], 0, None, [10**9], True], "seed": [*NUMBERS, -1, "[0]"]}
-NOTEBOOK |= {"repeats": [*NUMBERS, -1, 10**9], "processes": [*COUNTS, 10**9]}
+NOTEBOOK |= {"repeats": [*NUMBERS, -1, 10**9]}
 FINISH = {"runs": lambda: [run()], "results_dir": "results", "progress": False}
 FINISHED = {"runs": [[], None, run, [3], "table1"], "results_dir": [*FOLDERS, damaged], "progress": FLAGS}
 DERIVE = {"run": run, "results_dir": "results", "name": "table", "measure": lambda: len}
 TABLE += [
     ("paper.profiles.parameters", {"profile": "smoke"}, NOTEBOOK),
-    ("paper.runs.run_all", FINISH, FINISHED | {"processes": [*COUNTS, 10**9]}),
+    ("paper.runs.run_all", FINISH, FINISHED),
     ("paper.runs.build", {"run": run, "num_classes": 10}, {"run": RUNS, "num_classes": COUNTS}),
     ("paper.runs.trained", {"results_dir": "results"}, {"run": RUNS}),
     ("paper.runs.coreset_rows", {"results_dir": "results"}, {"runs": [lambda: [run()], None, [3]]}),
