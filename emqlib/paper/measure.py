@@ -31,27 +31,26 @@ ALL = "all layers"
 
 
 class Moments:
-    """Mean and variance of each of C channels over any number of batches, in 16 C bytes.
-
-    Source: Chan, Golub and LeVeque 1979, the pairwise update.
-    """
+    """Mean and variance of each of C channels over any number of batches, from sums in double precision."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.n, self.total, self.squares = 0, 0.0, 0.0
 
     def update(self, x: Tensor) -> None:
         """Take in a batch (N, C, ...)."""
-        flat = x.detach().float().transpose(0, 1).flatten(1)
-        n, mean = flat.shape[1], flat.mean(1).double()
-        squares = flat.var(1, correction=0).double() * n
-        delta, total = mean - self.mean.to(mean), self.n + n
-        self.squares = self.squares.to(squares) + squares + delta**2 * (self.n * n / total)
-        self.mean = self.mean.to(mean) + delta * (n / total)
-        self.n = total
+        flat = x.detach().double().transpose(0, 1).flatten(1)
+        self.n += flat.shape[1]
+        self.total = self.total + flat.sum(1)
+        self.squares = self.squares + flat.square().sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean (C,)."""
+        return self.total / self.n
 
     def var(self) -> Tensor:
         """The biased variance (C,)."""
-        return self.squares / self.n
+        return self.squares / self.n - self.mean.square()
 
 
 class Histogram:

@@ -22,7 +22,6 @@ _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "t
 _BITS = "bit-width of weights and activations (*: trained)"
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
 _WIDE = 10.0  # inches, of a figure with its legend beside it
-_ANGLES = ("depth", "epoch", "bits", "other_bits", "other_images", "angle")
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 
@@ -216,34 +215,28 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return _finish(ax, _BITS, "top-1 above adapted (points)")
 
 
-def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Angles between the child models' gradients after the last epoch, by layer from the input to the output.
+def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axes:
+    """Angles between the child models' gradients, a line for each pair of bit-widths on the same images.
 
-    A line for each pair of bit-widths on the same images; dashed lines are one bit-width on other images. rows: of
-    `measure.alignment`.
+    Dashed lines are one bit-width on other images. rows: of `measure.alignment`; by: "layer", after the last epoch and
+    from the input to the output, or "epoch", of all layers as one vector.
     """
-    ax = axes(ax, _setting(rows, "Angles between gradients, by layer", "layer", *_ANGLES), _WIDE)
-    last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
-    _angle_lines(ax, last.sort_values("depth", kind="stable"), "layer")
-    ax.tick_params(axis="x", rotation=60, labelsize=7)
-    return _finish(ax, "", "angle (degrees)", beside=True)
-
-
-def angles_by_epoch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The same angles, all layers as one vector, before training and after each epoch."""
-    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training", *_ANGLES), _WIDE)
-    _angle_lines(ax, rows[rows.depth < 0], "epoch")
-    return _finish(ax, "epochs trained", "angle (degrees)", beside=True)
-
-
-def _angle_lines(ax: Axes, rows: pd.DataFrame, x: str) -> None:
-    images = rows.other_images.astype(bool).map({False: "same images", True: "other images"})
-    both = rows.bits.astype(str) + " and " + rows.other_bits.astype(str) + " bits"
-    pair = both.where(rows.bits != rows.other_bits, rows.bits.astype(str) + " bits")
+    by_layer = checks.choice("by", by, ("layer", "epoch")) == "layer"
+    title = "Angles between gradients" + (", by layer" if by_layer else " of all layers, over training")
+    columns = ("layer", "depth", "epoch", "bits", "other_bits", "other_images", "angle")
+    ax = axes(ax, _setting(rows, title, *columns), _WIDE)
+    last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)].sort_values("depth", kind="stable")
+    part = last if by_layer else rows[rows.depth < 0]
+    images = part.other_images.astype(bool).map({False: "same images", True: "other images"})
+    both = part.bits.astype(str) + " and " + part.other_bits.astype(str) + " bits"
+    pair = both.where(part.bits != part.other_bits, part.bits.astype(str) + " bits")
     look = {"hue": "gradients at", "style": "of", "style_order": ["same images", "other images"], "markers": ["o", "s"]}
-    tidy = rows.assign(**{"gradients at": pair, "of": images})
-    sns.lineplot(tidy, x=x, y="angle", **look, palette="dark", errorbar=None, sort=False, lw=1, ax=ax)
+    tidy = part.assign(**{"gradients at": pair, "of": images})
+    sns.lineplot(tidy, x=by, y="angle", **look, palette="dark", errorbar=None, sort=False, lw=1, ax=ax)
     ax.set_ylim(bottom=0)
+    if by_layer:
+        ax.tick_params(axis="x", rotation=60, labelsize=7)
+    return _finish(ax, "" if by_layer else "epochs trained", "angle (degrees)", beside=True)
 
 
 def save(ax: Axes, path: Path) -> None:
@@ -272,8 +265,8 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
     "08_activation_distributions": ("08_activation_distributions", distributions, ""),
     "08_mismatch": ("08_mismatch", mismatch, ""),
-    "09_angles_by_layer": ("09_angles", angles_by_layer, ""),
-    "09_angles_by_epoch": ("09_angles", angles_by_epoch, ""),
+    "09_angles_by_layer": ("09_angles", angles, ""),
+    "09_angles_by_epoch": ("09_angles", lambda rows: angles(rows, "epoch"), ""),
     "10_untrained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("max")),
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
     "11_training_cost": ("11_training_cost", growth, ""),

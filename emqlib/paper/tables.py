@@ -55,7 +55,7 @@ def _wide(rows: pd.DataFrame, index: list[str], columns: str, value: str = "top1
 
 def _by_bits(rows: pd.DataFrame, index: list[str], value: str = "top1") -> pd.DataFrame:
     """`_wide` over bit-widths, the trained ones with a *."""
-    trained = set(checks.table("rows", rows, ("trained",)).bits[rows.trained])
+    trained = set(checks.table("rows", rows, ("bits", "trained")).bits[rows.trained])
     return _wide(rows, index, "bits", value).rename(columns=lambda b: f"{b}*" if b in trained else f"{b}").reset_index()
 
 
@@ -182,11 +182,6 @@ def comparison_table(
     return _wide(seed_means(rows, [*index, columns]), list(index), columns).reset_index()
 
 
-def curve_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """`comparison_table` of one row a method and setting and one column a run length in epochs."""
-    return comparison_table(rows, columns="epochs", index=SETTING[:-1])
-
-
 def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     """One row a kind of coreset: what its coresets have in common, means over draws, bit-widths and seeds.
 
@@ -205,18 +200,18 @@ def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     return means.round(3).reset_index()
 
 
-def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
-    """One row a run of Any-Precision: its mean top-1 (%), and that of ours at each pruning rate for no more cost.
+def equal_time_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a run of Any-Precision: its mean top-1 (%), and that of ours at each pruning rate in no more time.
 
-    Of ours, the longest run that costs no more is taken. cost: "seconds" or "sample_passes".
+    Of ours, the longest run that takes no more seconds is shown.
     """
-    checks.choice("cost", cost, ("seconds", "sample_passes"))
-    points = with_cost(rows, cost).groupby(SETTING, sort=False)[["top1", cost]].mean().reset_index()
+    points = with_cost(rows, "seconds").groupby(SETTING, sort=False)[["top1", "seconds"]].mean().reset_index()
     ours, table = points[points.method.str.startswith("Ours")], []
     for baseline in points[points.method == "Any-Precision"].to_dict("records"):
-        row = {"epochs": baseline["epochs"], cost: round(baseline[cost]), "Any-Precision": round(baseline["top1"], 1)}
+        row = {"epochs": baseline["epochs"], "seconds": round(baseline["seconds"])}
+        row["Any-Precision"] = round(baseline["top1"], 1)
         for (method, rate), runs in ours.groupby(["method", "pruning_rate"], sort=False):
-            longest = runs[runs[cost] <= baseline[cost]].sort_values("epochs").tail(1)
+            longest = runs[runs.seconds <= baseline["seconds"]].sort_values("epochs").tail(1)
             texts = [f"{run.top1:.1f} ({run.epochs} epochs)" for run in longest.itertuples()]
             row[f"{method}, {rate:.0%} pruned"] = "".join(texts)
         table.append(row)
@@ -236,16 +231,6 @@ def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:
         differs = rows[option] != rows[option].mode()[0]
         name = name.where(~differs, name + f", {option}=" + rows[option].map("{:g}".format))
     return rows.assign(coreset=name)
-
-
-def option_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a coreset of `named` rows: mean top-1 (%) without and with adaptation, sample passes (thousands)."""
-    checks.table("rows", rows, ("coreset", "trained", "adapted", "seed", "top1", "run", "sample_passes"))
-    trained = rows[rows.trained]
-    cost = rows.drop_duplicates("run").groupby("coreset", sort=False).sample_passes.mean()
-    top1, adapted = (_mean_over_bits(trained[trained.adapted == value], ["coreset"]) for value in (False, True))
-    columns = {"top1 (%)": top1, "adapted top1 (%)": adapted, "passes (k)": (cost / 1e3).round(1)}
-    return pd.DataFrame(columns, index=cost.index).reset_index()
 
 
 def adaptation_gaps(rows: pd.DataFrame) -> pd.DataFrame:

@@ -255,7 +255,7 @@ def angles() -> pd.DataFrame:
 
 
 def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
-    ax = plots.angles_by_layer(angles())
+    ax = plots.angles(angles())
     found = {line.get_linestyle(): [] for line in lines(ax)}
     for line in lines(ax):
         found[line.get_linestyle()].append(points(line))
@@ -266,7 +266,7 @@ def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
 
 def test_angles_by_epoch_are_those_of_all_layers_and_means_over_seeds() -> None:
     rows = angles()
-    ax = plots.angles_by_epoch(pd.concat([rows.assign(seed=k, angle=rows.angle + k - 1) for k in range(3)]))
+    ax = plots.angles(pd.concat([rows.assign(seed=k, angle=rows.angle + k - 1) for k in range(3)]), "epoch")
     assert sorted(points(line) for line in lines(ax)) == [[(0, a), (1, a + 100)] for a in (21, 41, 43)]
 
 

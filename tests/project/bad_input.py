@@ -333,9 +333,7 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("tables.gap_table", "01_cifar10", {}),
     ("tables.comparison_table", "05_coreset_comparison", {}),
     ("tables.coreset_table", "05_coresets", {}),
-    ("tables.curve_table", "01_cifar10_curves", {}),
-    ("tables.equal_cost_table", "01_cifar10_curves", {}),
-    ("tables.option_table", "07_ablation_scoring_scheme", {}),
+    ("tables.equal_time_table", "01_cifar10_curves", {}),
     ("tables.untrained_table", "10_untrained_bitwidths", {}),
     ("tables.transfer_table", "09_knowledge_transfer", {}),
     ("tables.growth_table", "11_training_cost", {}),
@@ -346,8 +344,7 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("plots.growth", "11_training_cost", {}),
     ("plots.distributions", "08_activation_distributions", {}),
     ("plots.mismatch", "08_mismatch", {}),
-    ("plots.angles_by_layer", "09_angles", {}),
-    ("plots.angles_by_epoch", "09_angles", {}),
+    ("plots.angles", "09_angles", {}),
 ]
 FIRST = {"tables.coreset_table": "draws", "plots.distributions": "histograms"}  # what others call rows
 FRAMES = [None, "rows.csv", {"bits": [2]}, pd.DataFrame(), pd.DataFrame({"x": [1.0]})]
@@ -363,7 +360,7 @@ def rows(source: str) -> dict[str, Any]:
 BAD_COST = [None, "dollars", ["seconds"]]
 DRAWN = ["nothing", "00_quickstart"]  # no such figure, and one whose rows are not there
 TABLE += [
-    ("paper.tables.equal_cost_table", rows("01_cifar10_curves"), {"cost": BAD_COST}),
+    ("paper.plots.angles", rows("09_angles"), {"by": ["bits", None, ["layer"]]}),
     ("paper.tables.paper", {}, {"table": [None, 3, "\0", "a" * 5000]}),
     (
         "paper.tables.save",
