@@ -187,12 +187,12 @@ class Parameters:
     model: Annotated[str, _model] = ""  # a name of `models.build`; empty for the profile's own
 
     def __post_init__(self) -> None:
-        asked = str(self.results_dir)
+        asked = self.results_dir
         checks.fields(self)
         auto = home() / ("build/smoke" if self.profile.name == "smoke" else "results")
-        folder = auto if asked == "auto" else Path(os.path.expanduser(asked)).absolute()
+        folder = auto if asked == "auto" else Path(os.path.expanduser(self.results_dir)).absolute()
         if not can_hold_files(folder):
-            raise checks.invalid("results_dir", asked, "a folder, there or to be made, that can be written to")
+            raise checks.invalid("results_dir", str(asked), "a folder, there or to be made, that can be written to")
         object.__setattr__(self, "results_dir", folder)
         object.__setattr__(self, "lengths", self.lengths or self.profile.lengths)
 
