@@ -335,7 +335,7 @@ def _measured(run: Run, checkpoint: Path, measure: Measure, each_epoch: bool) ->
 
 
 def checkpoint_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
-    """Where the checkpoint of `run` lies, or that of a training of it with a name of its own."""
+    """Where the checkpoint of `run` lies, or of a training of it with a name of its own."""
     return Path(results_dir) / "checkpoints" / f"{run.hash}{name}.safetensors"
 
 

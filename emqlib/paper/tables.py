@@ -185,14 +185,10 @@ def comparison_table(
 def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     """One row a kind of coreset: what its coresets have in common, means over draws, bit-widths and seeds.
 
-    - union: the fraction of the data that is in any coreset of a draw.
-    - overlap: the fraction of a coreset that another bit-width's has too.
-    - drift: the fraction of a coreset that was not in the draw before.
-    - rank_correlation: Spearman's, of two bit-widths' scores.
-    - clipped: the fraction of samples whose weight in the loss was cut to the largest allowed one.
-    - rarest_class, commonest_class: the share of that class.
-
-    draws: of `runs.coreset_rows`.
+    Columns: union, the fraction of the data that is in any coreset of a draw; overlap, the fraction of a coreset that
+    another bit-width's has too; drift, the fraction that was not in the draw before; rank_correlation, Spearman's, of
+    two bit-widths' scores; clipped, the fraction of samples whose weight in the loss was cut to the largest allowed
+    one; and the shares of the rarest and the commonest class. draws: of `runs.coreset_rows`.
     """
     values = ["size", "union", "overlap", "drift", "rank_correlation", "clipped", "rarest_class", "commonest_class"]
     by = ["pruning_rate", "coreset", "candidates"]
