@@ -1,8 +1,9 @@
-"""What the benchmarks share: where their results lie, how much memory a process holds, and how a result is written."""
+"""What the benchmarks share: where their results lie, a process's memory, and how a result is drawn and written."""
 
 from pathlib import Path
 
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 
 from emqlib.paper import plots, tables
@@ -15,6 +16,24 @@ def write(name: str, rows: pd.DataFrame, table: pd.DataFrame, ax: Axes) -> None:
     tables.save(table, RESULTS / name, rows)
     plots.save(ax, RESULTS / name)
     print(table.to_string(index=False))
+
+
+def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> Axes:
+    """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
+
+    label, value: columns; unit: of `value`; mark: where a dashed line shows what is claimed.
+    """
+    ax, (dots, bar, *_) = plots.axes(None, title), sns.color_palette("colorblind")
+    shared = {"x": value, "y": label, "order": list(dict.fromkeys(rows[label])), "ax": ax}
+    sns.stripplot(rows, **shared, orient="h", size=4, alpha=0.5, jitter=False, color=dots)
+    line = {"linestyle": "none", "marker": "|", "markersize": 16, "markeredgewidth": 2, "color": bar}
+    sns.pointplot(rows, **shared, orient="h", estimator="median", errorbar=None, **line)
+    if mark is not None:
+        ax.axvline(mark, ls="--", lw=1, color="0.3")
+    ax.tick_params(axis="y", labelsize=7)
+    ax.set_xlim(left=0)
+    ax.set(xlabel=unit, ylabel="")
+    return ax
 
 
 def resident(key: str) -> int:

@@ -12,10 +12,10 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import write
+from common import ranges, write
 from matplotlib.axes import Axes
 
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.train import distributed, sources
 from emqlib.train.data import Dataset, Streamed, loader, sha256
 from emqlib.train.sources import ImageFiles, list_classes
@@ -53,7 +53,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Axes:
     """Images a second of each repeat, by worker processes."""
     named = rows.assign(case=rows.workers.astype(str) + " workers")
-    return plots.ranges(named, "case", "images a second", "Decoded and cropped to 224 x 224", "images a second")
+    return ranges(named, "case", "images a second", "Decoded and cropped to 224 x 224", "images a second")
 
 
 if __name__ == "__main__":

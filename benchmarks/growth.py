@@ -13,13 +13,13 @@ from time import perf_counter
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import resident, write
+from common import ranges, resident, write
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import experiments, plots, runs
+from emqlib.paper import experiments, runs
 from emqlib.train import distributed, loop
 from emqlib.train.data import loader
 
@@ -128,7 +128,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     relative = _relative(rows)
     relative["run"] = relative.scheme + ", " + relative.bit_widths.astype(str) + " bit-width(s)"
     relative = relative[relative.scheme != "full precision"]
-    return plots.ranges(relative, "run", "times", "Training time", "trainings of one network in full precision", mark=2)
+    return ranges(relative, "run", "times", "Training time", "trainings of one network in full precision", mark=2)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import any_precision
 import pandas as pd
 import steps
 import torch
-from common import write
+from common import ranges, write
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.train import distributed
 
 BITS = 8
@@ -136,7 +136,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     rows = rows[rows.phase == "training"]
     named = rows.implementation + ", " + rows.precision.replace("none", "float32") + ", " + rows["mode"]
     speed = rows.assign(case=named, speed=rows.batch / rows.seconds)
-    return plots.ranges(speed, "case", "speed", "Training step at 8 bits, ResNet-20", "images a second")
+    return ranges(speed, "case", "speed", "Training step at 8 bits, ResNet-20", "images a second")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import write
+from common import ranges, write
 from matplotlib.axes import Axes
 
 import emqlib as emq
 from emqlib import models
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.train import distributed
 from emqlib.train.data import loader
 
@@ -54,7 +54,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Axes:
     """The share of each repeat, a line a network."""
     percent, unit = rows.assign(percent=100 * rows.share), "share of a training step (%)"
-    return plots.ranges(percent, "network", "percent", "Loading and augmentation", unit, mark=5)
+    return ranges(percent, "network", "percent", "Loading and augmentation", unit, mark=5)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ median, lowest and highest ratio of each score. Claim: at most 1.05.
 from dataclasses import replace
 
 import pandas as pd
-from common import write
+from common import ranges, write
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.train import distributed
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
@@ -48,7 +48,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Axes:
     """The ratio of each repeat, a line a score."""
     title = "Training steps that record scores"
-    return plots.ranges(rows, "score", "ratio", title, "time, without recording = 1", mark=1.05)
+    return ranges(rows, "score", "ratio", title, "time, without recording = 1", mark=1.05)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ with batches as large as Any-Precision's.
 from dataclasses import replace
 
 import pandas as pd
-from common import write
+from common import ranges, write
 from matplotlib.axes import Axes
 
 import emqlib as emq
-from emqlib.paper import experiments, plots, profiles, runs
+from emqlib.paper import experiments, profiles, runs
 from emqlib.train import distributed
 
 
@@ -54,7 +54,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     baseline = rows[rows.scheme == "Any-Precision"].set_index("repeat").seconds
     faster = rows.assign(times=rows.repeat.map(baseline) / rows.seconds)
     title, unit = "Whole runs at 2, 4 and 8 bits", "times faster than Any-Precision"
-    return plots.ranges(faster, "scheme", "times", title, unit, mark=4)
+    return ranges(faster, "scheme", "times", title, unit, mark=4)
 
 
 if __name__ == "__main__":

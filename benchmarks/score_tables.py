@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from common import resident, write
+from common import ranges, resident, write
 from matplotlib.axes import Axes
 
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.train import distributed
 from emqlib.train.coresets import recorder
 
@@ -51,7 +51,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Axes:
     """Seconds of each epoch."""
     named = rows.assign(case="epoch " + rows.epoch.astype(str))
-    return plots.ranges(named, "case", "seconds", "Recording TDDS scores at ImageNet's size", "seconds an epoch")
+    return ranges(named, "case", "seconds", "Recording TDDS scores at ImageNet's size", "seconds an epoch")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from time import perf_counter
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import write
+from common import ranges, write
 from matplotlib.axes import Axes
 from torch import nn
 
 import emqlib as emq
 from emqlib import models
 from emqlib.convert import step_weights
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.train import distributed, loop
 
 NETWORKS = {"resnet20": {"width": 16}, "preact_resnet20": {"width_factor": 1}}
@@ -115,7 +115,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     """Our speed in units of the plain network's, each at its faster setting: a dot a repeat and bit-width."""
     found = _best(rows)
     found["case"] = found.phase + ", " + found.network + ", " + found.precision.replace("none", "float32")
-    return plots.ranges(found, "case", "speed", "A step at 1 to 8 bits", "speed, full precision = 1", mark=0.9)
+    return ranges(found, "case", "speed", "A step at 1 to 8 bits", "speed, full precision = 1", mark=0.9)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import resident, write
+from common import ranges, resident, write
 from matplotlib.axes import Axes
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 import emqlib as emq
-from emqlib.paper import plots, runs
+from emqlib.paper import runs
 from emqlib.paper.measure import gradient_angles, linear_probes, preactivations, weight_shift
 from emqlib.train import distributed
 
@@ -75,7 +75,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Axes:
     """Memory beyond the network's own, a line an analysis."""
     title = "Analyses of a ResNet-50 at 224 x 224"
-    return plots.ranges(rows, "analysis", "beyond", title, "memory beyond the network's own (MB)", mark=2000)
+    return ranges(rows, "analysis", "beyond", title, "memory beyond the network's own (MB)", mark=2000)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ text, `python -m emqlib.paper.claims` writes the tables of `results/README.md` a
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,13 +48,9 @@ def seeds(rows: pd.DataFrame, of: str = "top1", **where: Any) -> pd.Series:
 
 
 def said(values: pd.DataFrame | pd.Series, of: str = "top1", digits: int = 1, **where: Any) -> str:
-    """The mean and, of several seeds, the standard deviation: "71.2 ± 0.3".
+    """The mean and, of several seeds, the standard deviation, with so many `digits`: "71.2 ± 0.3".
 
-    Args:
-        values: rows, whose column `of` is taken where columns have the values `where`; or one number for each seed.
-        of: the column.
-        digits: how many after the point.
-        where: the values of other columns.
+    values: one number for each seed, or rows, of which `seeds` takes the column `of`.
     """
     numbers = (seeds(values, of, **where) if isinstance(values, pd.DataFrame) else values).dropna()
     if numbers.empty:
@@ -64,15 +60,12 @@ def said(values: pd.DataFrame | pd.Series, of: str = "top1", digits: int = 1, **
 
 
 def plain(values: pd.DataFrame | pd.Series, of: str = "top1", digits: int = 0, **where: Any) -> str:
-    """The mean alone, for a number that all seeds share; arguments: `said`."""
+    """The mean of `said` alone, for a number that all seeds share."""
     return said(values, of, digits, **where).partition(" ±")[0]
 
 
 def claims(results: Path) -> list[Claim]:
-    """The claims of the paper and then those beyond it, with numbers from the CSV files below `results`.
-
-    ValueError: rows that a claim is about are missing.
-    """
+    """The claims of the paper and then those beyond it; ValueError: rows that a claim is about are missing."""
     groups = (_correction, _children, _coresets, _scores, _cost, _transformers, _beyond, _speed, _large)
     paragraphs = [text for group in groups for text in group(checks.path("results", results)).split("\n\n")]
     return [Claim(*(" ".join(cell.split()) for cell in text.split("|"))) for text in paragraphs]
@@ -295,7 +288,7 @@ def _large(results: Path) -> str:
 
 def texts(root: Path) -> dict[Path, str]:
     """What `results/README.md`, with all claims, and `README.md`, with the paper's, are to hold."""
-    table = pd.DataFrame(map(asdict, claims(root / "results")))
+    table = pd.DataFrame(claims(root / "results"))
     tables = {root / "results/README.md": table, root / "README.md": table[table.paper != ""].drop(columns="why")}
     return {path: _written(path.read_text(), part) for path, part in tables.items()}
 

@@ -5,7 +5,6 @@
 
 import argparse
 import inspect
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -20,7 +19,7 @@ from ..layers import QuantSpec
 from ..train.checkpoint import Deadline, OutOfTime
 from ..train.config import SCORES, CoresetConfig, TrainConfig
 from ..train.data import Dataset
-from ..train.distributed import current, started
+from ..train.distributed import current
 from ..train.sources import check_name, load_dataset
 from .profiles import Parameters, Setting, parameters
 from .runs import Run, run_all
@@ -30,21 +29,20 @@ UNCALIBRATED = {"norm": "shared_affine", "output_correction": True}
 
 
 def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
-    """What all runs of a profile share, on the full data.
+    """What all runs of a profile share, on the full data of `dataset`, or of the profile's own data set.
 
-    Args:
-        p: a notebook's parameters.
-        seed: of the training.
-        dataset: the experiment's own, in whose place a profile may have another.
-        epochs: 0 for the profile's own number. With another one only the trained bit-widths are evaluated, and
-            milestones of the learning rate move in proportion: they stay an epoch apart, and those that no epoch would
-            follow are dropped.
+    With another number of epochs than 0, which is the profile's own, only the trained bit-widths are evaluated, and
+    milestones of the learning rate move in proportion. They stay an epoch apart, and none is after the last epoch.
     """
     checks.instance("p", p, Parameters, "what profiles.parameters gives")
-    check_name("dataset", checks.instance("dataset", dataset, str, "the name of a data set"))
+    check_name("dataset", dataset)
     own = p.profile.training
     length = epochs or own.epochs
-    milestones = _scaled(own.milestones, length / own.epochs, length)
+    milestones: list[int] = []
+    for milestone in own.milestones:
+        scaled = round(milestone * length / own.epochs)
+        milestones.append(max(scaled, milestones[-1] + 1 if milestones else 1))
+    milestones = [milestone for milestone in milestones if milestone < length]
     return Run(
         profile=p.profile.name,
         dataset=p.profile.dataset or dataset,
@@ -52,16 +50,9 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         model_args=p.profile.model_args,
         subset=p.profile.subset,
         spec=QuantSpec(bits=p.bits),
-        config=replace(own, seed=seed, epochs=length, milestones=milestones),
+        config=replace(own, seed=seed, epochs=length, milestones=tuple(milestones)),
         eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
     )
-
-
-def _scaled(milestones: tuple[int, ...], factor: float, epochs: int) -> tuple[int, ...]:
-    scaled: list[int] = []
-    for milestone in milestones:
-        scaled.append(max(round(milestone * factor), scaled[-1] + 1 if scaled else 1))
-    return tuple(m for m in scaled if m < epochs)
 
 
 def of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
@@ -76,9 +67,8 @@ def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
 
 def in_setting(base: Run, setting: Setting) -> Run:
     """`base` with the network, the training and the images of `setting`; only the seed of its training is kept."""
-    checks.instance("setting", setting, Setting, "a Setting, such as a profile's vit")
     own = {name: getattr(setting, name) for name in ("model", "model_args", "subset", "image_size")}
-    return replace(_run("base", base), **own, config=replace(setting.training, seed=base.config.seed))
+    return replace(base, **own, config=replace(setting.training, seed=base.config.seed))
 
 
 def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
@@ -94,26 +84,22 @@ def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
     return replace(shared, model_args=tuple(args.items()), spec=spec)
 
 
-def _run(name: str, value: Any) -> Run:
-    return checks.instance(name, value, Run, "a Run, as base makes one")
-
-
 def dedicated(base: Run) -> list[Run]:
     """One network for each bit-width, on the full data, without correction."""
-    config = replace(_run("base", base).config, scheme="dedicated", coreset=None)
+    config = replace(base.config, scheme="dedicated", coreset=None)
     specs = (replace(base.spec, bits=(b,), correction="none") for b in base.spec.bits)
     return [replace(base, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
 
 
 def any_precision(base: Run) -> Run:
     """Any-Precision: joint training with recursive distillation, a batch norm for each bit-width."""
-    spec = replace(_run("base", base).spec, norm="switchable", correction="none")
+    spec = replace(base.spec, norm="switchable", correction="none")
     return replace(base, spec=spec, config=replace(base.config, scheme="joint", distillation=True, coreset=None))
 
 
 def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
     """Bit-wise training under one shared batch norm; `spec`: fields of the `QuantSpec` that differ from the base's."""
-    config = replace(_run("base", base).config, scheme="bitwise", distillation=False, coreset=coreset)
+    config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
     return replace(base, spec=replace(base.spec, **spec), config=config)
 
 
@@ -130,10 +116,9 @@ def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None
 
 
 def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
-    """Ours for few steps and images, beyond the paper.
+    """Ours for few steps and images, beyond the paper: each trained bit-width has its own statistics.
 
-    Each batch is cut in `parts`, coresets are drawn each epoch from all data by importance, and each trained bit-width
-    has its own statistics.
+    Each batch is cut in `parts`, and coresets are drawn each epoch from all data by importance.
     """
     drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
     return ours(in_parts(base, parts), drawn, norm="shared_affine")
@@ -141,15 +126,8 @@ def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> R
 
 def in_parts(run: Run, parts: int) -> Run:
     """`run` with each batch cut in so many smaller ones."""
-    count = checks.integer("parts", parts, 1, _run("run", run).config.batch_size)
+    count = checks.integer("parts", parts, 1, run.config.batch_size)
     return replace(run, config=replace(run.config, batch_size=run.config.batch_size // count))
-
-
-def as_files(run: Run, results_dir: Path) -> str:
-    """The name of the run's data set as class folders below `results_dir`, which are written if they are not there."""
-    folder = results_dir / "images" / run.dataset
-    write_class_folders(load_dataset(run.dataset).subset(*run.subset), folder)
-    return f"imagefolder:{folder}"
 
 
 def write_class_folders(data: Dataset, folder: Path) -> None:
@@ -157,20 +135,18 @@ def write_class_folders(data: Dataset, folder: Path) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    half_done = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+        whole = Path(made) / folder.name
         for name, split in (("train", data.train), ("val", data.test)):
             for i, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
-                place = half_done / name / data.classes[label]
+                place = whole / name / data.classes[label]
                 place.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:06d}.png")
-        half_done.chmod(0o755)  # mkdtemp makes it private
-        half_done.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(half_done, ignore_errors=True)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
 
 
 def quickstart(p: Parameters) -> list[Run]:
@@ -186,7 +162,7 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Table 1: Dedicated, Any-Precision, and ours with each correction and at several pruning rates.
 
     Coresets are random ones drawn each epoch (RS2), and bit-wise ones by TDDS. One run at the middle rate has no
-    gradient through the correction's statistics. The paper's numbers: results/paper/table1.csv.
+    gradient through the correction's statistics.
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
@@ -200,10 +176,7 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """Accuracy against training cost: Any-Precision, ours at each pruning rate, and `redrawn` at the middle rate.
-
-    All at each run length.
-    """
+    """Accuracy by run length: Any-Precision, ours at each pruning rate, and `redrawn` at the middle rate."""
     rates = [0.0, *(rate for rate in p.pruning_rates or (0.5, 0.8, 0.9) if rate)]
     runs = []
     for epochs, seed in product(p.lengths, p.seeds):
@@ -216,11 +189,9 @@ def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
     """What coresets lose to Any-Precision at equal epochs, and what removes the loss.
 
-    - The longest run: Any-Precision; the coreset of Table 1, also with quarter-size batches; `redrawn` by TDDS, by EL2N
-      of one epoch on all data, and at random (RS2).
-    - Shorter runs: Any-Precision, and `redrawn` by TDDS and by EL2N.
-    - Controls, in the shortest run: Any-Precision with half-size batches; one epoch on all data, then random coresets
-      (EL2N's weights to the power 0).
+    The longest run compares the coreset of Table 1, also with smaller batches, with `redrawn` by TDDS, by EL2N of one
+    epoch on all data, and at random (RS2). The shortest has two controls: Any-Precision with half-size batches, and one
+    epoch on all data followed by random coresets (EL2N's weights to the power 0).
     """
     rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
     runs = []
@@ -239,8 +210,7 @@ def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 
 def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Coresets by score: Random, RS2, TDDS and EL2N at every pruning rate, the other scores at the middle one.
 
-    Every score is recorded in the same scoring phase, at the same cost. Random and RS2 have none. RS2 is also trained
-    for one epoch more, which costs as much as scoring.
+    Every score costs the same. Random and RS2 have none; RS2 also gets one epoch more, which costs as much as scoring.
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
@@ -258,10 +228,8 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
     """What matters in a TDDS coreset: how it is scored, drawn, shared between bit-widths, and trained on.
 
-    - Four ways to draw it.
-    - Seven with all samples as candidates: "joint" scoring, for Table 7; and coresets that are identical, independent
-      or disjoint across bit-widths, by importance and at random, which tells own scores from wider coverage.
-    - The first coreset with another batch size, learning rate and weight decay.
+    "Joint" scoring is for Table 7. Coresets that are identical, independent or disjoint across bit-widths, by
+    importance and at random, tell the effect of own scores from that of wider coverage.
     """
     ways = [{"across_bits": way} for way in ("identical", "independent", "disjoint")]
     random = {"score": "random", "candidates": 1.0, "scoring_epochs": 0, "resample_every": 0}
@@ -305,7 +273,11 @@ def imagenet(p: Parameters) -> list[Run]:
     if p.dataset not in ("", "imagenet") and not p.dataset.startswith("imagefolder:"):
         raise checks.invalid("dataset", p.dataset, "imagenet, or imagefolder:PATH for class folders")
     shared = base(p, p.seeds[0], "imagenet")
-    dataset = p.dataset or (as_files(shared, p.results_dir) if p.profile.dataset else "imagenet")
+    dataset = p.dataset or "imagenet"
+    if p.profile.dataset and not p.dataset:
+        folder = p.results_dir / "images" / shared.dataset
+        write_class_folders(load_dataset(shared.dataset).subset(*shared.subset), folder)
+        dataset = f"imagefolder:{folder}"
     shared = replace(in_setting(shared, p.profile.imagenet), dataset=dataset, stream=dataset.startswith("imagefolder:"))
     if p.model:
         shared = replace(shared, model=p.model, model_args=())
@@ -401,16 +373,16 @@ def main(arguments: list[str]) -> int:
     for name, _ in asked.p:
         checks.choice("parameter", name, known)
     p = parameters(**{name: int(value) if value.isdecimal() and len(value) < 19 else value for name, value in asked.p})
-    status = 0
+    status, place = 0, current()
     try:
-        rows = run_all(names[asked.name](p), p.results_dir, processes=p.processes, budget=deadline)
-        count = max(current().count, p.processes)
-        report = f"{rows.run.nunique()} runs, {len(rows)} rows below {p.results_dir / 'runs'}; {count} process(es)"
+        rows = run_all(names[asked.name](p), p.results_dir, budget=deadline)
+        where = f"below {p.results_dir / 'runs'}; {place.count} process(es)"
+        report = f"{rows.run.nunique()} runs, {len(rows)} rows {where}"
     except OutOfTime as stop:
         report, status = str(stop), CALL_AGAIN
-    if current().main:
+    if place.main:
         print(report)
-    return status if started() == 1 else 0
+    return status if place.count == 1 else 0
 
 
 if __name__ == "__main__":

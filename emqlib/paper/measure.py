@@ -1,7 +1,9 @@
 """What is measured in trained networks: weights, pre-activations, tokens, gradients and features.
 
-The first functions measure one network. The last ones take a notebook's parameters and measure the networks of an
-experiment, of all seeds. They keep each table beside the rows of its run.
+The first functions measure one converted network at several `bits`, with `samples` augmented training images in batches
+of `batch_size`, and leave it as it was. They return a tidy table, and raise a ValueError where an argument is wrong.
+The last ones take a notebook's parameters and measure the networks of an experiment, of all seeds. They keep each table
+beside the rows of its run.
 """
 
 import copy
@@ -29,27 +31,26 @@ ALL = "all layers"
 
 
 class Moments:
-    """Mean and variance of each of C channels over any number of batches, in 16 C bytes.
-
-    Source: Chan, Golub and LeVeque 1979, the pairwise update.
-    """
+    """Mean and variance of each of C channels over any number of batches, from sums in double precision."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.n, self.total, self.squares = 0, 0.0, 0.0
 
     def update(self, x: Tensor) -> None:
         """Take in a batch (N, C, ...)."""
-        flat = x.detach().float().transpose(0, 1).flatten(1)
-        n, mean = flat.shape[1], flat.mean(1).double()
-        squares = flat.var(1, correction=0).double() * n
-        delta, total = mean - self.mean.to(mean), self.n + n
-        self.squares = self.squares.to(squares) + squares + delta**2 * (self.n * n / total)
-        self.mean = self.mean.to(mean) + delta * (n / total)
-        self.n = total
+        flat = x.detach().double().transpose(0, 1).flatten(1)
+        self.n += flat.shape[1]
+        self.total = self.total + flat.sum(1)
+        self.squares = self.squares + flat.square().sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean (C,)."""
+        return self.total / self.n
 
     def var(self) -> Tensor:
         """The biased variance (C,)."""
-        return self.squares / self.n
+        return self.squares / self.n - self.mean.square()
 
 
 class Histogram:
@@ -76,12 +77,9 @@ class Histogram:
 def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.DataFrame:
     """What quantization does to the mean and standard deviation of each layer's weight w, as the quantizer scales it.
 
-    The correction "mean" makes mean_shift 0, and "mean_var" makes scale 1 too. The model is left as it was.
-
     Returns:
         One row a bit-width, layer and correction: layer, bits, correction; mean_shift, the root mean square over output
         channels o of (mean_o(w_q) - mean_o(w)) / std_o(w); scale, the mean over o of std_o(w_q) / std_o(w).
-        ValueError: not a converted network, bad bits.
     """
     rows = []
     for b in bit_widths("bits", bits):
@@ -94,7 +92,7 @@ def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.Data
 
 
 def _change(w_q: Tensor, w: Tensor) -> dict[str, float]:
-    w_q, w = (x.double().flatten(1) for x in (w_q, w))
+    w_q, w = w_q.double().flatten(1), w.double().flatten(1)
     std = w.std(1).clamp_min(torch.finfo(torch.float32).tiny)
     shift = ((w_q.mean(1) - w.mean(1)) / std).square().mean().sqrt()
     return {"mean_shift": float(shift), "scale": float((w_q.std(1) / std).mean())}
@@ -123,14 +121,17 @@ class Watcher:
         self.histogram.update(z)
 
 
+def _checked(bits: Iterable[int], samples: int, batch_size: int) -> tuple[int, ...]:
+    integer("samples", samples, 2)
+    integer("batch_size", batch_size, 1)
+    return bit_widths("bits", bits)
+
+
 def _watch(
     model: nn.Module, data: Dataset | Batches, bits: Iterable[int], kind: type[nn.Module], samples: int, batch_size: int
 ) -> dict[int, dict[str, Watcher]]:
     """At each bit-width, a watcher of each norm of one kind, by name, after the same training images."""
-    wanted = bit_widths("bits", bits)
-    integer("samples", samples, 2)
-    integer("batch_size", batch_size, 1)
-    seen = {}
+    wanted, seen = _checked(bits, samples, batch_size), {}
     with undisturbed(model, data, batch_size) as device:
         modules = {name: m for name, m in model.named_modules() if type(m) is kind}
         if not modules:
@@ -151,23 +152,15 @@ def _watch(
 def preactivations(
     model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How far each bit-width's pre-activations are from what its batch norm assumes; the model is left as it was.
+    """How far each bit-width's pre-activations are from what its batch norm assumes, in evaluation mode.
 
     A pre-activation is the input of a batch norm, standardized by the running statistics in force. If they fit, it has
     mean 0 and variance 1 in each channel.
-
-    Args:
-        model: a converted network.
-        data: a Dataset, or an iterable of (images, labels).
-        bits: the bit-widths.
-        samples: how many training images, augmented as in training, go through at each bit-width, in evaluation mode.
-        batch_size: of these images.
 
     Returns:
         One row a layer and bit-width: layer, bits, mean_shift (root mean square over channels of the mean), variance
         (mean over channels), wasserstein (W1 to the distribution at the highest of `bits`, all channels together).
         And one row a layer, bit-width and bin of a histogram: layer, bits, z, density.
-        ValueError: not a converted network, bad bits, no batch norm, no images.
     """
     seen = _watch(model, data, bits, MultiBitBatchNorm, samples, batch_size)
     mismatch, histograms = [], []
@@ -184,13 +177,12 @@ def preactivations(
 def layer_norms(
     model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 2000, batch_size: int = 250
 ) -> pd.DataFrame:
-    """How far the tokens before each layer norm are from those at the highest bit-width; arguments: `preactivations`.
+    """How far the tokens before each layer norm are from those at the highest bit-width.
 
     Returns:
         One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a ratio; and of
         normalized tokens mean_shift, the root mean square over features of the shift in standard deviations, and
         variance, the mean over features of the ratio.
-        ValueError: not a converted network, bad bits, no layer norm, no images.
     """
     seen = _watch(model, data, bits, nn.LayerNorm, samples, batch_size)
     rows = []
@@ -205,9 +197,9 @@ def layer_norms(
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """The angle in degrees between two tensors of equal shape: 2 atan2(|u - v|, |u + v|) of their directions u and v.
+    """The angle in degrees between two tensors of equal, any shape: 2 atan2(|u - v|, |u + v|) of their directions.
 
-    Of any shape. Unlike the arc cosine it is exact for small angles. NaN where a tensor is zero. Source: Kahan 2006.
+    Unlike the arc cosine it is exact for small angles. NaN where a tensor is zero. Source: Kahan 2006.
     """
     if tensor("a", a, "a tensor").shape != tensor("b", b, "a tensor").shape:
         raise invalid("b", tuple(b.shape), f"the shape of a, {tuple(a.shape)}")
@@ -218,20 +210,16 @@ def angle(a: Tensor, b: Tensor) -> float:
 def gradient_angles(
     model: nn.Module, data: Dataset, bits: Iterable[int], samples: int = 1000, batch_size: int = 250
 ) -> pd.DataFrame:
-    """Angles between the gradients that the child models give to the weights they share, of the same loss.
+    """Angles between the gradients that the child models give to the weights they share, of the same cross entropy.
 
-    The gradient is that of the cross entropy, mean over `samples` augmented training images, to the full-precision
-    weight of each convolution and linear layer, with batch norm as in training. The model is left as it was.
+    The gradient is to the full-precision weight of each convolution and linear layer, with batch norm as in training.
 
     Returns:
         One row a layer and pair of bit-widths: layer (or `ALL`, all of them as one vector), depth (from 0; -1 for
         `ALL`), bits, other_bits, other_images, angle (degrees). Where bits and other_bits are equal, the second
         gradient is of as many other images: the angle that sampling alone makes.
-        ValueError: not a converted network, bad bits, too few images.
     """
-    wanted = bit_widths("bits", bits)
-    integer("samples", samples, 2)
-    integer("batch_size", batch_size, 2)
+    wanted = _checked(bits, samples, integer("batch_size", batch_size, 2))
     converted(model)
     instance("data", data, Dataset, "a Dataset, for example load_dataset('cifar10')")
     if len(data.train.labels) < 2 * samples:
@@ -277,20 +265,17 @@ def linear_probes(
     """How much of the classes a linear classifier reads from each child model's features. Needs scikit-learn.
 
     Features are the input of the network's last linear layer, (N, D), standardized. The classifier is ridge regression
-    on one-hot classes, fitted on `samples` augmented training images. The model is left as it was.
+    on one-hot classes.
 
     Returns:
         One row a pair of bit-widths: probe_bits, on whose features the classifier was fitted; bits, whose features of
-        the test images it reads; top1 (%). ValueError: not a converted network, bad bits, no linear layer.
+        the test images it reads; top1 (%).
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    wanted = bit_widths("bits", bits)
-    integer("samples", samples, 2)
-    integer("batch_size", batch_size, 1)
-    seen = {}
+    wanted, seen = _checked(bits, samples, batch_size), {}
     with undisturbed(model, data, batch_size) as device:
         for b in wanted:
             with at_bits(model, b):
@@ -329,11 +314,9 @@ def token_shifts(p: Parameters) -> pd.DataFrame:
 
 
 def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Figure 3: what quantization does to weights and pre-activations, without and with correction.
+    """Figure 3: the `weight_shift` of networks trained without correction, and `preactivations` of those with it too.
 
-    Returns:
-        The `weight_shift` of the networks trained without correction; the mismatch and the histograms of
-        `preactivations` of all of them, at the trained bit-widths, histograms of the first seed.
+    Histograms are of the first seed.
     """
     runs = experiments.corrected_or_not(p, dataset)
     weights = _each(runs[::2], "weights", p, lambda net, _: weight_shift(net))
@@ -344,7 +327,7 @@ def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame
 def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
     """Figure 4: `gradient_angles` before training and after each epoch, and `linear_probes` at the end.
 
-    Of the runs of `experiments.transfer` that train all child models.
+    The networks are those of `experiments.transfer` that train all child models.
     """
     runs = [run for run in experiments.transfer(p, dataset) if run.spec.bits == p.bits]
     images = runs[0].subset[0]

@@ -1,4 +1,8 @@
-"""Figures as functions of tidy rows; `python -m emqlib.paper.plots [FOLDER]` redraws all of them."""
+"""Figures as functions of tidy rows; `python -m emqlib.paper.plots [FOLDER]` redraws all of them.
+
+Rows are those of `runs.run_all` unless a function says otherwise, and bars show the standard deviation over seeds.
+Without rows, or with a column missing, each function raises a ValueError.
+"""
 
 import math
 import sys
@@ -18,7 +22,7 @@ _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "t
 _BITS = "bit-width of weights and activations (*: trained)"
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
 _WIDE = 10.0  # inches, of a figure with its legend beside it
-_ANGLES = ("depth", "epoch", "bits", "other_bits", "other_images", "angle")
+_MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 
 
@@ -56,11 +60,6 @@ def _label(row: pd.Series) -> str:
     return f"{row.method}, correction {row.correction}{pruned}"
 
 
-def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` with a column "method and setting"."""
-    return rows.assign(**{"method and setting": rows.apply(_label, axis=1)})
-
-
 def _widths(rows: pd.DataFrame) -> dict[int, str]:
     """How each bit-width is shown: with a * where it was trained."""
     trained = set(rows.bits[rows.trained.astype(bool)])
@@ -68,15 +67,13 @@ def _widths(rows: pd.DataFrame) -> dict[int, str]:
 
 
 def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Top-1 accuracy (%) against bit-width, a line for each method and setting; adapted ones are dashed.
-
-    Bars show the standard deviation over seeds. rows: of `runs.run_all`. ValueError: no rows.
-    """
+    """Top-1 accuracy (%) against bit-width, a line for each method and setting; adapted ones are dashed."""
     ax = axes(ax, _setting(rows, "Accuracy by bit-width", "bits", "top1", "trained", "adapted", *SETTING), _WIDE)
-    rows = _labelled(rows).assign(**{"batch norm": rows.adapted.map({False: "as trained", True: "adapted"})})
+    norms = rows.adapted.map({False: "as trained", True: "adapted"})
+    tidy = rows.assign(**{"method and setting": rows.apply(_label, axis=1), "batch norm": norms})
     look = {"hue": "method and setting", "palette": "colorblind", "style": "batch norm"}
     look |= {"markers": {"as trained": "o", "adapted": "s"}, "dashes": {"as trained": "", "adapted": (4, 1.5)}}
-    sns.lineplot(rows, x="bits", y="top1", **look, **_SPREAD, ax=ax)
+    sns.lineplot(tidy, x="bits", y="top1", **look, **_SPREAD, ax=ax)
     widths = _widths(rows)
     ax.set_xticks(list(widths), list(widths.values()))
     return _finish(ax, _BITS, "top-1 accuracy (%)", beside=True)
@@ -85,15 +82,14 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
     """Mean top-1 accuracy (%) over the trained bit-widths against training cost, a line for each setting.
 
-    A line joins the run lengths of a setting, in epochs beside the points. Bars show the standard deviation over seeds.
-    rows: of `runs.run_all`; cost: "sample_passes" or "seconds". ValueError: no rows, or another cost.
+    A line joins the run lengths of a setting, in epochs beside the points. cost: "sample_passes" or "seconds".
     """
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
     ax = axes(ax, _setting(rows, "Accuracy against training cost"))
-    points = _labelled(with_cost(rows, cost))
+    points = with_cost(rows, cost)
+    points = points.assign(label=points.apply(_label, axis=1))
     points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / unit
-    look = {"hue": "method and setting", "style": "method and setting", "markers": True, "dashes": False}
-    sns.lineplot(points, x="cost", y="top1", **look, palette="colorblind", **_SPREAD, ax=ax)
+    sns.lineplot(points, x="cost", y="top1", hue="label", style="label", **_MARKED, **_SPREAD, ax=ax)
     label += ", logarithmic"
     if points.epochs.nunique() > 1:
         label += "; beside the points: epochs"
@@ -107,10 +103,7 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
 
 
 def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each kind of coreset.
-
-    Bars show the standard deviation over seeds. rows: of `runs.run_all`. ValueError: no rows.
-    """
+    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each kind of coreset."""
     ax = axes(ax, _setting(rows, "Accuracy by pruning rate"))
     seeds = seed_means(rows, ["coreset", "pruning_rate"])
     _side_by_side(ax, seeds.assign(rate=(100 * seeds.pruning_rate).round().astype(int)), "rate", "top1", "coreset")
@@ -125,10 +118,9 @@ def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> Non
 
 
 def accuracy_by_coreset(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) over the trained bit-widths for each coreset, the best at the top.
+    """Mean top-1 accuracy (%) over the trained bit-widths for each coreset, the best at the top; small dots are seeds.
 
-    Bars show the standard deviation over seeds, small dots are seeds. rows: as `tables.named` names their coresets.
-    ValueError: no rows.
+    rows: as `tables.named` names their coresets.
     """
     ax = axes(ax, _setting(rows, "Accuracy by coreset"))
     seeds = seed_means(rows, ["method", "coreset"])
@@ -146,14 +138,11 @@ def accuracy_by_coreset(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
-    """Training cost against the number of bit-widths, a line for each scheme; rows: of `experiments.growth`.
-
-    cost: "sample_passes" or "seconds". ValueError: no rows, or another cost.
-    """
+    """Training cost, "sample_passes" or "seconds", against the number of bit-widths, a line for each scheme."""
     unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
     ax, table = axes(ax, _setting(rows, "Training cost by number of bit-widths")), growth_table(rows)
-    look = {"hue": "scheme", "style": "scheme", "markers": True, "dashes": False, "palette": "colorblind"}
-    sns.lineplot(table.assign(cost=table[cost] / unit), x="bit-widths", y="cost", **look, ax=ax)
+    tidy = table.assign(cost=table[cost] / unit)
+    sns.lineplot(tidy, x="bit-widths", y="cost", hue="scheme", style="scheme", **_MARKED, ax=ax)
     ax.set(xticks=sorted(table["bit-widths"].unique()), ylim=(0, None))
     return _finish(ax, "number of bit-widths", label)
 
@@ -168,7 +157,7 @@ def distributions(histograms: pd.DataFrame) -> Axes:
     """Distributions of one layer's pre-activations by bit-width, without and with correction side by side.
 
     Pre-activations are standardized by the batch norm's running statistics. The dotted line is the standard normal
-    distribution. histograms: of `measure.distributions`. Returns the left panel. ValueError: no rows, several layers.
+    distribution. histograms: of `measure.distributions`. Returns the left panel. ValueError: several layers.
     """
     checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
     if histograms.layer.nunique() != 1:
@@ -195,7 +184,7 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """How far the input of each norm is shifted, in standard deviations: a line for each bit-width, means over seeds.
 
     Dashed lines are without correction. rows: of `measure.distributions`, against the running mean of a batch norm, or
-    of `measure.token_shifts`, against the highest bit-width. ValueError: no rows.
+    of `measure.token_shifts`, against the highest bit-width.
     """
     checks.table("rows", rows, ("layer", "trained_with", "bits", "mean_shift"))
     tokens = "Tokens before each layer norm, against the highest bit-width"
@@ -216,8 +205,7 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Top-1 accuracy above the same network after batch-norm adaptation, in points, by bit-width from 2 up.
 
-    A line for each choice of statistics. Bars show the standard deviation over seeds, the shaded band is 1.5 points
-    wide. rows: of `experiments.uncalibrated`. ValueError: no rows.
+    A line for each choice of statistics; the shaded band is 1.5 points wide. rows: of `experiments.uncalibrated`.
     """
     ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation", "bits"))
     gaps = adaptation_gaps(rows[rows.bits >= 2])
@@ -227,52 +215,28 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return _finish(ax, _BITS, "top-1 above adapted (points)")
 
 
-def angles_by_layer(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Angles between the child models' gradients after the last epoch, by layer from the input to the output.
+def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axes:
+    """Angles between the child models' gradients, a line for each pair of bit-widths on the same images.
 
-    A line for each pair of bit-widths on the same images; dashed lines are one bit-width on other images. rows: of
-    `measure.alignment`. ValueError: no rows.
+    Dashed lines are one bit-width on other images. rows: of `measure.alignment`; by: "layer", after the last epoch and
+    from the input to the output, or "epoch", of all layers as one vector.
     """
-    ax = axes(ax, _setting(rows, "Angles between gradients, by layer", "layer", *_ANGLES), _WIDE)
-    last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)]
-    _angle_lines(ax, last.sort_values("depth", kind="stable"), "layer")
-    ax.tick_params(axis="x", rotation=60, labelsize=7)
-    return _finish(ax, "", "angle (degrees)", beside=True)
-
-
-def angles_by_epoch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The same angles, all layers as one vector, before training and after each epoch. ValueError: no rows."""
-    ax = axes(ax, _setting(rows, "Angles between gradients of all layers, over training", *_ANGLES), _WIDE)
-    _angle_lines(ax, rows[rows.depth < 0], "epoch")
-    return _finish(ax, "epochs trained", "angle (degrees)", beside=True)
-
-
-def _angle_lines(ax: Axes, rows: pd.DataFrame, x: str) -> None:
-    images = rows.other_images.astype(bool).map({False: "same images", True: "other images"})
-    both = rows.bits.astype(str) + " and " + rows.other_bits.astype(str) + " bits"
-    pair = both.where(rows.bits != rows.other_bits, rows.bits.astype(str) + " bits")
+    by_layer = checks.choice("by", by, ("layer", "epoch")) == "layer"
+    title = "Angles between gradients" + (", by layer" if by_layer else " of all layers, over training")
+    columns = ("layer", "depth", "epoch", "bits", "other_bits", "other_images", "angle")
+    ax = axes(ax, _setting(rows, title, *columns), _WIDE)
+    last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)].sort_values("depth", kind="stable")
+    part = last if by_layer else rows[rows.depth < 0]
+    images = part.other_images.astype(bool).map({False: "same images", True: "other images"})
+    both = part.bits.astype(str) + " and " + part.other_bits.astype(str) + " bits"
+    pair = both.where(part.bits != part.other_bits, part.bits.astype(str) + " bits")
     look = {"hue": "gradients at", "style": "of", "style_order": ["same images", "other images"], "markers": ["o", "s"]}
-    tidy = rows.assign(**{"gradients at": pair, "of": images})
-    sns.lineplot(tidy, x=x, y="angle", **look, palette="dark", errorbar=None, sort=False, lw=1, ax=ax)
+    tidy = part.assign(**{"gradients at": pair, "of": images})
+    sns.lineplot(tidy, x=by, y="angle", **look, palette="dark", errorbar=None, sort=False, lw=1, ax=ax)
     ax.set_ylim(bottom=0)
-
-
-def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> Axes:
-    """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
-
-    label, value: columns; unit: of `value`; mark: where a dashed line shows what is claimed. ValueError: no rows.
-    """
-    checks.table("rows", rows, (label, value))
-    ax, (dots, bar, *_) = axes(None, title), sns.color_palette("colorblind")
-    shared = {"x": value, "y": label, "order": list(dict.fromkeys(rows[label])), "ax": ax}
-    sns.stripplot(rows, **shared, orient="h", size=4, alpha=0.5, jitter=False, color=dots)
-    line = {"linestyle": "none", "marker": "|", "markersize": 16, "markeredgewidth": 2, "color": bar}
-    sns.pointplot(rows, **shared, orient="h", estimator="median", errorbar=None, **line)
-    if mark is not None:
-        ax.axvline(mark, ls="--", lw=1, color="0.3")
-    ax.tick_params(axis="y", labelsize=7)
-    ax.set_xlim(left=0)
-    return _finish(ax, unit, "")
+    if by_layer:
+        ax.tick_params(axis="x", rotation=60, labelsize=7)
+    return _finish(ax, "" if by_layer else "epochs trained", "angle (degrees)", beside=True)
 
 
 def save(ax: Axes, path: Path) -> None:
@@ -285,17 +249,14 @@ def save(ax: Axes, path: Path) -> None:
 Draw = Callable[[pd.DataFrame], Axes]
 _TRAINED = "trained_bits.str.len() == trained_bits.str.len().{}()"  # at the most or the fewest bit-widths
 
-# The figure's name: its CSV, the function of the rows in it, and which of the rows, as of `DataFrame.query`.
+# The figure's name: its CSV, the function of the rows in it, and which of the rows, as of `DataFrame.query`. A figure
+# that is not here shows the accuracy by bit-width of the rows in the CSV of its own name.
 FIGURES: dict[str, tuple[str, Draw, str]] = {
-    "00_quickstart": ("00_quickstart", accuracy_by_bits, ""),
     "01_cifar10": ("01_cifar10", accuracy_by_bits, "method == 'Ours' and pruning_rate == 0 and bits > 1"),
     "01_cifar10_curves": ("01_cifar10_curves", accuracy_by_cost, ""),
     "01_cifar10_curves_time": ("01_cifar10_curves", lambda rows: accuracy_by_cost(rows, "seconds"), ""),
     "02_cifar100": ("02_cifar100", accuracy_by_cost, ""),
     "02_tinyimagenet": ("02_tinyimagenet", accuracy_by_cost, ""),
-    "03_imagenet": ("03_imagenet", accuracy_by_bits, ""),
-    "04_vit_cifar10": ("04_vit_cifar10", accuracy_by_bits, ""),
-    "04_vit_tinyimagenet": ("04_vit_tinyimagenet", accuracy_by_bits, ""),
     "04_layer_norms": ("04_layer_norms", mismatch, ""),
     "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_pruning, ""),
     "06_bias_correction": ("06_bias_correction", accuracy_by_bits, "correction in ('none', 'mean_var')"),
@@ -304,8 +265,8 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
     "08_activation_distributions": ("08_activation_distributions", distributions, ""),
     "08_mismatch": ("08_mismatch", mismatch, ""),
-    "09_angles_by_layer": ("09_angles", angles_by_layer, ""),
-    "09_angles_by_epoch": ("09_angles", angles_by_epoch, ""),
+    "09_angles_by_layer": ("09_angles", angles, ""),
+    "09_angles_by_epoch": ("09_angles", lambda rows: angles(rows, "epoch"), ""),
     "10_untrained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("max")),
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
     "11_training_cost": ("11_training_cost", growth, ""),
@@ -313,29 +274,33 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
 }
 
 
+def source(figure: Path) -> Path:
+    """The CSV that a figure is drawn from; figure: its path, with or without suffix."""
+    return figure.with_name(f"{FIGURES.get(figure.stem, (figure.stem,))[0]}.csv")
+
+
 def draw(path: Path) -> Axes:
     """Draw the figure that `path` names, without suffix, from its CSV in the same folder; write `path`.png.
 
-    The same CSV gives the same bytes. ValueError: no such figure, or no whole CSV of it there.
+    The same CSV gives the same bytes. ValueError: no whole CSV of it there.
     """
     path = checks.path("path", path)
-    csv, function, where = FIGURES[checks.choice("path", path.name, FIGURES)]
-    source = path.with_name(f"{csv}.csv")
-    if not source.exists():
-        raise checks.invalid("path", str(path), f"{source.name} beside it, which the notebook writes")
+    csv, (_, function, where) = source(path), FIGURES.get(path.name, ("", accuracy_by_bits, ""))
+    if not csv.exists():
+        raise checks.invalid("path", str(path), f"{csv.name} beside it, which the notebook writes")
     try:
-        rows = checks.table("rows", pd.read_csv(source))
+        rows = checks.table("rows", pd.read_csv(csv))
     except ValueError as error:
-        raise checks.invalid("path", str(path), f"a whole {source.name} beside it ({error})") from error
+        raise checks.invalid("path", str(path), f"a whole {csv.name} beside it ({error})") from error
     ax = function(rows.query(where) if where else rows)
     save(ax, path)
     return ax
 
 
 def main(folder: Path) -> int:
-    """Redraw all figures below `folder`; returns how many."""
-    folder = checks.path("folder", folder)
-    paths = [rows.with_name(name) for name, (csv, *_) in FIGURES.items() for rows in sorted(folder.rglob(f"{csv}.csv"))]
+    """Redraw all figures of notebooks that there are below `folder`; returns how many."""
+    found = sorted(checks.path("folder", folder).rglob("[0-9][0-9]_*.png"))
+    paths = [path.with_suffix("") for path in found if source(path).exists()]
     for path in paths:
         plt.close(draw(path).figure)
     return len(paths)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from .. import checks
 from ..files import can_hold_files, home
@@ -108,79 +108,12 @@ PROFILES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """A notebook's parameters, checked. `parameters` makes them and says what each of them means."""
-
-    profile: Profile
-    bits: tuple[int, ...]
-    seeds: tuple[int, ...]
-    results_dir: Path
-    pruning_rates: tuple[float, ...] = ()
-    lengths: tuple[int, ...] = ()
-    dataset: str = ""
-    model: str = ""
-    processes: int = 1
-
-    def output(self, name: str) -> Path:
-        """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
-        return self.results_dir / self.profile.name / name
-
-
-def parameters(
-    profile: str = "auto",
-    bits: Any = (2, 4, 8),
-    seed: Any = 0,
-    repeats: Any = 0,
-    results_dir: str | Path = "auto",
-    pruning_rates: Any = (),
-    lengths: Any = (),
-    dataset: str = "",
-    model: str = "",
-    processes: Any = 1,
-) -> Parameters:
-    """Check a notebook's parameters. Lists may also be the strings that `papermill -p` makes of them.
-
-    Args:
-        profile: "smoke", "small", "paper", or "auto": $EMQ_PROFILE, else paper with CUDA and small without.
-        bits: the trained bit-widths.
-        seed: the first seed.
-        repeats: how many seeds, 0 for the profile's number.
-        results_dir: a folder, or "auto": `results` beside the package, or in the working directory if the package was
-            installed without it; for smoke `build/smoke` there.
-        pruning_rates: fractions in [0, 1), none twice; empty for the experiment's own.
-        lengths: numbers of epochs, none twice; empty for the profile's own.
-        dataset: a name of `load_dataset`; empty for the experiment's own.
-        model: a name of `models.build`; empty for the profile's own.
-        processes: how many train together, one a GPU.
-
-    Raises:
-        ValueError: names the parameter, its value and what is allowed.
-    """
-    chosen = PROFILES[_profile_name(profile)]
-    first = checks.integer("seed", seed, 0)
-    count = checks.integer("repeats", repeats, 0, 1000) or chosen.repeats
-    rates = "fractions in [0, 1), none twice, for example [0.5, 0.8]"
-    epochs = "numbers of epochs, none twice, for example [4, 12]"
-    length = partial(checks.integer, "lengths", low=1, high=MOST_EPOCHS)
-    return Parameters(
-        profile=chosen,
-        bits=checks.bit_widths("bits", _listed("bits", bits)),
-        seeds=tuple(range(first, first + count)),
-        results_dir=_results_dir(results_dir, chosen),
-        pruning_rates=_each("pruning_rates", pruning_rates, rates, checks.pruning_rate),
-        lengths=tuple(sorted(_each("lengths", lengths, epochs, length))) or chosen.lengths,
-        dataset=_dataset(dataset),
-        model="" if isinstance(model, str) and not model else check_model("model", model),
-        processes=checks.integer("processes", processes, 1, 1024),
-    )
-
-
-def _profile_name(profile: str) -> str:
-    name = checks.choice("profile", profile, [*PROFILES, "auto"])
-    if name == "auto":
-        name = checks.choice("profile", os.environ.get("EMQ_PROFILE") or "auto", [*PROFILES, "auto"])
-    return ("paper" if has_cuda() else "small") if name == "auto" else name
+def _profile(name: str, value: Any) -> Profile:
+    if isinstance(value, Profile):
+        return value
+    if checks.choice(name, value, [*PROFILES, "auto"]) == "auto":
+        value = checks.choice(name, os.environ.get("EMQ_PROFILE") or "auto", [*PROFILES, "auto"])
+    return PROFILES[("paper" if has_cuda() else "small") if value == "auto" else value]
 
 
 def _listed(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
@@ -203,21 +136,74 @@ def _each(name: str, value: Any, expected: str, check: Callable[[Any], Any]) -> 
     raise checks.invalid(name, items, expected)
 
 
-def _results_dir(value: str | Path, profile: Profile) -> Path:
-    auto = home() / ("build/smoke" if profile.name == "smoke" else "results")
-    given = checks.path("results_dir", value, "auto, or a folder")
-    folder = auto if value == "auto" else Path(os.path.expanduser(given)).absolute()
-    if not can_hold_files(folder):
-        raise checks.invalid("results_dir", str(value), "a folder, there or to be made, that can be written to")
-    return folder
+def _bits(name: str, value: Any) -> tuple[int, ...]:
+    return checks.bit_widths(name, _listed(name, value))
 
 
-def _dataset(value: Any) -> str:
+def _rates(name: str, value: Any) -> tuple[float, ...]:
+    return _each(name, value, "fractions in [0, 1), none twice, for example [0.5, 0.8]", checks.pruning_rate)
+
+
+def _lengths(name: str, value: Any) -> tuple[int, ...]:
+    length = partial(checks.integer, name, low=1, high=MOST_EPOCHS)
+    return tuple(sorted(_each(name, value, "numbers of epochs, none twice, for example [4, 12]", length)))
+
+
+def _folder(name: str, value: Any) -> Path:
+    return checks.path(name, value, "auto, or a folder")
+
+
+def _dataset(name: str, value: Any) -> str:
     """The name of a data set; a folder by its absolute path, which names it from wherever the notebook is run."""
-    if checks.instance("dataset", value, str, "the name of a data set, or imagefolder:PATH") == "":
+    if checks.instance(name, value, str, "the name of a data set, or imagefolder:PATH") == "":
         return value
-    check_data("dataset", value)
+    check_data(name, value)
     kind, colon, path = value.partition(":")
-    if colon:
-        checks.path("dataset", path, "imagefolder:PATH of a folder")
-    return f"{kind}:{Path(os.path.expanduser(path)).absolute()}" if colon else value
+    if not colon:
+        return value
+    checks.path(name, path, "imagefolder:PATH of a folder")
+    return f"{kind}:{Path(os.path.expanduser(path)).absolute()}"
+
+
+def _model(name: str, value: Any) -> str:
+    return value if isinstance(value, str) and not value else check_model(name, value)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A notebook's parameters, checked. Lists may also be the strings that `papermill -p` makes of them.
+
+    A ValueError names the parameter, its value and what is allowed.
+    """
+
+    profile: Annotated[Any, _profile] = "auto"  # "smoke", "small", "paper"; auto: $EMQ_PROFILE, else by the machine
+    bits: Annotated[Any, _bits] = (2, 4, 8)  # the trained bit-widths
+    seed: Annotated[int, checks.Range(0)] = 0  # the first seed
+    repeats: Annotated[int, checks.Range(0, 1000)] = 0  # how many seeds, 0 for the profile's number
+    results_dir: Annotated[Any, _folder] = "auto"  # auto: results/ beside the package or here; for smoke build/smoke/
+    pruning_rates: Annotated[Any, _rates] = ()  # fractions in [0, 1); empty for the experiment's own
+    lengths: Annotated[Any, _lengths] = ()  # numbers of epochs; empty for the profile's own
+    dataset: Annotated[str, _dataset] = ""  # a name of `load_dataset`; empty for the experiment's own
+    model: Annotated[str, _model] = ""  # a name of `models.build`; empty for the profile's own
+
+    def __post_init__(self) -> None:
+        asked = self.results_dir
+        checks.fields(self)
+        auto = home() / ("build/smoke" if self.profile.name == "smoke" else "results")
+        folder = auto if asked == "auto" else Path(os.path.expanduser(self.results_dir)).absolute()
+        if not can_hold_files(folder):
+            raise checks.invalid("results_dir", str(asked), "a folder, there or to be made, that can be written to")
+        object.__setattr__(self, "results_dir", folder)
+        object.__setattr__(self, "lengths", self.lengths or self.profile.lengths)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds."""
+        return tuple(range(self.seed, self.seed + (self.repeats or self.profile.repeats)))
+
+    def output(self, name: str) -> Path:
+        """Where a notebook's table and figure go, without suffix: `results_dir`/profile/name."""
+        return self.results_dir / self.profile.name / name
+
+
+parameters = Parameters  # as notebooks call it

@@ -1,10 +1,8 @@
 """A run is one network, trained once. Its configuration has a hash, which names the file of its rows."""
 
 import json
-import os
 import platform
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,16 +45,7 @@ class Run:
     config: TrainConfig
     model_args: tuple[tuple[str, int], ...] = ()  # keyword arguments of `models.build`
     subset: tuple[int, int] = (0, 0)  # training and test images, 0 for all
-    eval_bits: Annotated[tuple[int, ...], checks.bit_widths] = (
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-    )  # bit-widths to evaluate, trained or not
+    eval_bits: Annotated[tuple[int, ...], checks.bit_widths] = tuple(range(1, 9))  # to evaluate, trained or not
     image_size: Annotated[int, checks.Range(0)] = 0  # pixels a side, 0 for the data set's own
     stream: bool = False  # whether images are read from files while training, see `load_dataset`
 
@@ -65,10 +54,8 @@ class Run:
         check_data("dataset", self.dataset)
         if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.model_args):
             raise checks.invalid("model_args", self.model_args, "a tuple of pairs, a name and its value")
-        if len(self.subset) != 2:
+        if len([checks.integer("subset", number, 0) for number in self.subset]) != 2:
             raise checks.invalid("subset", self.subset, "two numbers of images")
-        for number in self.subset:
-            checks.integer("subset", number, 0)
 
     @property
     def method(self) -> str:
@@ -121,11 +108,7 @@ def _asked(config: Any) -> dict[str, Any]:
 
 
 def run_all(
-    runs: Iterable[Run],
-    results_dir: str | Path,
-    progress: bool = True,
-    processes: int = 1,
-    budget: float | Deadline | None = None,
+    runs: Iterable[Run], results_dir: str | Path, progress: bool = True, budget: float | Deadline | None = None
 ) -> pd.DataFrame:
     """Finish all `runs` and return their rows: one a run, bit-width and adaptation, with its provenance.
 
@@ -136,7 +119,6 @@ def run_all(
         runs: what to train and evaluate.
         results_dir: the folder of runs/, the rows, and of checkpoints/.
         progress: whether a bar is shown.
-        processes: how many to start, one a GPU, that train together; 1 where a launcher has started them already.
         budget: the seconds after which the call stops at the end of an epoch; it always makes some progress.
 
     Raises:
@@ -147,17 +129,12 @@ def run_all(
     runs, deadline = _listed(runs), Deadline.of(budget)
     results_dir = checks.path("results_dir", results_dir, "a folder")
     checks.flag("progress", progress)
-    if checks.integer("processes", processes, 1, 1024) > 1 and distributed.started() > 1:
-        raise checks.invalid("processes", processes, "1 in each of the processes that a launcher started")
     records = [_stored(run, results_dir) for run in runs]  # a damaged file is found now, not after hours of training
     if None in records and not all(can_hold_files(results_dir.absolute() / name) for name in ("runs", "checkpoints")):
         raise checks.invalid("results_dir", str(results_dir), "a folder in which runs/ and checkpoints/ can be written")
     _refuse_other_data(runs, records, {})
-    launched = processes > 1 and None in records
-    if launched:
-        _launch(runs, results_dir, progress, processes, deadline)
     try:
-        records = _finish(runs, records, results_dir, progress, deadline, launched)
+        _finish(runs, records, results_dir, progress, deadline)
     except OutOfTime as stop:
         finished, done = sum(_stored(run, results_dir) is not None for run in runs), stop.done
         raise OutOfTime(f"{finished} of {len(runs)} runs finished{done and f', of the next one {done}'}") from None
@@ -172,18 +149,16 @@ def _listed(runs: Any) -> list[Run]:
     return list(dict.fromkeys(found))
 
 
-def _finish(
-    runs: list[Run], records: Records, results_dir: Path, progress: bool, deadline: Deadline, worked: bool
-) -> Records:
-    """The records of all `runs`; worked: whether this call has made progress, so that it may stop where time is up."""
+def _finish(runs: list[Run], records: Records, results_dir: Path, progress: bool, deadline: Deadline) -> None:
+    """Replace each None in `records` by the record of its run."""
     loaded: dict[tuple, Dataset] = {}
+    worked = False  # whether this call has made progress, so that it may stop where time is up
     patience = 0  # seconds to wait for another process: in the first round other runs come before that
     while None in records:
         for i, run in enumerate(runs):
-            if records[i] is not None:
-                continue
             place = distributed.current(run.config.device)
-            records[i] = place.share(_stored(run, results_dir))  # another process may have finished it meanwhile
+            if records[i] is None:
+                records[i] = place.share(_stored(run, results_dir))  # another process may have finished it meanwhile
             if records[i] is not None:
                 continue
             if worked and deadline.passed(place):
@@ -201,7 +176,6 @@ def _finish(
             if not ours and progress and place.main and patience == 0:
                 tqdm.write(f"{label}: another process is at work on it; the others first", file=sys.stderr)
         patience, worked = 10, True  # waiting counts as progress, or a budget would never end it
-    return records
 
 
 def _refuse_other_data(runs: list[Run], records: Records, seen: dict[tuple, tuple[str, str]]) -> None:
@@ -227,25 +201,6 @@ def _claimed(run: Run, results_dir: Path, place: distributed.Place, patience: fl
             except Busy:
                 ours = False
         yield place.share(ours)
-
-
-def _launch(runs: list[Run], results_dir: Path, progress: bool, processes: int, deadline: Deadline) -> None:
-    """Finish `runs` in that many processes, forked from this one, which must not have used a GPU yet."""
-    launch = distributed.accelerate().notebook_launcher
-    loaded: dict[tuple, Dataset] = {}
-    for run in runs:
-        data_of(run, loaded)  # an error in the data is told here, not by a process that dies of it
-    with socket.create_server(("127.0.0.1", 0)) as free:  # Accelerate would use the same port for every notebook
-        port = free.getsockname()[1]
-    launch(_forked, (runs, results_dir, progress, deadline), num_processes=processes, use_port=str(port))
-
-
-def _forked(runs: list[Run], results_dir: Path, progress: bool, deadline: Deadline) -> None:
-    """`run_all` in a forked process, with one thread: more would wait for threads that only the parent has."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    with suppress(OutOfTime):  # the parent raises it, without a traceback of each process
-        run_all(runs, results_dir, progress, budget=deadline)
 
 
 def _execute(
@@ -277,20 +232,13 @@ def _execute(
 def provenance(data: Dataset, device: torch.device, processes: int = 1, autocast: str = "none") -> dict[str, Any]:
     """Where a number came from: the software, the device, the processor, the type of autocast and the data's checksum.
 
-    Args:
-        data: the data set.
-        device: where the network was.
-        processes: how many trained it together.
-        autocast: the type that was asked for; the row has the one that was used.
+    `processes` trained the network together. `autocast` is what was asked for; the row has the type that was used.
     """
     cpu = f"cpu, {torch.get_num_threads()} threads"
     name = cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
-    several = f"{processes} x " if processes > 1 else ""
-    machine = {
-        "device": several + name,
-        "processor": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
+    device_name = f"{processes} x {name}" if processes > 1 else name
+    machine = {"device": device_name, "processor": _processor()}
+    machine["instructions"] = torch.backends.cpu.get_cpu_capability()
     return software() | machine | {"autocast": distributed.autocast_used(autocast, device), "data_sha256": data.sha256}
 
 
@@ -326,8 +274,9 @@ def build(run: Run, num_classes: int) -> nn.Module:
 
 def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:
     """The network of `run` and its data: trained, or read where `run_all` has left its checkpoint."""
-    data = data_of(checks.instance("run", run, Run, "a Run"))
-    model, checkpoint = build(run, data.num_classes), checkpoint_file(run, results_dir)
+    checkpoint = checkpoint_file(checks.instance("run", run, Run, "a Run"), results_dir)
+    data = data_of(run)
+    model = build(run, data.num_classes)
     with alone(checkpoint, patience=-1):
         train(model, data, run.config, checkpoint, progress)
     return model, data
@@ -357,9 +306,9 @@ def derived(run: Run, name: str, results_dir: str | Path, measure: Measure, each
     if not path.exists():
         with alone(checkpoint, patience=-1):
             if not path.exists():  # another process may have been at work on it
-                data, table = _measured(run, checkpoint, measure, each_epoch)
+                record = _measured(run, checkpoint, measure, each_epoch)
                 remove_parts(path)
-                write_text(path, json.dumps({"asked": _about(run, data), "table": table.to_dict("list")}) + "\n")
+                write_text(path, json.dumps(record) + "\n")
     try:
         record = json.loads(path.read_text())
         return pd.DataFrame(record["table"]).assign(**record["asked"])
@@ -367,29 +316,27 @@ def derived(run: Run, name: str, results_dir: str | Path, measure: Measure, each
         raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
 
 
-def _measured(run: Run, checkpoint: Path, measure: Measure, each_epoch: bool) -> tuple[Dataset, pd.DataFrame]:
-    """The data of `run` and the table of `derived`; the checkpoint keeps what is measured after each epoch."""
+def _measured(run: Run, checkpoint: Path, measure: Measure, each_epoch: bool) -> dict[str, Any]:
+    """The record of a `derived` table; the checkpoint keeps what is measured after each epoch."""
     data = data_of(run)
     model = build(run, data.num_classes)
-    if not each_epoch:
+    if each_epoch:
+        tables = [measure(model, data)]
+        history = train(model, data, run.config, checkpoint, observe=lambda m: measure(m, data).to_dict("list"))
+        tables += map(pd.DataFrame, history.observed)
+        table = pd.concat([t.assign(epoch=e) for e, t in enumerate(tables)], ignore_index=True)
+    else:
         train(model, data, run.config, checkpoint)
-        return data, measure(model, data)
-    tables = [measure(model, data)]
-    history = train(model, data, run.config, checkpoint, observe=lambda m: measure(m, data).to_dict("list"))
-    tables += map(pd.DataFrame, history.observed)
-    return data, pd.concat([t.assign(epoch=e) for e, t in enumerate(tables)], ignore_index=True)
-
-
-def _about(run: Run, data: Dataset) -> dict[str, Any]:
-    """What the rows of a derived table say of their run."""
-    about = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
-    about |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
-    about |= {"profile": run.profile, "run": run.hash}
-    return about | provenance(data, distributed.device_named(run.config.device), autocast=run.config.autocast)
+        table = measure(model, data)
+    asked = {"method": run.method, "dataset": run.dataset, "model": run.model, "trained_with": run.spec.correction}
+    asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "epochs": run.config.epochs, "seed": run.config.seed}
+    asked |= {"profile": run.profile, "run": run.hash}
+    asked |= provenance(data, distributed.device_named(run.config.device), autocast=run.config.autocast)
+    return {"asked": asked, "table": table.to_dict("list")}
 
 
 def checkpoint_file(run: Run, results_dir: str | Path, name: str = "") -> Path:
-    """Where the checkpoint of `run` lies, or that of a training of it with a name of its own."""
+    """Where the checkpoint of `run` lies, or of a training of it with a name of its own."""
     return Path(results_dir) / "checkpoints" / f"{run.hash}{name}.safetensors"
 
 
@@ -448,7 +395,7 @@ def coreset_rows(runs: Iterable[Run], results_dir: str | Path) -> pd.DataFrame:
         for draw in record["coresets"]:
             asked |= {"candidates": run.config.coreset.candidates, "seed": run.config.seed, "run": run.hash}
             told = {k: draw[k] for k in ("epoch", "bits", "size", "union", "drift", "clipped")}
-            means = {k: pd.Series(draw[k], dtype=float).mean() for k in ("overlap", "rank_correlation")}
-            classes = pd.Series(draw["classes"]) / draw["size"]
-            rows.append(asked | told | means | {"rarest_class": classes.min(), "commonest_class": classes.max()})
+            told |= {k: pd.Series(draw[k], dtype=float).mean() for k in ("overlap", "rank_correlation")}
+            shares = [count / draw["size"] for count in draw["classes"]]
+            rows.append(asked | told | {"rarest_class": min(shares), "commonest_class": max(shares)})
     return pd.DataFrame(rows)

@@ -1,4 +1,8 @@
-"""Tables as functions of tidy rows: means ± standard deviations over seeds, and the paper's numbers beside them."""
+"""Tables as functions of tidy rows: means ± standard deviations over seeds, and the paper's numbers beside them.
+
+Rows are those of `runs.run_all` unless a function says otherwise. Without rows, or with a column missing, each function
+raises a ValueError. An empty cell of a table was not run, and a * marks a trained bit-width.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +26,7 @@ def paper(table: str) -> pd.DataFrame:
 def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:
     """Write `table` as `path`.md, and the tidy `rows` it was made of as `path`.csv, each file whole or not at all."""
     path, table = checks.path("path", path), checks.instance("table", table, pd.DataFrame, "a DataFrame")
-    if rows is not None:
-        checks.instance("rows", rows, pd.DataFrame, "a DataFrame, or None")
+    if checks.instance("rows", rows, (pd.DataFrame, type(None)), "a DataFrame, or None") is not None:
         write_text(path.with_suffix(".csv"), rows.to_csv(index=False))
     cells = table.astype(object).where(table.notna(), None)  # missing is empty, not "nan"
     write_text(path.with_suffix(".md"), cells.to_markdown(index=False) + "\n")
@@ -43,17 +46,17 @@ def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
 
 
 def _wide(rows: pd.DataFrame, index: list[str], columns: str, value: str = "top1") -> pd.DataFrame:
-    """`spread` as text, one column a value of `columns`, in order; what was not run is empty."""
+    """`spread` as text, one column a value of `columns`, in order."""
     cells = spread(rows, [*index, columns], value)
     cells["text"] = _texts(cells["mean"], cells["std"])
     wide = cells.pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
     return wide.sort_index(axis=1).fillna("").rename_axis(columns=None)
 
 
-def _marked(wide: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Columns of bit-widths as text, the trained ones with a *."""
-    trained = set(rows.bits[rows.trained])
-    return wide.rename(columns=lambda b: f"{b}*" if b in trained else f"{b}").reset_index()
+def _by_bits(rows: pd.DataFrame, index: list[str], value: str = "top1") -> pd.DataFrame:
+    """`_wide` over bit-widths, the trained ones with a *."""
+    trained = set(checks.table("rows", rows, ("bits", "trained")).bits[rows.trained])
+    return _wide(rows, index, "bits", value).rename(columns=lambda b: f"{b}*" if b in trained else f"{b}").reset_index()
 
 
 def seed_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -70,19 +73,12 @@ def _mean_over_bits(rows: pd.DataFrame, by: list[str]) -> pd.Series:
 
 
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a method, setting and adaptation, one column a bit-width: top-1 (%), mean ± std over seeds.
-
-    Trained bit-widths are marked with *; an empty cell was not run. rows: of `runs.run_all`.
-    """
-    checks.table("rows", rows, ("trained",))
-    return _marked(_wide(rows, [*SETTING, "adapted"], "bits"), rows)
+    """One row a method, setting and adaptation, one column a bit-width: top-1 (%), mean ± std over seeds."""
+    return _by_bits(rows, [*SETTING, "adapted"])
 
 
 def correction_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row without weight bias correction and one with it, a column a bit-width: top-1 (%), mean ± std over seeds.
-
-    No bit-width is adapted; the trained ones are marked with *. rows: of `experiments.quickstart`, run by `run_all`.
-    """
+    """A row without weight bias correction and one with it, a column a bit-width: top-1 (%), none of them adapted."""
     table = accuracy_table(rows[~checks.table("rows", rows, ("adapted", "trained")).adapted])
     names = ["without" if correction == "none" else "with" for correction in table.correction]
     accuracy = table.drop(columns=[*SETTING, "adapted"])
@@ -91,9 +87,9 @@ def correction_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """`columns` of each setting and seed, summed over its runs: Dedicated has one a bit-width.
+    """`columns` of each setting and seed, summed over its runs, of which Dedicated has one a bit-width.
 
-    "calibration" is the number of images that adapt those bit-widths of `rows` that cannot be served without it.
+    "calibration" is the number of images that adapt the bit-widths that cannot be served without it.
     """
     needed = [*SETTING, "run", "seed", *(name for name in columns if name != "calibration")]
     runs = checks.table("rows", rows, needed).drop_duplicates("run")
@@ -119,13 +115,9 @@ def with_cost(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
 def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row a method and setting: mean top-1 (%) over the trained bit-widths, and what training cost.
 
-    The mean is without and with batch-norm adaptation. The cost is sample passes (millions) and the part of them (%)
-    in the scoring phase, forward passes of calibration (millions), optimizer steps, seconds, and how many times fewer
-    passes and seconds than Any-Precision takes for as many epochs. All are means over seeds.
-
-    Args:
-        rows: of `runs.run_all`.
-        table: whose numbers of the paper stand in the last two columns, for example "table1".
+    The cost is sample passes (millions) and the part of them (%) in the scoring phase, forward passes of calibration
+    (millions), optimizer steps, seconds, and how many times fewer passes and seconds than Any-Precision takes for as
+    many epochs: means over seeds. The last two columns are what the paper reports in its `table`, such as "table1".
     """
     checks.table("rows", rows, ("trained", "adapted", "top1"))
     trained = rows[rows.trained]
@@ -168,8 +160,8 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
     """How much of the gap between the uncorrected network and its adapted self each correction closes, by bit-width.
 
     One row a bit-width: top-1 (%) of ours on the full data for each correction, without and with batch-norm adaptation,
-    and the share of the gap (%) that each correction closes. The share is empty where the gap is below one point, which
-    is within the noise of seeds. All are means over seeds. ValueError: `rows` lack such runs.
+    and the share of the gap (%) that each correction closes, empty where the gap is below one point, which is within
+    the noise of seeds. All are means over seeds.
     """
     checks.table("rows", rows, ("method", "pruning_rate", "correction", "bits", "trained", "adapted", "top1"))
     part = rows[(rows.method == "Ours") & (rows.pruning_rate == 0)]
@@ -186,30 +178,17 @@ def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
 def comparison_table(
     rows: pd.DataFrame, columns: str = "pruning_rate", index: Sequence[str] = ("coreset",)
 ) -> pd.DataFrame:
-    """One row a kind of coreset, one column a pruning rate: mean top-1 (%) over the trained bit-widths.
-
-    Mean ± standard deviation over seeds, without batch-norm adaptation; an empty cell was not run. columns, index: of
-    `rows`, in place of pruning rates and coresets.
-    """
+    """One row a kind of coreset, one column a pruning rate: mean top-1 (%) over the trained bit-widths, not adapted."""
     return _wide(seed_means(rows, [*index, columns]), list(index), columns).reset_index()
-
-
-def curve_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """`comparison_table` of one row a method and setting and one column a run length in epochs."""
-    return comparison_table(rows, columns="epochs", index=SETTING[:-1])
 
 
 def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     """One row a kind of coreset: what its coresets have in common, means over draws, bit-widths and seeds.
 
-    - union: the fraction of the data that is in any coreset of a draw.
-    - overlap: the fraction of a coreset that another bit-width's has too.
-    - drift: the fraction of a coreset that was not in the draw before.
-    - rank_correlation: Spearman's, of two bit-widths' scores.
-    - clipped: the fraction of samples whose weight in the loss was cut to the largest allowed one.
-    - rarest_class, commonest_class: the share of that class.
-
-    draws: of `runs.coreset_rows`.
+    Columns: union, the fraction of the data that is in any coreset of a draw; overlap, the fraction of a coreset that
+    another bit-width's has too; drift, the fraction that was not in the draw before; rank_correlation, Spearman's, of
+    two bit-widths' scores; clipped, the fraction of samples whose weight in the loss was cut to the largest allowed
+    one; and the shares of the rarest and the commonest class. draws: of `runs.coreset_rows`.
     """
     values = ["size", "union", "overlap", "drift", "rank_correlation", "clipped", "rarest_class", "commonest_class"]
     by = ["pruning_rate", "coreset", "candidates"]
@@ -217,19 +196,18 @@ def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     return means.round(3).reset_index()
 
 
-def equal_cost_table(rows: pd.DataFrame, cost: str = "seconds") -> pd.DataFrame:
-    """One row a run of Any-Precision: its mean top-1 (%), and that of ours at each pruning rate for no more cost.
+def equal_time_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a run of Any-Precision: its mean top-1 (%), and that of ours at each pruning rate in no more time.
 
-    Of ours, the longest run that costs no more is taken. cost: "seconds" or "sample_passes"; rows: of
-    `experiments.curves`.
+    Of ours, the longest run that takes no more seconds is shown.
     """
-    checks.choice("cost", cost, ("seconds", "sample_passes"))
-    points = with_cost(rows, cost).groupby(SETTING, sort=False)[["top1", cost]].mean().reset_index()
+    points = with_cost(rows, "seconds").groupby(SETTING, sort=False)[["top1", "seconds"]].mean().reset_index()
     ours, table = points[points.method.str.startswith("Ours")], []
     for baseline in points[points.method == "Any-Precision"].to_dict("records"):
-        row = {"epochs": baseline["epochs"], cost: round(baseline[cost]), "Any-Precision": round(baseline["top1"], 1)}
+        row = {"epochs": baseline["epochs"], "seconds": round(baseline["seconds"])}
+        row["Any-Precision"] = round(baseline["top1"], 1)
         for (method, rate), runs in ours.groupby(["method", "pruning_rate"], sort=False):
-            longest = runs[runs[cost] <= baseline[cost]].sort_values("epochs").tail(1)
+            longest = runs[runs.seconds <= baseline["seconds"]].sort_values("epochs").tail(1)
             texts = [f"{run.top1:.1f} ({run.epochs} epochs)" for run in longest.itertuples()]
             row[f"{method}, {rate:.0%} pruned"] = "".join(texts)
         table.append(row)
@@ -251,21 +229,10 @@ def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:
     return rows.assign(coreset=name)
 
 
-def option_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a coreset of `named` rows: mean top-1 (%) without and with adaptation, sample passes (thousands)."""
-    checks.table("rows", rows, ("coreset", "trained", "adapted", "seed", "top1", "run", "sample_passes"))
-    trained = rows[rows.trained]
-    cost = rows.drop_duplicates("run").groupby("coreset", sort=False).sample_passes.mean()
-    top1, adapted = (_mean_over_bits(trained[trained.adapted == value], ["coreset"]) for value in (False, True))
-    columns = {"top1 (%)": top1, "adapted top1 (%)": adapted, "passes (k)": (cost / 1e3).round(1)}
-    return pd.DataFrame(columns, index=cost.index).reset_index()
-
-
 def adaptation_gaps(rows: pd.DataFrame) -> pd.DataFrame:
     """How far each network is above its batch-norm-adapted self, in points: one row a seed and bit-width.
 
     Column statistics: shared by bit-widths, or their own for each trained one; without or with output correction.
-    rows: of `experiments.uncalibrated`.
     """
     keys = ["run", "seed", "bits", "trained"]
     checks.table("rows", rows, (*keys, "norm", "correction", "adapted", "top1"))
@@ -277,18 +244,15 @@ def adaptation_gaps(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def adaptation_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a choice of statistics, one column a bit-width: points above the adapted network, mean ± std over seeds.
-
-    Trained bit-widths are marked with *. rows: of `experiments.uncalibrated`.
-    """
-    return _marked(_wide(adaptation_gaps(rows), ["statistics"], "bits", "gap"), rows)
+    """One row a choice of statistics, one column a bit-width: `adaptation_gaps`, mean ± std over seeds."""
+    return _by_bits(adaptation_gaps(rows), ["statistics"], "gap")
 
 
 def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a method and set of trained bit-widths: top-1 (%) at every bit-width as served, and the cost.
 
     Any-Precision is calibrated where it was not trained, ours nowhere. Passes of training are in millions, forward
-    passes of calibration in thousands. Means ± std over seeds. rows: of `experiments.untrained`.
+    passes of calibration in thousands.
     """
     checks.table("rows", rows, ("sample_passes", "calibration_passes", "seconds"))
     index = ["trained_bits", "method", "correction"]
@@ -303,8 +267,8 @@ def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:
 def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a child model: top-1 (%) after all steps, after its own alone, after the others' alone.
 
-    Means ± std over seeds, all after batch-norm adaptation, so that weights are compared. "gained" is what the others'
-    steps add to its own. rows: of `experiments.transfer`.
+    All are after batch-norm adaptation, so that weights are compared. "gained" is what the others' steps add to its
+    own. rows: of `experiments.transfer`.
     """
     checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "top1"))
     adapted = rows[rows.adapted]
@@ -319,24 +283,19 @@ def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Training cost by scheme and number of bit-widths: sample passes, by formula too, calibration, steps, seconds.
+    """Training cost by scheme and number of bit-widths; Dedicated is the sum of one network for each of them.
 
-    The formula, for B bit-widths, N images and E epochs, is B N E. With coresets it is B N (c S + (1 - r) (E - S)):
-    S scoring epochs see the fraction c of the images, and r is the pruning rate. Dedicated is the sum of one network
-    for each bit-width. rows: of `experiments.growth`.
+    rows: of `experiments.growth`.
     """
-    checks.table("rows", rows, (*SETTING, "run", "trained_bits", "scoring_epochs", "n_train"))
+    checks.table("rows", rows, (*SETTING, "run", "trained_bits"))
     runs = rows.drop_duplicates("run")
     table = []
     for widths in runs.trained_bits[runs.method == "Any-Precision"]:
         singles = runs[(runs.method == "Dedicated") & runs.trained_bits.isin(widths.split())]
         shared = runs[(runs.method != "Dedicated") & (runs.trained_bits == widths)]
         for part in [singles, *(group for _, group in shared.groupby(SETTING, sort=False))]:
-            first, count = part.iloc[0], len(widths.split())
-            scored = first.candidates * first.scoring_epochs if first.pruning_rate else 0
-            kept = (1 - first.pruning_rate) * (first.epochs - first.scoring_epochs)
-            formula = round(count * first.n_train * (scored + kept))
+            first = part.iloc[0]
             label = f"Ours, {first.coreset}" if first.method == "Ours" else first.method
             sums = training_cost(rows[rows.run.isin(part.run)], COST).sum().to_dict()
-            table.append({"scheme": label, "bit-widths": count, "bits": widths, "by formula": formula} | sums)
+            table.append({"scheme": label, "bit-widths": len(widths.split()), "bits": widths} | sums)
     return pd.DataFrame(table)

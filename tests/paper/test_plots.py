@@ -255,7 +255,7 @@ def angles() -> pd.DataFrame:
 
 
 def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
-    ax = plots.angles_by_layer(angles())
+    ax = plots.angles(angles())
     found = {line.get_linestyle(): [] for line in lines(ax)}
     for line in lines(ax):
         found[line.get_linestyle()].append(points(line))
@@ -266,18 +266,8 @@ def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
 
 def test_angles_by_epoch_are_those_of_all_layers_and_means_over_seeds() -> None:
     rows = angles()
-    ax = plots.angles_by_epoch(pd.concat([rows.assign(seed=k, angle=rows.angle + k - 1) for k in range(3)]))
+    ax = plots.angles(pd.concat([rows.assign(seed=k, angle=rows.angle + k - 1) for k in range(3)]), "epoch")
     assert sorted(points(line) for line in lines(ax)) == [[(0, a), (1, a + 100)] for a in (21, 41, 43)]
-
-
-def test_ranges_show_each_value_and_the_median() -> None:
-    rows = pd.DataFrame({"way": ["b"] * 3 + ["a"] * 3, "ms": [1.0, 2, 9, 4, 5, 6]})
-    ax = plots.ranges(rows, "way", "ms", "title", "milliseconds", mark=3.0)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"] and ax.get_xlabel() == "milliseconds"
-    dots = sorted(float(x) for part in ax.collections for x, _ in part.get_offsets())
-    assert dots == [1, 2, 4, 5, 6, 9]
-    marks = [x for line in ax.get_lines() if line.get_marker() == "|" for x in line.get_xdata()]
-    assert marks == [2, 5]
 
 
 EVERY = [plots.accuracy_by_bits, plots.accuracy_by_cost, plots.accuracy_by_pruning, plots.accuracy_by_coreset]

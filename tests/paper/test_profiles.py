@@ -31,7 +31,6 @@ WRONG = {
     "results_dir": ["", None, 3, True, ["results"]],
     "dataset": ["mnist", "ImageNet", "imagefolder", None, 3, ["cifar10"]],
     "model": ["resnet", "torchvision", "torchvision.nothing", "torchvision.", "keras.resnet50", None, 3],
-    "processes": [0, -1, 1.5, "2", None, True, [2]],
 }
 
 
@@ -141,9 +140,9 @@ def test_results_dir_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pyte
         parameters(profile="smoke", results_dir=tmp_path)
 
 
-def test_data_network_and_processes() -> None:
+def test_data_and_network() -> None:
     p = parameters(profile="smoke")
-    assert (p.dataset, p.model, p.processes) == ("", "", 1)
-    p = parameters(profile="smoke", dataset="imagefolder:/some/where", model="torchvision.resnet18", processes=8)
-    assert (p.dataset, p.model, p.processes) == ("imagefolder:/some/where", "torchvision.resnet18", 8)
+    assert (p.dataset, p.model) == ("", "")
+    p = parameters(profile="smoke", dataset="imagefolder:/some/where", model="torchvision.resnet18")
+    assert (p.dataset, p.model) == ("imagefolder:/some/where", "torchvision.resnet18")
     assert parameters(profile="smoke", dataset="imagefolder:here").dataset == f"imagefolder:{Path.cwd() / 'here'}"

@@ -357,13 +357,13 @@ NOTEBOOK = {"profile": [*NAMES, "Smoke"], "model": [*ARCHITECTURES[2:], None, "r
 NOTEBOOK |= {"bits": [*BITS[:5], *BITS[7:11], 9, 0, "2;4", *LISTS], "pruning_rates": RATES_TWICE}
 NOTEBOOK |= {"dataset": [None, 3, "mnist", "imagefolder:\0", "imagefolder:" + "a" * 5000, "imagefolder"]}
 NOTEBOOK |= {"lengths": [*LISTS, [4, 4], 0, None, [10**9], True], "seed": [*NUMBERS, -1, "[0]"]}
-NOTEBOOK |= {"repeats": [*NUMBERS, -1, 10**9], "processes": [*COUNTS, 10**9]}
+NOTEBOOK |= {"repeats": [*NUMBERS, -1, 10**9]}
 FINISH = {"runs": lambda: [run()], "results_dir": "results", "progress": False}
 FINISHED = {"runs": [[], None, run, [3], "table1"], "results_dir": [*FOLDERS, damaged], "progress": FLAGS}
 DERIVE = {"run": run, "results_dir": "results", "name": "table", "measure": lambda: len}
 TABLE += [
     ("paper.profiles.parameters", {"profile": "smoke"}, NOTEBOOK),
-    ("paper.runs.run_all", FINISH, FINISHED | {"processes": [*COUNTS, 10**9]}),
+    ("paper.runs.run_all", FINISH, FINISHED),
     ("paper.runs.build", {"run": run, "num_classes": 10}, {"run": RUNS, "num_classes": COUNTS}),
     ("paper.runs.trained", {"results_dir": "results"}, {"run": RUNS}),
     ("paper.runs.coreset_rows", {"results_dir": "results"}, {"runs": [lambda: [run()], None, [3]]}),
@@ -384,9 +384,7 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("tables.gap_table", "01_cifar10", {}),
     ("tables.comparison_table", "05_coreset_comparison", {}),
     ("tables.coreset_table", "05_coresets", {}),
-    ("tables.curve_table", "01_cifar10_curves", {}),
-    ("tables.equal_cost_table", "01_cifar10_curves", {}),
-    ("tables.option_table", "07_ablation_scoring_scheme", {}),
+    ("tables.equal_time_table", "01_cifar10_curves", {}),
     ("tables.untrained_table", "10_untrained_bitwidths", {}),
     ("tables.transfer_table", "09_knowledge_transfer", {}),
     ("tables.growth_table", "11_training_cost", {}),
@@ -397,8 +395,7 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("plots.growth", "11_training_cost", {}),
     ("plots.distributions", "08_activation_distributions", {}),
     ("plots.mismatch", "08_mismatch", {}),
-    ("plots.angles_by_layer", "09_angles", {}),
-    ("plots.angles_by_epoch", "09_angles", {}),
+    ("plots.angles", "09_angles", {}),
 ]
 FIRST = {"tables.coreset_table": "draws", "plots.distributions": "histograms"}  # what others call rows
 FRAMES = [None, "rows.csv", {"bits": [2]}, pd.DataFrame(), pd.DataFrame({"x": [1.0]})]
@@ -414,7 +411,7 @@ def rows(source: str) -> dict[str, Any]:
 BAD_COST = [None, "dollars", ["seconds"]]
 DRAWN = ["nothing", "00_quickstart"]  # no such figure, and one whose rows are not there
 TABLE += [
-    ("paper.tables.equal_cost_table", rows("01_cifar10_curves"), {"cost": BAD_COST}),
+    ("paper.plots.angles", rows("09_angles"), {"by": ["bits", None, ["layer"]]}),
     ("paper.tables.paper", {}, {"table": [None, 3, "\0", "a" * 5000]}),
     (
         "paper.tables.save",

@@ -50,6 +50,16 @@ def test_every_benchmark_has_rows_a_table_and_a_figure_that_its_rows_give(tmp_pa
     pyplot.close("all")
 
 
+def test_ranges_show_each_value_and_the_median() -> None:
+    rows = pd.DataFrame({"way": ["b"] * 3 + ["a"] * 3, "ms": [1.0, 2, 9, 4, 5, 6]})
+    ax = benchmark("common").ranges(rows, "way", "ms", "title", "milliseconds", mark=3.0)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"] and ax.get_xlabel() == "milliseconds"
+    dots = sorted(float(x) for part in ax.collections for x, _ in part.get_offsets())
+    assert dots == [1, 2, 4, 5, 6, 9]
+    marks = [x for line in ax.get_lines() if line.get_marker() == "|" for x in line.get_xdata()]
+    assert marks == [2, 5]
+
+
 @pytest.mark.processor
 def test_steps(digits: emq.Dataset) -> None:
     steps = benchmark("steps")

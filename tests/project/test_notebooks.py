@@ -195,6 +195,6 @@ def test_imagenet_by_the_users_own_call_says_at_once_where_to_put_it(
     given = ("-p", "bits", "[2,4,8]", "-p", "profile", "small", "-p", "results_dir", str(tmp_path / "made"))
     p, begin = read("03_imagenet", *given)["p"], time.process_time()
     with pytest.raises(FileNotFoundError, match=r"(?s)^no data for 'imagenet'. Looked in:.*image-net.org") as error:
-        experiments.run_all(experiments.imagenet(p), p.results_dir, processes=p.processes)
+        experiments.run_all(experiments.imagenet(p), p.results_dir)
     assert str(tmp_path / "nothing/imagenet") in str(error.value) and time.process_time() - begin < 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
