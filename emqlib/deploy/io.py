@@ -71,7 +71,7 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     with _expecting(*file, "a QuantSpec"):
         spec = QuantSpec(**about["spec"])
     with _expecting(*file, "Decisions"):
-        decided = Decisions(**about["decided"])
+        decided = Decisions(**about["decided"] | {"absorbed": tuple(about["decided"]["absorbed"])})
     if net is None and about["network"] is None:
         raise checks.invalid("net", None, f"the plain network that {path} is of: it is not one of emqlib.models")
     with _expecting(*file, "a network of emqlib.models"):
