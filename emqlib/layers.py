@@ -145,30 +145,29 @@ class InputQuantizer(nn.Module):
         """x (any shape) at n levels (scalar)."""
         if not self.started:
             # without a sign, a ReLU stood before this until conversion left it to the quantizer
-            self.start(x.detach() if self.signed else x.detach().clamp_min(0))
+            self._start(x.detach() if self.signed else x.detach().clamp_min(0))
             self.started = True
         elif self.training and not again():
-            self.follow(x.detach())
+            self._follow(x.detach())
         if quantizers.is_full(n):
             return x if self.signed else x.relu()
-        return self.quantize(x, n)
+        return self._quantize(x, n)
 
-    def quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        """x (any shape) at n levels (scalar), not those of 32 bits."""
+    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
         return kernels.fake_quantize(x, *self.grid(n), learn_step=False)
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
         """(scale, q_min, q_max, offset) in force at n levels (scalar)."""
         raise NotImplementedError
 
-    def start(self, x: Tensor) -> None:
-        """Start from the first batch, x (any shape)."""
+    def _start(self, x: Tensor) -> None:
+        """Start from the first batch."""
 
-    def follow(self, x: Tensor) -> None:
-        """Follow a later batch of training, x (any shape)."""
+    def _follow(self, x: Tensor) -> None:
+        """Follow a later batch of training."""
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest number in x (any shape), of all processes."""
+        """The smallest and the largest number in x, of all processes."""
         ends = torch.stack([x.amin(), -x.amax()])
         low, negated = self.reduce.lowest(ends) if self.reduce else ends
         return low, -negated
@@ -216,13 +215,11 @@ class TrackedDoReFa(InputQuantizer):
         # a copy of the lower end, which the next batch moves and which at 1 bit is the offset itself
         return quantizers.dorefa_grid(n, self.high, self.low.clone() if self.signed else None)
 
-    def start(self, x: Tensor) -> None:
-        """Take the range of the first batch, x (any shape)."""
-        self.follow(x, momentum=1.0)
+    def _start(self, x: Tensor) -> None:
+        self._follow(x, momentum=1.0)
 
-    def follow(self, x: Tensor, momentum: float = 0.1) -> None:
-        """Move towards the range of x (any shape), which never has width zero, by which a grid would divide."""
-        low, high = self._extremes(x)
+    def _follow(self, x: Tensor, momentum: float = 0.1) -> None:
+        low, high = self._extremes(x)  # the range never has width zero, by which a grid would divide
         self.low.lerp_(low.to(self.low.dtype).clamp_max(-1e-6), momentum)
         self.high.lerp_(high.to(self.high.dtype).clamp_min(1e-6), momentum)
 
@@ -250,8 +247,7 @@ class PACT(_LearnedInputQuantizer):
         """See `InputQuantizer.grid`."""
         return quantizers.learned_grid(n, quantizers.pact_step(n, self.scale(), self.signed), self.signed)
 
-    def start(self, x: Tensor) -> None:
-        """Take the largest number in the first batch, x (any shape), as the clipping level."""
+    def _start(self, x: Tensor) -> None:
         low, high = self._extremes(x.float())
         self.scale.start(torch.maximum(-low, high))
 
@@ -265,16 +261,14 @@ class LSQ(_LearnedInputQuantizer):
         super().__init__(bits, signed)
         self.scale = LearnedScale(bits, _reach(signed))
 
-    def quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        """See `InputQuantizer.quantize`: x of any shape."""
+    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
         return kernels.lsq_activation(x, n, self.scale(), self.signed, self.parts)
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
         """See `InputQuantizer.grid`."""
         return quantizers.learned_grid(n, self.scale(), self.signed)
 
-    def start(self, x: Tensor) -> None:
-        """Take LSQ's initial step for the first batch, x (any shape)."""
+    def _start(self, x: Tensor) -> None:
         size = 2 * x.float().abs().mean()
         self.scale.start(self.reduce.mean(size) if self.reduce else size)
 
@@ -285,19 +279,6 @@ def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
     dorefa = TrackedDoReFa if tracked else UnitDoReFa
     kinds = {"none": NoInputQuantizer, "dorefa": dorefa, "pact": PACT, "lsq": LSQ}
     return kinds[spec.activation](spec.bits, signed)
-
-
-class Kept:
-    """A quantized weight, and the `key` that tells later passes whether it still holds; copies come without it.
-
-    alive: the tensors in the key. While they live, no others can get their ids and addresses.
-    """
-
-    def __init__(self, value: tuple[Tensor, Tensor | None], key: Any, alive: Any = None) -> None:
-        self.value, self.key, self.alive = value, key, alive
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
 
 
 class _QuantizedLayer(nn.Module):
@@ -311,8 +292,11 @@ class _QuantizedLayer(nn.Module):
 
     weight: nn.Parameter
     levels: Tensor
-    prepared: Kept | None = None  # the weight of the training step at hand, and its domain
-    kept: Kept | None = None  # weight and bias in evaluation mode
+    # The weight of the training step at hand and its domain, and the lock that is held as long as they hold.
+    prepared: tuple[tuple[Tensor, Tensor], Lock] | None = None
+    # Weight and bias in evaluation mode, what they depend on, and the tensors in that: while they live, no others can
+    # get their ids and addresses.
+    kept: tuple[tuple[Tensor, Tensor | None], Any, Any] | None = None
 
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
@@ -351,6 +335,9 @@ class _QuantizedLayer(nn.Module):
             return self.known_levels
         return self.levels.to(torch.promote_types(self.levels.dtype, torch.float32))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"prepared": None, "kept": None}  # copies come without
+
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; either way the next forward pass looks at the weight anew."""
         self.kept = None
@@ -376,10 +363,6 @@ class _QuantizedLayer(nn.Module):
             return quantizers.minmax_weight(w, n, self.spec.zero_level)
         return kernels.lsq_activation(w, n, self.weight_scale(), signed=True), w
 
-    def quantized_weight(self) -> Tensor:
-        """The weight that the layer multiplies with, quantized and corrected: (O, ...)."""
-        return self._corrected_and_domain()[0]
-
     def _corrected_and_domain(self) -> tuple[Tensor, Tensor]:
         w_q, w = self.weight_and_domain()
         if w_q is w:  # correction would change nothing
@@ -399,7 +382,7 @@ class _QuantizedLayer(nn.Module):
 
     def prepare(self, step: Lock) -> None:
         """Quantize and correct the weight now, for all forward passes with gradients while the lock `step` is held."""
-        self.prepared = Kept(self._corrected_and_domain(), step)
+        self.prepared = self._corrected_and_domain(), step
 
     def _at_hand(self) -> tuple[Tensor, Tensor | None]:
         """`weight_and_bias`, from the training step at hand or an earlier pass in evaluation mode if it is there."""
@@ -408,10 +391,10 @@ class _QuantizedLayer(nn.Module):
         if not self.training and not torch.is_grad_enabled():
             return self._in_use()
         self.kept, prepared = None, self.prepared
-        if prepared is None or not prepared.key.locked():
+        if prepared is None or not prepared[1].locked():
             return self.weight_and_bias()
         if torch.is_grad_enabled():
-            return self._with_bias(*prepared.value)
+            return self._with_bias(*prepared[0])
         self.prepared = None  # the first pass of reentrant checkpointing, whose second one goes backward on its own
         return self.weight_and_bias()
 
@@ -419,11 +402,13 @@ class _QuantizedLayer(nn.Module):
         """`weight_and_bias` in evaluation mode without gradients, kept from pass to pass."""
         scale, mean = getattr(self, "weight_scale", None), getattr(self, "mean_input", None)
         sources = [t for t in (self.weight, self.bias, mean, scale and scale.values) if t is not None]
-        kept, key = self.kept, self._key(sources)
-        if kept is None or key is None or kept.key != key:
-            kept = Kept(self.weight_and_bias(), key, [(t, t.detach()) for t in sources])
-            self.kept = None if key is None or type(kept.value[0]) not in _PLAIN else kept
-        return kept.value
+        key = self._key(sources)
+        if key is not None and self.kept is not None and self.kept[1] == key:
+            return self.kept[0]
+        value = self.weight_and_bias()
+        known = key is not None and type(value[0]) in _PLAIN
+        self.kept = (value, key, [(t, t.detach()) for t in sources]) if known else None
+        return value
 
     def _key(self, sources: list[Tensor]) -> tuple[Any, ...] | None:
         """What `weight_and_bias` depends on; None if a change could go unseen, or while a CUDA graph is captured."""

@@ -94,7 +94,7 @@ def check(layer: Layer, x: Tensor, rng: torch.Generator, bits: tuple[int, ...], 
     for b in bits:
         layer.set_bits(b)
         w, x_q = expected_weight(layer, weight_scales, b), expected_input(layer, x.numpy(), input_scales, b)
-        torch.testing.assert_close(layer.quantized_weight(), torch.from_numpy(w), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(layer.weight_and_bias()[0], torch.from_numpy(w), rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(
             layer.input_quantizer(x, layer.known_levels), torch.from_numpy(x_q), rtol=1e-9, atol=1e-11
         )

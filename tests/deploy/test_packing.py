@@ -94,7 +94,9 @@ def test_scale_and_offset_are_those_of_the_algebra(
         unpacked = packed.weight.flatten(1).numpy().astype(np.float64)
         assert (np.abs(unpacked - exact) <= EPSILON * largest).all()
         # what the training layer itself, in float32, is off by
-        assert (np.abs(unpacked - layer.quantized_weight().detach().flatten(1).numpy()) <= 4 * EPSILON * largest).all()
+        assert (
+            np.abs(unpacked - layer.weight_and_bias()[0].detach().flatten(1).numpy()) <= 4 * EPSILON * largest
+        ).all()
 
 
 def test_a_batch_norm_goes_into_scale_offset_and_bias(rng: torch.Generator) -> None:
@@ -205,7 +207,7 @@ def test_weights_without_spread(weight: str) -> None:
         layer = QuantConv2d.from_float(conv, emq.QuantSpec(bits=(2,), weight=method), signed=True)
         layer.set_bits(bits)
         packed = packing.pack_layer(layer, None)
-        torch.testing.assert_close(packed.weight, layer.quantized_weight().detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(packed.weight, layer.weight_and_bias()[0].detach(), rtol=1e-6, atol=1e-7)
         assert packed.affine.isfinite().all()
 
 
