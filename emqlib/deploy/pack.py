@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import quantizers
-from ..checks import instance, integer, invalid
+from ..checks import integer, invalid
 from ..convert import Bits, at_bits, converted, quantized_layers, replaced, trace
 from ..correction import correct_weight
 from ..layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
@@ -253,12 +253,6 @@ def pack_as_set(network: nn.Module) -> nn.Module:
             layer.untraced = name or type(layer).__name__
     packed.emq = replace(network.emq, packed=layers)
     return packed.requires_grad_(False)
-
-
-def packed_bytes(network: nn.Module) -> int:
-    """Bytes that the numbers of a packed network take, without the description that a file adds."""
-    instance("network", network, nn.Module, "a network that pack made")
-    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
 
 
 def _integers(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor, Tensor]:
