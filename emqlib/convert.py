@@ -20,7 +20,7 @@ from .checks import bit_width, invalid
 from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last
 from .models import Record
 from .norms import MultiBitBatchNorm
-from .quantizers import levels
+from .quantizers import Own, levels
 
 
 class MultiheadAttention(nn.Module):
@@ -301,7 +301,8 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     signed = {name: found.signed[name] for name in names if name not in kept}
     if not signed:
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
-    unsigned = {name for name in signed if not signed[name] and spec.activation != "none"}
+    clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # as one's own may not do
+    unsigned = {name for name in signed if not signed[name] and clips}
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
     absorbed = tuple(name for name in readers if readers[name] <= unsigned)
     return Decisions(signed, kept, absorbed, _activation_range(net, spec))

@@ -4,6 +4,7 @@ In a compiled graph the number of levels of a layer is a tensor buffer, not a Py
 1 to 8 bits; 32 bits have another one. The attribute `bits` is for reading only: `set_bits` keeps all of them equal.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,43 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return patterns
 
 
+def _weight(name: str, value: Any) -> str:
+    return _method(name, value, quantizers.WEIGHT_METHODS, "(w, n) that returns two tensors shaped as w", outputs=2)
+
+
+def _activation(name: str, value: Any) -> str:
+    return _method(name, value, quantizers.ACTIVATION_METHODS, "(x, n) that returns a tensor shaped as x", outputs=1)
+
+
+def _method(name: str, value: Any, known: tuple[str, ...], what: str, outputs: int) -> str:
+    """`value`, if it is one of the `known` names or an `Own`; a function is tried at 2 bits and becomes an `Own`."""
+    if isinstance(value, quantizers.Own) or (isinstance(value, str) and value in known):
+        return value
+    expected = f"one of {', '.join(sorted(known))}, or a function {what}"
+    if not inspect.isfunction(value):
+        raise invalid(name, value, expected)
+    if "<" in value.__qualname__:  # two of them may have one name
+        raise invalid(name, value, "a function that is defined in a module, not inside another function or by lambda")
+    try:
+        _try(value, outputs)
+    except Exception as error:  # the function may raise anything
+        raise invalid(name, value, f"{expected} and passes a gradient to it ({error})") from error
+    return quantizers.Own.of(value)
+
+
+@torch.enable_grad()
+def _try(function: Callable[..., Any], outputs: int) -> None:
+    """Call a quantizer of one's own with a small tensor. ValueError: it does not return what it should."""
+    x = torch.linspace(-1, 1, 12, device="cpu").view(3, 4).requires_grad_()
+    found = function(x, 3.0)
+    given = [found] if outputs == 1 else list(found)
+    if len(given) != outputs or not all(t.shape == x.shape and t.is_floating_point() for t in given):
+        raise ValueError("it returned something else")
+    (gradient,) = torch.autograd.grad((given[0] * (x.detach() + 2)).sum(), x)
+    if not gradient.isfinite().all() or not gradient.any():
+        raise ValueError("its gradient is zero or not finite")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """How a network is quantized.
@@ -43,8 +81,12 @@ class QuantSpec:
     """
 
     bits: Annotated[tuple[int, ...], checks.bit_widths]  # the trained bit-widths
-    weight: quantizers.Weight = "dorefa"  # the weight quantizer
-    activation: quantizers.Activation = "dorefa"  # the activation quantizer; "none" leaves activations as they are
+    # The quantizers: a name, or a function of your own. n is the number of levels above the lowest one, a float, and in
+    # a compiled graph a scalar tensor. weight: (w, n), with w (O, ...), to the quantized weight and the full-precision
+    # weight that it approaches with more bits, as `quantizers.dorefa_weight` returns them.
+    weight: Annotated[quantizers.Weight | Callable[..., Any], _weight] = "dorefa"
+    # activation: (x, n) to x on its grid, for inputs of either sign; "none" leaves activations as they are.
+    activation: Annotated[quantizers.Activation | Callable[..., Any], _activation] = "dorefa"
     correction: Correction = "mean_var"  # weight bias correction: the moments that each output channel keeps
     # "shared": one batch norm for all bit-widths. "switchable": one for each. "shared_affine": one affine for all, and
     # running statistics for each trained bit-width, between which those of other bit-widths are interpolated.
@@ -195,6 +237,19 @@ class NoInputQuantizer(InputQuantizer):
         return x
 
 
+class OwnInputQuantizer(InputQuantizer):
+    """A function of one's own."""
+
+    range, starts = "own", False
+
+    def __init__(self, bits: tuple[int, ...], signed: bool, own: quantizers.Own) -> None:
+        super().__init__(bits, signed)
+        self.method, self.function = own, own.function
+
+    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
+        return self.function(x, n)
+
+
 class UnitDoReFa(InputQuantizer):
     """DoReFa over [0, 1], as published."""
 
@@ -275,6 +330,8 @@ class LSQ(_LearnedInputQuantizer):
 
 def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
     """The input quantizer of a layer; signed: whether its input can be negative."""
+    if isinstance(spec.activation, quantizers.Own):
+        return OwnInputQuantizer(spec.bits, signed, spec.activation)
     tracked = signed or spec.activation_range == "tracked"
     dorefa = TrackedDoReFa if tracked else UnitDoReFa
     kinds = {"none": NoInputQuantizer, "dorefa": dorefa, "pact": PACT, "lsq": LSQ}
@@ -302,6 +359,7 @@ class _QuantizedLayer(nn.Module):
         self.weight, self.bias = plain.weight, plain.bias
         self.spec, self.bits = spec, spec.bits[-1]
         self.reduce: Reduction | None = None
+        self.own = spec.weight.function if isinstance(spec.weight, quantizers.Own) else None
         with self.weight.device:  # whatever is new lies where the weight does
             self.input_quantizer = input_quantizer(spec, signed)
             self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)
@@ -353,8 +411,8 @@ class _QuantizedLayer(nn.Module):
         At 32 bits both are the same tensor.
         """
         w, n, method = self.weight, self._n(), self.spec.weight
-        if method == "dorefa":
-            w_q, domain = kernels.dorefa_weight(w, n)
+        if self.own or method == "dorefa":
+            w_q, domain = (self.own or kernels.dorefa_weight)(w, n)
             return (domain if self.full else w_q), domain
         if self.full:
             w = w if method == "minmax" else kernels.awaited(w, self.weight_scale.values)

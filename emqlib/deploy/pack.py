@@ -221,12 +221,15 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
         A copy in evaluation mode, which `emqlib.save` writes. `export_onnx` makes a file for other runtimes.
 
     Raises:
-        ValueError: as `set_bits`, or an input quantizer has seen no images yet.
+        ValueError: as `set_bits`; an input quantizer has seen no images yet; quantizers of one's own.
 
     Warns:
         UserWarning: torch.fx cannot trace the network, so that nobody knows whether it reads weights outside layers.
     """
     network = converted(model)
+    for method in (network.emq.spec.weight, network.emq.spec.activation):
+        if isinstance(method, quantizers.Own):
+            raise invalid("model", method, "a network whose quantizers are emqlib's own: integers need a known grid")
     with at_bits(network, bits):
         for name, layer in network.named_modules():
             if isinstance(layer, InputQuantizer) and not layer.started:

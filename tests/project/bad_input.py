@@ -257,6 +257,7 @@ TABLE += [
     ("export_onnx", ONNX, PACKED | {"path": FILES, "example_inputs": IMAGES}),
     ("save", {"model": model, "path": "a.safetensors"}, {"model": MODELS, "path": FILES}),
     ("load", {}, {"path": [*FILES, "nothing", "FILE"]}),
+    ("load", {"path": "a.safetensors"}, {"quantizers": [None, "my_quantizer", net, [3]]}),
 ]
 
 # Data, evaluation and training
