@@ -254,27 +254,6 @@ def test_at_32_bits_it_is_the_plain_network(network: str, rng: torch.Generator) 
     assert (at_8 - expected).norm() < 0.2 * expected.norm() < (at_2 - expected).norm() * 2
 
 
-class Reading(nn.Module):
-    """As Swin and BEiT have it: the weight goes to a function, past its layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.qkv, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.mlp = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.linear(self.embed(x), self.qkv.weight, self.qkv.bias)
-        return self.head(self.mlp(x))
-
-
-def test_a_weight_read_past_its_layer_is_no_silent_escape() -> None:
-    with pytest.warns(UserWarning, match=r"kept in full precision, as the network reads their weights outside: qkv$"):
-        model = emq.convert(Reading(), emq.QuantSpec(bits=(2, 8)))
-    assert model.emq.decided.kept == {"embed": "first", "head": "last", "qkv": "its weight is read outside the layer"}
-    model = emq.convert(Reading(), emq.QuantSpec(bits=(2, 8), full_precision=("first", "last", "qkv")))
-    assert model.emq.decided.kept == {"embed": "first", "head": "last", "qkv": "qkv"}
-
-
 def test_inputs_of_a_vit_are_signed_and_its_ends_kept() -> None:
     model = emq.convert(models.vit_tiny(5, width=24, depth=2), emq.QuantSpec(bits=(2, 8)))
     table = emq.summary(model)

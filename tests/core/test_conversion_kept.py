@@ -5,11 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_readme import BLOCKS
 from test_saving import edited
 from torch import Tensor, nn
 from torch.nn.utils import (
@@ -332,28 +330,3 @@ def test_a_network_that_cannot_be_copied_is_refused() -> None:
     net.kept_from_before = net[0](X)
     with pytest.raises(ValueError, match=r"^net='Sequential': expected a network that copy.deepcopy can copy"):
         emq.convert(net, SPEC)
-
-
-# The guide's ONNX snippet
-
-
-def test_the_guides_session_dequantizes_its_weights_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    runtime, asked = pytest.importorskip("onnxruntime"), []
-
-    class Session:
-        def __init__(self, path: str, options: Any = None, **_: Any) -> None:
-            asked.append(options and options.get_session_config_entry("session.disable_quant_qdq"))
-
-        def get_inputs(self) -> list[Any]:
-            return [type("Input", (), {"name": "images"})]
-
-        def run(self, _: None, given: dict[str, Any]) -> list[Any]:
-            return [np.zeros((len(given["images"]), 2), dtype=np.float32)]
-
-    monkeypatch.setattr(runtime, "InferenceSession", Session)
-    monkeypatch.setattr(emq, "export_onnx", lambda *_, **__: None)
-    monkeypatch.chdir(tmp_path)
-    model = ready(sequential(), X).eval()
-    data = type("Data", (), {"test": type("Split", (), {"images": X}), "mean": (0.0,) * 3, "std": (1.0,) * 3})
-    exec(BLOCKS[1], {"emq": emq, "torch": torch, "model": model, "data": data})  # the guide's own text, nobody else's
-    assert asked == ["1"]

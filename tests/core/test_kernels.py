@@ -176,18 +176,6 @@ def test_buffers_are_left_alone() -> None:
     assert not DDP(nn.BatchNorm1d(2), **kernels.unsynced_buffers()).broadcast_buffers
 
 
-def older(module: nn.Module, broadcast_buffers: bool = True) -> None: ...
-
-
-def newer(module: nn.Module, broadcast_buffers: Any = None, forward_sync_buffers: Any = None) -> None: ...
-
-
-@pytest.mark.parametrize(("release", "name"), [(older, "broadcast_buffers"), (newer, "forward_sync_buffers")])
-def test_the_newest_name_is_taken(release: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", release)
-    assert kernels.unsynced_buffers() == {name: False}
-
-
 class Half(torch.autograd.Function):
     """Half of x, written in place."""
 
