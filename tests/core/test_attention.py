@@ -13,7 +13,7 @@ from torchvision import models as torchvision_models
 
 import emqlib as emq
 from emqlib import models
-from emqlib.convert import MultiheadAttention, open_attention
+from emqlib.convert import MultiheadAttention
 from emqlib.layers import QuantLinear
 
 pytestmark = pytest.mark.processor
@@ -119,18 +119,6 @@ def test_a_subclass_and_a_hint_without_its_mask_are_refused(rng: torch.Generator
     for options in ({}, {"need_weights": False}):
         expected = theirs(x, x, x, attn_mask=hidden, is_causal=True, **options)[0]
         torch.testing.assert_close(ours(x, x, x, attn_mask=hidden, is_causal=True, **options)[0], expected)
-
-
-def test_attention_used_twice_stays_one_module() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.MultiheadAttention(8, 2)
-            self.again = self.first
-
-    net = open_attention(Twice())
-    assert isinstance(net.first, MultiheadAttention) and net.first is net.again
-    assert isinstance(open_attention(nn.MultiheadAttention(8, 2)), MultiheadAttention)
 
 
 class Products(TorchDispatchMode):

@@ -429,30 +429,6 @@ def test_a_switchable_norm_refuses_what_it_was_not_built_for() -> None:
     emq.set_bits(model, {"layer3.0.conv1": 3, "*": 4})  # a layer may, its norm stays at 4
 
 
-def test_layers_share_the_tensor_of_their_levels_while_they_run_at_one_bit_width() -> None:
-    model = emq.convert(models.resnet8(10, width=4), spec())
-    layers = [m for m in model.modules() if isinstance(m, (QuantConv2d, QuantLinear))]
-
-    def found() -> list[float]:
-        assert all(float(layer.levels) == layer.known_levels == 2**layer.bits - 1 for layer in layers)
-        return [layer.known_levels for layer in layers]
-
-    def tensors() -> int:
-        return len({id(layer.levels) for layer in layers})
-
-    assert (found(), tensors()) == ([255] * len(layers), 1)
-    shared = layers[0].levels
-    emq.set_bits(model, 2)
-    assert (found(), tensors()) == ([3] * len(layers), 1) and layers[-1].levels is shared
-    with emq.at_bits(model, {"layer1.*": 4, "*": 8}):
-        assert set(found()) == {15, 255} and tensors() == len(layers)
-    assert (found(), tensors()) == ([3] * len(layers), 1)
-    layers[1].set_bits(4)
-    assert found() == [3, 15, *[3] * (len(layers) - 2)]
-    emq.set_bits(copy.deepcopy(model), 1)
-    assert found() == [3, 15, *[3] * (len(layers) - 2)]
-
-
 class Twice(nn.Module):
     """A layer used twice, and a forward pass that may fail."""
 

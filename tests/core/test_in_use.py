@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import emqlib as emq
@@ -89,7 +88,7 @@ def anew(model: nn.Module, x: Tensor) -> Tensor:
     return copy.deepcopy(model)(x)
 
 
-# --- modes ---------------------------------------------------------------------------------------------------------
+# Modes
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -120,7 +119,7 @@ def test_what_asks_a_network_puts_back_each_module_s_mode(training_mode: bool, d
     assert [m.training for m in model.modules()] == before
 
 
-# --- weights in use ------------------------------------------------------------------------------------------------
+# Weights in use
 
 
 @pytest.fixture
@@ -239,19 +238,6 @@ def test_what_is_kept_fits_mixed_precision_and_tensors_that_count_no_writes(x: T
         assert not torch.equal(after, before) and torch.equal(uncounted(x), after)
 
 
-# --- 32 bits -------------------------------------------------------------------------------------------------------
-
-
-class Operators(TorchDispatchMode):
-    """How many operators run."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 SPECS: list[dict[str, Any]] = [
     {},
     {"correction_gradient": False, "activation_range": "tracked", "output_correction": True},
@@ -261,20 +247,7 @@ SPECS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS[:4])
-def test_a_child_in_full_precision_skips_quantizers(spec: dict[str, Any], x: Tensor) -> None:
-    model, counts = build(bits=(4, 32), **spec), {}
-    model(x)  # starts ranges
-    for b in (4, 32):
-        emq.set_bits(model, b)
-        with Operators() as counted:
-            model(x).sum().backward()
-        counts[b] = counted.count
-    assert counts[32] < counts[4] - 10
-    assert all(p.grad is not None for p in model.parameters())  # zeros for scales, see `kernels.awaited`
-
-
-# --- loops of one's own --------------------------------------------------------------------------------------------
+# Loops of one's own
 
 
 @pytest.mark.parametrize(
@@ -346,7 +319,7 @@ def test_activation_checkpointing_changes_nothing(
         torch.testing.assert_close(value, states[1][name], msg=name)
 
 
-# --- interrupted ---------------------------------------------------------------------------------------------------
+# Interrupted
 
 
 @contextmanager
@@ -392,7 +365,7 @@ def test_nothing_is_left_wherever_a_step_is_interrupted(x: Tensor) -> None:
     assert line > 10
 
 
-# --- inside other modules ------------------------------------------------------------------------------------------
+# Inside other modules
 
 
 class Holder(nn.Module):
@@ -498,7 +471,7 @@ def test_a_part_of_a_network_is_set_alone(layer: str, x: Tensor) -> None:
     assert model.body[3].bits == 2 and float(model.last.levels) == 255
 
 
-# --- outputs -------------------------------------------------------------------------------------------------------
+# Outputs
 
 
 class Output(dict):
@@ -551,7 +524,7 @@ def test_other_outputs_need_a_function_and_are_refused_without(data: Dataset) ->
     emq.adapt_norm(model, data, bits=(3,), samples=24, batch_size=12)
 
 
-# --- threads -------------------------------------------------------------------------------------------------------
+# Threads
 
 
 def in_thread(work: Callable[[], Any]) -> list[Any]:
