@@ -222,9 +222,6 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
 
     Raises:
         ValueError: as `set_bits`; an input quantizer has seen no images yet; quantizers of one's own.
-
-    Warns:
-        UserWarning: torch.fx cannot trace the network, so that nobody knows whether it reads weights outside layers.
     """
     network = converted(model)
     for method in (network.emq.spec.weight, network.emq.spec.activation):
