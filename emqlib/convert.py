@@ -70,7 +70,10 @@ class MultiheadAttention(nn.Module):
         if is_causal and attn_mask is None:
             raise invalid("is_causal", True, "attn_mask with it: it is a hint on what the mask holds")
         batched, flip = query.dim() == 3, query.dim() == 3 and not self.batch_first
-        query, key, value = (_batch_first(x, batched, flip) for x in (query, key, value))
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+        elif flip:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         projected = ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         q, k, v = (project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for project, x in projected)
         mask = self._mask(attn_mask, key_padding_mask, q)
@@ -102,12 +105,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return layer
-
-
-def _batch_first(x: Tensor, batched: bool, flip: bool) -> Tensor:
-    if not batched:
-        return x[None]
-    return x.transpose(0, 1) if flip else x
 
 
 def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -392,32 +392,31 @@ def test_set_bits_by_pattern() -> None:
         assert layer.levels == 2**layer.bits - 1
 
 
-@pytest.mark.parametrize("bits", [0, 9, True, "4", 4.0, None, (2, 4), {"*": 0}, {"*": "4"}, {"layer1.*": 4}, {}])
-def test_set_bits_is_all_or_nothing(bits: object) -> None:
+WRONG_BITS: list[tuple[object, str]] = [
+    *((bits, r"a bit-width: 1 to 8, or 32") for bits in (0, 9, True, "4", 4.0, None, (2, 4), {"*": 0}, {"*": "4"})),
+    ({"layer9.*": 2, "*": 4}, r"patterns that match a layer, unlike 'layer9\.\*', for example"),
+    ({"layer1.*": 2}, "a pattern for bn1, for example"),
+    ({}, "a pattern for"),
+    ({4: 4, "*": 4}, "name patterns as keys"),
+]
+
+
+@pytest.mark.parametrize(("bits", "message"), WRONG_BITS)
+def test_set_bits_is_all_or_nothing_and_says_what_is_wrong(bits: object, message: str) -> None:
     model = emq.convert(build("resnet8"), spec())
     emq.set_bits(model, {"layer3.*": 2, "*": 4})
     before = bits_of(model)
     for call in (emq.set_bits, lambda m, b: emq.at_bits(m, b).__enter__()):
-        with pytest.raises(ValueError, match=r"^bits(\['\*'\])?=.*expected"):
+        with pytest.raises(ValueError, match=rf"^bits(\['\*'\])?=.*: expected {message}"):
             call(model, bits)
         assert bits_of(model) == before
 
 
-def test_set_bits_says_what_is_wrong() -> None:
-    model = emq.convert(build("resnet8"), spec())
-    with pytest.raises(ValueError, match=r"unlike 'layer9\.\*', for example"):
-        emq.set_bits(model, {"layer9.*": 2, "*": 4})
-    with pytest.raises(ValueError, match=r"expected a pattern for bn1, for example"):
-        emq.set_bits(model, {"layer1.*": 2})
-    with pytest.raises(ValueError, match=r"expected name patterns as keys"):
-        emq.set_bits(model, {4: 4, "*": 4})
-    for wrong in (build("resnet8"), None, "model"):
-        with pytest.raises(ValueError, match=r"^model=.*expected a network made by emqlib.convert"):
-            emq.set_bits(wrong, 4)
-    zero = emq.convert(build("resnet8"), spec(weight="minmax", zero_level=True))
+def test_a_grid_with_a_zero_has_two_bits() -> None:
+    model = emq.convert(build("resnet8"), spec(weight="minmax", zero_level=True))
     with pytest.raises(ValueError, match=r"^bits=1: expected 2 or more with zero_level"):
-        emq.set_bits(zero, 1)
-    assert set(bits_of(zero).values()) == {8}
+        emq.set_bits(model, 1)
+    assert set(bits_of(model).values()) == {8}
 
 
 def test_a_switchable_norm_refuses_what_it_was_not_built_for() -> None:
