@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import emqlib as emq
 from emqlib.deploy.onnx import native
-from emqlib.deploy.pack import packed_bytes
 from emqlib.paper import experiments, runs
 from emqlib.paper.profiles import parameters
 from emqlib.train.evaluate import batches
@@ -85,7 +84,8 @@ def onnx_file(model: nn.Module, bits: int, images: Tensor, folder: Path) -> File
     emq.export_onnx(model, path, bits, images[:2])
     emq.save(child, packed)
     about = {"runtime": "onnxruntime", "weights": "float32" if bits == 32 else f"int{native(bits)}", "bits": bits}
-    about |= {"file": path.stat().st_size, "packed": packed.stat().st_size, "arithmetic": packed_bytes(child)}
+    arithmetic = sum(t.numel() * t.element_size() for t in child.state_dict().values())
+    about |= {"file": path.stat().st_size, "packed": packed.stat().st_size, "arithmetic": arithmetic}
     with emq.at_bits(model, bits):
         return path, about, answers(model, images)
 

@@ -41,16 +41,14 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     return value
 
 
-def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def integer(name: str, value: Any, low: float, high: float | None = None) -> int:
     """`value` as an int in [low, high]; ValueError for anything else, True and 2.0 included."""
     span = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if isinstance(value, bool):
-        raise invalid(name, value, span)
     try:
         number = operator.index(value)
     except Exception:  # whatever an object's own __index__ raises
         raise invalid(name, value, span) from None
-    if number < low or (high is not None and number > high):
+    if isinstance(value, bool) or number < low or (high is not None and number > high):
         raise invalid(name, value, span)
     if number > _LARGEST:
         raise invalid(name, value, f"{span}, of 64 bits")
@@ -59,24 +57,19 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 def real(name: str, value: Any, expected: str, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a finite float with low <= value <= high; `expected` is how the ValueError puts that."""
-    if isinstance(value, (bool, str)):
-        raise invalid(name, value, expected)
     try:
         number = float(value)
     except Exception:  # whatever an object's own __float__ raises
         raise invalid(name, value, expected) from None
-    if not math.isfinite(number) or not low <= number <= high:
+    if isinstance(value, (bool, str)) or not math.isfinite(number) or not low <= number <= high:
         raise invalid(name, value, expected)
     return number
 
 
 def pruning_rate(value: Any) -> float:
     """The fraction of the training set a child does NOT see, in [0, 1)."""
-    expected = "a fraction in [0, 1), for example 0.8 to keep 20 %"
-    rate = real("pruning_rate", value, expected, low=0)
-    if rate >= 1:
-        raise invalid("pruning_rate", value, expected)
-    return rate
+    below_1 = math.nextafter(1, 0)
+    return real("pruning_rate", value, "a fraction in [0, 1), for example 0.8 to keep 20 %", 0, below_1)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -134,13 +127,12 @@ def table(name: str, value: Any, columns: Iterable[str] = ()) -> pd.DataFrame:
 
 def bit_width(name: str, value: Any) -> int:
     """One bit-width: 1 to 8, or 32 for 'not quantized'."""
-    expected = "a bit-width: 1 to 8, or 32 for not quantized"
     try:
         bits = integer(name, value, 1)
     except ValueError:
-        raise invalid(name, value, expected) from None
+        bits = 0
     if bits not in BIT_WIDTHS:
-        raise invalid(name, value, expected)
+        raise invalid(name, value, "a bit-width: 1 to 8, or 32 for not quantized")
     return bits
 
 
@@ -170,21 +162,18 @@ class Range:
 
     def number(self, name: str, value: Any, kind: type) -> Any:
         """`value` as a plain int or float within the bounds; ValueError that states them otherwise."""
-        what = "an integer" if kind is int else "a number"
-        if math.isinf(self.high):
-            expected = f"{what} {'>' if self.low_open else '>='} {self.low:g}" if self.low > -math.inf else what
-        else:
+        expected = "an integer" if kind is int else "a number"
+        if self.high < math.inf:
             left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
-            expected = f"{what} in {left}{self.low:g}, {self.high:g}{right}"
+            expected += f" in {left}{self.low:g}, {self.high:g}{right}"
+        elif self.low > -math.inf:
+            expected += f" {'>' if self.low_open else '>='} {self.low:g}"
+        low = math.nextafter(self.low, math.inf) if self.low_open else self.low
+        high = math.nextafter(self.high, -math.inf) if self.high_open else self.high
         try:
-            number = integer(name, value, -_LARGEST) if kind is int else real(name, value, expected)
+            return integer(name, value, low, high) if kind is int else real(name, value, expected, low, high)
         except ValueError:
             raise invalid(name, value, expected) from None
-        too_low = number < self.low or (self.low_open and number == self.low)
-        too_high = number > self.high or (self.high_open and number == self.high)
-        if too_low or too_high:
-            raise invalid(name, value, expected)
-        return number
 
 
 def fields(config: Any) -> None:

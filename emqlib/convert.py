@@ -15,16 +15,12 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
-from .checks import bit_width, choice, invalid
+from .checks import bit_width, invalid
 from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last
 from .models import Record
 from .norms import MultiBitBatchNorm
-from .quantizers import levels
+from .quantizers import Own, levels
 
 
 class MultiheadAttention(nn.Module):
@@ -74,7 +70,10 @@ class MultiheadAttention(nn.Module):
         if is_causal and attn_mask is None:
             raise invalid("is_causal", True, "attn_mask with it: it is a hint on what the mask holds")
         batched, flip = query.dim() == 3, query.dim() == 3 and not self.batch_first
-        query, key, value = (_batch_first(x, batched, flip) for x in (query, key, value))
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+        elif flip:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         projected = ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         q, k, v = (project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for project, x in projected)
         mask = self._mask(attn_mask, key_padding_mask, q)
@@ -106,12 +105,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return layer
-
-
-def _batch_first(x: Tensor, batched: bool, flip: bool) -> Tensor:
-    if not batched:
-        return x[None]
-    return x.transpose(0, 1) if flip else x
 
 
 def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -276,36 +269,12 @@ READ = "its weight is read outside the layer"
 
 @dataclass(frozen=True)
 class Decisions:
-    """What becomes of the modules of a network. A saved file holds it, so that loading needs no second decision.
-
-    Raises:
-        ValueError: names the field that is wrong.
-    """
+    """What becomes of the modules of a network. A saved file holds it, so that loading needs no second decision."""
 
     signed: dict[str, bool]  # for each layer that is quantized, whether its input can be negative
     kept: dict[str, str]  # for each layer that stays in full precision, why
     absorbed: tuple[str, ...]  # ReLUs that become identities, because the quantizers after them clip at zero anyway
     activation_range: str  # as in QuantSpec, but never "auto"
-
-    def __post_init__(self) -> None:
-        choice("activation_range", self.activation_range, ("unit", "tracked"))
-        for name, kind in (("signed", bool), ("kept", str)):
-            told = getattr(self, name)
-            if not isinstance(told, dict) or not all(isinstance(value, kind) for value in told.values()):
-                raise invalid(name, told, f"a {kind.__name__} for each layer")
-        if not isinstance(self.absorbed, (list, tuple)) or not all(isinstance(name, str) for name in self.absorbed):
-            raise invalid("absorbed", self.absorbed, "names of modules")
-        object.__setattr__(self, "absorbed", tuple(self.absorbed))
-
-    def refuse_another(self, net: nn.Module) -> None:
-        """Raise a ValueError if the modules that these are about are not those of `net`."""
-        modules = dict(net.named_modules())
-        told = self.signed.keys() | self.kept.keys()
-        differing = sorted(told.symmetric_difference(quantizable(net)))
-        differing += [name for name in self.absorbed if type(modules.get(name)) is not nn.ReLU]
-        if differing:
-            found = type(modules[differing[0]]).__name__ if differing[0] in modules else "missing"
-            raise invalid("net", type(net).__name__, f"the layers that were converted: {differing[0]!r} is {found}")
 
 
 def quantizable(net: nn.Module) -> list[str]:
@@ -329,14 +298,11 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     signed = {name: found.signed[name] for name in names if name not in kept}
     if not signed:
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
-    unsigned = {name for name in signed if not signed[name] and spec.activation != "none"}
+    clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # as one's own may not do
+    unsigned = {name for name in signed if not signed[name] and clips}
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
     absorbed = tuple(name for name in readers if readers[name] <= unsigned)
     return Decisions(signed, kept, absorbed, _activation_range(net, spec))
-
-
-_CHANGED = (*_LAYERS, nn.MultiheadAttention, _BatchNorm)  # the kinds of modules that `convert` replaces
-_REMEDIES = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
 
 
 def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
@@ -365,20 +331,17 @@ def _is_fresh(norm: _BatchNorm) -> bool:
     return mean is None or mean.is_meta or not bool(mean.any() or (var - 1).any())
 
 
-def refuse_derived(net: nn.Module) -> None:
-    """ValueError that names the layer whose weight is not there yet, or is computed from others, and what to do."""
+def _refuse_derived(net: nn.Module) -> None:
+    """Raise a ValueError that names a layer whose weight is not there yet, or is computed from other parameters."""
     for name, module in net.named_modules():
+        named, own = module._parameters, {"weight", "bias"}
+        if isinstance(module, nn.MultiheadAttention):
+            own = {"in_proj_weight", "in_proj_bias"}
         remedy = None
-        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+        if any(map(is_lazy, (*named.values(), *module._buffers.values()))):
             remedy = "run one batch through the network first: its parameters have no shape yet"
-        elif parametrize.is_parametrized(module) and isinstance(module, _CHANGED):
-            tensor = next(iter(module.parametrizations))
-            remedy = f'call torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}") first'
-        for hook in module._forward_pre_hooks.values():
-            function = next((function for kind, function in _REMEDIES.items() if isinstance(hook, kind)), None)
-            if function:
-                tensor = getattr(hook, "name", None) or hook._tensor_name
-                remedy = f'call torch.nn.utils.{function}(layer, "{tensor}") first'
+        elif isinstance(module, (*_LAYERS, nn.MultiheadAttention, _BatchNorm)) and not own <= named.keys():
+            remedy = "first undo its parametrization, pruning, weight norm or spectral norm, by torch.nn.utils"
         if remedy:
             raise invalid("net", name or type(module).__name__, f"a layer whose weight is a parameter ({remedy})")
 
@@ -432,9 +395,14 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
 
 
 def convert_as(net: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
-    """`convert`, by earlier decisions on this network. ValueError also: `decided` is about another network."""
+    """`convert`, by earlier decisions on this network. ValueError also: they are about another network."""
     model = _opened(net, spec)
-    decided.refuse_another(model)
+    modules = dict(model.named_modules())
+    differing = sorted((decided.signed.keys() | decided.kept.keys()).symmetric_difference(quantizable(model)))
+    differing += [name for name in decided.absorbed if type(modules.get(name)) is not nn.ReLU]
+    if differing:
+        found = type(modules[differing[0]]).__name__ if differing[0] in modules else "missing"
+        raise invalid("net", type(net).__name__, f"the layers that were converted: {differing[0]!r} is {found}")
     return _applied(model, spec, decided)
 
 
@@ -444,7 +412,7 @@ def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
         raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
-    refuse_derived(net)
+    _refuse_derived(net)
     try:
         model = copy.deepcopy(net)
     except Exception as error:  # the parts of a network may raise anything

@@ -122,10 +122,8 @@ def spread(deltas: Tensor, dim: int) -> Tensor:
 
 def check_window(window: int, decay: float) -> tuple[int, float]:
     """TDDS' parameters; ValueError that says what is allowed."""
-    expected = "a number in (0, 1]"
-    if checks.real("decay", decay, expected, low=0, high=1) == 0:
-        raise checks.invalid("decay", decay, expected)
-    return checks.integer("window", window, 3, 10_000), float(decay)
+    decay = checks.Range(0, 1, low_open=True).number("decay", decay, float)
+    return checks.integer("window", window, 3, 10_000), decay
 
 
 def _probabilities(p: Tensor, dims: int) -> Tensor:

@@ -1,11 +1,10 @@
-"""Fast twins of the formulas in `quantizers`, `correction` and `norms`, and what differs between PyTorch's releases.
+"""Fast twins of the formulas in `quantizers` and `correction`, and what differs between PyTorch's releases.
 
 A twin has the arguments of its plain formula and gives the same values and gradients, in fewer passes over memory or
 fewer operations. The tests compare the two at every bit-width.
 """
 
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,23 +33,12 @@ def returned(y: Tensor) -> Tensor:
     return y.clone() if _BEFORE_2_13 and torch.compiler.is_compiling() else y
 
 
-class _Awaited(Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, parameter: Tensor) -> Tensor:
-        ctx.save_for_backward(parameter)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.zeros_like(ctx.saved_tensors[0])
-
-
 def awaited(x: Tensor, parameter: Tensor) -> Tensor:
     """x (any shape) itself; its backward pass gives zeros to a `parameter` (any shape) that plays no part in it.
 
     Several processes wait for a gradient of every parameter; a single one does the same, so that momentum goes on.
     """
-    return _Awaited.apply(x, parameter)
+    return x + 0 * parameter.sum()
 
 
 # Activations and LSQ's weights
@@ -214,68 +202,3 @@ class _Correct(Function):
 def correct_weight(w_q: Tensor, w: Tensor, mode: str = "mean_var", gradient: bool = True) -> Tensor:
     """The twin of `correction.correct_weight`, unchecked."""
     return w_q if mode == "none" else _Correct.apply(w_q, w, mode == "mean_var", gradient)
-
-
-# Batch norm
-
-
-@torch.library.custom_op("emqlib::batch_norm", mutates_args=())
-def _batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output, the running mean and variance after it, and the batch's mean and 1 / std, (C,) each."""
-    mean, var = mean.clone(), var.clone()
-    y, *saved = torch.ops.aten.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
-    return y, mean, var, *saved
-
-
-@torch.library.custom_op("emqlib::batch_norm_backward", mutates_args=())
-def _batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to x, weight and bias."""
-    told = [True, weight is not None, weight is not None]
-    found = torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, mean, rstd, True, eps, told)
-    return found[0], *(mean.new_empty(0) if g is None else g for g in found[1:])
-
-
-@_batch_norm.register_fake
-def _(x: Tensor, mean: Tensor, var: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *(torch.empty_like(mean) for _ in range(4))
-
-
-@_batch_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *(mean.new_empty(0 if weight is None else len(mean)) for _ in range(2))
-
-
-def _save(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, _, weight, _, _, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, *output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: FunctionCtx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    found = _batch_norm_backward(grad.contiguous(memory_format=_format(x)), x, weight, mean, rstd, ctx.eps)
-    return found[0], None, None, *((None, None) if weight is None else found[1:]), None, None
-
-
-_batch_norm.register_autograd(_gradients, setup_context=_save)
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin of `F.batch_norm` in training mode, which inductor would take apart.
-
-    On a CPU in bfloat16 that would cost 5 % of a step. Returns the output and the running mean and variance after it.
-    """
-    x = x.contiguous(memory_format=_format(x))
-    y, *running = _batch_norm(x, mean, var, weight, bias, momentum, eps)[:3]
-    return y, *(statistic.detach() for statistic in running)

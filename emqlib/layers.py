@@ -4,6 +4,7 @@ In a compiled graph the number of levels of a layer is a tensor buffer, not a Py
 1 to 8 bits; 32 bits have another one. The attribute `bits` is for reading only: `set_bits` keeps all of them equal.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,43 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     return patterns
 
 
+def _weight(name: str, value: Any) -> str:
+    return _method(name, value, quantizers.WEIGHT_METHODS, "(w, n) that returns two tensors shaped as w", outputs=2)
+
+
+def _activation(name: str, value: Any) -> str:
+    return _method(name, value, quantizers.ACTIVATION_METHODS, "(x, n) that returns a tensor shaped as x", outputs=1)
+
+
+def _method(name: str, value: Any, known: tuple[str, ...], what: str, outputs: int) -> str:
+    """`value`, if it is one of the `known` names or an `Own`; a function is tried at 2 bits and becomes an `Own`."""
+    if isinstance(value, quantizers.Own) or (isinstance(value, str) and value in known):
+        return value
+    expected = f"one of {', '.join(sorted(known))}, or a function {what}"
+    if not inspect.isfunction(value):
+        raise invalid(name, value, expected)
+    if "<" in value.__qualname__:  # two of them may have one name
+        raise invalid(name, value, "a function that is defined in a module, not inside another function or by lambda")
+    try:
+        _try(value, outputs)
+    except Exception as error:  # the function may raise anything
+        raise invalid(name, value, f"{expected} and passes a gradient to it ({error})") from error
+    return quantizers.Own.of(value)
+
+
+@torch.enable_grad()
+def _try(function: Callable[..., Any], outputs: int) -> None:
+    """Call a quantizer of one's own with a small tensor. ValueError: it does not return what it should."""
+    x = torch.linspace(-1, 1, 12, device="cpu").view(3, 4).requires_grad_()
+    found = function(x, 3.0)
+    given = [found] if outputs == 1 else list(found)
+    if len(given) != outputs or not all(t.shape == x.shape and t.is_floating_point() for t in given):
+        raise ValueError("it returned something else")
+    (gradient,) = torch.autograd.grad((given[0] * (x.detach() + 2)).sum(), x)
+    if not gradient.isfinite().all() or not gradient.any():
+        raise ValueError("its gradient is zero or not finite")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """How a network is quantized.
@@ -43,8 +81,12 @@ class QuantSpec:
     """
 
     bits: Annotated[tuple[int, ...], checks.bit_widths]  # the trained bit-widths
-    weight: quantizers.Weight = "dorefa"  # the weight quantizer
-    activation: quantizers.Activation = "dorefa"  # the activation quantizer; "none" leaves activations as they are
+    # The quantizers: a name, or a function of your own. n is the number of levels above the lowest one, a float, and in
+    # a compiled graph a scalar tensor. weight: (w, n), with w (O, ...), to the quantized weight and the full-precision
+    # weight that it approaches with more bits, as `quantizers.dorefa_weight` returns them.
+    weight: Annotated[quantizers.Weight | Callable[..., Any], _weight] = "dorefa"
+    # activation: (x, n) to x on its grid, for inputs of either sign; "none" leaves activations as they are.
+    activation: Annotated[quantizers.Activation | Callable[..., Any], _activation] = "dorefa"
     correction: Correction = "mean_var"  # weight bias correction: the moments that each output channel keeps
     # "shared": one batch norm for all bit-widths. "switchable": one for each. "shared_affine": one affine for all, and
     # running statistics for each trained bit-width, between which those of other bit-widths are interpolated.
@@ -145,30 +187,29 @@ class InputQuantizer(nn.Module):
         """x (any shape) at n levels (scalar)."""
         if not self.started:
             # without a sign, a ReLU stood before this until conversion left it to the quantizer
-            self.start(x.detach() if self.signed else x.detach().clamp_min(0))
+            self._start(x.detach() if self.signed else x.detach().clamp_min(0))
             self.started = True
         elif self.training and not again():
-            self.follow(x.detach())
+            self._follow(x.detach())
         if quantizers.is_full(n):
             return x if self.signed else x.relu()
-        return self.quantize(x, n)
+        return self._quantize(x, n)
 
-    def quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        """x (any shape) at n levels (scalar), not those of 32 bits."""
+    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
         return kernels.fake_quantize(x, *self.grid(n), learn_step=False)
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
         """(scale, q_min, q_max, offset) in force at n levels (scalar)."""
         raise NotImplementedError
 
-    def start(self, x: Tensor) -> None:
-        """Start from the first batch, x (any shape)."""
+    def _start(self, x: Tensor) -> None:
+        """Start from the first batch."""
 
-    def follow(self, x: Tensor) -> None:
-        """Follow a later batch of training, x (any shape)."""
+    def _follow(self, x: Tensor) -> None:
+        """Follow a later batch of training."""
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest number in x (any shape), of all processes."""
+        """The smallest and the largest number in x, of all processes."""
         ends = torch.stack([x.amin(), -x.amax()])
         low, negated = self.reduce.lowest(ends) if self.reduce else ends
         return low, -negated
@@ -196,6 +237,19 @@ class NoInputQuantizer(InputQuantizer):
         return x
 
 
+class OwnInputQuantizer(InputQuantizer):
+    """A function of one's own."""
+
+    range, starts = "own", False
+
+    def __init__(self, bits: tuple[int, ...], signed: bool, own: quantizers.Own) -> None:
+        super().__init__(bits, signed)
+        self.method, self.function = own, own.function
+
+    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
+        return self.function(x, n)
+
+
 class UnitDoReFa(InputQuantizer):
     """DoReFa over [0, 1], as published."""
 
@@ -216,13 +270,11 @@ class TrackedDoReFa(InputQuantizer):
         # a copy of the lower end, which the next batch moves and which at 1 bit is the offset itself
         return quantizers.dorefa_grid(n, self.high, self.low.clone() if self.signed else None)
 
-    def start(self, x: Tensor) -> None:
-        """Take the range of the first batch, x (any shape)."""
-        self.follow(x, momentum=1.0)
+    def _start(self, x: Tensor) -> None:
+        self._follow(x, momentum=1.0)
 
-    def follow(self, x: Tensor, momentum: float = 0.1) -> None:
-        """Move towards the range of x (any shape), which never has width zero, by which a grid would divide."""
-        low, high = self._extremes(x)
+    def _follow(self, x: Tensor, momentum: float = 0.1) -> None:
+        low, high = self._extremes(x)  # the range never has width zero, by which a grid would divide
         self.low.lerp_(low.to(self.low.dtype).clamp_max(-1e-6), momentum)
         self.high.lerp_(high.to(self.high.dtype).clamp_min(1e-6), momentum)
 
@@ -250,8 +302,7 @@ class PACT(_LearnedInputQuantizer):
         """See `InputQuantizer.grid`."""
         return quantizers.learned_grid(n, quantizers.pact_step(n, self.scale(), self.signed), self.signed)
 
-    def start(self, x: Tensor) -> None:
-        """Take the largest number in the first batch, x (any shape), as the clipping level."""
+    def _start(self, x: Tensor) -> None:
         low, high = self._extremes(x.float())
         self.scale.start(torch.maximum(-low, high))
 
@@ -265,39 +316,26 @@ class LSQ(_LearnedInputQuantizer):
         super().__init__(bits, signed)
         self.scale = LearnedScale(bits, _reach(signed))
 
-    def quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        """See `InputQuantizer.quantize`: x of any shape."""
+    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
         return kernels.lsq_activation(x, n, self.scale(), self.signed, self.parts)
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
         """See `InputQuantizer.grid`."""
         return quantizers.learned_grid(n, self.scale(), self.signed)
 
-    def start(self, x: Tensor) -> None:
-        """Take LSQ's initial step for the first batch, x (any shape)."""
+    def _start(self, x: Tensor) -> None:
         size = 2 * x.float().abs().mean()
         self.scale.start(self.reduce.mean(size) if self.reduce else size)
 
 
 def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
     """The input quantizer of a layer; signed: whether its input can be negative."""
+    if isinstance(spec.activation, quantizers.Own):
+        return OwnInputQuantizer(spec.bits, signed, spec.activation)
     tracked = signed or spec.activation_range == "tracked"
     dorefa = TrackedDoReFa if tracked else UnitDoReFa
     kinds = {"none": NoInputQuantizer, "dorefa": dorefa, "pact": PACT, "lsq": LSQ}
     return kinds[spec.activation](spec.bits, signed)
-
-
-class Kept:
-    """A quantized weight, and the `key` that tells later passes whether it still holds; copies come without it.
-
-    alive: the tensors in the key. While they live, no others can get their ids and addresses.
-    """
-
-    def __init__(self, value: tuple[Tensor, Tensor | None], key: Any, alive: Any = None) -> None:
-        self.value, self.key, self.alive = value, key, alive
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
 
 
 class _QuantizedLayer(nn.Module):
@@ -311,13 +349,17 @@ class _QuantizedLayer(nn.Module):
 
     weight: nn.Parameter
     levels: Tensor
-    prepared: Kept | None = None  # the weight of the training step at hand, and its domain
-    kept: Kept | None = None  # weight and bias in evaluation mode
+    # The weight of the training step at hand and its domain, and the lock that is held as long as they hold.
+    prepared: tuple[tuple[Tensor, Tensor], Lock] | None = None
+    # Weight and bias in evaluation mode, what they depend on, and the tensors in that: while they live, no others can
+    # get their ids and addresses.
+    kept: tuple[tuple[Tensor, Tensor | None], Any, Any] | None = None
 
     def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
         self.weight, self.bias = plain.weight, plain.bias
         self.spec, self.bits = spec, spec.bits[-1]
         self.reduce: Reduction | None = None
+        self.own = spec.weight.function if isinstance(spec.weight, quantizers.Own) else None
         with self.weight.device:  # whatever is new lies where the weight does
             self.input_quantizer = input_quantizer(spec, signed)
             self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)
@@ -351,6 +393,9 @@ class _QuantizedLayer(nn.Module):
             return self.known_levels
         return self.levels.to(torch.promote_types(self.levels.dtype, torch.float32))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"prepared": None, "kept": None}  # copies come without
+
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; either way the next forward pass looks at the weight anew."""
         self.kept = None
@@ -366,8 +411,8 @@ class _QuantizedLayer(nn.Module):
         At 32 bits both are the same tensor.
         """
         w, n, method = self.weight, self._n(), self.spec.weight
-        if method == "dorefa":
-            w_q, domain = kernels.dorefa_weight(w, n)
+        if self.own or method == "dorefa":
+            w_q, domain = (self.own or kernels.dorefa_weight)(w, n)
             return (domain if self.full else w_q), domain
         if self.full:
             w = w if method == "minmax" else kernels.awaited(w, self.weight_scale.values)
@@ -375,10 +420,6 @@ class _QuantizedLayer(nn.Module):
         if method == "minmax":
             return quantizers.minmax_weight(w, n, self.spec.zero_level)
         return kernels.lsq_activation(w, n, self.weight_scale(), signed=True), w
-
-    def quantized_weight(self) -> Tensor:
-        """The weight that the layer multiplies with, quantized and corrected: (O, ...)."""
-        return self._corrected_and_domain()[0]
 
     def _corrected_and_domain(self) -> tuple[Tensor, Tensor]:
         w_q, w = self.weight_and_domain()
@@ -399,7 +440,7 @@ class _QuantizedLayer(nn.Module):
 
     def prepare(self, step: Lock) -> None:
         """Quantize and correct the weight now, for all forward passes with gradients while the lock `step` is held."""
-        self.prepared = Kept(self._corrected_and_domain(), step)
+        self.prepared = self._corrected_and_domain(), step
 
     def _at_hand(self) -> tuple[Tensor, Tensor | None]:
         """`weight_and_bias`, from the training step at hand or an earlier pass in evaluation mode if it is there."""
@@ -408,10 +449,10 @@ class _QuantizedLayer(nn.Module):
         if not self.training and not torch.is_grad_enabled():
             return self._in_use()
         self.kept, prepared = None, self.prepared
-        if prepared is None or not prepared.key.locked():
+        if prepared is None or not prepared[1].locked():
             return self.weight_and_bias()
         if torch.is_grad_enabled():
-            return self._with_bias(*prepared.value)
+            return self._with_bias(*prepared[0])
         self.prepared = None  # the first pass of reentrant checkpointing, whose second one goes backward on its own
         return self.weight_and_bias()
 
@@ -419,11 +460,13 @@ class _QuantizedLayer(nn.Module):
         """`weight_and_bias` in evaluation mode without gradients, kept from pass to pass."""
         scale, mean = getattr(self, "weight_scale", None), getattr(self, "mean_input", None)
         sources = [t for t in (self.weight, self.bias, mean, scale and scale.values) if t is not None]
-        kept, key = self.kept, self._key(sources)
-        if kept is None or key is None or kept.key != key:
-            kept = Kept(self.weight_and_bias(), key, [(t, t.detach()) for t in sources])
-            self.kept = None if key is None or type(kept.value[0]) not in _PLAIN else kept
-        return kept.value
+        key = self._key(sources)
+        if key is not None and self.kept is not None and self.kept[1] == key:
+            return self.kept[0]
+        value = self.weight_and_bias()
+        known = key is not None and type(value[0]) in _PLAIN
+        self.kept = (value, key, [(t, t.detach()) for t in sources]) if known else None
+        return value
 
     def _key(self, sources: list[Tensor]) -> tuple[Any, ...] | None:
         """What `weight_and_bias` depends on; None if a change could go unseen, or while a CUDA graph is captured."""

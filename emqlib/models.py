@@ -222,10 +222,13 @@ def check_name(parameter: str, name: Any) -> str:
     """`name`, if `build` knows such a network; else a ValueError that names the parameter."""
     expected = f"one of {', '.join(sorted(MODELS))}, torchvision.NAME or timm.NAME"
     library, dot, inner = instance(parameter, name, str, expected).partition(".")
-    if dot and library in _LISTS and inner not in _LISTS[library]():
-        raise invalid(parameter, name, f"{expected}; {library} has no {inner!r}")
-    if name not in MODELS and not (dot and library in _LISTS):
+    if name in MODELS:
+        return name
+    if not dot or library not in ("torchvision", "timm"):
         raise invalid(parameter, name, expected)
+    known = _timm().list_models() if library == "timm" else torchvision_models.list_models(module=torchvision_models)
+    if inner not in known:
+        raise invalid(parameter, name, f"{expected}; {library} has no {inner!r}")
     return name
 
 
@@ -235,12 +238,6 @@ def _timm() -> Any:
     except ImportError as error:
         raise ImportError("networks of timm need it: pip install timm") from error
     return timm
-
-
-_LISTS: dict[str, Callable[[], list[str]]] = {
-    "torchvision": lambda: torchvision_models.list_models(module=torchvision_models),
-    "timm": lambda: _timm().list_models(),
-}
 
 
 def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
@@ -261,8 +258,8 @@ def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     >>> build("resnet8", num_classes=100, width=4).fc
     Linear(in_features=16, out_features=100, bias=True)
     """
-    library, _, inner = check_name("name", name).partition(".")
-    if library in _LISTS:
+    library, dot, inner = check_name("name", name).partition(".")
+    if dot:
         classes = integer("num_classes", num_classes, 1, 10**6)
         try:
             if library == "timm":

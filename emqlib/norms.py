@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels, quantizers
+from . import quantizers
 from .checks import BIT_WIDTHS
 from .layers import QuantSpec, Reduction, again, nearest
 
@@ -118,8 +118,6 @@ class MultiBitBatchNorm(nn.Module):
         momentum = 0.0 if again() else self.momentum
         if self.training and self.reduce:
             y = self._over_processes(x, mean, var, weight, bias, momentum)
-        elif self.training and torch.compiler.is_compiling() and x.is_cpu and x.dtype is torch.bfloat16:
-            y, mean, var = kernels.batch_norm(x, mean, var, weight, bias, momentum, self.eps)
         else:
             y = F.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
         if self.training and not in_place:

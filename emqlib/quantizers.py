@@ -9,6 +9,7 @@ Sources: DoReFa (arXiv 1606.06160) as used by Any-Precision (arXiv 1911.07346), 
 1805.06085).
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +24,19 @@ WEIGHT_METHODS, ACTIVATION_METHODS = get_args(Weight), get_args(Activation)
 
 Number = Tensor | float  # a scalar tensor, or a number that Python knows
 Grid = tuple[Number, Number, Number, Tensor | None]  # (scale, q_min, q_max, offset), as `fake_quantize` takes them
+
+
+class Own(str):
+    """The name of a quantizer of one's own, which files and tables hold, with the `function` itself."""
+
+    function: Callable[..., Any]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "Own":
+        """Name a function by its module and its name there."""
+        own = cls(f"{function.__module__}.{function.__qualname__}")
+        own.function = function
+        return own
 
 
 def levels(bits: int) -> float:
@@ -97,7 +111,7 @@ def lsq_weight(w: Tensor, n: Number, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dorefa_activation(x: Tensor, n: Number, high: Number = 1.0, low: Tensor | None = None) -> Tensor:
-    """r(n clip(x, 0, c) / c) c / n with c = high; with a negative `low`, the grid `affine_grid` over [low, high].
+    """r(n clip(x, 0, c) / c) c / n with c = high; with a negative `low`, n + 1 levels over [low, high].
 
     x may have any shape.
     No gradient reaches the range. Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
@@ -106,9 +120,9 @@ def dorefa_activation(x: Tensor, n: Number, high: Number = 1.0, low: Tensor | No
 
 
 def pact_activation(x: Tensor, n: Number, alpha: Tensor, signed: bool) -> Tensor:
-    """r(n clip(x, 0, a) / a) a / n with a learned clipping level a = alpha; signed: `signed_grid` in steps of 2 a / n.
+    """r(n clip(x, 0, a) / a) a / n with a learned clipping level a = alpha, of x in any shape.
 
-    x may have any shape.
+    Signed, the levels are -2**(b-1) to 2**(b-1) - 1 steps of 2 a / n, see `learned_grid`.
     The gradient to alpha is 1 where x >= alpha and 0 inside. Signed: outside, the outermost level in units of alpha.
     Source: PACT, eq. 1-3.
     """
@@ -121,7 +135,7 @@ def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int
     The gradient to s is multiplied by g = 1 / sqrt(N q_max) for the N numbers of a whole batch, of which x is one of
     `parts` equal parts. Source: LSQ, eq. 1-3 and section 2.2.
     """
-    _, _, q_max, _ = learned_grid(n, scale, signed)
+    q_max = learned_grid(n, scale, signed)[2]
     g = (x.numel() * parts * max(q_max, 1)) ** -0.5
     s = (scale - scale * g).detach() + scale * g
     return fake_quantize(x, *learned_grid(n, s, signed))
@@ -155,41 +169,30 @@ def _where(condition: Tensor | bool, yes: Any, no: Any) -> Any:
     return torch.where(condition, yes, no) if isinstance(condition, Tensor) else yes if condition else no
 
 
-def unsigned_grid(n: Number) -> tuple[Number, Number, None]:
-    """(q_min, q_max, offset) = (0, n, none), for inputs that are never negative."""
-    return 0 * n, n, None
+def dorefa_grid(n: Number, high: Number, low: Tensor | None = None) -> Grid:
+    """The grid of `dorefa_activation`, of scalars: n + 1 levels over [0, high], or over [low, high] with low < 0.
 
-
-def signed_grid(n: Number, scale: Tensor) -> tuple[Number, Number, Tensor | None]:
-    """(q_min, q_max, offset) = (-2**(b-1), 2**(b-1) - 1, none), for inputs of either sign.
-
-    All are scalars.
-    At 1 bit that grid would be {-s, 0} and lose every positive input, so there the offset is s/2: {-s/2, s/2}.
+    With a `low`, one level is zero. At 1 bit that would leave one side without any level, so there the two levels are
+    low and high themselves.
     """
-    half = (n + 1) / 2
-    none = torch.zeros_like(scale) if isinstance(n, Tensor) else None
-    return -half, half - 1, _where(n == 1, scale / 2, none)
-
-
-def affine_grid(n: Number, low: Tensor, high: Tensor) -> Grid:
-    """The grid of n + 1 levels over [low, high], scalars with low < 0 < high, of which one level is zero.
-
-    At 1 bit a zero level would leave one side without any, so there the two levels are low and high themselves.
-    """
+    if low is None:
+        return high / n, 0 * n, n, None
     # not low / scale, which is rounded twice: a range symmetric about zero would miss its tie and tip over
     q_min = _where(n == 1, 0.0, torch.round(low * n / (high - low)))
     none = torch.zeros_like(low) if isinstance(n, Tensor) else None
     return (high - low) / n, q_min, q_min + n, _where(n == 1, low, none)
 
 
-def dorefa_grid(n: Number, high: Number, low: Tensor | None = None) -> Grid:
-    """The grid of `dorefa_activation`, of scalars: n + 1 levels over [0, high], or over [low, high] with a `low`."""
-    return (high / n, *unsigned_grid(n)) if low is None else affine_grid(n, low, high)
-
-
 def learned_grid(n: Number, scale: Number, signed: bool) -> Grid:
-    """The grid of `pact_activation` and `lsq_activation`, whose step is `scale`."""
-    return scale, *(signed_grid(n, scale) if signed else unsigned_grid(n))
+    """The grid of `pact_activation` and `lsq_activation`, of scalars: 0 to n, or signed -2**(b-1) to 2**(b-1) - 1.
+
+    At 1 bit the signed grid would be {-s, 0} and lose every positive input, so there the offset is s/2: {-s/2, s/2}.
+    """
+    if not signed:
+        return scale, 0 * n, n, None
+    half = (n + 1) / 2
+    none = torch.zeros_like(scale) if isinstance(n, Tensor) else None
+    return scale, -half, half - 1, _where(n == 1, scale / 2, none)
 
 
 def pact_step(n: Number, alpha: Number, signed: bool) -> Number:
@@ -200,17 +203,14 @@ def pact_step(n: Number, alpha: Number, signed: bool) -> Number:
 def weight_grid(
     w: Tensor, n: float, method: Weight, scale: Tensor | None = None, zero_level: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(low, step) of the grid low + step r, r = 0, 1, ..., n, on which `method` quantizes w (O, ...).
-
-    Both are scalar or (O, 1, ...). The arguments are those of `quantize_weight`, with n levels.
-    """
+    """(low, step), scalar or (O, 1, ...) each, of the grid low + step r, r = 0, ..., n, of a quantized w (O, ...)."""
     if method == "dorefa":
         E = w.abs().mean()
         return -E, 2 * E / n
     if method == "minmax":
         s = _largest(w)
         return -s, 2 * s / (n - 1 if zero_level else n)
-    q_min, _, offset = signed_grid(n, scale)
+    _, q_min, _, offset = learned_grid(n, scale, signed=True)
     return q_min * scale + (0.0 if offset is None else offset), scale
 
 

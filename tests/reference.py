@@ -171,25 +171,6 @@ def linear(x: Array, w: Array, bias: Array | None) -> Array:
     return y
 
 
-def batch_norm(x: Array, mean: Array, var: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """x: (N, C, ...) with the statistics given, (C,) each."""
-    y = np.zeros_like(x)
-    for c in range(x.shape[1]):
-        scale = float(weight[c]) / math.sqrt(float(var[c]) + eps)
-        y[:, c] = each(lambda v, c=c, s=scale: (v - float(mean[c])) * s + float(bias[c]), x[:, c])
-    return y
-
-
-def batch_moments(x: Array) -> tuple[Array, Array]:
-    """Mean and unbiased variance of each channel of x (N, C, ...): what batch norm adds to its running statistics."""
-    means, variances = [], []
-    for c in range(x.shape[1]):
-        mean, std = moments(x[:, c])
-        means.append(mean)
-        variances.append(std**2 * x[:, c].size / (x[:, c].size - 1))
-    return np.array(means), np.array(variances)
-
-
 # Coresets: probabilities (N, C), trajectories (T, N, C), labels (N,), to one number a sample
 
 

@@ -1,8 +1,9 @@
 """A trained network in one safetensors file, in which nothing can be run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .. import checks, files, models
 from ..convert import Decisions, convert_as, converted, quantized_layers
 from ..layers import QuantSpec
+from ..quantizers import Own
 from .pack import pack_as_set
 
 VERSION = 4
@@ -48,13 +50,15 @@ def save(model: nn.Module, path: str | Path) -> None:
     files.write(path, about, network.state_dict())
 
 
-def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Callable[..., Any]] = ()) -> nn.Module:
     """Read what `save` wrote.
 
     Args:
         path: the file.
         net: the plain network that was converted, if it is not one of `emqlib.models`. Its parameters and its mode do
             not matter.
+        quantizers: the functions of your own that quantized it, if there are any. A file holds only their names, since
+            what a file says is never run.
 
     Returns:
         The network in evaluation mode, on the CPU or where `net` lies: packed, or at its highest trained bit-width.
@@ -64,14 +68,18 @@ def load(path: str | Path, net: nn.Module | None = None) -> nn.Module:
             another network.
     """
     path, expected = checks.file_name("path", path), "a whole file that emqlib.save wrote"
+    if not isinstance(quantizers, (list, tuple)) or not all(map(isfunction, quantizers)):
+        raise checks.invalid("quantizers", quantizers, "a list of functions, those that quantized the network")
     about, tensors = files.read(path, VERSION, expected)
     if set(about) != _KEYS:
         raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
     file = ("path", str(path))
-    with _expecting(*file, "a QuantSpec"):
-        spec = QuantSpec(**about["spec"])
+    functions = {Own.of(function): function for function in quantizers}
+    with _expecting(*file, "a QuantSpec, whose own quantizers go into load(..., quantizers=[...])"):
+        own = {field: functions.get(about["spec"][field]) for field in ("weight", "activation")}
+        spec = QuantSpec(**about["spec"] | {field: function for field, function in own.items() if function})
     with _expecting(*file, "Decisions"):
-        decided = Decisions(**about["decided"])
+        decided = Decisions(**about["decided"] | {"absorbed": tuple(about["decided"]["absorbed"])})
     if net is None and about["network"] is None:
         raise checks.invalid("net", None, f"the plain network that {path} is of: it is not one of emqlib.models")
     with _expecting(*file, "a network of emqlib.models"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import quantizers
-from ..checks import instance, integer, invalid
+from ..checks import integer, invalid
 from ..convert import Bits, at_bits, converted, quantized_layers, replaced, trace
 from ..correction import correct_weight
 from ..layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
@@ -221,12 +221,12 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
         A copy in evaluation mode, which `emqlib.save` writes. `export_onnx` makes a file for other runtimes.
 
     Raises:
-        ValueError: as `set_bits`, or an input quantizer has seen no images yet.
-
-    Warns:
-        UserWarning: torch.fx cannot trace the network, so that nobody knows whether it reads weights outside layers.
+        ValueError: as `set_bits`; an input quantizer has seen no images yet; quantizers of one's own.
     """
     network = converted(model)
+    for method in (network.emq.spec.weight, network.emq.spec.activation):
+        if isinstance(method, quantizers.Own):
+            raise invalid("model", method, "a network whose quantizers are emqlib's own: integers need a known grid")
     with at_bits(network, bits):
         for name, layer in network.named_modules():
             if isinstance(layer, InputQuantizer) and not layer.started:
@@ -253,12 +253,6 @@ def pack_as_set(network: nn.Module) -> nn.Module:
             layer.untraced = name or type(layer).__name__
     packed.emq = replace(network.emq, packed=layers)
     return packed.requires_grad_(False)
-
-
-def packed_bytes(network: nn.Module) -> int:
-    """Bytes that the numbers of a packed network take, without the description that a file adds."""
-    instance("network", network, nn.Module, "a network that pack made")
-    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
 
 
 def _integers(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torchvision import models as torchvision_models
 
 import emqlib as emq
 from emqlib import models
-from emqlib.convert import MultiheadAttention, open_attention
+from emqlib.convert import MultiheadAttention
 from emqlib.layers import QuantLinear
 
 pytestmark = pytest.mark.processor
@@ -119,18 +119,6 @@ def test_a_subclass_and_a_hint_without_its_mask_are_refused(rng: torch.Generator
     for options in ({}, {"need_weights": False}):
         expected = theirs(x, x, x, attn_mask=hidden, is_causal=True, **options)[0]
         torch.testing.assert_close(ours(x, x, x, attn_mask=hidden, is_causal=True, **options)[0], expected)
-
-
-def test_attention_used_twice_stays_one_module() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.MultiheadAttention(8, 2)
-            self.again = self.first
-
-    net = open_attention(Twice())
-    assert isinstance(net.first, MultiheadAttention) and net.first is net.again
-    assert isinstance(open_attention(nn.MultiheadAttention(8, 2)), MultiheadAttention)
 
 
 class Products(TorchDispatchMode):
@@ -252,27 +240,6 @@ def test_at_32_bits_it_is_the_plain_network(network: str, rng: torch.Generator) 
         emq.set_bits(model, 2)
         at_2 = model(x)
     assert (at_8 - expected).norm() < 0.2 * expected.norm() < (at_2 - expected).norm() * 2
-
-
-class Reading(nn.Module):
-    """As Swin and BEiT have it: the weight goes to a function, past its layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.qkv, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.mlp = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.linear(self.embed(x), self.qkv.weight, self.qkv.bias)
-        return self.head(self.mlp(x))
-
-
-def test_a_weight_read_past_its_layer_is_no_silent_escape() -> None:
-    with pytest.warns(UserWarning, match=r"kept in full precision, as the network reads their weights outside: qkv$"):
-        model = emq.convert(Reading(), emq.QuantSpec(bits=(2, 8)))
-    assert model.emq.decided.kept == {"embed": "first", "head": "last", "qkv": "its weight is read outside the layer"}
-    model = emq.convert(Reading(), emq.QuantSpec(bits=(2, 8), full_precision=("first", "last", "qkv")))
-    assert model.emq.decided.kept == {"embed": "first", "head": "last", "qkv": "qkv"}
 
 
 def test_inputs_of_a_vit_are_signed_and_its_ends_kept() -> None:

@@ -1,8 +1,10 @@
 """How wrong arguments are told: which values pass, and that the error names parameter, value and what is allowed."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,47 +20,69 @@ anything = st.one_of(
 )
 
 
-def test_choice() -> None:
-    assert checks.choice("how", "top", ("top", "sample")) == "top"
-    for wrong in ("Top", "", None, 1, ["top"], ("top",)):
-        with pytest.raises(ValueError, match=r"^how=.*: expected one of sample, top$"):
-            checks.choice("how", wrong, ("top", "sample"))
+X = torch.ones(2, 2)
+# Each check with what it takes, what it refuses, and what it says is allowed
+CHECKS: dict[str, tuple[Callable[[Any], Any], list[Any], list[Any], str]] = {
+    "choice": (
+        lambda v: checks.choice("x", v, ("top", "sample")),
+        ["top", "sample"],
+        ["Top", "", None, 1, ["top"], ("top",)],
+        r"one of sample, top$",
+    ),
+    "integer": (
+        lambda v: checks.integer("x", v, 1, 5),
+        [1, 5, np.int64(3), torch.tensor(3)],
+        [0, 6, -1, True, 3.0, "3", None, [3], torch.tensor([3, 4]), math.inf],
+        r"an integer in \[1, 5\]$",
+    ),
+    "an integer of 64 bits": (
+        lambda v: checks.integer("x", v, 0),
+        [0, 2**63 - 1],
+        [2**63],
+        r"an integer >= 0, of 64 bits$",
+    ),
+    "real": (
+        lambda v: checks.real("x", v, "a number in [0, 1]", 0, 1),
+        [0.5, 1, Fraction(1, 2), np.float32(0.5), torch.tensor(0.5)],
+        [-0.1, 1.1, math.nan, math.inf, -math.inf, True, "0.5", None, [0.5]],
+        r"a number in \[0, 1\]$",
+    ),
+    "range": (
+        lambda v: checks.Range(0, 1, low_open=True).number("x", v, float),
+        [1, 1e-300],
+        [0, -0.0, 1.1, True, None],
+        r"a number in \(0, 1\]$",
+    ),
+    "pruning rate": (
+        checks.pruning_rate,
+        [0, 0.8, np.float64(0.999)],
+        [1, 1.0, -0.01, 80, math.nan, True, "0.8", None],
+        r"a fraction in \[0, 1\), for example 0.8",
+    ),
+    "flag": (lambda v: checks.flag("x", v), [True, False], [0, 1, "yes", None, np.True_], "True or False$"),
+    "tensor": (
+        lambda v: checks.tensor("x", v, "a table", dims=2),
+        [],
+        [None, [1.0], np.ones((2, 2)), X[0], X * 1j],
+        r"a table$",
+    ),
+    "bit-widths": (
+        lambda v: checks.bit_widths("x", v),
+        [],
+        ["248", b"\x02\x04", {2: 4}, 4, None, (2, "4"), (2, True), (2.0,), [[2]]],
+        r"bit-widths out of 1 to 8 and 32.*for example \(2, 4, 8\)$",
+    ),
+}
 
 
-@pytest.mark.parametrize("value", [3, np.int64(3), torch.tensor(3)])
-def test_integers_of_every_kind_become_int(value: object) -> None:
-    assert checks.integer("epochs", value, 1) == 3 and type(checks.integer("epochs", value, 1)) is int
-    assert checks.bit_widths("bits", [value]) == (3,)
-
-
-@pytest.mark.parametrize("value", [0, 6, -1, True, 3.0, "3", None, [3], torch.tensor([3, 4]), math.inf])
-def test_wrong_integer(value: object) -> None:
-    with pytest.raises(ValueError, match=r"^epochs=.*: expected an integer in \[1, 5\]$"):
-        checks.integer("epochs", value, 1, 5)
-    with pytest.raises(ValueError, match=r"^epochs=-7: expected an integer >= 1$"):
-        checks.integer("epochs", -7, 1)
-
-
-def test_real() -> None:
-    for value in (0.5, 1, Fraction(1, 2), np.float32(0.5), torch.tensor(0.5)):
-        assert checks.real("lr", value, "a number in [0, 1]", 0, 1) == float(value)
-    for wrong in (-0.1, 1.1, math.nan, math.inf, -math.inf, True, "0.5", None, [0.5]):
-        with pytest.raises(ValueError, match=r"^lr=.*: expected a number in \[0, 1\]$"):
-            checks.real("lr", wrong, "a number in [0, 1]", 0, 1)
-
-
-def test_pruning_rate() -> None:
-    assert [checks.pruning_rate(v) for v in (0, 0.8, np.float64(0.999))] == [0, 0.8, 0.999]
-    for wrong in (1, 1.0, -0.01, 80, math.nan, True, "0.8", None):
-        with pytest.raises(ValueError, match=r"^pruning_rate=.*: expected a fraction in \[0, 1\), for example 0.8"):
-            checks.pruning_rate(wrong)
-
-
-def test_flag() -> None:
-    assert checks.flag("amp", True) is True and checks.flag("amp", False) is False
-    for wrong in (0, 1, "yes", None, np.True_):
-        with pytest.raises(ValueError, match=r"^amp=.*: expected True or False$"):
-            checks.flag("amp", wrong)
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_passes_and_what_is_told_of_the_rest(name: str) -> None:
+    check, right, wrong, expected = CHECKS[name]
+    for value in right:
+        assert check(value) == value and type(check(value)) in (str, int, float, bool)
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"(?s)^(x|pruning_rate)=.*: expected {expected}"):
+            check(value)
 
 
 @given(anything)
@@ -80,14 +104,6 @@ def test_bit_widths(values: list[int]) -> None:
             checks.bit_widths("bits", values)
 
 
-@pytest.mark.parametrize("value", ["248", b"\x02\x04", {2: 4}, 4, None, (2, "4"), (2, True), (2.0,), [[2]]])
-def test_wrong_bit_widths(value: object) -> None:
-    with pytest.raises(
-        ValueError, match=r"^bits=.*: expected bit-widths out of 1 to 8 and 32.*for example \(2, 4, 8\)$"
-    ):
-        checks.bit_widths("bits", value)
-
-
 def test_what_cannot_be_shown_is_named_by_its_type() -> None:
     assert str(checks.invalid("x", 10**5000, "less")) == "x=<int>: expected less"
     deep: list = []
@@ -97,12 +113,6 @@ def test_what_cannot_be_shown_is_named_by_its_type() -> None:
     while deep:
         deep = deep.pop()  # all at once would take as deep a stack
     assert len(str(checks.invalid("x", "a" * 10**6, "less"))) < 1100
-
-
-def test_an_integer_fits_64_bits() -> None:
-    assert checks.integer("seed", 2**63 - 1, 0) == 2**63 - 1
-    with pytest.raises(ValueError, match=r"^seed=9223372036854775808: expected an integer >= 0, of 64 bits$"):
-        checks.integer("seed", 2**63, 0)
 
 
 def test_path(tmp_path: Path) -> None:
@@ -126,11 +136,3 @@ def test_table() -> None:
         checks.table("rows", rows[:0], ["a"])
     with pytest.raises(ValueError, match=r"^rows=\{'a': \[1\]\}: expected a DataFrame"):
         checks.table("rows", {"a": [1]})
-
-
-def test_tensor() -> None:
-    x = torch.ones(2, 2)
-    assert checks.tensor("x", x, "a table") is x and checks.tensor("x", x, "a table", dims=2) is x
-    for wrong in (None, [1.0], np.ones((2, 2)), x[0], x * 1j):
-        with pytest.raises(ValueError, match=r"(?s)^x=.*: expected a table$"):
-            checks.tensor("x", wrong, "a table", dims=2)

@@ -62,15 +62,10 @@ SCORES = {
     "moderate": (coreset.moderate, reference.moderate, ("features", "labels")),
     "tdds": (lambda p: coreset.tdds(p, 4), lambda p: reference.tdds(p, 4, 0.9), ("trajectory",)),
 }
-PER_SAMPLE = sorted(set(SCORES) - {"moderate"})
 
 
 def close(actual: Tensor, expected: object, atol: float = 1e-12) -> None:
     torch.testing.assert_close(actual.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=atol)
-
-
-def part(name: str, value: Tensor, samples: object) -> Tensor:
-    return value[:, samples] if name in ("trajectory", "correct") else value[samples]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -87,23 +82,6 @@ def test_score_in_float32_is_close_to_float64(score: str, rng: torch.Generator) 
     single = function(*(a.float() if a.is_floating_point() else a for a in arguments))
     assert single.dtype == torch.float32
     close(single, function(*arguments), atol=2e-5)
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_permuted_samples_permute_the_scores(score: str, rng: torch.Generator) -> None:
-    function, _, names = SCORES[score]
-    data, order = log(rng), torch.randperm(N, generator=rng)
-    close(function(*(part(n, data[n], order) for n in names)), function(*(data[n] for n in names))[order])
-
-
-@pytest.mark.parametrize("size", [1, 4, 22])
-@pytest.mark.parametrize("score", PER_SAMPLE)
-def test_scores_by_batches_are_those_of_all_at_once(score: str, size: int, rng: torch.Generator) -> None:
-    function, _, names = SCORES[score]
-    data = log(rng)
-    batches = [slice(start, start + size) for start in range(0, N, size)]
-    parts = [function(*(part(n, data[n], batch) for n in names)) for batch in batches]
-    close(torch.cat(parts), function(*(data[n] for n in names)))
 
 
 def test_grand_is_the_gradient_norm_of_the_last_linear_layer(rng: torch.Generator) -> None:
@@ -156,24 +134,12 @@ def test_spread_is_along_a_dimension(dim: int, rng: torch.Generator) -> None:
     close(coreset.spread(deltas, dim), deltas.numpy().std(dim) * deltas.shape[dim] ** 0.5)
 
 
-def test_selecting_by_centrality_keeps_the_middle(rng: torch.Generator) -> None:
-    order = torch.randperm(20, generator=rng)
-    chosen = select(coreset.centrality(order.double()), 0.7)
-    assert sorted(order[chosen].tolist()) == list(range(7, 13))
-
-
 @pytest.mark.parametrize(
     ("epochs", "window", "decay"), [(3, 3, 0.9), (7, 3, 0.9), (7, 4, 0.5), (7, 7, 0.2), (6, 5, 1.0), (5, 3, 1)]
 )
 def test_tdds_is_the_formula(epochs: int, window: int, decay: float, rng: torch.Generator) -> None:
     p = log(rng)["trajectory"][:epochs]
     close(coreset.tdds(p, window, decay), reference.tdds(p.numpy(), window, decay))
-
-
-def test_one_sample_of_one_class() -> None:
-    assert (
-        coreset.entropy(torch.ones(1, 1)).tolist() == coreset.el2n(torch.ones(1, 1), torch.tensor([0])).tolist() == [0]
-    )
 
 
 def top_reference(scores: list[float], keep: int) -> list[int]:
@@ -250,13 +216,6 @@ def test_inclusion_is_the_reference(weights: list[int], keep: int) -> None:
     close(inclusion(torch.tensor(weights), keep), [float(p) for p in expected], atol=1e-14)
 
 
-@pytest.mark.parametrize("power", [0.5, 2, 8])
-def test_inclusion_of_many_weights(power: float, rng: torch.Generator) -> None:
-    weights = torch.rand(200, dtype=torch.float64, generator=rng) ** power
-    for keep in (1, 40, 160):
-        close(inclusion(weights, keep), reference.inclusion(weights.tolist(), keep))
-
-
 @each_weights
 def test_subsets_are_drawn_systematically_along_a_random_order(
     weights: list[int], keep: int, rng: torch.Generator
@@ -266,17 +225,6 @@ def test_subsets_are_drawn_systematically_along_a_random_order(
     rate = 1 - keep / len(weights)
     draws = (select(torch.tensor(weights), rate, "sample", rng) for _ in range(DRAWS))
     assert_frequencies(Counter(tuple(subset.tolist()) for subset in draws), expected)
-
-
-@each_weights
-def test_gradients_weighted_by_inclusion_are_unbiased(weights: list[int], keep: int) -> None:
-    """Over all draws, mean_{i in S} w_i g_i with w_i = K / (N pi_i) is the mean gradient of whatever can be drawn."""
-    pi, n = inclusion(torch.tensor(weights), keep).tolist(), len(weights)
-    gradients = [(-3.0) ** i for i in range(n)]
-    expectation = 0.0
-    for subset, chance in reference.systematic(exact_inclusion(weights, keep), keep).items():
-        expectation += float(chance) * sum(keep / (n * pi[i]) * gradients[i] for i in subset) / keep
-    assert expectation == pytest.approx(sum(g for g, w in zip(gradients, weights, strict=True) if w) / n, abs=1e-12)
 
 
 def test_samples_are_drawn_as_often_as_inclusion_says(rng: torch.Generator) -> None:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
 from threading import Thread
 from typing import BinaryIO
@@ -66,11 +65,6 @@ def test_content_and_missing_folders(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["file.bin"]
 
 
-def test_others_may_read_it(tmp_path: Path) -> None:
-    files.write_text(tmp_path / "row.json", "{}")
-    assert (tmp_path / "row.json").stat().st_mode & 0o777 == 0o644
-
-
 def test_text_is_utf8_with_the_line_ends_given(tmp_path: Path) -> None:
     files.write_text(tmp_path / "t.txt", "α\r\nβ\n")
     assert (tmp_path / "t.txt").read_bytes() == "α\r\nβ\n".encode()
@@ -94,16 +88,6 @@ def test_content_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "replace", lambda *names: calls.append("named") or replace(*names))
     files.write_text(tmp_path / "row.json", "{}")
     assert calls == [2, "named"] and (tmp_path / "row.json").read_text() == "{}"
-
-
-def test_a_writer_whose_file_is_gone_tells_its_own_error(tmp_path: Path) -> None:
-    def write(_: BinaryIO) -> None:
-        for path in tmp_path.iterdir():
-            path.unlink()
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match=r"^no$"):
-        files.write_atomic(tmp_path / "file", write)
 
 
 def test_a_full_disk_is_reported_with_the_path(tmp_path: Path) -> None:
@@ -172,20 +156,9 @@ def test_one_process_at_a_time_until_it_is_killed(tmp_path: Path) -> None:
         assert not (tmp_path / ".a[1]*.half.tmp").exists() and other.exists()
 
 
-def test_who_asks_for_no_patience_is_told_at_once() -> None:
-    assert signature(files.alone).parameters["patience"].default == 0
-
-
 def test_who_is_patient_is_next(tmp_path: Path) -> None:
     with hold(tmp_path / "a", 0.5), files.alone(tmp_path / "a", patience=30):
         assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_an_error_ends_it(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt) as kept, files.alone(tmp_path / "b" / "c" / "a"):  # with all its frames
-        raise KeyboardInterrupt
-    with hold(tmp_path / "b" / "c" / "a", 0) as process:
-        assert process.wait(10) == 0 and kept.tb is not None
 
 
 def test_folders_that_can_hold_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

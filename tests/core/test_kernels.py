@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emqlib import kernels, quantizers
@@ -150,23 +149,6 @@ def test_correction_s_twin(mode: str, gradient: bool, bits: int, rng: torch.Gene
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_s_twin(affine: bool, rng: torch.Generator) -> None:
-    values, grad = (torch.randn(5, 3, 4, 2, generator=rng, dtype=torch.float64) for _ in range(2))
-    found = []
-    for own in (False, True):
-        x, mean, var = values.clone().requires_grad_(), *(torch.full((3,), v, dtype=torch.float64) for v in (0.5, 2.0))
-        weight, bias = (torch.full((3,), v, dtype=torch.float64, requires_grad=True) for v in (1.5, -1.0))
-        given = (weight, bias) if affine else (None, None)
-        if own:
-            y, mean, var = kernels.batch_norm(x, mean, var, *given, 0.1, 1e-5)
-        else:
-            y = F.batch_norm(x, mean, var, *given, True, 0.1, 1e-5)
-        y.backward(grad)
-        found.append((y.detach(), mean, var, x.grad, *((weight.grad, bias.grad) if affine else ())))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
-
-
 def test_a_parameter_that_is_awaited_gets_zeros() -> None:
     x, parameter = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
     (kernels.awaited(x, parameter) * 2).sum().backward()
@@ -192,18 +174,6 @@ def test_buffers_are_left_alone() -> None:
     """By an argument of which this release does not warn: here a warning is an error."""
     assert DDP(nn.BatchNorm1d(2)).broadcast_buffers
     assert not DDP(nn.BatchNorm1d(2), **kernels.unsynced_buffers()).broadcast_buffers
-
-
-def older(module: nn.Module, broadcast_buffers: bool = True) -> None: ...
-
-
-def newer(module: nn.Module, broadcast_buffers: Any = None, forward_sync_buffers: Any = None) -> None: ...
-
-
-@pytest.mark.parametrize(("release", "name"), [(older, "broadcast_buffers"), (newer, "forward_sync_buffers")])
-def test_the_newest_name_is_taken(release: Callable, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", release)
-    assert kernels.unsynced_buffers() == {name: False}
 
 
 class Half(torch.autograd.Function):

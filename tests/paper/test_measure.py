@@ -108,7 +108,7 @@ def test_mismatch_of_a_normal_input_is_the_closed_form() -> None:
 def test_weight_shift(model: nn.Module) -> None:
     """Against loops over channels in float64; the correction is what makes mean_shift 0 and scale 1."""
     table = weight_shift(model, BITS)
-    layers = {name: m for name, m in model.named_modules() if hasattr(m, "quantized_weight")}
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "weight_and_bias")}
     assert list(table.columns) == ["layer", "bits", "correction", "mean_shift", "scale"]
     assert len(table) == len(layers) * 3 * 3 and list(table.bits) == sorted(table.bits)
     for row in table[table.correction == "none"].itertuples():

@@ -254,10 +254,10 @@ TABLE += [
     ("pack", {"model": model, "bits": 4}, PACKED),
     ("deploy.pack.pack_integers", {"codes": torch.tensor([1, 2]), "bits": 2}, {"codes": CODES, "bits": COUNTS}),
     ("deploy.pack.unpack_integers", INTEGERS, {"packed": TENSORS, "bits": COUNTS, "count": [*NUMBERS, 5]}),
-    ("deploy.pack.packed_bytes", {}, {"network": [None, "resnet8"]}),
     ("export_onnx", ONNX, PACKED | {"path": FILES, "example_inputs": IMAGES}),
     ("save", {"model": model, "path": "a.safetensors"}, {"model": MODELS, "path": FILES}),
     ("load", {}, {"path": [*FILES, "nothing", "FILE"]}),
+    ("load", {"path": "a.safetensors"}, {"quantizers": [None, "my_quantizer", net, [3]]}),
 ]
 
 # Data, evaluation and training
