@@ -45,6 +45,17 @@ def unseen() -> nn.Module:
 
 
 @cache
+def switchable() -> nn.Module:
+    return emq.convert(net(), emq.QuantSpec(bits=(2, 4), norm="switchable"))
+
+
+@cache
+def headless() -> nn.Module:
+    layers = (nn.Conv2d(3, 3, 3) for _ in range(3))
+    return emq.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), emq.QuantSpec(bits=(2, 4)))
+
+
+@cache
 def transformer() -> nn.Module:
     vit = emq.models.vit_tiny(10, patch_size=16, width=4, depth=1, heads=1)
     return emq.convert(vit, emq.QuantSpec(bits=(2, 8)))
@@ -287,16 +298,19 @@ TABLE += [
 
 # What is measured of networks
 
-ANGLES = {"model": MODELS, "data": DATA, "bits": BITS, "samples": [*COUNTS, 21], "batch_size": COUNTS}
-PROBED = MEASURED | {"samples": COUNTS, "batch_size": COUNTS}
+PROBED = MEASURED | {"samples": [*COUNTS, 1], "batch_size": COUNTS}
+ANGLES = {"model": MODELS, "data": DATA, "bits": BITS, "samples": [*COUNTS, 1, 21], "batch_size": [*COUNTS, 1]}
 TABLE += [
     ("paper.measure.weight_shift", {"model": model}, {"model": MODELS, "bits": BITS}),
     ("paper.measure.preactivations", MEASURE, PROBED),
     ("paper.measure.layer_norms", MEASURE | {"model": transformer}, PROBED),
     ("paper.measure.layer_norms", MEASURE, {"model": [model]}),
+    ("paper.measure.preactivations", MEASURE, {"model": [transformer]}),
     ("paper.measure.angle", {"a": ONES[0], "b": ONES[0]}, {"a": TENSORS, "b": [*TENSORS, torch.ones(3)]}),
     ("paper.measure.gradient_angles", MEASURE | {"samples": 10}, ANGLES),
-    ("paper.measure.linear_probes", MEASURE, PROBED),
+    ("paper.measure.gradient_angles", MEASURE | {"samples": 10, "model": switchable}, {"bits": [(2, 3)]}),
+    ("paper.measure.linear_probes", MEASURE, PROBED | {"model": [*MODELS, headless]}),
+    ("paper.measure.linear_probes", MEASURE | {"model": switchable}, {"bits": [(2, 3)]}),
 ]
 
 # Notebooks and experiments
