@@ -323,10 +323,11 @@ NOTEBOOK |= {"lengths": [*LISTS, [4, 4], 0, None, [10**9], True], "seed": [*NUMB
 NOTEBOOK |= {"repeats": [*NUMBERS, -1, 10**9], "processes": [*COUNTS, 10**9]}
 FINISH = {"runs": lambda: [run()], "results_dir": "results", "progress": False}
 FINISHED = {"runs": [[], None, run, [3], "table1"], "results_dir": [*FOLDERS, damaged], "progress": FLAGS}
+BUDGETS = [0, -1.0, "60", True, NAN, INF, [60]]
 DERIVE = {"run": run, "results_dir": "results", "name": "table", "measure": lambda: len}
 TABLE += [
     ("paper.profiles.parameters", {"profile": "smoke"}, NOTEBOOK),
-    ("paper.runs.run_all", FINISH, FINISHED | {"processes": [*COUNTS, 10**9]}),
+    ("paper.runs.run_all", FINISH, FINISHED | {"processes": [*COUNTS, 10**9], "budget": BUDGETS}),
     ("paper.runs.build", {"run": run, "num_classes": 10}, {"run": RUNS, "num_classes": COUNTS}),
     ("paper.runs.trained", {"results_dir": "results"}, {"run": RUNS}),
     ("paper.runs.coreset_rows", {"results_dir": "results"}, {"runs": [lambda: [run()], None, [3]]}),
