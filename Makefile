@@ -6,7 +6,6 @@
 # make faults      disturb jobs in real processes, many times over, into results/reliability/, and run the tests that take
 #                  minutes; half an hour
 # make mutants     change the sources in hundreds of places, by mutmut: which changes does no test notice? hours; it goes on
-# make browser     run the quickstart in JupyterLab in headless Chromium, if one is installed; look at build/browser.png
 # make figures     redraw every figure in results/ from the CSV beside it
 # make results     execute the notebooks, JOBS side by side, which train what is not trained yet: PROFILE=small (default),
 #                  smoke or paper; ONLY="01_cifar10 12_deploy" takes some. Stopped at any time, it goes on from there
@@ -32,7 +31,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: install demo test coverage older lint format bench faults mutants browser figures results clean
+.PHONY: install demo test coverage older lint format bench faults mutants figures results clean
 
 install: $(STAMP)
 
@@ -98,10 +97,6 @@ mutants: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[mutants]"
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
 	$(BIN)/mutmut results
-
-browser: install
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
-	$(BIN)/python tests/project/browser.py
 
 figures: install
 	$(BIN)/python -m emqlib.paper.plots
