@@ -19,13 +19,6 @@ COMMITTED = sorted(
 matplotlib.use("agg")
 
 
-def test_every_committed_figure_has_its_recipe_and_its_rows() -> None:
-    assert COMMITTED
-    for path in COMMITTED:
-        csv, *_ = figures.FIGURES[path.stem]
-        assert path.with_name(f"{csv}.csv").exists()
-
-
 @pytest.mark.usefixtures("drawn_as_committed")
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_committed_figure_is_redrawn_byte_for_byte(path: Path, tmp_path: Path) -> None:
@@ -41,13 +34,6 @@ def test_the_figure_follows_its_rows(tmp_path: Path) -> None:
     pyplot.close(figures.draw(tmp_path / "00_quickstart").figure)
     committed = ROOT / "results/small/00_quickstart.png"
     assert (tmp_path / "00_quickstart.png").read_bytes() != committed.read_bytes()
-
-
-def test_what_cannot_be_drawn(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^path='.*01_cifar10': expected 01_cifar10.csv beside it"):
-        figures.draw(tmp_path / "01_cifar10")
-    with pytest.raises(ValueError, match=r"^path='nothing': expected one of 00_quickstart"):
-        figures.draw(tmp_path / "nothing")
 
 
 @pytest.mark.usefixtures("drawn_as_committed")
