@@ -152,17 +152,6 @@ def test_a_trained_bit_width_is_evaluated() -> None:
     assert {run.eval_bits for run in runs if run.method != "Dedicated"} == {(*ALL, 32)}
 
 
-def test_milestones_move_with_the_length() -> None:
-    p = parameters(profile="paper")
-    asked = {epochs: experiments.base(p, 0, "cifar10", epochs).config.milestones for epochs in (0, 50, 100, 400)}
-    assert asked == {0: (100, 150, 180), 50: (25, 38, 45), 100: (50, 75, 90), 400: (200, 300, 360)}
-    assert [run.config.milestones for run in experiments.curves(p)[::6]] == [
-        (25, 38, 45),
-        (50, 75, 90),
-        (100, 150, 180),
-    ]
-
-
 def test_quickstart() -> None:
     runs = quickstart(parameters(profile="small", seed=3, repeats=2))
     assert [run.spec.correction for run in runs] == ["none", "mean_var"]

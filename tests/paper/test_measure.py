@@ -186,19 +186,6 @@ def test_nothing_is_left_behind_when_the_data_fail_on_the_way(model: nn.Module) 
     assert {m.bits for m in model.modules() if isinstance(m, MultiBitBatchNorm)} == {4}
 
 
-def test_memory_does_not_grow_with_the_data(model: nn.Module, data: Dataset) -> None:
-    """What is kept of a layer is its channels' moments and the bins, whatever has gone through."""
-    watcher, norm = Watcher(), model.get_submodule("layer1.0.bn1")
-    for part in torch.rand(8, 50, 4, 6, 6):
-        watcher(norm, (part,))
-    kept = [watcher.moments.mean, watcher.moments.squares, watcher.histogram.counts]
-    assert sum(x.numel() for x in kept) == 2 * 4 + BINS
-    assert {*vars(watcher.moments), *vars(watcher.histogram)} == {"n", "mean", "squares", "counts"}
-
-
-# Layer norm
-
-
 def test_tokens_before_layer_norm_are_those_seen_by_hand(data: Dataset) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)

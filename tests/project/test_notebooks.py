@@ -41,17 +41,8 @@ def papermill(checkout: Path, cwd: Path, notebook: str, output: Path, *arguments
     """Run a notebook in a fresh kernel, with no settings of the user's; returns what papermill said where it failed."""
     own = {"PYTHONPATH": str(checkout), "EMQ_PROFILE": profile, "OMP_NUM_THREADS": "1"}
     own |= {name: str(checkout.parent / "user") for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "-k",
-        "python3",
-        "--no-progress-bar",
-        notebook,
-        str(output),
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", notebook, str(output)]
+    command += arguments
     result = subprocess.run(command, cwd=cwd, env=os.environ | own, capture_output=True, text=True)
     return result.stderr if result.returncode else ""
 
@@ -135,19 +126,9 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(place / "01_cifar10.csv", dtype={"run": str})
     assert set(rows.method) == {"Dedicated", "Any-Precision", "Ours"}
     assert set(rows.bits[rows.trained]) == {2, 4, 8}
-    cost = rows.drop_duplicates("run").groupby(["method", "pruning_rate", "coreset"])[
-        ["sample_passes", "scoring_passes"]
-    ]
-    passes, scored = cost.max().to_numpy().T
-    images, epochs = 96, 4  # of the profile
-    kept = {0.5: (48, 64), 0.8: (19, 26), 0.9: (10, 13)}  # in an epoch, and in each of three that score 4/3 as many
-    full = [("Any-Precision", 0.0), ("Dedicated", 0.0), ("Ours", 0.0)]
-    bits = {"Any-Precision": 3, "Dedicated": 1, "Ours": 3}
-    expected = {(method, rate, "full data"): bits[method] * epochs * images for method, rate in full}
-    expected |= {("Ours", rate, "RS2"): 3 * epochs * count for rate, (count, _) in kept.items()}
-    expected |= {("Ours", rate, "tdds"): 3 * (count + 3 * score) for rate, (count, score) in kept.items()}
-    assert dict(zip(cost.groups, passes, strict=True)) == expected
-    assert [key for key, count in zip(cost.groups, scored, strict=True) if count] == [("Ours", r, "tdds") for r in kept]
+    kinds = rows[["method", "pruning_rate", "coreset"]].drop_duplicates().itertuples(index=False, name=None)
+    full = {(method, 0.0, "full data") for method in ("Any-Precision", "Dedicated", "Ours")}
+    assert {*kinds} == full | {("Ours", rate, name) for rate in (0.5, 0.8, 0.9) for name in ("RS2", "tdds")}
     assert "paper: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
 
 
@@ -181,11 +162,6 @@ def test_what_the_readme_has_one_try_is_read(notebook: str, monkeypatch: pytest.
 def test_what_the_readme_has_one_try_is_run(notebook: str, checkout: Path, tmp_path: Path) -> None:
     arguments = shlex.split(TRIED[notebook])
     assert not papermill(checkout, checkout / "notebooks", f"{notebook}.ipynb", tmp_path / "out.ipynb", *arguments)
-
-
-def test_wrong_bits() -> None:
-    with pytest.raises(ValueError, match=r"^bits='\[2,banana\]': expected a list"):
-        read("01_cifar10", "-p", "bits", "[2,banana]")
 
 
 def test_imagenet_by_the_users_own_call_says_at_once_where_to_put_it(
