@@ -163,18 +163,6 @@ def test_refused_batch_norms(norm: nn.Module) -> None:
         emq.convert(nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)), spec())
 
 
-def test_wrong_arguments_of_convert() -> None:
-    net = build("resnet8")
-    for wrong in (None, "resnet8", nn.ReLU, emq.convert(net, spec())):
-        with pytest.raises(ValueError, match=r"^net=.*expected a plain nn.Module that is not converted yet"):
-            emq.convert(wrong, spec())
-    for wrong in (None, {"bits": (2,)}, (2, 4), 4):
-        with pytest.raises(ValueError, match=r"^spec=.*expected a QuantSpec, for example"):
-            emq.convert(net, wrong)
-    with pytest.raises(ValueError, match=r"^net='Sequential': expected a Conv2d or Linear besides"):
-        emq.convert(nn.Sequential(nn.ReLU()), spec())
-
-
 def test_summary() -> None:
     model = emq.convert(build("functional"), spec(activation="pact", full_precision=("first", "head")))
     emq.set_bits(model, {"conv1": 2, "*": 4})

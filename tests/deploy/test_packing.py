@@ -258,22 +258,6 @@ def test_edited_bit_widths_of_a_packed_file(bits: Any, tmp_path: Any) -> None:
         emq.load(edited(tmp_path / "net", change))
 
 
-def test_wrong_arguments() -> None:
-    model = trained()
-    for bits in (0, 9, 16, "4", 2.5, True, {"nothing": 4}, {}):
-        with pytest.raises(ValueError, match="bits"):
-            emq.pack(model, bits)
-    with pytest.raises(ValueError, match=r"model='ResNet'.*convert|model='Sequential'.*convert"):
-        emq.pack(models.resnet8(), 4)
-    packed = emq.pack(model, 4)
-    for call in (lambda: emq.pack(packed, 4), lambda: emq.set_bits(packed, 2), lambda: emq.evaluate(packed, [(X, X)])):
-        with pytest.raises(ValueError, match="convert"):
-            call()
-    fresh = emq.convert(models.vit_tiny(**NETWORKS["vit"][1]), emq.QuantSpec(bits=(2, 4), activation="lsq"))
-    with pytest.raises(ValueError, match=r"input_quantizer'.*has seen images"):
-        emq.pack(fresh, 4)
-
-
 def test_packing_keeps_shared_layers_shared() -> None:
     layer = nn.Linear(8, 8)
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 2))

@@ -45,6 +45,11 @@ def unseen() -> nn.Module:
 
 
 @cache
+def packed() -> nn.Module:
+    return emq.pack(model(), 4)
+
+
+@cache
 def switchable() -> nn.Module:
     return emq.convert(net(), emq.QuantSpec(bits=(2, 4), norm="switchable"))
 
@@ -253,13 +258,17 @@ TABLE += [
 
 # Networks at any bit-width, and their files
 
-PACKED = {"model": [*MODELS, unseen], "bits": ONE_WIDTH + BY_LAYER}
+PACKED = {"model": [*MODELS, unseen, packed], "bits": ONE_WIDTH + BY_LAYER}
 INTEGERS = {"packed": torch.zeros(1, dtype=torch.uint8), "bits": 2, "count": 4}
 CODES = [None, [1, 2], torch.ones(2), torch.tensor([4]), torch.tensor([-1])]
 ONNX = {"model": model, "path": "a.onnx", "bits": 4, "example_inputs": IMAGE}
 TABLE += [
-    ("convert", {"net": net, "spec": emq.QuantSpec(bits=(2, 4))}, {"net": [*MODELS[:-1], model], "spec": SPECS}),
-    ("set_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
+    (
+        "convert",
+        {"net": net, "spec": emq.QuantSpec(bits=(2, 4))},
+        {"net": [*MODELS[:-1], model, lambda: nn.Sequential(nn.ReLU())], "spec": SPECS},
+    ),
+    ("set_bits", {"model": model, "bits": 4}, {"model": [*MODELS, packed], "bits": ONE_WIDTH + BY_LAYER}),
     ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
     ("summary", {}, {"model": MODELS}),
     ("pack", {"model": model, "bits": 4}, PACKED),
@@ -276,7 +285,7 @@ TABLE += [
 LOAD = {"name": [*NAMES, "imagefolder:a\0b", "imagefolder:" + "a" * 5000, 10**5000]}
 LOAD |= {"image_size": [*GIVEN, 10**6], "workers": [-1, "2", 1.5, 10**9], "stream": [1, "yes", True]}
 MEASURE = {"model": model, "data": digits, "bits": (2, 4)}
-MEASURED = {"model": MODELS, "data": [*PAIRS, []], "bits": BITS}
+MEASURED = {"model": [*MODELS, packed], "data": [*PAIRS, []], "bits": BITS}
 BATCHES = {"data": digits, "split": "test", "device": torch.device("cpu"), "batch_size": 10}
 LEARN = {"model": model, "data": digits, "config": emq.TrainConfig(epochs=1), "progress": False}
 LEARNED = {"model": MODELS, "data": [*DATA, without("train")], "config": CONFIGS, "progress": [None, 1]}
