@@ -6,7 +6,6 @@
 # make faults      disturb jobs in real processes, many times over, into results/reliability/, and run the tests that take
 #                  minutes; half an hour
 # make mutants     change the sources in hundreds of places, by mutmut: which changes does no test notice? hours; it goes on
-# make browser     run the quickstart in JupyterLab in headless Chromium, if one is installed; look at build/browser.png
 # make docs        build the site into build/site: guide, recipes, reference, all notebooks as they were executed
 # make figures     redraw every figure in results/ from the CSV beside it
 # make results     execute the notebooks, JOBS side by side, which train what is not trained yet: PROFILE=small (default),
@@ -33,7 +32,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
 MAKEFLAGS += --no-print-directory
 
-.PHONY: install demo test coverage older lint format bench faults mutants browser docs figures results clean
+.PHONY: install demo test coverage older lint format bench faults mutants docs figures results clean
 
 install: $(STAMP)
 
@@ -99,10 +98,6 @@ mutants: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[mutants]"
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(JOBS)
 	$(BIN)/mutmut results
-
-browser: install
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[browser]"
-	$(BIN)/python tests/project/browser.py
 
 # Pages link to one another as they do in this checkout. A warning, such as for a link that leads nowhere, is an error.
 docs: install

@@ -524,7 +524,8 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
 
     Raises:
         ValueError: not converted, no such bit-width, a switchable norm that was not built for it, a layer that no
-            pattern matches, or a pattern that matches no layer.
+            pattern matches, or a pattern that matches no layer; a network that FSDP2 has sharded before the learned
+            ranges of its activations have seen a batch, since what is then written to them would be lost.
     """
     for network, plan in [(network, _checked(network, bits)) for network in networks(model)]:
         _switch(network, plan)
@@ -540,6 +541,9 @@ def _checked(network: nn.Module, bits: Bits) -> dict[nn.Module, int]:
             raise invalid("bits", plan[name], built)
         if plan[name] == 1 and not isinstance(module, MultiBitBatchNorm) and module.spec.zero_level:
             raise invalid("bits", 1, "2 or more with zero_level, since one level cannot be both zero and not")
+        if not isinstance(module, MultiBitBatchNorm) and module.input_quantizer.would_lose_its_start():
+            expected = "one that has seen one batch through the converted network before fully_shard"
+            raise invalid("model", f"a network with sharded ranges in {name}, which start with a first batch", expected)
     return {module: plan[name] for name, module in modules.items()}
 
 

@@ -208,6 +208,10 @@ class InputQuantizer(nn.Module):
     def _follow(self, x: Tensor) -> None:
         """Follow a later batch of training."""
 
+    def would_lose_its_start(self) -> bool:
+        """Whether the first batch would write its range to a copy of a parameter that FSDP2 has sharded."""
+        return not self.started and any(hasattr(p, "full_tensor") for p in self.parameters())
+
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest number in x, of all processes."""
         ends = torch.stack([x.amin(), -x.amax()])

@@ -36,7 +36,7 @@ write_atomic(Path(sys.argv[2]), {"killed": killed, "too_large": too_large}[sys.a
 
 def run_writer(path: Path, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WRITER, files.__file__, str(path), how]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def half_then(error: BaseException) -> Callable[[BinaryIO], None]:

@@ -157,5 +157,5 @@ def test_fsdp2_trains_the_same_network_once_its_ranges_have_started(spec: dict[s
 def test_fsdp2_refuses_ranges_that_start_with_the_first_batch(spec: dict[str, Any], one_process: None) -> None:
     """Written to a gathered parameter, the first range would be lost when it is sharded again."""
     model = fully_shard(converted(spec))
-    with pytest.raises(ValueError, match="one batch through the converted network before fully_shard"):
+    with pytest.raises(ValueError, match="seen one batch through the converted network before fully_shard"):
         emq.set_bits(model, 2)

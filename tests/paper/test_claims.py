@@ -121,12 +121,6 @@ def test_what_has_no_rows_is_refused() -> None:
         said(seeds(rows, seed=0) - seeds(rows, seed=1))
 
 
-@pytest.mark.parametrize("text", ["", claims.MARKS[0], "".join(claims.MARKS[::-1]), "".join(claims.MARKS * 2)])
-def test_a_text_without_its_marks(text: str) -> None:
-    with pytest.raises(ValueError, match="the marks"):
-        claims._written(text, pd.DataFrame({"claim": ["a"]}))
-
-
 # Numbers that no experiment gave: names, what was asked for, and what is counted in the sentence itself
 
 SETTINGS = [

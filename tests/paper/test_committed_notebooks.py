@@ -1,5 +1,6 @@
 """The notebooks as they are committed and as `make results` makes them: executed, with results and nothing else."""
 
+import ast
 import os
 import re
 import shutil
@@ -20,10 +21,33 @@ MODULES = {m.__name__.rpartition(".")[2]: m for m in (experiments, measure, plot
 }
 
 
+def is_typed_with_comment(line: str) -> bool:
+    """`name: type = value  # reason`, on one line."""
+    body = ast.parse(line).body
+    typed = len(body) == 1 and isinstance(body[0], ast.AnnAssign) and body[0].value is not None
+    return typed and re.match(r"\s*#\s*\S", line[body[0].end_col_offset :]) is not None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_committed_notebook_is_thin(path: Path) -> None:
+    """It opens with a title and closes with what was seen; its code calls the library and defines nothing."""
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    first, *_, last = notebook.cells
+    assert first.cell_type == last.cell_type == "markdown" and first.source.startswith("# ")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(len(cell.source.splitlines()) <= 20 for cell in code)
+    nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
+    assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    (parameters,) = (cell for cell in code if "parameters" in cell.metadata.get("tags", []))
+    assert all(map(is_typed_with_comment, parameters.source.splitlines()))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_committed_notebook_holds_results_alone(path: Path) -> None:
     """Executed from the first cell to the last, without times, progress bars and errors."""
     notebook = nbformat.read(path, 4)
+    assert path.stat().st_size <= 300_000 and notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert all(cell.metadata in ({}, {"tags": ["parameters"]}) for cell in notebook.cells)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -12,7 +12,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_runs import TEST, TRAIN, few_digits_on_one_thread, refuse_to_train, tiny_runs
+from test_runs import (
+    ALL,
+    TEST,
+    TRAIN,
+    few_digits_on_one_thread,
+    no_profile_from_outside,
+)
 
 from emqlib.paper import experiments, measure
 from emqlib.paper.experiments import bias_correction, quickstart, table1
@@ -20,15 +26,7 @@ from emqlib.paper.measure import BINS, SPAN, gradient_angles
 from emqlib.paper.profiles import PROFILES, Parameters, parameters
 from emqlib.paper.runs import Run, build, run_all, trained
 
-few_digits = few_digits_on_one_thread  # for this module too
-
-
-@pytest.fixture(autouse=True)
-def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EMQ_PROFILE", raising=False)
-
-
-ALL = tuple(range(1, 9))
+fixtures = few_digits_on_one_thread, no_profile_from_outside  # for this module too
 
 
 def test_table1() -> None:
@@ -53,11 +51,8 @@ def test_table1() -> None:
     assert {r.config.distillation for r in runs if r.method == "Any-Precision"} == {True}
     assert {r.config.distillation for r in runs if r.method != "Any-Precision"} == {False}
     assert {(r.dataset, r.model, r.model_args) for r in runs} == {("cifar10", "resnet8", (("width", 16),))}
-
-
-def test_the_rates_of_table1() -> None:
-    runs = table1(parameters(profile="small", repeats=1))
-    assert [run.pruning_rate for run in runs] == [0, 0, 0, 0.5, 0.8, 0.9, 0, 0, 0, 0, 0.8, 0.5, 0.8, 0.9]
+    rates = [run.pruning_rate for run in table1(parameters(profile="small", repeats=1))]
+    assert rates == [0, 0, 0, 0.5, 0.8, 0.9, 0, 0, 0, 0, 0.8, 0.5, 0.8, 0.9]
 
 
 def test_a_notebooks_coresets() -> None:
@@ -163,29 +158,17 @@ def test_a_trained_bit_width_is_evaluated() -> None:
     assert {run.eval_bits for run in runs if run.method != "Dedicated"} == {(*ALL, 32)}
 
 
-def test_milestones_move_with_the_length() -> None:
-    p = parameters(profile="paper")
-    asked = {epochs: experiments.base(p, 0, "cifar10", epochs).config.milestones for epochs in (0, 50, 100, 400)}
-    assert asked == {0: (100, 150, 180), 50: (25, 38, 45), 100: (50, 75, 90), 400: (200, 300, 360)}
-    assert [run.config.milestones for run in experiments.curves(p)[::6]] == [
-        (25, 38, 45),
-        (50, 75, 90),
-        (100, 150, 180),
-    ]
-
-
 def test_quickstart() -> None:
     runs = quickstart(parameters(profile="small", seed=3, repeats=2))
     assert [run.spec.correction for run in runs] == ["none", "mean_var"]
     assert {(run.dataset, run.method, run.config.seed) for run in runs} == {("digits", "Ours", 3)}
 
 
-TABLES = ("curves", "equal_epochs", "comparison", "scoring_ablation", "table2", "growth")
-TABLES += ("corrected_or_not", "bias_correction", "uncalibrated", "untrained", "transfer", "vit", "deployed")
+OF_PARAMETERS = [f for f in experiments.RUNS if f is not experiments.imagenet]  # whose networks are large
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("table", [quickstart, table1, *(getattr(experiments, name) for name in TABLES)])
+@pytest.mark.parametrize("table", OF_PARAMETERS)
 def test_every_run_can_be_built(profile: str, table: Callable) -> None:
     runs = table(parameters(profile=profile))
     assert {run.profile for run in runs} == {profile}
@@ -325,15 +308,6 @@ def test_imagenet_takes_class_folders_and_other_networks() -> None:
     assert (run.dataset, run.model, run.model_args, run.stream) == (*asked.values(), (), True)
 
 
-def test_imagenet_is_missed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EMQ_DATA", str(tmp_path / "nothing"))
-    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
-    p = parameters(profile="small", results_dir=str(tmp_path / "results"))
-    with pytest.raises(FileNotFoundError, match=r"(?s)no data for 'imagenet'.*nothing/imagenet.*image-net.org"):
-        run_all(experiments.imagenet(p), p.results_dir)
-    assert not (tmp_path / "results").exists()
-
-
 # From a shell
 
 
@@ -341,34 +315,12 @@ QUICK = ("-p", "bits", "[4]", "-p", "results_dir")  # of quickstart: two runs of
 
 
 def test_a_shell_sees_the_exit_status(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "emqlib.paper.experiments",
-        "quickstart",
-        "--profile",
-        "smoke",
-        *QUICK,
-        str(tmp_path),
-    ]
+    command = [sys.executable, "-m", "emqlib.paper.experiments", "quickstart", "--profile", "smoke"]
+    command += [*QUICK, str(tmp_path)]
     out = in_a_shell(tmp_path, *command, "--budget", "1e-9", status=os.EX_TEMPFAIL)
     assert out.startswith("0 of 2 runs finished, of the next one epoch 1")
     assert out.endswith("; time is up, call again to go on\n")
     assert in_a_shell(tmp_path, *command) == f"2 runs, 32 rows below {tmp_path / 'runs'}; 1 process(es)\n"
-
-
-@pytest.mark.parametrize("budget", [0, -1.0, "60", True, float("nan"), float("inf"), [60]])
-def test_wrong_budgets(budget: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"^budget=.*: expected a number of seconds > 0, or None$"):
-        run_all(tiny_runs(), tmp_path, budget=budget)
-    if isinstance(budget, (int, float)) and budget is not True:
-        with pytest.raises(ValueError, match=r"^budget="):
-            experiments.main(["quickstart", f"--budget={budget}"])
-    for text in ("soon", "", "1s"):
-        with pytest.raises(SystemExit):
-            experiments.main(["quickstart", "--budget", text])
-        assert "argument --budget: invalid float value" in capsys.readouterr().err
-    assert not os.listdir(tmp_path)
 
 
 def test_a_profile_is_a_parameter_and_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,35 +357,22 @@ def test_two_processes_from_a_shell_train_one_network(tmp_path: Path) -> None:
     assert out.startswith("0 of 2 runs finished, of the next one epoch 1") and out.endswith("call again to go on\n")
     out = in_a_shell(tmp_path, *command)
     assert out.strip() == f"2 runs, 26 rows below {tmp_path / 'made/runs'}; 2 process(es)"
-    rows = run_all(experiments.imagenet(smoke_imagenet(tmp_path)), tmp_path / "made", progress=False)
+    runs = experiments.imagenet(parameters("smoke", [2, 8], pruning_rates=[0], results_dir=tmp_path / "made"))
+    rows = run_all(runs, tmp_path / "made", progress=False)
     assert set(rows.device) == {"2 x cpu, 1 threads"} and len(rows) == 26
 
 
-def smoke_imagenet(folder: Path) -> Parameters:
-    return parameters("smoke", [2, 8], pruning_rates=[0], results_dir=str(folder / "made"))
-
-
-def test_a_shell_is_told_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shell_is_told_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match=r"^parameter='bitz': expected one of bits, dataset"):
         experiments.main(["imagenet", "-p", "bitz", "4"])
     with pytest.raises(ValueError, match=r"^seed='-1'"):
         experiments.main(["imagenet", "-p", "seed", "-1"])
-    with pytest.raises(SystemExit):
-        experiments.main(["mnist"])
-    assert "invalid choice: 'mnist'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"^dataset='cifar10': expected imagenet, or imagefolder:PATH"):
-        experiments.imagenet(parameters("smoke", dataset="cifar10"))
-
-
-def test_runs_need_none_of_the_packages_for_figures_and_notebooks() -> None:
-    blocked = ["matplotlib", "seaborn", "papermill", "IPython", "jupyterlab", "sklearn", "tabulate"]
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys({blocked!r}))
-import emqlib.paper.claims, emqlib.paper.measure, emqlib.paper.tables
-from emqlib.paper.experiments import table1
-from emqlib.paper.profiles import parameters
-print(len(table1(parameters(profile="smoke", bits="[2,4]"))))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.returncode, result.stderr, result.stdout.strip().isdigit()) == (0, "", True)
+    for budget in ("0", "nan"):
+        with pytest.raises(ValueError, match=r"^budget=.*: expected a number of seconds > 0, or None$"):
+            experiments.main(["quickstart", f"--budget={budget}"])
+    for wrong, told in ((["mnist"], "choice: 'mnist'"), (["quickstart", "--budget", "1s"], "float value: '1s'")):
+        with pytest.raises(SystemExit):
+            experiments.main(wrong)
+        assert f"invalid {told}" in capsys.readouterr().err

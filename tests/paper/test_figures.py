@@ -39,13 +39,6 @@ def test_the_figure_follows_its_rows(tmp_path: Path) -> None:
     assert (tmp_path / "00_quickstart.png").read_bytes() != committed.read_bytes()
 
 
-def test_what_cannot_be_drawn(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^path='.*01_cifar10': expected 01_cifar10.csv beside it"):
-        figures.draw(tmp_path / "01_cifar10")
-    with pytest.raises(ValueError, match=r"^path='.*nothing': expected nothing.csv beside it"):
-        figures.draw(tmp_path / "nothing")
-
-
 @pytest.mark.usefixtures("drawn_as_committed")
 def test_all_figures_of_a_folder_are_redrawn_from_a_shell(tmp_path: Path) -> None:
     """That of the quickstart has no recipe of its own, and the two of notebook 11 share one CSV."""

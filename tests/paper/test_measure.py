@@ -168,8 +168,8 @@ def test_statistics_of_the_bit_width_fit_and_shared_ones_do_not(model: nn.Module
     assert own["mean_shift"].max() < 0.2 * shared["mean_shift"].max() and (own.variance - 1).abs().max() < 0.2
 
 
-def test_nothing_is_left_behind(model: nn.Module, data: Dataset) -> None:
-    """No hook, no mode, no statistics: also when the data fail on the way."""
+def test_nothing_is_left_behind_when_the_data_fail_on_the_way(model: nn.Module) -> None:
+    """No hook, no mode, no bit-width. What is left where nothing fails: test_measure_gradients."""
 
     def failing() -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.rand(5, 3, 8, 8), torch.zeros(5)
@@ -178,48 +178,20 @@ def test_nothing_is_left_behind(model: nn.Module, data: Dataset) -> None:
     class Pairs:
         __iter__ = staticmethod(failing)
 
-    before, own = copy.deepcopy(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
     model.train()
     emq.set_bits(model, 4)
     with pytest.raises(RuntimeError, match="no more"):
         preactivations(model, Pairs(), BITS)
-    preactivations(model, data, (2, 3), samples=20)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(m.training for m in model.modules())
-    assert [len(m._forward_pre_hooks) for m in model.modules()] == own
+    assert all(m.training and not m._forward_pre_hooks for m in model.modules())
     assert {m.bits for m in model.modules() if isinstance(m, MultiBitBatchNorm)} == {4}
 
 
-def test_wrong_arguments(model: nn.Module, data: Dataset) -> None:
-    plain = emq.convert(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), emq.QuantSpec(bits=BITS))
-    for call, message in [
-        (lambda: preactivations(models.resnet8(), data, BITS), r"^model="),
-        (lambda: preactivations(model, data, (2, 9)), r"^bits="),
-        (lambda: preactivations(model, data, BITS, samples=1), r"^samples=1: "),
-        (lambda: preactivations(model, data, BITS, batch_size=0), r"^batch_size=0: "),
-        (lambda: preactivations(model, [], BITS), r"^data='no images': "),
-        (lambda: preactivations(plain, [(torch.rand(2, 4), torch.zeros(2))], BITS), r"^model=.*batch norm$"),
-        (lambda: weight_shift(model, (0,)), r"^bits="),
-        (lambda: weight_shift(models.resnet8(), BITS), r"^model="),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-# Layer norm
-
-
-@pytest.fixture(scope="module")
-def transformer(data: Dataset) -> nn.Module:
+def test_tokens_before_layer_norm_are_those_seen_by_hand(data: Dataset) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = models.vit_tiny(10, patch_size=16, width=16, depth=2, heads=2)
-        made = emq.convert(net, emq.QuantSpec(bits=BITS, weight="minmax")).eval()
-        made(normalize(data.train.images, data))  # input ranges start here
-        return made
-
-
-def test_tokens_before_layer_norm_are_those_seen_by_hand(transformer: nn.Module, data: Dataset) -> None:
+    transformer = emq.convert(net, emq.QuantSpec(bits=BITS, weight="minmax")).eval()
+    transformer(normalize(data.train.images, data))  # input ranges start here
     pairs = [(normalize(data.test.images[i : i + 10], data), data.test.labels[i : i + 10]) for i in (0, 10, 20)]
     table = layer_norms(transformer, pairs, BITS, batch_size=10).set_index(["layer", "bits"])
     assert len(table) == 3 * 5 and (table.xs(8, level="bits")[["size", "variance"]] - 1).abs().max().max() < 1e-6
@@ -242,18 +214,3 @@ def test_tokens_before_layer_norm_are_those_seen_by_hand(transformer: nn.Module,
     shift = ((z[2].mean(0) - z[8].mean(0)) / std).square().mean().sqrt()
     assert row.mean_shift == pytest.approx(float(shift), rel=1e-3) and row.mean_shift > 0.01
     assert row.variance == pytest.approx(float((z[2].var(0) / z[8].var(0)).mean()), rel=1e-3)
-
-
-def test_layer_norms_leave_nothing_behind(transformer: nn.Module, model: nn.Module, data: Dataset) -> None:
-    before, own = copy.deepcopy(transformer.state_dict()), [len(m._forward_pre_hooks) for m in transformer.modules()]
-    layer_norms(transformer, data, (2, 8), samples=20)
-    after = transformer.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert [len(m._forward_pre_hooks) for m in transformer.modules()] == own
-    with pytest.raises(ValueError, match=r"^model=.*expected a network with layer norm"):
-        layer_norms(model, data, (2,))
-    with pytest.raises(ValueError, match=r"^data='no images'"):
-        layer_norms(transformer, [], (2,))
-    for name, value in {"samples": 1, "batch_size": 0, "bits": ()}.items():
-        with pytest.raises(ValueError, match=rf"^{name}="):
-            layer_norms(transformer, data, **{"bits": (2,)} | {name: value})

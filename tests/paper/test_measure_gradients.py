@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import models
 from emqlib.norms import MultiBitBatchNorm
-from emqlib.paper.measure import ALL, angle, gradient_angles, linear_probes
+from emqlib.paper.measure import ALL, angle, gradient_angles, linear_probes, preactivations, weight_shift
 from emqlib.train.data import Dataset, Split, augment, normalize
 
 pytestmark = pytest.mark.processor
@@ -227,10 +227,17 @@ def left_as_it_was(model: nn.Module, call: Callable[[nn.Module], object]) -> Non
     assert hooks(model) == own
 
 
+def few_preactivations(model: nn.Module, data: Dataset, bits: tuple[int, ...], samples: int) -> None:
+    weight_shift(model, bits)
+    preactivations(model, data, bits, samples=samples)
+
+
+@pytest.mark.parametrize("measure", [few_preactivations, gradient_angles, linear_probes])
 @pytest.mark.parametrize("name", SPECS)
-def test_the_network_is_left_as_it_was(name: str, networks: dict[str, nn.Module], data: Dataset) -> None:
-    left_as_it_was(networks[name], lambda net: gradient_angles(net, data, (2, 8), samples=10))
-    left_as_it_was(networks[name], lambda net: linear_probes(net, data, (2, 8), samples=10))
+def test_the_network_is_left_as_it_was(
+    name: str, measure: Callable[..., object], networks: dict[str, nn.Module], data: Dataset
+) -> None:
+    left_as_it_was(networks[name], lambda net: measure(net, data, (2, 8), samples=10))
 
 
 # Probes
@@ -299,27 +306,3 @@ def test_no_hook_stays_when_the_network_fails(model: nn.Module, data: Dataset) -
         handle.remove()
 
     left_as_it_was(model, failing)
-
-
-def test_wrong_arguments(model: nn.Module, data: Dataset) -> None:
-    headless = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    switchable = emq.convert(models.resnet8(width=4), emq.QuantSpec(bits=BITS, norm="switchable"))
-    for call, message in [
-        (lambda: gradient_angles(model, data, (2, 9)), r"^bits="),
-        (lambda: gradient_angles(model, data, ()), r"^bits="),
-        (lambda: gradient_angles(model, data, (2, 2)), r"^bits="),
-        (lambda: gradient_angles(switchable, data, (2, 3), samples=10), r"^bits=3"),
-        (lambda: gradient_angles(model, data, BITS), r"^samples=1000: .*60"),
-        (lambda: gradient_angles(model, data, BITS, samples=31), r"^samples=31: .*60"),
-        (lambda: gradient_angles(model, data, BITS, samples=1), r"^samples=1: "),
-        (lambda: gradient_angles(model, data, BITS, samples=10, batch_size=1), r"^batch_size=1: "),
-        (lambda: gradient_angles(models.resnet8(width=4), data, BITS, samples=10), r"^model="),
-        (lambda: linear_probes(model, data, (0, 2)), r"^bits="),
-        (lambda: linear_probes(switchable, data, (2, 3)), r"^bits=3"),
-        (lambda: linear_probes(model, data, BITS, samples=1), r"^samples=1: "),
-        (lambda: linear_probes(model, data, BITS, batch_size=0), r"^batch_size=0: "),
-        (lambda: linear_probes(models.resnet8(width=4), data, BITS), r"^model="),
-        (lambda: linear_probes(emq.convert(headless, emq.QuantSpec(bits=BITS)), data, BITS), r"^model=.*linear layer"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()

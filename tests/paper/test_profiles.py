@@ -1,4 +1,4 @@
-"""A notebook's parameters, by wrong and right values, and the profile they name."""
+"""A notebook's parameters as they are read, and the profile they name."""
 
 from pathlib import Path
 
@@ -14,68 +14,23 @@ def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMQ_PROFILE", raising=False)
 
 
-WRONG = {
-    "profile": ["", "Smoke", "huge", None, 3, True, ["small"]],
-    "bits": [
-        *("[2,banana]", "", "2;4", "[]", "[2,2]", "[2,[4]]", "[2,4", "9", "None", "True", "[2, '4']", "banana"),
-        *("{'a': 1}", "{[1]: 2}", "__import__('os')", "[2] + [4]", "-" * 5000 + "1", "\0", "[0]", "2.0"),
-        *([], [2, 2], [2, [4]], 9, 0, -1, True, 2.0, None, {"a": 1}, {2, 4}, ["2"], float("nan")),
-    ],
-    "seed": [-1, 1.5, "0", "banana", None, True, [0]],
-    "repeats": [-1, 1.5, "1", "banana", None, True, [1]],
-    "pruning_rates": [
-        *("[0.5,banana]", "", "0.5;0.8", "[0.5,0.5]", "[[0.5]]", "['0.5']", "nan", "None", "1", "__import__('os')"),
-        *(1, 1.0, -0.1, [0.5, 1.5], [0.5, 0.5], True, None, {"a": 1}, float("nan"), float("inf")),
-    ],
-    "lengths": [*("[4,banana]", "", "4;8", "[4,4]", "None"), *(0, -1, 1.5, True, None, [4, 4], [0], {"a": 1})],
-    "results_dir": ["", None, 3, True, ["results"]],
-    "dataset": ["mnist", "ImageNet", "imagefolder", None, 3, ["cifar10"]],
-    "model": ["resnet", "torchvision", "torchvision.nothing", "torchvision.", "keras.resnet50", None, 3],
-}
-
-
-def unquoted(value: object) -> str:
-    return repr(value).translate(str.maketrans("", "", "\"'\\ "))
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_wrong_parameter(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}=") as error:
-        parameters(**{"profile": "smoke", name: value})
-    given, _, allowed = str(error.value).removeprefix(f"{name}=").rpartition(": expected ")
-    assert unquoted(value)[:500] in unquoted(given) and len(allowed) > 5
-
-
 @pytest.mark.parametrize(
-    ("given", "bits"),
+    ("name", "given", "read"),
     [
-        ("[2,4,8]", (2, 4, 8)),
-        ("(2, 4)", (2, 4)),
-        ("2,4", (2, 4)),
-        (" [8, 2] ", (2, 8)),
-        ("4", (4,)),
-        (4, (4,)),
-        ([4], (4,)),
-        ((32, 1), (1, 32)),
+        *(("bits", given, (2, 4)) for given in ("[2,4]", "(2, 4)", "2,4", " [4, 2] ", [2, 4], (4, 2))),
+        *(("bits", given, (4,)) for given in ("4", 4, [4])),
+        ("pruning_rates", "[0.5, 0.8]", (0.5, 0.8)),
+        ("pruning_rates", [0.9, 0], (0.9, 0.0)),
+        *(("pruning_rates", given, (0.8,)) for given in ("0.8", 0.8)),
+        *(("pruning_rates", given, ()) for given in ("[]", ())),
+        *(("lengths", given, (4, 12)) for given in ("[12, 4]", (4, 12))),
+        *(("lengths", given, (8,)) for given in ("8", 8)),
+        *(("lengths", given, PROFILES["smoke"].lengths) for given in ("[]", ())),
     ],
 )
-def test_bits(given: object, bits: tuple[int, ...]) -> None:
-    assert parameters(profile="smoke", bits=given).bits == bits
-
-
-@pytest.mark.parametrize(
-    ("given", "rates"),
-    [("[0.5, 0.8]", (0.5, 0.8)), ([0.9, 0], (0.9, 0.0)), ("0.8", (0.8,)), (0.25, (0.25,)), ("[]", ()), ((), ())],
-)
-def test_pruning_rates(given: object, rates: tuple[float, ...]) -> None:
-    assert parameters(profile="smoke", pruning_rates=given).pruning_rates == rates
-
-
-@pytest.mark.parametrize(
-    ("given", "lengths"), [("[12, 4]", (4, 12)), ((4, 12), (4, 12)), ("8", (8,)), (8, (8,)), ("[]", ()), ((), ())]
-)
-def test_lengths(given: object, lengths: tuple[int, ...]) -> None:
-    assert parameters(profile="smoke", lengths=given).lengths == (lengths or PROFILES["smoke"].lengths)
+def test_lists(name: str, given: object, read: tuple) -> None:
+    """As Python or papermill's command line writes them; what else is refused is in tests/project/bad_input.py."""
+    assert getattr(parameters(profile="smoke", **{name: given}), name) == read
 
 
 def test_seeds() -> None:
@@ -130,11 +85,6 @@ def test_results_dir_of_an_installed_package(tmp_path: Path, monkeypatch: pytest
 
 
 def test_results_dir_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    for place in (file, file / "below", str(file)):
-        with pytest.raises(ValueError, match=rf"^results_dir='{place}': expected a folder"):
-            parameters(profile="smoke", results_dir=place)
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ValueError, match=r"^results_dir=.*that can be written to"):
         parameters(profile="smoke", results_dir=tmp_path)

@@ -5,9 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 import pytest
@@ -68,72 +69,9 @@ def _of_today(stored: dict[str, Any]) -> Run:
     return Run(**own | {"model_args": tuple(map(tuple, stored["model_args"]))})
 
 
-CHANGED: dict[type, dict[str, Any]] = {
-    Run: {
-        "profile": "other",
-        "dataset": "cifar100",
-        "model": "resnet20",
-        "spec": QuantSpec(bits=(1,)),
-        "config": TrainConfig(epochs=1),
-        "model_args": (("width", 8),),
-        "subset": (100, 100),
-        "eval_bits": (2, 4),
-        "image_size": 64,
-        "stream": True,
-    },
-    QuantSpec: {
-        "bits": (2, 4),
-        "weight": "lsq",
-        "activation": "pact",
-        "correction": "none",
-        "norm": "switchable",
-        "full_precision": ("first",),
-        "zero_level": True,
-        "correction_gradient": False,
-        "activation_range": "unit",
-        "output_correction": True,
-    },
-    TrainConfig: {
-        "scheme": "bitwise",
-        "epochs": 5,
-        "batch_size": 64,
-        "accumulate": 2,
-        "optimizer": "adamw",
-        "lr": 0.2,
-        "momentum": 0.8,
-        "nesterov": False,
-        "weight_decay": 0.0,
-        "schedule": "step",
-        "milestones": (1,),
-        "gamma": 0.2,
-        "warmup_epochs": 1.0,
-        "label_smoothing": 0.1,
-        "clip_grad_norm": 1.0,
-        "distillation": True,
-        "autocast": "bfloat16",
-        "channels_last": False,
-        "compile": True,
-        "seed": 1,
-        "coreset": None,
-    },
-    CoresetConfig: {
-        "score": "el2n",
-        "pruning_rate": 0.5,
-        "resample_every": 2,
-        "scoring_epochs": 5,
-        "scoring": "joint",
-        "candidates": 0.5,
-        "window": 4,
-        "decay": 0.8,
-        "how": "top",
-        "power": 2.0,
-        "unscored": True,
-        "across_bits": "identical",
-        "unbiased": True,
-        "max_weight": 3.0,
-    },
-}
-GONE = {"rescore", "cut", "balanced", "full_epochs"}  # options of version 1.0.0, at their default in all stored runs
+PARTS = {Run: (), QuantSpec: ("spec",), TrainConfig: ("config",), CoresetConfig: ("config", "coreset")}
+OTHERS = [True, False, 20, 4, 0.5, None, "cifar100", "resnet20", (1,), ("first",), (60, 30), (("width", 8),)]
+OTHERS += [QuantSpec(bits=(1,)), TrainConfig(epochs=9)]
 BASE = Run(
     profile="small",
     dataset="cifar10",
@@ -144,20 +82,27 @@ BASE = Run(
 
 
 def changed(owner: type, name: str, value: object) -> Run:
-    if owner is Run:
-        return replace(BASE, **{name: value})
-    if owner is QuantSpec:
-        return replace(BASE, spec=replace(BASE.spec, **{name: value}))
-    if owner is TrainConfig:
-        return replace(BASE, config=replace(BASE.config, **{name: value}))
-    coreset = replace(BASE.config.coreset, **{name: value})
-    return replace(BASE, config=replace(BASE.config, coreset=coreset))
+    """`BASE` with another value of one field of its own or of a configuration in it."""
+    parts = [BASE]
+    for part in PARTS[owner]:
+        parts.append(getattr(parts[-1], part))
+    new = replace(parts.pop(), **{name: value})
+    for part in reversed(PARTS[owner]):
+        new = replace(parts.pop(), **{part: new})
+    return new
+
+
+def another(owner: type, name: str) -> Run:
+    """`BASE` with some other value of this field that is allowed."""
+    for value in (*get_args(get_type_hints(owner)[name]), *OTHERS):
+        with suppress(ValueError):
+            if (run := changed(owner, name, value)) != BASE:
+                return run
+    raise AssertionError(f"OTHERS has no value for {name}")
 
 
 def test_the_hash_tells_every_field_apart() -> None:
-    for owner, values in CHANGED.items():
-        assert {field.name for field in fields(owner)} - GONE == set(values) | ({"device"} & set(owner.__annotations__))
-    runs = [changed(owner, name, value) for owner, values in CHANGED.items() for name, value in values.items()]
+    runs = [another(owner, field.name) for owner in PARTS for field in fields(owner) if field.name != "device"]
     assert len({run.hash for run in [BASE, *runs]}) == len(runs) + 1
     assert all(len(run.hash) == 12 and int(run.hash, 16) >= 0 for run in runs)
 
@@ -176,12 +121,6 @@ def test_an_option_of_a_later_version_renames_nothing() -> None:
     later = Later(scheme="joint", coreset=BASE.config.coreset)
     assert replace(BASE, config=later).hash == BASE.hash
     assert replace(BASE, config=replace(later, novelty=1.0)).hash != BASE.hash
-
-
-@pytest.mark.parametrize("value", [(), (9,), (2, 2), None, "2,4", [True]])
-def test_wrong_eval_bits(value: object) -> None:
-    with pytest.raises(ValueError, match=r"^eval_bits=.*expected bit-widths out of 1 to 8 and 32"):
-        replace(BASE, eval_bits=value)
 
 
 ALL = tuple(range(1, 9))
@@ -234,43 +173,41 @@ def refuse_to_train(*_: object, **__: object) -> None:
     raise AssertionError("trained")
 
 
+@pytest.fixture
+def _read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
+
+
 def assert_same(rows: pd.DataFrame, expected: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(rows.drop(columns=TIMED), expected.drop(columns=TIMED), check_exact=True)
+
+
+def test_one_file_a_run_with_its_coresets(undisturbed: tuple[Path, pd.DataFrame]) -> None:
+    folder, rows = undisturbed
+    names = [run.hash for run in tiny_runs()]
+    assert {path.name for path in (folder / "runs").iterdir()} == {f"{name}.json" for name in names}
+    assert list(rows.run.drop_duplicates()) == names
+    for run in tiny_runs():
+        record = json.loads(rows_file(run, folder).read_text())
+        assert [epoch["epoch"] for epoch in record["history"]] == [1, 2]
+        draws = record["coresets"]
+        epochs = [] if not run.pruning_rate else [2] if run.config.coreset.score == "el2n" else [1, 2]
+        assert sorted((d["epoch"], d["bits"]) for d in draws) == [(e, b) for e in epochs for b in run.spec.bits]
+        assert all(d["size"] == sum(d["classes"]) == TRAIN // 2 for d in draws)
+        assert all(0.5 <= d["union"] <= 1 and set(d["overlap"]) < {"2", "4"} for d in draws)
 
 
 def test_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.DataFrame]) -> None:
     """As the stored record tells it: overlap and correlation as means over the other bit-widths, classes as shares."""
     folder, runs = undisturbed[0], [run for run in tiny_runs() if run.pruning_rate]
     rows = coreset_rows(runs, folder)
-    records = [json.loads((folder / f"runs/{run.hash}.json").read_text()) for run in runs]
-    draws = [(run, draw) for run, record in zip(runs, records, strict=True) for draw in record["coresets"]]
-    assert len(rows) == len(draws) > 0
+    draws = [(run, draw) for run in runs for draw in json.loads(rows_file(run, folder).read_text())["coresets"]]
+    assert len(rows) == len(draws) > 0 and set(rows.coreset) == {run.coreset for run in runs}
     for row, (run, draw) in zip(rows.itertuples(), draws, strict=True):
         assert (row.run, row.epoch, row.bits, row.size) == (run.hash, draw["epoch"], draw["bits"], TRAIN // 2)
         assert row.overlap == pytest.approx(sum(draw["overlap"].values()) / len(draw["overlap"]))
         classes = (min(draw["classes"]) / row.size, max(draw["classes"]) / row.size)
         assert (row.rarest_class, row.commonest_class) == classes
-    assert set(rows.coreset) == {run.coreset for run in runs}
-
-
-def test_one_file_a_run(undisturbed: tuple[Path, pd.DataFrame]) -> None:
-    folder, rows = undisturbed
-    names = [run.hash for run in tiny_runs()]
-    assert {path.name for path in (folder / "runs").iterdir()} == {f"{name}.json" for name in names}
-    assert list(rows.run.drop_duplicates()) == names
-    record = json.loads((folder / "runs" / f"{names[1]}.json").read_text())
-    assert record["config"]["config"]["coreset"]["pruning_rate"] == 0.5
-    assert [epoch["epoch"] for epoch in record["history"]] == [1, 2]
-    assert record["calibration_passes"] == TRAIN
-
-
-def test_a_file_holds_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.DataFrame]) -> None:
-    for run in tiny_runs():
-        draws = json.loads((undisturbed[0] / f"runs/{run.hash}.json").read_text())["coresets"]
-        epochs = [] if not run.pruning_rate else [2] if run.config.coreset.score == "el2n" else [1, 2]
-        assert sorted((d["epoch"], d["bits"]) for d in draws) == [(e, b) for e in epochs for b in run.spec.bits]
-        assert all(d["size"] == sum(d["classes"]) == TRAIN // 2 for d in draws)
-        assert all(0.5 <= d["union"] <= 1 and set(d["overlap"]) < {"2", "4"} for d in draws)
 
 
 @pytest.mark.parametrize(
@@ -369,24 +306,23 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commit_and_dirty(tmp_path / "emqlib") == ("", False)
 
 
-def test_rows_tell_what_is_corrected(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_read_alone")
+def test_rows_tell_what_is_corrected(finished: Path) -> None:
     """Of runs that differ in that alone: read from a record that is given another name."""
-    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
     run = tiny_runs()[1]
     texts = {(True, False): "mean_var", (False, False): "mean_var, no gradient", (True, True): "mean_var, output"}
     for (gradient, output), text in texts.items():
         options = {"correction_gradient": gradient, "output_correction": output}
         other = replace(run, spec=replace(run.spec, **options))
-        path = finished / f"runs/{other.hash}.json"
         if other != run:
-            shutil.copy(finished / f"runs/{run.hash}.json", path)
-            edit(path, lambda record, options=options: record["config"]["spec"].update(options))
+            shutil.copy(rows_file(run, finished), rows_file(other, finished))
+            edit(other, finished, lambda record, options=options: record["config"]["spec"].update(options))
         assert set(run_all([other], finished).correction) == {text}
 
 
 def test_a_derived_table_is_kept_with_what_it_is_of(finished: Path) -> None:
     run = tiny_runs()[1]
-    (finished / f"runs/{run.hash}.json").unlink()  # the network is in its checkpoint
+    rows_file(run, finished).unlink()  # the network is in its checkpoint
     table = pd.DataFrame({"layer": ["a", "b"], "value": [0.1, 1e-30]})
     part = finished / f"runs/.{run.hash}-name.json.half.tmp"
     part.write_text("of a killed process")
@@ -394,13 +330,8 @@ def test_a_derived_table_is_kept_with_what_it_is_of(finished: Path) -> None:
     assert not part.exists()
     pd.testing.assert_frame_equal(kept, derived(run, "name", finished, refuse_to_train), check_exact=True)
     pd.testing.assert_frame_equal(kept[["layer", "value"]], table, check_exact=True)
-    asked = {
-        "method": "Ours",
-        "dataset": "digits",
-        "model": "resnet8",
-        "trained_with": "mean_var",
-        "trained_bits": "2 4",
-    }
+    asked = {"method": "Ours", "dataset": "digits", "model": "resnet8", "trained_with": "mean_var"}
+    asked |= {"trained_bits": "2 4"}
     asked |= {"epochs": EPOCHS, "seed": 0, "profile": "smoke", "run": run.hash}
     asked |= provenance(load_dataset("digits").subset(60, 30).subset(TRAIN, TEST), torch.device("cpu"))
     assert kept.drop(columns=["layer", "value"]).to_dict("records") == [asked] * 2
@@ -451,13 +382,10 @@ def test_what_is_measured_after_each_epoch_goes_on_after_an_interruption(tmp_pat
     assert len(seen) == 5  # the first epoch was not trained again
 
 
+@pytest.mark.usefixtures("_read_alone")
 def test_a_second_call_trains_nothing(
-    finished: Path,
-    undisturbed: tuple[Path, pd.DataFrame],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    finished: Path, undisturbed: tuple[Path, pd.DataFrame], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
     rows = run_all(tiny_runs(), str(finished), progress=False)
     pd.testing.assert_frame_equal(rows, undisturbed[1], check_exact=True)
     assert capsys.readouterr() == ("", "")
@@ -468,8 +396,8 @@ def test_a_second_call_trains_nothing(
 
 def test_progress_names_the_run_on_stderr(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_runs()[2]
-    (finished / f"runs/{run.hash}.json").unlink()
-    (finished / f"checkpoints/{run.hash}.safetensors").unlink()
+    rows_file(run, finished).unlink()
+    checkpoint_file(run, finished).unlink()
     run_all([run], finished)
     out, err = capsys.readouterr()
     assert not out and "run 1 of 1: Any-Precision" in err  # tables are on the other stream
@@ -506,50 +434,56 @@ def test_slices_of_any_length_lead_to_the_same_rows(undisturbed: tuple[Path, pd.
     assert_same(rows, undisturbed[1][: len(rows)])
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit(run: Run, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    path = rows_file(run, folder)
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
+    return path
 
 
-def test_rows_of_another_config_are_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when a default changes, which the hash does not show."""
-    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
-    path = finished / f"runs/{tiny_runs()[1].hash}.json"
-    edit(path, lambda record: record["config"]["config"].update(momentum=0.5))
+@pytest.mark.usefixtures("_read_alone")
+def test_rows_of_another_config_or_of_other_images_are_refused(finished: Path) -> None:
+    """As when a default changes, which the hash does not show, or a file of the data set."""
+    first, second = tiny_runs()[:2]
+    path = edit(first, finished, lambda record: record["provenance"].update(data_sha256="0" * 64))
+    with pytest.raises(ValueError, match=rf"^dataset='digits': expected rows of the same images as runs/{path.name}"):
+        run_all(tiny_runs(), finished, progress=False)
+    rows_file(second, finished).unlink()
+    with pytest.raises(
+        ValueError, match=rf"^dataset='digits': .* as the images there are now, unlike runs/{path.name}"
+    ):
+        run_all([first, second], finished, progress=False)
+    path = edit(first, finished, lambda record: record["config"]["config"].update(momentum=0.5))
     with pytest.raises(ValueError, match=rf"^results_dir='{path}': .*config\.momentum was 0\.5"):
         run_all(tiny_runs(), finished, progress=False)
 
 
-def test_rows_of_another_device_or_another_version_are_taken(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
-    path = finished / f"runs/{tiny_runs()[0].hash}.json"
-    edit(path, lambda record: record["config"]["config"].update(device="cuda:1"))
-    edit(path, lambda record: record["config"]["config"].pop("compile"))  # there was no such option
-    edit(path, lambda record: record["config"]["config"].update(another=3))  # there is no such option any more
-    assert len(run_all(tiny_runs()[:1], finished, progress=False)) == 4
+@pytest.mark.usefixtures("_read_alone")
+def test_rows_of_another_device_or_another_version_are_taken(finished: Path) -> None:
+    first = tiny_runs()[0]
+    edit(first, finished, lambda record: record["config"]["config"].update(device="cuda:1"))
+    edit(first, finished, lambda record: record["config"]["config"].pop("compile"))  # there was no such option
+    edit(first, finished, lambda record: record["config"]["config"].update(another=3))  # nor is there one any more
+    assert len(run_all([first], finished, progress=False)) == 4
 
 
-@pytest.mark.parametrize("key", ["config", "provenance", "history", "rows", "calibration_passes"])
-def test_a_record_without_a_part_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
-    path = finished / f"runs/{tiny_runs()[-1].hash}.json"
-    edit(path, lambda record: record.pop(key))
-    with pytest.raises(ValueError, match=rf"^results_dir='{path}': expected a whole record.*{key}"):
-        run_all(tiny_runs(), finished, progress=False)
+PARTS_OF_A_RECORD = ["config", "provenance", "history", "rows", "calibration_passes"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"config": 3}', b"{} {}"])
-def test_a_damaged_record_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+@pytest.mark.usefixtures("_read_alone")
+@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"config": 3}', *PARTS_OF_A_RECORD])
+def test_a_damaged_record_is_refused(broken: bytes | str, finished: Path) -> None:
     """Also when an earlier run is still to be trained: nothing starts before all that is stored has been read."""
-    monkeypatch.setattr("emqlib.paper.runs.train", refuse_to_train)
-    (finished / f"runs/{tiny_runs()[0].hash}.json").unlink()
-    path = finished / f"runs/{tiny_runs()[-1].hash}.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^results_dir='{path}': expected a whole record"):
+    rows_file(tiny_runs()[0], finished).unlink()
+    last = tiny_runs()[-1]
+    if isinstance(broken, str):
+        edit(last, finished, lambda record: record.pop(broken))
+        reason = f".*{broken}"
+    else:
+        rows_file(last, finished).write_bytes(broken)
+        reason = ""
+    with pytest.raises(
+        ValueError, match=rf"^results_dir='{rows_file(last, finished)}': expected a whole record{reason}"
+    ):
         run_all(tiny_runs(), finished, progress=False)
-
-
-def test_no_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^runs=\[\]: expected at least one Run$"):
-        run_all([], tmp_path)

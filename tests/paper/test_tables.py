@@ -69,21 +69,13 @@ def columns(table: pd.DataFrame, *names: str) -> list[tuple]:
 
 def test_spread() -> None:
     """The sample standard deviation of 40 and 60 is sqrt(200); one seed has none."""
-    rows = table_1()
-    spread = results.spread(rows[rows.bits.eq(2) & ~rows.adapted], ["method", "correction", "pruning_rate"])
-    assert list(spread.columns) == ["method", "correction", "pruning_rate", "mean", "std", "seeds"]
-    assert columns(spread, "method", "mean", "std", "seeds") == [
-        ("Ours", 50, pytest.approx(200**0.5), 2),
-        ("Ours", 70, pytest.approx(32**0.5), 2),
-        ("Ours", 62, pytest.approx(2**0.5), 2),
-        ("Any-Precision", 71, pytest.approx(2**0.5), 2),
-        ("Dedicated", 75, None, 1),
-    ]
-
-
-def test_spread_of_another_column() -> None:
-    rows = together(run("Ours", {2: (1, 2)}, seconds=3), run("Ours", {2: (1, 2)}, seconds=5, seed=1))
-    assert columns(results.spread(rows, ["method"], value="seconds"), "mean", "seeds") == [(4, 4)]
+    rows = table_1()[lambda t: t.bits.eq(2) & ~t.adapted & t.correction.eq("none")]
+    spread = results.spread(rows, ["method", "correction"])
+    assert list(spread.columns) == ["method", "correction", "mean", "std", "seeds"]
+    ours, any_precision, dedicated = columns(spread, "method", "mean", "std", "seeds")
+    assert ours == ("Ours", 50, pytest.approx(200**0.5), 2)
+    assert any_precision[1:] == (71, pytest.approx(2**0.5), 2) and dedicated[1:] == (75, None, 1)
+    assert columns(results.spread(rows, ["method"], value="seconds"), "mean") == [(10,), (30.5,), (11,)]
 
 
 def test_what_was_not_told_is_a_group_too() -> None:
@@ -91,12 +83,6 @@ def test_what_was_not_told_is_a_group_too() -> None:
     rows = rows[~rows.adapted]
     assert columns(results.spread(rows, ["candidates"]), "candidates", "mean") == [(0.5, 1), (None, 3)]
     assert columns(results.seed_means(rows, ["candidates"]), "candidates", "top1") == [(0.5, 1), (None, 3)]
-
-
-def test_training_alone_takes_no_calibration() -> None:
-    rows = run("Any-Precision", {2: (60, 0), 3: (None, 0), 4: (None, 70)}, seconds=3)
-    assert columns(results.with_cost(rows, "calibration"), "seed", "top1", "calibration") == [(0, 60, 0)]
-    assert columns(results.with_cost(rows, "seconds"), "top1", "seconds") == [(60, 3)]
 
 
 def test_accuracy_table() -> None:
@@ -115,10 +101,7 @@ def test_accuracy_table() -> None:
         ("Dedicated", "none", 0, False, "75.0", "", "91.0"),
         ("Dedicated", "none", 0, True, "74.0", "", "92.0"),
     ]
-
-
-def test_accuracy_table_has_bit_widths_in_order() -> None:
-    rows = together(run("Ours", {8: (1, 2), 32: (3, 4), 2: (5, 6)}, trained=(32,)))
+    rows = run("Ours", {8: (1, 2), 32: (3, 4), 2: (5, 6)}, trained=(32,))
     assert list(results.accuracy_table(rows).columns[7:]) == ["2", "8", "32*"]
 
 
@@ -139,21 +122,20 @@ def test_cost_table() -> None:
         (8, 0, 100, 30, 1, 1),  # of 30 and 31 seconds: rounded half to even
         (8, 0, 200, 23, 1, 1.33),
     ]
+    # Any-Precision's untrained 3 bits cannot be served without calibration, and ours can.
+    assert list(table["calibration (M)"]) == [0, 0, 0, 0.5, 0]
+    table = results.cost_table(run("Ours", {2: (40, 50)}), "table1")
+    assert columns(table, "top1 (%)", "fewer passes") == [("40.0", None)]  # nothing to compare with
+    rows = run("Any-Precision", {2: (60, 0), 3: (None, 0), 4: (None, 70)}, seconds=3)
+    assert columns(results.with_cost(rows, "calibration"), "seed", "top1", "calibration") == [(0, 60, 0)]
+    assert columns(results.with_cost(rows, "seconds"), "top1", "seconds") == [(60, 3)]
 
 
 def test_cost_table_rounds() -> None:
-    """Means over three seeds: passes to one of them, shares to a tenth of a percent, seconds to whole ones."""
-    runs = [
-        run(
-            "Any-Precision",
-            {2: (1, 1), 3: (None, 1)},
-            seed=seed,
-            passes=123_456_789 + seed,
-            scored=41_152_263,
-            seconds=s,
-        )
-        for seed, s in enumerate((10.2, 10.4, 10.6, 10.4))
-    ]
+    """Means over four seeds: passes to one of them, shares to a tenth of a percent, seconds to whole ones."""
+    shared = {"scored": 41_152_263, "accuracy": {2: (1, 1), 3: (None, 1)}}
+    seconds = enumerate((10.2, 10.4, 10.6, 10.4))
+    runs = [run("Any-Precision", seed=k, passes=123_456_789 + k, seconds=s, **shared) for k, s in seconds]
     rows = together(*runs).assign(calibration_passes=lambda t: t.adapted * (123_456_789 + t.seed))
     table = results.cost_table(rows, "table1")
     names = ("passes (M)", "scoring (%)", "calibration (M)", "steps", "seconds")
@@ -167,12 +149,6 @@ def test_what_is_saved_is_against_the_first_any_precision() -> None:
     ours = run("Ours", {2: (50, 0)}, rate=0.8, passes=200, seconds=40)
     table = results.cost_table(together(first, other, ours), "table1")
     assert columns(table, "fewer passes", "faster") == [(1, 1), (1, 0.8), (4, 2.5)]
-
-
-def test_calibration_is_what_cannot_be_served_without() -> None:
-    """Any-Precision's untrained 3 bits need it, and ours none, adapted or not."""
-    table = results.cost_table(table_1(), "table1")
-    assert list(table["calibration (M)"]) == [0, 0, 0, 0.5, 0]
 
 
 def curve() -> pd.DataFrame:
@@ -207,20 +183,11 @@ def test_equal_time_table() -> None:
         (4, 105, 65.5, "", "59.0 (8 epochs)"),
         (8, 200, 75.0, "68.0 (4 epochs)", "59.0 (8 epochs)"),
     ]
-
-
-def test_equal_time_table_keeps_the_order_of_the_rows() -> None:
-    long, short = ({"epochs": epochs, "seconds": 10.0 * epochs} for epochs in (8, 4))
-    rows = together(
-        run("Any-Precision", {2: (60, 0), 4: (61, 0), 8: (61, 0)}, trained=(2, 4, 8), **long),
-        run("Any-Precision", {2: (50, 0)}, **short),
-        run("Ours, own statistics", {2: (58, 0)}, rate=0.8, **short),
-        run("Ours", {2: (57, 0)}, rate=0.8, **short),
-    )
-    table = results.equal_time_table(rows)
-    names = ["Ours, own statistics, 80% pruned", "Ours, 80% pruned"]
-    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", *names]
-    assert columns(table, "epochs", "Any-Precision") == [(8, 60.7), (4, 50.0)]
+    backwards = curve()[::-1]
+    backwards.loc[backwards.pruning_rate.gt(0), "method"] = "Ours, own statistics"
+    backwards = results.equal_time_table(backwards)
+    assert list(backwards.columns[3:]) == ["Ours, own statistics, 80% pruned", "Ours, 0% pruned"]
+    assert list(backwards.epochs) == [8, 4]  # as in the rows
 
 
 def test_comparison_table() -> None:
@@ -356,11 +323,6 @@ def test_untrained_table() -> None:
     ]
 
 
-def test_served_is_without_adaptation_where_that_can_be() -> None:
-    rows = results.served(run("Any-Precision", {2: (70, 71), 3: (None, 40)}))
-    assert columns(rows, "bits", "adapted", "top1") == [(2, False, 70), (3, True, 40)]
-
-
 def test_transfer_table() -> None:
     def child(trained: tuple[int, ...], top1: dict[int, float], scheme: str, seed: int = 0) -> pd.DataFrame:
         rows = run("Ours", {b: (1.0, value) for b, value in top1.items()}, trained=trained, seed=seed)
@@ -379,11 +341,6 @@ def test_transfer_table() -> None:
         (2, "53.0 ± 1.4", "50.0", "61.0 ± 1.4", "8.0 ± 2.8"),
         (8, "71.0", "66.0", "80.0 ± 0.0", "9.0"),
     ]
-
-
-def test_cost_table_without_a_baseline() -> None:
-    table = results.cost_table(run("Ours", {2: (40, 50)}), "table1")
-    assert columns(table, "top1 (%)", "fewer passes") == [("40.0", None)]
 
 
 PAPER = "method,pruning_rate,metric,value,source\n" + "\n".join(
@@ -452,46 +409,32 @@ def test_gap_table() -> None:
         (83.1, 83.1, 83.1),
     ]
     assert columns(table, "mean closes (%)", "mean_var closes (%)") == [(40, 80), (None, None), (None, None)]
+    assert list(results.gap_table(rows[rows.correction != "mean"]).columns[-1:]) == ["mean_var closes (%)"]
+    for wrong in (rows[rows.correction == "mean_var"], rows[rows.method == "Dedicated"]):
+        with pytest.raises(ValueError, match=r"^rows=.*expected runs of ours on the full data, without correction too"):
+            results.gap_table(wrong)
 
 
-def test_gap_of_a_point_counts() -> None:
+def test_gap_of_a_point_counts_and_is_rounded_to_a_tenth() -> None:
     rows = together(
         run("Ours", {2: (50.0, 51.0), 4: (50.0, 50.75)}),
         run("Ours", {2: (50.25, 0), 4: (50.25, 0)}, correction="mean"),
         run("Ours", {2: (52.0, 0), 4: (52.0, 0)}, correction="mean_var"),
     )
     assert columns(results.gap_table(rows), "mean closes (%)", "mean_var closes (%)") == [(25, 200), (None, None)]
-
-
-def test_gap_table_rounds_to_a_tenth() -> None:
     parts = [run("Ours", {2: (top1, 80)}, seed=seed) for seed, top1 in enumerate((50, 50, 51))]
     table = results.gap_table(together(*parts, run("Ours", {2: (60, 0)}, correction="mean_var")))
     assert columns(table, "none", "mean_var closes (%)") == [(50.3, 32.6)]  # (60 - 151/3) / (80 - 151/3)
 
 
-def test_gap_table_of_one_correction() -> None:
-    """The quickstart has no run corrected in the mean alone."""
-    rows = together(run("Ours", {2: (50, 60)}), run("Ours", {2: (59, 60)}, correction="mean_var"))
-    table = results.gap_table(rows)
-    assert columns(table, "bits", "mean_var closes (%)") == [(2, 90)]
-    assert not [name for name in table if name.startswith("mean closes")]
-
-
-def test_gap_table_without_what_it_compares() -> None:
-    with pytest.raises(ValueError, match=r"^rows=.*expected runs of ours on the full data, without correction too"):
-        results.gap_table(run("Ours", {2: (50, 60)}, correction="mean_var"))
-    with pytest.raises(ValueError, match=r"^rows="):
-        results.gap_table(run("Dedicated", {2: (50, 60)}))
-
-
 def test_save(tmp_path: Path) -> None:
+    """The rows give the same tables when they are read again; a table alone leaves the rows where they are."""
     rows = table_1()
     results.save(results.cost_table(rows, "table1"), tmp_path / "small/01", rows)
-    assert {path.name for path in (tmp_path / "small").iterdir()} == {"01.csv", "01.md"}
+    results.save(pd.DataFrame({"a": [1]}), tmp_path / "small/cost")
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {"01.csv", "01.md", "cost.md"}
     again = pd.read_csv(tmp_path / "small/01.csv", dtype={"run": str})
     pd.testing.assert_frame_equal(again, rows)
-    for table in (results.accuracy_table, results.gap_table, lambda rows: results.cost_table(rows, "table1")):
-        pd.testing.assert_frame_equal(table(again), table(rows))
 
 
 def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
@@ -502,20 +445,3 @@ def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
     assert cells[0] == ["method", "passes", "paper", "none"]
     assert cells[2:] == [["Ours", "1.5", "93.46", ""], ["Dedicated", "2", "", ""]]
     assert (tmp_path / "a.csv").read_text() == "method,passes,paper,none\nOurs,1.5,93.46,\nDedicated,2.0,,\n"
-
-
-def test_save_keeps_the_old_files_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = table_1()
-    results.save(rows, tmp_path / "a", rows)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for broken in ("os.replace", "os.fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(broken, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            with pytest.raises(OSError, match="No space left"):
-                results.save(rows[:1], tmp_path / "a", rows[:1])
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_table_alone_leaves_the_rows_where_they_are(tmp_path: Path) -> None:
-    results.save(pd.DataFrame({"a": [1]}), tmp_path / "cost")
-    assert [path.name for path in tmp_path.iterdir()] == ["cost.md"]

@@ -45,6 +45,22 @@ def unseen() -> nn.Module:
 
 
 @cache
+def packed() -> nn.Module:
+    return emq.pack(model(), 4)
+
+
+@cache
+def switchable() -> nn.Module:
+    return emq.convert(net(), emq.QuantSpec(bits=(2, 4), norm="switchable"))
+
+
+@cache
+def headless() -> nn.Module:
+    layers = (nn.Conv2d(3, 3, 3) for _ in range(3))
+    return emq.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), emq.QuantSpec(bits=(2, 4)))
+
+
+@cache
 def transformer() -> nn.Module:
     vit = emq.models.vit_tiny(10, patch_size=16, width=4, depth=1, heads=1)
     return emq.convert(vit, emq.QuantSpec(bits=(2, 8)))
@@ -242,13 +258,17 @@ TABLE += [
 
 # Networks at any bit-width, and their files
 
-PACKED = {"model": [*MODELS, unseen], "bits": ONE_WIDTH + BY_LAYER}
+PACKED = {"model": [*MODELS, unseen, packed], "bits": ONE_WIDTH + BY_LAYER}
 INTEGERS = {"packed": torch.zeros(1, dtype=torch.uint8), "bits": 2, "count": 4}
 CODES = [None, [1, 2], torch.ones(2), torch.tensor([4]), torch.tensor([-1])]
 ONNX = {"model": model, "path": "a.onnx", "bits": 4, "example_inputs": IMAGE}
 TABLE += [
-    ("convert", {"net": net, "spec": emq.QuantSpec(bits=(2, 4))}, {"net": [*MODELS[:-1], model], "spec": SPECS}),
-    ("set_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
+    (
+        "convert",
+        {"net": net, "spec": emq.QuantSpec(bits=(2, 4))},
+        {"net": [*MODELS[:-1], model, lambda: nn.Sequential(nn.ReLU())], "spec": SPECS},
+    ),
+    ("set_bits", {"model": model, "bits": 4}, {"model": [*MODELS, packed], "bits": ONE_WIDTH + BY_LAYER}),
     ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
     ("summary", {}, {"model": MODELS}),
     ("pack", {"model": model, "bits": 4}, PACKED),
@@ -265,7 +285,7 @@ TABLE += [
 LOAD = {"name": [*NAMES, "imagefolder:a\0b", "imagefolder:" + "a" * 5000, 10**5000]}
 LOAD |= {"image_size": [*GIVEN, 10**6], "workers": [-1, "2", 1.5, 10**9], "stream": [1, "yes", True]}
 MEASURE = {"model": model, "data": digits, "bits": (2, 4)}
-MEASURED = {"model": MODELS, "data": [*PAIRS, []], "bits": BITS}
+MEASURED = {"model": [*MODELS, packed], "data": [*PAIRS, []], "bits": BITS}
 BATCHES = {"data": digits, "split": "test", "device": torch.device("cpu"), "batch_size": 10}
 LEARN = {"model": model, "data": digits, "config": emq.TrainConfig(epochs=1), "progress": False}
 LEARNED = {"model": MODELS, "data": [*DATA, without("train")], "config": CONFIGS, "progress": [None, 1]}
@@ -338,16 +358,19 @@ TABLE += [
 
 # What is measured of networks
 
-ANGLES = {"model": MODELS, "data": DATA, "bits": BITS, "samples": [*COUNTS, 21], "batch_size": COUNTS}
-PROBED = MEASURED | {"samples": COUNTS, "batch_size": COUNTS}
+PROBED = MEASURED | {"samples": [*COUNTS, 1], "batch_size": COUNTS}
+ANGLES = {"model": MODELS, "data": DATA, "bits": BITS, "samples": [*COUNTS, 1, 21], "batch_size": [*COUNTS, 1]}
 TABLE += [
     ("paper.measure.weight_shift", {"model": model}, {"model": MODELS, "bits": BITS}),
     ("paper.measure.preactivations", MEASURE, PROBED),
     ("paper.measure.layer_norms", MEASURE | {"model": transformer}, PROBED),
     ("paper.measure.layer_norms", MEASURE, {"model": [model]}),
+    ("paper.measure.preactivations", MEASURE, {"model": [transformer]}),
     ("paper.measure.angle", {"a": ONES[0], "b": ONES[0]}, {"a": TENSORS, "b": [*TENSORS, torch.ones(3)]}),
     ("paper.measure.gradient_angles", MEASURE | {"samples": 10}, ANGLES),
-    ("paper.measure.linear_probes", MEASURE, PROBED),
+    ("paper.measure.gradient_angles", MEASURE | {"samples": 10, "model": switchable}, {"bits": [(2, 3)]}),
+    ("paper.measure.linear_probes", MEASURE, PROBED | {"model": [*MODELS, headless]}),
+    ("paper.measure.linear_probes", MEASURE | {"model": switchable}, {"bits": [(2, 3)]}),
 ]
 
 # Notebooks and experiments
@@ -360,10 +383,11 @@ NOTEBOOK |= {"lengths": [*LISTS, [4, 4], 0, None, [10**9], True], "seed": [*NUMB
 NOTEBOOK |= {"repeats": [*NUMBERS, -1, 10**9]}
 FINISH = {"runs": lambda: [run()], "results_dir": "results", "progress": False}
 FINISHED = {"runs": [[], None, run, [3], "table1"], "results_dir": [*FOLDERS, damaged], "progress": FLAGS}
+BUDGETS = [0, -1.0, "60", True, NAN, INF, [60]]
 DERIVE = {"run": run, "results_dir": "results", "name": "table", "measure": lambda: len}
 TABLE += [
     ("paper.profiles.parameters", {"profile": "smoke"}, NOTEBOOK),
-    ("paper.runs.run_all", FINISH, FINISHED),
+    ("paper.runs.run_all", FINISH, FINISHED | {"budget": BUDGETS}),
     ("paper.runs.build", {"run": run, "num_classes": 10}, {"run": RUNS, "num_classes": COUNTS}),
     ("paper.runs.trained", {"results_dir": "results"}, {"run": RUNS}),
     ("paper.runs.coreset_rows", {"results_dir": "results"}, {"runs": [lambda: [run()], None, [3]]}),

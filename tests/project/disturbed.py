@@ -76,19 +76,21 @@ def _told(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...], n
     torch.set_num_threads(1)  # rows of another number of threads are others in their last digits
     set_start_method("fork", force=True)  # for processes that decode: what a user's own process would start
     try:
+        pipe.send(("begun", None))
         pipe.send(("value", function(*arguments, **named)))
     except BaseException as error:
         pipe.send(("error", type(error)(*map(str, error.args))))
 
 
 def start(function: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, Any]:
-    """A process that has imported the library already, and where its answer comes from."""
+    """A process that has imported the library already and begins to work now, and where its answer comes from."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["emqlib.paper.experiments", "emqlib.paper.tables"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_told, args=(theirs, function, arguments, named))
     process.start()
     theirs.close()
+    ours.recv()  # a busy machine may take seconds to start it: times are counted from here
     return process, ours
 
 
@@ -127,8 +129,8 @@ class Judge:
     def of(cls, folder: Path, **which: Any) -> "Judge":
         """That of an undisturbed job in `folder`."""
         folder.mkdir(parents=True)
-        begin = time.perf_counter()
-        ended = call(job, folder, **which)
+        process, begin = start(job, folder, **which), time.perf_counter()
+        ended = end(*process)
         assert ended.error is None and ended.value is not None, ended
         return cls(comparable(ended.value), time.perf_counter() - begin, which)
 

@@ -60,15 +60,38 @@ def test_ranges_show_each_value_and_the_median() -> None:
     assert marks == [2, 5]
 
 
+TINY = {"resnet8": {"width": 4}}
+ON_LITTLE = {  # what each is asked to measure of a few digits, and how many rows that gives
+    "implementations": ((("none",), ("eager",), ("plain", "ours")), {"repeats": 2, "batch": 4}, 8),
+    "loading": ((TINY,), {"repeats": 2}, 2),
+    "recording": ((("tdds", "el2n"),), {"repeats": 2}, 4),
+    "schemes": ((), {"repeats": 2, "epochs": 4}, 6),
+    "steps": ((TINY, ("none", "bfloat16"), ("eager",)), {"bits": (1, 8), "repeats": 2, "batch": 4}, 16),
+}
+
+
 @pytest.mark.processor
-def test_steps(digits: emq.Dataset) -> None:
-    steps = benchmark("steps")
-    asked = {"networks": {"resnet8": {"width": 4}}, "precisions": ("none", "bfloat16"), "modes": ("eager",)}
-    rows = steps.measure(digits, **asked, bits=(1, 8), repeats=2, batch=4)
-    assert len(rows) == 2 * 2 * 2 * 2 and (rows[["plain", "ours"]] > 0).all(axis=None)
-    table = steps.summary(rows)
-    assert len(table) == 8 and set(table.setting) == {"eager"} and (table.best == table["eager, median"]).all()
-    pyplot.close(steps.figure(rows).figure)
+@pytest.mark.parametrize("name", ON_LITTLE)
+def test_on_little_data(name: str, digits: emq.Dataset) -> None:
+    """Each repeat measures the same cases, in times above zero; its rows give a table and a figure."""
+    arguments, options, count = ON_LITTLE[name]
+    module = benchmark(name)
+    rows = module.measure(digits, *arguments, **options)
+    assert len(rows) == count and set(rows.repeat) == {0, 1}
+    cases = rows[rows.columns.intersection(["network", "score", "scheme", "implementation", "phase", "precision"])]
+    assert cases[rows.repeat == 0].to_numpy().tolist() == cases[rows.repeat == 1].to_numpy().tolist()
+    times = rows[rows.columns.intersection(["seconds", "plain", "ours", "scored", "batch", "step"])]
+    assert not times.empty and (times > 0).all(axis=None)
+    assert not module.summary(rows).empty
+    pyplot.close(module.figure(rows).figure)
+
+
+def test_schemes_count_their_passes(digits: emq.Dataset) -> None:
+    schemes = benchmark("schemes")
+    rows = schemes.measure(digits.subset(30, 10), repeats=1, epochs=4)
+    passes = [3 * 4 * 30, *[3 * (3 * 8 + 6)] * 2]  # a phase of 3 epochs on 8
+    assert rows.sample_passes.tolist() == passes
+    assert schemes.summary(rows)["fewer passes"].tolist() == [360 / count for count in passes]
 
 
 def test_steps_take_each_network_in_its_faster_setting() -> None:
@@ -82,28 +105,6 @@ def test_steps_take_each_network_in_its_faster_setting() -> None:
     ]
     table = steps.summary(pd.DataFrame(rows)).iloc[0]
     assert (table["eager, median"], table.best, table.setting) == (0.4, 0.5, "compiled")
-
-
-def test_implementations(digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    implementations = benchmark("implementations")
-    monkeypatch.delenv("EMQ_ANY_PRECISION", raising=False)
-    rows = implementations.measure(digits, ("none",), ("eager",), ("plain", "ours"), repeats=2, batch=4)
-    assert list(rows.implementation) == ["plain", "plain", "ours", "ours"] * 2 and (rows.seconds > 0).all()
-    table = implementations.summary(rows)
-    assert (
-        list(table.phase) == ["training"] * 2 + ["inference"] * 2
-        and list(table.implementation) == ["plain", "ours"] * 2
-    )
-    assert list(table.ours_is_faster[table.implementation == "ours"]) == [1, 1]
-    with pytest.warns(UserWarning, match="published code: not run .EMQ_ANY_PRECISION=''"):
-        assert implementations.implementations(digits, digits.train.images[:2].float(), ("published code",)) == {}
-
-
-def test_loading(digits: emq.Dataset) -> None:
-    loading = benchmark("loading")
-    rows = loading.measure(digits, {"resnet8": {"width": 4}}, repeats=2)
-    assert list(rows.repeat) == [0, 1] and (rows.share == rows.batch / rows.step).all()
-    assert list(loading.summary(rows).network) == ["resnet8"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
@@ -194,7 +195,11 @@ def test_the_published_code_trains_every_bit_width_highest_first(digits: emq.Dat
     assert net.seen == [8, 4, 2] and net.fc.weight.grad.abs().sum() > 0
 
 
-def test_without_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_checkout(digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("EMQ_ANY_PRECISION", raising=False)
+    images, code = digits.train.images[:2].float(), ("published code",)
+    with pytest.warns(UserWarning, match="published code: not run .EMQ_ANY_PRECISION=''"):
+        assert benchmark("implementations").implementations(digits, images, code) == {}
     monkeypatch.setenv("EMQ_ANY_PRECISION", str(tmp_path))
     with pytest.raises(ValueError, match=r"^EMQ_ANY_PRECISION='.*': expected a checkout of SHI-Labs"):
         benchmark("any_precision").published()
@@ -211,32 +216,6 @@ def test_a_target_that_is_not_reached() -> None:
         "b": 5,
     }
     assert table["times faster"]["b"] == 4 and table["best top1"]["b"] == 60 and set(table.target) == {50}
-
-
-def test_recording() -> None:
-    pytest.importorskip("sklearn")
-    recording = benchmark("recording")
-    rows = recording.measure(emq.load_dataset("digits").subset(32, 10), scores=("tdds", "el2n"), repeats=2)
-    assert list(zip(rows.repeat, rows.score, strict=True)) == [(0, "tdds"), (0, "el2n"), (1, "tdds"), (1, "el2n")]
-    assert (rows.ratio == rows.scored / rows.plain).all() and (rows.plain > 0).all()
-    summary = recording.summary(rows)
-    assert list(summary.score) == ["tdds", "el2n"] and list(summary.classes) == [10, 10]
-    assert (summary["min"] <= summary["median"]).all() and (summary["median"] <= summary["max"]).all()
-
-
-def test_schemes() -> None:
-    pytest.importorskip("sklearn")
-    schemes = benchmark("schemes")
-    rows = schemes.measure(emq.load_dataset("digits").subset(30, 10), repeats=2, epochs=4)
-    names = ["Any-Precision", "ours, 80% pruned", "ours, 80% pruned, redrawn"]
-    assert list(zip(rows.repeat, rows.scheme, strict=True)) == [(r, name) for r in (0, 1) for name in names]
-    summary = schemes.summary(rows).set_index("scheme")
-    passes = dict(zip(names, (3 * 4 * 30, 3 * (3 * 8 + 6), 3 * (3 * 8 + 6)), strict=True))  # a phase of 3 epochs on 8
-    assert (rows.sample_passes == rows.scheme.map(passes)).all()
-    assert summary["fewer passes"].to_dict() == {name: 360 / count for name, count in passes.items()}
-    assert summary["times faster, median"]["Any-Precision"] == 1 and (rows.seconds > 0).all()
-    first = [rows[(rows.repeat == 0) & (rows.scheme == name)].seconds.item() for name in names]
-    assert rows.repeat.nunique() == 2 and summary["times faster, min"][names[1]] <= round(first[0] / first[1], 2)
 
 
 GROWING = """

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -41,17 +40,8 @@ def papermill(checkout: Path, cwd: Path, notebook: str, output: Path, *arguments
     """Run a notebook in a fresh kernel, with no settings of the user's; returns what papermill said where it failed."""
     own = {"PYTHONPATH": str(checkout), "EMQ_PROFILE": profile, "OMP_NUM_THREADS": "1"}
     own |= {name: str(checkout.parent / "user") for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")}
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "-k",
-        "python3",
-        "--no-progress-bar",
-        notebook,
-        str(output),
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", notebook, str(output)]
+    command += arguments
     result = subprocess.run(command, cwd=cwd, env=os.environ | own, capture_output=True, text=True)
     return result.stderr if result.returncode else ""
 
@@ -135,19 +125,9 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(place / "01_cifar10.csv", dtype={"run": str})
     assert set(rows.method) == {"Dedicated", "Any-Precision", "Ours"}
     assert set(rows.bits[rows.trained]) == {2, 4, 8}
-    cost = rows.drop_duplicates("run").groupby(["method", "pruning_rate", "coreset"])[
-        ["sample_passes", "scoring_passes"]
-    ]
-    passes, scored = cost.max().to_numpy().T
-    images, epochs = 96, 4  # of the profile
-    kept = {0.5: (48, 64), 0.8: (19, 26), 0.9: (10, 13)}  # in an epoch, and in each of three that score 4/3 as many
-    full = [("Any-Precision", 0.0), ("Dedicated", 0.0), ("Ours", 0.0)]
-    bits = {"Any-Precision": 3, "Dedicated": 1, "Ours": 3}
-    expected = {(method, rate, "full data"): bits[method] * epochs * images for method, rate in full}
-    expected |= {("Ours", rate, "RS2"): 3 * epochs * count for rate, (count, _) in kept.items()}
-    expected |= {("Ours", rate, "tdds"): 3 * (count + 3 * score) for rate, (count, score) in kept.items()}
-    assert dict(zip(cost.groups, passes, strict=True)) == expected
-    assert [key for key, count in zip(cost.groups, scored, strict=True) if count] == [("Ours", r, "tdds") for r in kept]
+    kinds = rows[["method", "pruning_rate", "coreset"]].drop_duplicates().itertuples(index=False, name=None)
+    full = {(method, 0.0, "full data") for method in ("Any-Precision", "Dedicated", "Ours")}
+    assert {*kinds} == full | {("Ours", rate, name) for rate in (0.5, 0.8, 0.9) for name in ("RS2", "tdds")}
     assert "paper: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
 
 
@@ -183,18 +163,14 @@ def test_what_the_readme_has_one_try_is_run(notebook: str, checkout: Path, tmp_p
     assert not papermill(checkout, checkout / "notebooks", f"{notebook}.ipynb", tmp_path / "out.ipynb", *arguments)
 
 
-def test_wrong_bits() -> None:
-    with pytest.raises(ValueError, match=r"^bits='\[2,banana\]': expected a list"):
-        read("01_cifar10", "-p", "bits", "[2,banana]")
-
-
 def test_imagenet_by_the_users_own_call_says_at_once_where_to_put_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMQ_DATA", str(tmp_path / "nothing"))
     given = ("-p", "bits", "[2,4,8]", "-p", "profile", "small", "-p", "results_dir", str(tmp_path / "made"))
-    p, begin = read("03_imagenet", *given)["p"], time.process_time()
+    p, trained = read("03_imagenet", *given)["p"], []
+    monkeypatch.setattr("emqlib.paper.runs.train", lambda *_, **__: trained.append(1))
     with pytest.raises(FileNotFoundError, match=r"(?s)^no data for 'imagenet'. Looked in:.*image-net.org") as error:
         experiments.run_all(experiments.imagenet(p), p.results_dir)
-    assert str(tmp_path / "nothing/imagenet") in str(error.value) and time.process_time() - begin < 1
+    assert str(tmp_path / "nothing/imagenet") in str(error.value) and not trained
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

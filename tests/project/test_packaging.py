@@ -15,7 +15,6 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -73,7 +72,7 @@ print(json.dumps({
 
 def run(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -115,12 +114,6 @@ def installed(published: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return folders
 
 
-@pytest.fixture(scope="module")
-def metadata(published: dict[str, Path]) -> Message:
-    with zipfile.ZipFile(published["wheel"]) as wheel:
-        return email.message_from_bytes(wheel.read(f"{NAME}.dist-info/METADATA"))
-
-
 def test_one_version_everywhere() -> None:
     """`emqlib.__version__`, from which the files published have it; who cites it finds the changelog's date."""
     released = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", CHANGELOG, re.MULTILINE)
@@ -131,35 +124,23 @@ def test_one_version_everywhere() -> None:
     assert set(re.findall(r"emqlib[-=]+(\d[\d.]*\d)", README)) <= {emq.__version__}
 
 
-def test_wheel_holds_the_package_alone(held: list[str], published: dict[str, Path]) -> None:
-    modules = {name for name in held if name.startswith("emqlib/")}
+def test_what_is_published_is_the_package_and_what_it_takes_to_build(
+    held: list[str], published: dict[str, Path]
+) -> None:
+    """The wheel holds the package alone, byte for byte; the sdist also what the build reads."""
+    package = {name: (ROOT / name).read_bytes() for name in held if name.startswith("emqlib/")}
     about = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
     with zipfile.ZipFile(published["wheel"]) as wheel:
         names = wheel.namelist()
-        assert sorted(names) == sorted(modules | {f"{NAME}.dist-info/{name}" for name in about})
-        assert {name: wheel.read(name) for name in modules} == {name: (ROOT / name).read_bytes() for name in modules}
-
-
-def test_sdist_holds_what_it_takes_to_build(held: list[str], published: dict[str, Path]) -> None:
-    package = {name for name in held if name.startswith("emqlib/")}
-    papers = {"CHANGELOG.md", "CITATION.cff", "GUIDE.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+        assert sorted(names) == sorted(package.keys() | {f"{NAME}.dist-info/{name}" for name in about})
+        assert {name: wheel.read(name) for name in package} == package
+    papers = ("CHANGELOG.md", "CITATION.cff", "GUIDE.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
+    ours = package | {name: (ROOT / name).read_bytes() for name in papers}
     with tarfile.open(published["sdist"]) as sdist:
-        texts = {file.name: sdist.extractfile(file).read() for file in sdist.getmembers() if file.isfile()}
-    ours = {f"{NAME}/{name}": (ROOT / name).read_bytes() for name in package | papers}
-    assert {name: text for name, text in texts.items() if name in ours} == ours
-    made = {name.removeprefix(f"{NAME}/") for name in texts.keys() - ours}
-    assert {name for name in made if not name.startswith("emqlib.egg-info/")} == {"PKG-INFO", "setup.cfg"}
-
-
-def test_metadata(metadata: Message) -> None:
-    one = ["Name", "Version", "Requires-Python", "License-Expression", "License-File", "Project-URL"]
-    paper = "Paper, https://arxiv.org/abs/2510.20673"
-    assert [metadata.get_all(key) for key in one] == [
-        [value] for value in ("emqlib", emq.__version__, ">=3.11", "MIT", "LICENSE", paper)
-    ]
-    assert metadata["Summary"] == PROJECT["description"] and "emqlib" in metadata["Author"]
-    described = metadata.get_payload(decode=True).decode().strip()
-    assert metadata["Description-Content-Type"] == "text/markdown" and described == README.strip()
+        files = [file for file in sdist.getmembers() if file.isfile()]
+        texts = {file.name.removeprefix(f"{NAME}/"): sdist.extractfile(file).read() for file in files}
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {k: v for k, v in texts.items() if k not in made and not k.startswith("emqlib.egg-info/")} == ours
 
 
 def requirement(text: str, extra: str | None = None) -> tuple[str, frozenset[str], str | None]:
@@ -168,16 +149,24 @@ def requirement(text: str, extra: str | None = None) -> tuple[str, frozenset[str
     return name, frozenset(bounds.split(",")), marked or extra
 
 
-def test_metadata_names_every_dependency_and_extra(metadata: Message) -> None:
+def test_metadata(published: dict[str, Path]) -> None:
+    """The wheel's are those of pyproject.toml and the README; every extra that the README names is offered."""
+    with zipfile.ZipFile(published["wheel"]) as wheel:
+        metadata = email.message_from_bytes(wheel.read(f"{NAME}.dist-info/METADATA"))
+    one = {"Name": "emqlib", "Version": emq.__version__, "Requires-Python": ">=3.11", "License-Expression": "MIT"}
+    one |= {"License-File": "LICENSE", "Project-URL": "Paper, https://arxiv.org/abs/2510.20673"}
+    assert {key: metadata.get_all(key) for key in one} == {key: [value] for key, value in one.items()}
+    assert metadata["Summary"] == PROJECT["description"] and "emqlib" in metadata["Author"]
+    described = metadata.get_payload(decode=True).decode().strip()
+    assert metadata["Description-Content-Type"] == "text/markdown" and described == README.strip()
     extras = PROJECT["optional-dependencies"]
     expected = [requirement(text) for text in PROJECT["dependencies"]]
     expected += [requirement(text, extra) for extra, group in extras.items() for text in group]
     found = [requirement(text) for text in metadata.get_all("Requires-Dist")]
     assert len(found) == len(expected) and set(found) == set(expected)
-    offered = set(metadata.get_all("Provides-Extra"))
-    assert offered == set(extras)
+    assert set(metadata.get_all("Provides-Extra")) == set(extras)
     named = {extra for group in re.findall(r"(?:emqlib|\.)\[([\w,]+)\]", README) for extra in group.split(",")}
-    assert named and named <= offered
+    assert named and named <= set(extras)
 
 
 def test_the_sdist_makes_the_same_wheel(installed: dict[str, Path]) -> None:

@@ -30,7 +30,7 @@ def plain_environment() -> dict[str, str]:
 
 
 def launch(folder: Path, *cases: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [process_worker.__file__, str(folder), *cases]
     return subprocess.run(command, env=plain_environment(), capture_output=True, text=True, timeout=300)
 
