@@ -64,12 +64,12 @@ def checked(checkpoint: Any) -> Path | None:
 
 
 def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it."""
+    """What a checkpoint must have in common with the run that goes on from it, as it stands in JSON."""
     asked = {k: v for k, v in asdict(config).items() if k != "device"}
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     net = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     spec = {f"spec.{k}": v for k, v in asdict(model.emq.spec).items()}
-    return asked | spec | {"net": net, "data": data.sha256}
+    return json.loads(json.dumps(asked | spec | {"net": net, "data": data.sha256}, default=files.name_of))
 
 
 def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[st
         raise checks.invalid("checkpoint", str(path), f"{expected} ({error!r})") from error
     if missing:
         raise checks.invalid("checkpoint", str(path), f"{expected}, which has {', '.join(sorted(missing))} too")
-    _refuse_another(path, theirs, json.loads(json.dumps(own)))
+    _refuse_another(path, theirs, own)
     return history, state
 
 

@@ -161,12 +161,11 @@ def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
 class Place:
     """Which of several processes this one is, `index` of `count`, that train one network together.
 
-    Alone, `state` is None, nothing is exchanged, and Accelerate is not needed.
+    Alone, nothing is exchanged.
     """
 
     index: int = 0
     count: int = 1
-    state: Any = None  # accelerate.PartialState
 
     @property
     def main(self) -> bool:
@@ -174,11 +173,10 @@ class Place:
         return self.index == 0
 
     def device(self, name: str) -> torch.device:
-        """The device of that name, see `device_named`; among several processes, the one of this process."""
-        if self.state is None:
-            return device_named(name)
-        own = self.state.device
-        return own if own.type == "cuda" else torch.device(own.type)  # not "cpu:0", which no checkpoint loads onto
+        """The device of that name, see `device_named`; among several processes on GPUs, the one of this process."""
+        named = device_named(name)
+        several = self.count > 1 and named.type == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if several else named
 
     def part(self, x: Tensor) -> Tensor:
         """This process's part of a batch (B, ...); parts differ by one sample at most."""
@@ -186,46 +184,49 @@ class Place:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` so that the backward pass averages its gradients over processes."""
-        if self.state is None:
+        if self.count == 1:
             return model
-        device = self.device("")
+        device = next(model.parameters()).device
         devices = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices, **kernels.unsynced_buffers())
 
     def alone(self, wrapped: nn.Module) -> AbstractContextManager:
         """The context of a forward and backward pass whose gradients are averaged together with a later one's."""
-        return nullcontext() if self.state is None else wrapped.no_sync()
+        return nullcontext() if self.count == 1 else wrapped.no_sync()
 
-    def first(self) -> AbstractContextManager:
+    @contextmanager
+    def first(self) -> Iterator[None]:
         """The context of what the main process does before the others."""
-        return nullcontext() if self.state is None else self.state.main_process_first()
+        if not self.main:
+            dist.barrier()
+        yield
+        if self.main and self.count > 1:
+            dist.barrier()
 
     def share(self, value: Any) -> Any:
         """The main process's `value`, in every process."""
-        return value if self.state is None else accelerate().utils.broadcast_object_list([value])[0]
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def collect(self, value: Any) -> list[Any]:
         """Every process's `value`, in every process."""
-        return [value] if self.state is None else accelerate().utils.gather_object([value])
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
 
-    def gather(self, indices: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Sample indices (B,) and tensors (B, ...) of all processes, put together; a missing tensor stays None.
-
-        Processes have parts of unequal size. Indices of -1 pad the shorter ones on the way and are left out again.
-        """
-        if self.state is None:
-            return indices, *tensors
-        utils = accelerate().utils
-        found = [
-            t if t is None else utils.gather(utils.pad_across_processes(t, pad_index=-1)) for t in (indices, *tensors)
-        ]
-        return tuple(None if t is None else t[found[0] >= 0] for t in found)
+    def gather(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Tensors (B, ...) of all processes, put together, on the CPU; a missing tensor stays None."""
+        if self.count == 1:
+            return tensors
+        found = self.collect([None if t is None else t.cpu() for t in tensors])
+        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
 
     def sums(self, *values: float) -> list[float]:
         """Each of `values` summed over processes."""
-        if self.state is None:
-            return list(values)
-        return total(torch.tensor(values, dtype=torch.float64, device=self.state.device)).tolist()
+        return [sum(parts) for parts in zip(*self.collect(values), strict=True)]
 
     @contextmanager
     def joined(self, where: str) -> Iterator[None]:
@@ -254,10 +255,15 @@ def current(device: str = "auto") -> Place:
     Raises:
         ImportError: several processes without Accelerate; says what to install.
     """
-    if started() == 1:
-        return Place()
-    state = accelerate().PartialState(cpu=device_named(device).type == "cpu")
-    return Place(state.process_index, state.num_processes, state)
+    if started() > 1:
+        accelerate().PartialState(cpu=device_named(device).type == "cpu")
+    return here()
+
+
+def here() -> Place:
+    """Where this process stands among those of torch.distributed, if that is initialized."""
+    together = dist.is_available() and dist.is_initialized()
+    return Place(dist.get_rank(), dist.get_world_size()) if together else Place()
 
 
 def accelerate() -> ModuleType:

@@ -270,6 +270,18 @@ BATCHES = {"data": digits, "split": "test", "device": torch.device("cpu"), "batc
 LEARN = {"model": model, "data": digits, "config": emq.TrainConfig(epochs=1), "progress": False}
 LEARNED = {"model": MODELS, "data": [*DATA, without("train")], "config": CONFIGS, "progress": [None, 1]}
 LEARNED |= {"checkpoint": [*FILES[1:], "FILE/a"], "observe": [3, "loss"]}
+LABELLED = [None, 3, "digits", [], [0.5], [[0]], [-1, 0], LABELS.float(), LABELS[:, None], LABELS > 0, {}, iter([0])]
+OWN = {"labels": LABELS, "bits": (2, 4), "epochs": 3, "config": emq.CoresetConfig(score="el2n", pruning_rate=0.5)}
+EPOCHS = [*NUMBERS, -1, 3]
+
+
+@cache
+def coresets() -> emq.Coresets:
+    return emq.Coresets(**OWN)
+
+
+OTHERS_STATE = [None, {}, "state", lambda: coresets().state_dict() | {"ranks": 3}]
+OTHERS_STATE += [lambda: coresets().state_dict() | {"recorders": {2: {}}}]
 TABLE += [
     ("load_dataset", {"name": "digits"}, LOAD),
     ("load_dataset", {"name": "cifar10"}, {"root": PATHS[1:]}),
@@ -283,6 +295,15 @@ TABLE += [
     ("adapt_norm", MEASURE, {"model": [transformer]}),
     ("train.evaluate.batches", BATCHES, {"data": PAIRS, "split": NAMES, "batch_size": COUNTS, "limit": GIVEN}),
     ("train", LEARN, LEARNED),
+    (
+        "Coresets",
+        OWN,
+        {"labels": LABELLED, "bits": BITS, "config": [3, "tdds"], "epochs": [*COUNTS, 1], "seed": NUMBERS},
+    ),
+    ("Coresets.batches", {"self": coresets, "epoch": 0, "batch_size": 2}, {"epoch": EPOCHS, "batch_size": COUNTS}),
+    ("Coresets.sampler", {"self": coresets, "batch_size": 2}, {"batch_size": COUNTS}),
+    ("Coresets.load_state_dict", {"self": coresets, "state": lambda: coresets().state_dict()}, {"state": OTHERS_STATE}),
+    ("soft_targets", {"model": model, "x": IMAGE}, {"model": MODELS}),
 ]
 
 # What is measured of networks
@@ -402,7 +423,7 @@ def made(value: Any) -> Any:
 def function(path: str) -> Callable[..., Any]:
     """The function of this path below `emqlib`."""
     module, _, name = path.rpartition(".")
-    holder = emq.Dataset if module == "Dataset" else import_module(f"emqlib.{module}" if module else "emqlib")
+    holder = getattr(emq, module) if module[:1].isupper() else import_module(f"emqlib.{module}" if module else "emqlib")
     return getattr(holder, name)
 
 

@@ -76,7 +76,7 @@ def dies_in_a_step(count: int) -> None:
 
 def dies_while_scoring(count: int) -> None:
     """Be killed in the scoring phase, before the batch of this number is taken in."""
-    observe, left = coresets.Sampler.observe, [count]
+    observe, left = coresets.Coresets.observe, [count]
 
     def counted(self: Any, *arguments: Any) -> None:
         left[0] -= bool(self.recorders)
@@ -84,7 +84,7 @@ def dies_while_scoring(count: int) -> None:
             _die()
         observe(self, *arguments)
 
-    coresets.Sampler.observe = counted
+    coresets.Coresets.observe = counted
 
 
 def dies_writing(suffix: str, count: int, size: int) -> None:

@@ -20,23 +20,19 @@ from emqlib.layers import NORMS
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.train import data as loading
 from emqlib.train import loop as training
-from emqlib.train.coresets import Sampler, Selection
+from emqlib.train.coresets import Coresets
 from emqlib.train.distributed import Place
 from emqlib.train.loop import LossWatch
 
 
-def sampler(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Sampler:
-    return Sampler(config.coreset, config.scheme, config.seed, bits, labels)
+def coresets(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Coresets:
+    return Coresets(labels, bits, config.coreset, epochs=config.epochs, seed=config.seed, scheme=config.scheme)
 
 
-def selections(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Iterator[Selection]:
-    """What each epoch trains on, for coresets that need no scores."""
-    drawn = sampler(labels, bits, config)
-    yield from (drawn.selection(epoch) for epoch in range(config.epochs))
-
-
-def plans(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> list[list[training.Step]]:
-    return [training.plan(s, config, epoch) for epoch, s in enumerate(selections(labels, bits, config))]
+def plans(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> list[list[tuple[tuple[int, ...], Tensor]]]:
+    """The steps of each epoch, for coresets that need no scores."""
+    drawn = coresets(labels, bits, config)
+    return [drawn.steps(epoch, config.batch_size) for epoch in range(config.epochs)]
 
 
 HUNDRED = torch.arange(100) % 10
@@ -51,11 +47,12 @@ HUNDRED = torch.arange(100) % 10
 def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, n: int) -> None:
     bits = (4,) if scheme == "dedicated" else BITS
     config = TrainConfig(scheme=scheme, epochs=2, batch_size=16, coreset=CoresetConfig(pruning_rate=rate))
-    for epoch, selection in enumerate(selections(torch.arange(n) % 10, bits, config)):
-        steps = training.plan(selection, config, epoch)
-        assert set(selection.subsets) == set(bits)
-        for b, subset in selection.subsets.items():
-            seen = [step.indices for step in steps if b in step.bits]
+    drawn = coresets(torch.arange(n) % 10, bits, config)
+    for epoch in range(2):
+        steps, subsets = drawn.steps(epoch, 16), drawn.subsets(epoch)
+        assert set(subsets) == set(bits)
+        for b, subset in subsets.items():
+            seen = [indices for own, indices in steps if b in own]
             assert torch.cat(seen).sort().values.tolist() == subset.tolist()
             assert len(subset) == max(1, round((1 - rate) * n))
             sizes = [len(indices) for indices in seen]
@@ -65,19 +62,19 @@ def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, 
 
 def test_joint_steps_have_all_bit_widths_highest_first() -> None:
     steps = plans(HUNDRED, BITS, TrainConfig(scheme="joint", batch_size=16))[0]
-    assert {step.bits for step in steps} == {(8, 4, 2)} and len(steps) == 7
+    assert {bits for bits, _ in steps} == {(8, 4, 2)} and len(steps) == 7
 
 
 def test_bitwise_steps_alternate_between_the_children() -> None:
     steps = plans(HUNDRED, BITS, TrainConfig(scheme="bitwise", batch_size=16))[0]
-    assert [step.bits for step in steps] == [(8,), (4,), (2,)] * 7
-    first = [step.indices.tolist() for step in steps[:3]]
+    assert [bits for bits, _ in steps] == [(8,), (4,), (2,)] * 7
+    first = [indices.tolist() for _, indices in steps[:3]]
     assert first[0] != first[1] != first[2] != first[0]
 
 
 def test_every_epoch_is_shuffled_anew() -> None:
     config = TrainConfig(scheme="joint", batch_size=100, epochs=3)
-    orders = [steps[0].indices.tolist() for steps in plans(HUNDRED, BITS, config)]
+    orders = [steps[0][1].tolist() for steps in plans(HUNDRED, BITS, config)]
     assert list(range(100)) not in orders and orders[0] != orders[1] != orders[2] != orders[0]
 
 
@@ -144,7 +141,7 @@ def test_every_parameter_group_follows(digits: Dataset, monkeypatch: pytest.Monk
 def rates(monkeypatch: pytest.MonkeyPatch, data: Dataset, images: int = 6, **fields: object) -> list[float]:
     """The learning rate of each step of a run of three steps an epoch, without the arithmetic of the steps."""
     seen: list[float] = []
-    monkeypatch.setattr(training, "_step", lambda run, step, batch, lr, watch, where: seen.append(lr))
+    monkeypatch.setattr(training, "_step", lambda run, bits, size, batch, lr, *_: seen.append(lr))
     monkeypatch.setattr(LossWatch, "mean", lambda self: 0.0)
     config = quick(**{"scheme": "joint", "batch_size": 2, "lr": 1.0} | fields)
     train(tiny(bits=(4,)), data.subset(images, 2), config)
@@ -207,9 +204,9 @@ def test_another_coreset_does_not_shift_the_shuffling(scheme: str) -> None:
     orders, subsets = [], []
     for every in (0, 1):
         config = TrainConfig(scheme=scheme, epochs=4, batch_size=16, coreset=CoresetConfig(resample_every=every))
-        selection = list(selections(HUNDRED.repeat(2), BITS, config))[3]
-        subset, steps = selection.subsets, training.plan(selection, config, 3)
-        ranks = [torch.searchsorted(subset[s.bits[0]], s.indices) for s in steps]
+        drawn = coresets(HUNDRED.repeat(2), BITS, config)
+        subset, steps = drawn.subsets(3), drawn.steps(3, 16)
+        ranks = [torch.searchsorted(subset[bits[0]], indices) for bits, indices in steps]
         orders.append([rank.tolist() for rank in ranks])
         subsets.append(subset[2].tolist())
     assert orders[0] == orders[1] and subsets[0] != subsets[1]
@@ -253,16 +250,17 @@ def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
     decayed = {"0.weight", "4.weight", "10.weight"}
     memory: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     model.train()
-    steps = [step for epoch in plans(data.train.labels, BITS, config) for step in epoch]
-    for number, step in enumerate(steps, start=1):
-        images = standardized(data.train.images[step.indices], data)
-        target = nn.functional.one_hot(data.train.labels[step.indices], 10).double()
+    drawn = coresets(data.train.labels, BITS, config)
+    steps = [step for epoch in range(config.epochs) for step in drawn.steps(epoch, config.batch_size)]
+    for number, (bits, indices) in enumerate(steps, start=1):
+        images = standardized(data.train.images[indices], data)
+        target = nn.functional.one_hot(data.train.labels[indices], 10).double()
         target = target * (1 - config.label_smoothing) + config.label_smoothing / 10
         total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        for b in step.bits:
+        for b in bits:
             emq.set_bits(model, b)
             logits = model(images)
-            loss = soft_cross_entropy(logits, target, 1.0 if step.weights is None else step.weights[step.indices])
+            loss = soft_cross_entropy(logits, target, drawn.weights(b, indices))
             grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             for name, grad in zip(total, grads, strict=True):
                 total[name] += 0 if grad is None else grad
@@ -332,7 +330,7 @@ def test_steps_are_those_of_the_literal_loop(
     config = quick(**{"batch_size": 15, "schedule": "step", "weight_decay": 0.01} | STEPS[name])
     ours, theirs = (tiny(norm=norm).double() for _ in range(2))
     uneven = (torch.linspace(0.5, 1.5, len(data.train)), 0.0)  # those of random coresets are all one
-    monkeypatch.setattr(Sampler, "_loss_weights", lambda *_: uneven)
+    monkeypatch.setattr(Coresets, "_loss_weights", lambda *_: uneven)
     with float64(monkeypatch):
         train(ours, data, config)
     literal_run(theirs, data, config)
@@ -441,13 +439,14 @@ def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> N
     run = training._Run(
         **{"model": model, "wrapped": model, "forward": model, "data": digits.to(meta), "config": config},
         **{"place": Place(), "device": meta, "loader": batches, "memory_format": torch.contiguous_format},
-        **{"optimizer": optimizer, "scaler": scaler, "sampler": sampler(digits.train.labels, BITS, config)},
+        **{"optimizer": optimizer, "scaler": scaler, "coresets": coresets(digits.train.labels, BITS, config)},
     )
     watch = LossWatch(Place(), model, meta)
     watch.lag = 100  # a loss without a value cannot be looked at
     steps = plans(digits.train.labels, BITS, config)[0][:3]
-    for step, batch in zip(steps, batches.epoch([step.indices for step in steps], torch.Generator()), strict=True):
-        training._step(run, step, batch, 0.1, watch, "step")
+    given = batches.epoch([indices for _, indices in steps], torch.Generator())
+    for (bits, indices), batch in zip(steps, given, strict=True):
+        training._step(run, bits, len(indices), batch, 0.1, watch, "step")
     assert {loss.device for loss, *_ in watch.pending} == {meta}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     assert {p.grad.device for p in weights.values()} == {meta} and run.optimizer.state
@@ -534,53 +533,50 @@ def test_recording_changes_nothing(digits: Dataset, monkeypatch: pytest.MonkeyPa
     assert len({history.loss.tolist()[3] for history in histories}) > 2
 
 
-def watch_losses(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], list[Selection]]:
-    """Whatever `train` computes a loss of, as (step, logits, target, loss), and what was selected for each epoch."""
-    seen: list[tuple[training.Step, Tensor, Tensor, Tensor]] = []
-    selected: list[Selection] = []
-    loss, plan = training._loss, training.plan
+def watch_losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Tensor, Tensor, Tensor | None, Tensor]]:
+    """Of each loss that `train` computes: bit-width, samples, logits, the weights that it was given, its value."""
+    seen: list[tuple[int, Tensor, Tensor, Tensor | None, Tensor]] = []
+    loss, child = training._loss, training._child
 
-    def watched(logits: Tensor, target: Tensor, step: training.Step, *rest: Any) -> Tensor:
-        value = loss(logits, target, step, *rest)
-        seen.append((step, logits.detach(), target, value.detach()))
-        return value
+    def in_child(run: Any, b: int, size: int, part: Any, *rest: Any) -> Tensor:
+        def watched(logits: Tensor, target: Tensor, weights: Tensor | None, config: TrainConfig) -> Tensor:
+            value = loss(logits, target, weights, config)
+            seen.append((b, part[2], logits.detach(), weights, value.detach()))
+            return value
 
-    def planned(selection: Selection, *rest: Any) -> list[training.Step]:
-        selected.append(selection)
-        return plan(selection, *rest)
+        monkeypatch.setattr(training, "_loss", watched)
+        return child(run, b, size, part, *rest)
 
-    monkeypatch.setattr(training, "_loss", watched)
-    monkeypatch.setattr(training, "plan", planned)
-    return seen, selected
+    monkeypatch.setattr(training, "_child", in_child)
+    return seen
 
 
 def test_scores_are_those_of_the_training_passes(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, selected = watch_losses(monkeypatch)
+    seen = watch_losses(monkeypatch)
     train(tiny(), digits, quick(coreset=CoresetConfig(score="el2n", pruning_rate=0.6)))
     found = []
     for b in BITS:
         scores = torch.zeros(100)
-        for step, logits, target, _ in seen[:12]:  # of the scoring phase
-            if step.bits == (b,):
-                scores[step.indices] = emq.coreset.el2n(logits.softmax(1), target)
-        found.append(selected[1].subsets[b].tolist())
+        for _, indices, logits, *_ in (row for row in seen[:12] if row[0] == b):  # of the scoring phase
+            scores[indices] = emq.coreset.el2n(logits.softmax(1), digits.train.labels[indices])
+        found.append(torch.cat([indices for own, indices, *_ in seen[12:] if own == b]).sort().values.tolist())
         assert scores.min() > 0 and found[-1] == emq.coreset.select(scores, 0.6).tolist()
     assert found[0] != found[1] != found[2] != found[0]
 
 
-def test_weighted_losses_are_those_of_the_selections_weights(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weighted_losses_are_those_of_the_coresets_weights(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """mean(w loss), with the weights of the child that the step trains; none in the scoring phase."""
-    seen, selected = watch_losses(monkeypatch)
-    coreset = CoresetConfig(score="el2n", pruning_rate=0.6, how="sample", unbiased=True)
-    train(tiny(), digits, quick(coreset=coreset))
-    assert len(seen) == 3 * 4 + 3 * 2 and [step.weights for step, *_ in seen[:12]] == [None] * 12
-    weights = selected[1].weights
-    assert set(weights) == set(BITS) and not torch.equal(weights[2], weights[8])
-    for step, logits, target, value in seen[12:]:
-        w = weights[step.bits[0]][step.indices]
-        each = -logits.log_softmax(1)[torch.arange(len(target)), target]
-        assert value.item() == pytest.approx(sum((w * each).tolist()) / len(w), rel=1e-5)
-        assert w.min() < 0.9 and w.max() > 1.1
+    seen, drawn = watch_losses(monkeypatch), []
+    select = Coresets._select
+    monkeypatch.setattr(Coresets, "_select", lambda self, *args: select(self, *args) or drawn.append(self))
+    train(tiny(), digits, quick(coreset=CoresetConfig(score="el2n", pruning_rate=0.6, how="sample", unbiased=True)))
+    assert len(seen) == 3 * 4 + 3 * 2 and [weights for *_, weights, _ in seen[:12]] == [None] * 12
+    of_all = drawn[0].loss_weights
+    assert set(of_all) == set(BITS) and not torch.equal(of_all[2], of_all[8])
+    for b, indices, logits, weights, value in seen[12:]:
+        assert torch.equal(weights, of_all[b][indices]) and weights.min() < 0.9 and weights.max() > 1.1
+        each = -logits.log_softmax(1)[torch.arange(len(indices)), digits.train.labels[indices]]
+        assert value.item() == pytest.approx(sum((weights * each).tolist()) / len(indices), rel=1e-5)
 
 
 def test_no_hook_stays_after_an_error(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,18 +615,6 @@ def test_it_learns(scheme: str) -> None:
     table = emq.evaluate(model, data, bits=BITS)
     assert table.trained.all() and (table.top1 > 40).all(), table  # chance: 10
     assert model.layer2[0].conv1.bits == 8  # left at the highest
-
-
-# Stopped and resumed
-
-
-# Stopped when time is up
-
-
-# Losses and weights that are not finite
-
-
-# Killed
 
 
 # Arguments
