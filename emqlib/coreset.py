@@ -56,6 +56,21 @@ def grand_of(p: Tensor, labels: Tensor, features: Tensor) -> Tensor:
 # Scores of a single batch, by name: of p (B, C), labels (B,) and features (B, D) or None, known to be such, to (B,).
 # Training averages them over the epochs of its scoring phase.
 Snapshot = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Own(str):
+    """The name of a score of one's own, which files and tables hold, with the `function` itself."""
+
+    function: Snapshot
+
+    @classmethod
+    def of(cls, function: Snapshot) -> "Own":
+        """Name a function by its module and its name there."""
+        own = cls(f"{function.__module__}.{function.__qualname__}")
+        own.function = function
+        return own
+
+
 SNAPSHOTS: dict[str, Snapshot] = {
     "entropy": lambda p, labels, features: entropy_of(p),
     "el2n": lambda p, labels, features: el2n_of(p, labels),

@@ -102,24 +102,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text, so that its hash can be a name.
-
-    A function, which a configuration may hold, is told by its `name_of`.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=name_of)
-
-
-def name_of(choice: Any) -> str:
-    """A name as it is; of a function its module and qualified name, of another object to be called those of its class.
-
-    TypeError: anything else.
-    """
-    if isinstance(choice, str):
-        return choice
-    if not callable(choice):
-        raise TypeError(f"{type(choice).__name__} is no name, and no function that has one")
-    named = choice if hasattr(choice, "__qualname__") else type(choice)
-    return f"{named.__module__}.{named.__qualname__}"
+    """JSON with sorted keys and no spaces: equal values give equal text, so that its hash can be a name."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(text: str | bytes) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .. import checks, models
 from ..convert import convert
-from ..files import Busy, alone, can_hold_files, canonical_json, digest, name_of, remove_parts, software, write_text
+from ..files import Busy, alone, can_hold_files, canonical_json, digest, remove_parts, software, write_text
 from ..layers import QuantSpec
 from ..train import distributed
 from ..train.checkpoint import Deadline, OutOfTime
@@ -96,7 +96,7 @@ class Run:
         if not self.pruning_rate:
             return "full data"
         options = _asked(self.config.coreset)
-        name = name_of(options.pop("score", "random"))
+        name = options.pop("score", "random")
         if name == "random" and options.pop("resample_every", 1) == 1:
             name = "RS2"  # a random coreset that is drawn anew each epoch
         if options.pop("unscored", False):

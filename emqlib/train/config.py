@@ -1,5 +1,6 @@
 """What a training run is asked for, checked before it starts."""
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
@@ -8,7 +9,7 @@ import torch
 
 from .. import checks
 from ..checks import Range
-from ..coreset import Snapshot
+from ..coreset import Own
 from . import distributed
 
 Score = Literal["random", "entropy", "forgetting", "el2n", "grand", "moderate", "tdds"]
@@ -16,19 +17,23 @@ SCORES = get_args(Score)
 MOST_EPOCHS = 100_000  # all are planned before the first one starts
 
 
-def _score(name: str, value: Any) -> str | Snapshot:
-    """A name as it is, a function if it scores a small batch as it should."""
-    if not callable(value):
-        return checks.choice(name, value, SCORES)
-    expected = "a function of p (B, C), labels (B,) and features (B, D) or None that gives finite numbers (B,)"
+def _score(name: str, value: Any) -> str:
+    """`value`, if it is a name; a function becomes an `Own`, if it scores a small batch as it should."""
+    if isinstance(value, Own) or (isinstance(value, str) and value in SCORES):
+        return value
+    of = "a function of p (B, C), labels (B,) and features (B, D) or None that gives finite numbers (B,)"
+    expected = f"one of {', '.join(sorted(SCORES))}, or {of}"
+    if not inspect.isfunction(value):
+        raise checks.invalid(name, value, expected)
+    if "<" in value.__qualname__:  # two of them may have one name
+        raise checks.invalid(name, value, "a function that is defined in a module, not inside another or by lambda")
     try:
         scores = value(torch.full((2, 4), 0.25), torch.tensor([0, 3]), torch.ones(2, 3))
-        good = scores.shape == (2,) and bool(scores.isfinite().all()) and not scores.is_complex()
-    except Exception as error:  # whatever the function raises
+        if scores.shape != (2,) or not bool(scores.isfinite().all()):
+            raise ValueError(f"it gives {scores}")
+    except Exception as error:  # the function may raise anything
         raise checks.invalid(name, value, f"{expected} ({error!r})") from error
-    if not good:
-        raise checks.invalid(name, value, expected)
-    return value
+    return Own.of(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,9 @@ class CoresetConfig:
         ValueError: names the field, its value and what is allowed.
     """
 
-    score: Annotated[Score | Snapshot, _score] = "random"  # ranks samples; or a function of (p, labels, features)
+    score: Annotated[Score | Own, _score] = (
+        "random"  # how a bit-width ranks samples; or your own f(p, labels, features)
+    )
     pruning_rate: Annotated[float, Range(0, 1, high_open=True)] = 0.8  # fraction of the training set left out
     resample_every: Annotated[int, Range(0)] = 1  # epochs between two draws; 0 keeps the first one
     scoring_epochs: Annotated[int, Range(0)] = 0  # first epochs, on all candidates; 0: as few as the score needs
@@ -75,8 +82,7 @@ class CoresetConfig:
 
     @property
     def _least_epochs(self) -> int:
-        named = "mean" if callable(self.score) else self.score
-        return {"random": 0, "tdds": self.window, "forgetting": 2}.get(named, 1)
+        return {"random": 0, "tdds": self.window, "forgetting": 2}.get(self.score, 1)
 
     @property
     def warmup(self) -> int:
@@ -84,7 +90,7 @@ class CoresetConfig:
         return (self.scoring_epochs or self._least_epochs) if self.pruning_rate else 0
 
     def check_epochs(self, epochs: int) -> int:
-        """`epochs`, if a run of so many goes on after the scoring phase."""
+        """`epochs`, if there are more of them than in the scoring phase."""
         if epochs <= self.warmup:
             raise checks.invalid("epochs", epochs, f"more than the {self.warmup} of the coreset's scoring phase")
         return epochs

@@ -28,6 +28,11 @@ class Recorder(nn.Module):
     A sample is observed at most once an epoch. Samples that are not observed keep their score.
     """
 
+    def __init__(self, **tables: Tensor) -> None:
+        super().__init__()
+        for name, table in tables.items():
+            self.register_buffer(name, table)
+
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Take in a batch: sample indices (B,), softmax p (B, C), labels (B,), the last layer's input (B, D)."""
         raise NotImplementedError
@@ -46,14 +51,16 @@ class TDDSRecorder(Recorder):
     """
 
     def __init__(self, n: int, num_classes: int, window: int, decay: float, dtype: torch.dtype = torch.float16) -> None:
-        super().__init__()
-        self.window, self.decay = coreset.check_window(window, decay)
+        window, decay = coreset.check_window(window, decay)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        self.register_buffer("previous", _table(n, num_classes, dtype))
-        self.register_buffer("ring", torch.zeros(n, window - 1, dtype=exact))
-        self.register_buffer("score", torch.zeros(n, dtype=exact))
-        self.register_buffer("last", torch.full((n,), -2, dtype=torch.int16))
-        self.register_buffer("deltas", torch.zeros(n, dtype=torch.int16))  # since the last gap
+        super().__init__(
+            previous=_table(n, num_classes, dtype),
+            ring=torch.zeros(n, window - 1, dtype=exact),
+            score=torch.zeros(n, dtype=exact),
+            last=torch.full((n,), -2, dtype=torch.int16),
+            deltas=torch.zeros(n, dtype=torch.int16),  # since the last gap
+        )
+        self.window, self.decay = window, decay
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Compare p (B, C) of the samples `indices` (B,) with that of the epoch before; the rest is not needed."""
@@ -95,10 +102,8 @@ class MeanRecorder(Recorder):
     """The mean over the observed epochs of a score of single batches, see `coreset.SNAPSHOTS`. Memory: 8 N bytes."""
 
     def __init__(self, n: int, score: Callable[..., Tensor]) -> None:
-        super().__init__()
+        super().__init__(total=torch.zeros(n), count=torch.zeros(n, dtype=torch.int32))
         self.score = score
-        self.register_buffer("total", torch.zeros(n))
-        self.register_buffer("count", torch.zeros(n, dtype=torch.int32))
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Add the score of p (B, C), labels (B,) and features (B, D) to the sums of the samples `indices` (B,)."""
@@ -114,11 +119,8 @@ class ForgettingRecorder(Recorder):
     """`coreset.forgetting` as a stream. Memory: 10 N bytes."""
 
     def __init__(self, n: int) -> None:
-        super().__init__()
-        self.register_buffer("right", torch.zeros(n, dtype=torch.bool))
-        self.register_buffer("learned", torch.zeros(n, dtype=torch.bool))
-        self.register_buffer("forgotten", torch.zeros(n, dtype=torch.int32))
-        self.register_buffer("observed", torch.zeros(n, dtype=torch.int32))
+        types = {"right": torch.bool, "learned": torch.bool, "forgotten": torch.int32, "observed": torch.int32}
+        super().__init__(**{name: torch.zeros(n, dtype=dtype) for name, dtype in types.items()})
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Count which of the samples `indices` (B,) are wrong by p (B, C) and labels (B,) and were right before."""
@@ -137,9 +139,7 @@ class ModerateRecorder(Recorder):
     """`coreset.moderate` of the latest features, as centrality. Memory: N (2 D + 8) bytes."""
 
     def __init__(self, n: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("features", torch.zeros(n, width, dtype=torch.float16))
-        self.register_buffer("labels", torch.full((n,), -1, dtype=torch.int64))
+        super().__init__(features=torch.zeros(n, width, dtype=torch.float16), labels=torch.full((n,), -1))
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Keep features (B, D) and labels (B,) of the samples `indices` (B,)."""
@@ -168,7 +168,8 @@ def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device
         return ForgettingRecorder(n).to(device)
     if config.score == "moderate":
         return ModerateRecorder(n, width).to(device)
-    return MeanRecorder(n, config.score if callable(config.score) else coreset.SNAPSHOTS[config.score]).to(device)
+    own = isinstance(config.score, coreset.Own)
+    return MeanRecorder(n, config.score.function if own else coreset.SNAPSHOTS[config.score]).to(device)
 
 
 _TINY = 0.1  # of the weight of the highest rank, that of the lowest: no sample is out of reach of a draw
@@ -189,12 +190,9 @@ class Coresets:
 
     `train` is written on this, and so can be a training loop of your own, in which each step trains one child model:
 
-        coresets = emq.Coresets(labels, (2, 4, 8), emq.CoresetConfig(score="tdds"), epochs=epochs)
         for epoch in range(epochs):
             for bits, indices in coresets.batches(epoch, batch_size=128):
-                emq.set_bits(model, bits)
-                logits = model(images[indices])
-                ...  # loss, backward pass and optimizer step
+                ...  # `set_bits`, and a step on these samples
                 coresets.observe(bits, indices, logits, labels[indices])
 
     Everything random comes from the seed. Processes that train together by torch.distributed make the same calls: all
@@ -205,11 +203,11 @@ class Coresets:
             `Dataset`, or a map-style one, whose `targets` or `labels` are read, or else its items one by one.
         bits: the bit-widths to train.
         config: how coresets are chosen; None trains on the full data.
-        epochs: how many there will be.
+        epochs: how many there will be, more than the scoring phase has.
         scheme: "joint" or "dedicated", as in `TrainConfig`, for `steps`.
 
     Raises:
-        ValueError: names the argument that is wrong; no more epochs than the scoring phase has are too few.
+        ValueError: names the argument that is wrong.
 
     Attributes:
         rows: one row for each draw and bit-width, see `train`.
@@ -227,10 +225,9 @@ class Coresets:
         seed: int = 0,
         scheme: str = "bitwise",
     ) -> None:
-        self.config = CoresetConfig(pruning_rate=0) if config is None else config
-        checks.instance(
-            "config", self.config, CoresetConfig, 'a CoresetConfig, for example CoresetConfig(score="tdds")'
-        )
+        expected = 'a CoresetConfig, for example CoresetConfig(score="tdds")'
+        config = CoresetConfig(pruning_rate=0) if config is None else config
+        self.config = checks.instance("config", config, CoresetConfig, expected)
         self.bits, self.labels = checks.bit_widths("bits", bits), labels_of(labels)
         self.scheme = checks.choice("scheme", scheme, ("bitwise", "joint", "dedicated"))
         self.seed, self.n = checks.integer("seed", seed, 0), len(self.labels)
@@ -238,8 +235,7 @@ class Coresets:
         self.epoch, self.next_epoch, self.draw = -1, 0, -1
         self.shared = scheme == "joint" or self.config.across_bits == "identical"
         self.recorders: dict[int, Recorder] = {}
-        self.scores: dict[int, Tensor] = {}  # (N,) by bit-width, as are the next two
-        self.ranks: dict[int, Tensor] = {}
+        self.ranks: dict[int, Tensor] = {}  # (N,) by bit-width
         self.loss_weights: dict[int, Tensor] = {}  # none where losses are not weighted
         self.drawn: dict[int, Tensor] = {}  # (K,) by bit-width
         self.rows: list[dict[str, Any]] = []
@@ -250,16 +246,17 @@ class Coresets:
         """The steps of `epoch` (from 0), each (bits, sample indices (B,)); bit-widths take turns, the highest first.
 
         Ask for the epochs in order, for each when the one before has ended; asking again is safe. Batches are of
-        near-equal size. Of several processes each gets its part of them.
-
-        Raises:
-            ValueError: no such epoch; scoring="joint", whose steps train several child models; an epoch after the
-                scoring phase, in which nothing was observed.
+        near-equal size. Of several processes each gets its part of them. ValueError: no such epoch; nothing was
+        observed in the scoring phase; scoring="joint", whose steps train several child models.
         """
         steps, place = self.steps(epoch, batch_size), here()
         if len(steps[0][0]) > 1:
             name = "scheme" if self.scheme == "joint" else "scoring"
             raise checks.invalid(name, "joint", '"bitwise", where each step trains one child model')
+        if min(len(indices) for _, indices in steps) < place.count:
+            raise checks.invalid(
+                "batch_size", batch_size, f"a sample in each batch for each of {place.count} processes"
+            )
         return [(bits[0], place.part(indices)) for bits, indices in steps]
 
     def steps(self, epoch: int, batch_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
@@ -328,12 +325,8 @@ class Coresets:
 
         A batch carries its bit-width and indices from the sampler on, however many workers fetch ahead.
         `loader.batch_sampler.set_epoch` goes to another epoch. Of several processes each gets its part of every batch,
-        so that nothing else may share the loader out: Lightning wants use_distributed_sampler=False.
-
-        Args:
-            dataset: a map-style data set of the N samples.
-            batch_size: as for `batches`.
-            options: further arguments of `torch.utils.data.DataLoader`, such as num_workers or collate_fn.
+        so nothing else may share the loader out: Lightning wants use_distributed_sampler=False.
+        dataset: a map-style one, of the N samples. options: of `DataLoader`, such as num_workers or collate_fn.
         """
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) != self.n:
             raise checks.invalid("dataset", dataset, f"a map-style data set of {self.n} samples")
@@ -369,20 +362,20 @@ class Coresets:
 
     def _rank(self, epoch: int) -> None:
         """The scores and ranks of all candidates by bit-width, from what was recorded before `epoch`."""
-        self.scores = here().share({b: record.scores().cpu() for b, record in self.recorders.items()})
-        missing = [b for b in self.bits if b not in self.scores]
+        found = here().share({b: record.scores().cpu() for b, record in self.recorders.items()})
+        missing = [b for b in self.bits if b not in found]
         if missing:
             expected = f"scores of {missing} bits before it, which `observe` records in the first {self.config.warmup}"
             raise checks.invalid("epoch", epoch, expected)
-        for b, scores in self.scores.items():
+        for b, scores in found.items():
             own = self._candidates(b)
             # samples often lie class by class: equal scores are ranked in a random order, not in that of the data
             order = own[torch.randperm(len(own), generator=generator(self.seed, "ties", b))]
             self.ranks[b] = torch.full((self.n,), -1.0)
             self.ranks[b][order] = coreset.ranks(scores[order])
         if self.shared:
-            mean = torch.stack(list(self.ranks.values())).mean(0)
-            self.scores = self.ranks = dict.fromkeys(self.bits, mean)  # raw scores have no common scale
+            mean = torch.stack(list(self.ranks.values())).mean(0)  # raw scores have no common scale
+            self.ranks = dict.fromkeys(self.bits, mean)
         self.recorders = {}
 
     def _pick(self, b: int, stream: torch.Generator, held: Tensor) -> Tensor:
@@ -448,7 +441,7 @@ class Coresets:
         last = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
         if last is None and needed and self.scoring:
             raise checks.invalid("score", self.config.score, "another, where a network has no linear layer")
-        wanted = last is not None and self.scoring and (needed or callable(self.config.score))
+        wanted = last is not None and self.scoring and (needed or isinstance(self.config.score, coreset.Own))
         hook = last.register_forward_pre_hook(self._keep_features) if wanted else None
         try:
             yield
@@ -465,12 +458,8 @@ class Coresets:
     ) -> None:
         """Record the scores of a batch that child model `bits` has just seen. Outside the scoring phase: do nothing.
 
-        Args:
-            bits: the bit-width.
-            indices: the sample of each row, (B,).
-            logits: what the network gave, (B, C).
-            labels: the right classes, (B,).
-            features: the last layer's input (B, D), for the scores that need it; see also `watching`.
+        The samples `indices` (B,) have these logits (B, C), labels (B,) and, for the scores that need them, features
+        (B, D): the last layer's input, see also `watching`.
         """
         if not self.scoring:
             return
@@ -492,40 +481,38 @@ class Coresets:
         """The arguments of `observe`, by their shapes: looking at values would make a GPU wait."""
         if bits not in self.bits:
             raise checks.invalid("bits", bits, f"one of {self.bits}")
-        size = len(checks.tensor("indices", indices, "an int64 tensor (B,) of samples", 1))
+        size = len(checks.tensor("indices", indices, "an int64 tensor (B,)", 1))
         for name, given in (("indices", indices), ("labels", labels)):
             if not isinstance(given, Tensor) or given.shape != (size,) or given.dtype != torch.int64:
                 raise checks.invalid(name, given, f"an int64 tensor ({size},)")
-        wanted = [("logits", logits)] + ([("features", features)] if self.config.score in coreset.OF_FEATURES else [])
-        for name, given in wanted:
+        needed = [("features", features)] if self.config.score in coreset.OF_FEATURES else []
+        for name, given in [("logits", logits), *needed]:
             if not isinstance(given, Tensor) or given.dim() != 2 or len(given) != size or not given.is_floating_point():
-                of = {"logits": "C) of floating type", "features": f"D) for score={self.config.score!r}"}[name]
-                raise checks.invalid(name, given, f"a tensor ({size}, {of}")
+                raise checks.invalid(name, given, f"a floating tensor ({size}, ...) for score={self.config.score!r}")
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on from the end of an epoch needs: plain containers of tensors and numbers."""
         recorders = {b: r.state_dict() for b, r in self.recorders.items()}
-        drawn = {"scores": self.scores, "ranks": self.ranks, "subsets": self.drawn, "weights": self.loss_weights}
-        drawn |= {"draw": self.draw, "epoch": self.epoch, "shape": self._shape, "rows": json.dumps(self.rows)}
-        return drawn | {"recorders": recorders}
+        drawn = {"ranks": self.ranks, "subsets": self.drawn, "weights": self.loss_weights, "recorders": recorders}
+        return drawn | {"draw": self.draw, "epoch": self.epoch, "shape": self._shape, "rows": json.dumps(self.rows)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on from `state`, which `state_dict` gave, and record scores on `device`; ValueError: it is of others."""
         try:
-            found = [
-                {b: tensor.cpu() for b, tensor in state[name].items()}
-                for name in ("scores", "ranks", "weights", "subsets")
-            ]
+            ranks, drawn, weights = (
+                {b: x.cpu() for b, x in state[name].items()} for name in ("ranks", "subsets", "weights")
+            )
+            if any(b not in self.bits or len(x) != self.n for b, x in ranks.items()):
+                raise ValueError("other bit-widths, or another number of samples")
             recorders = {b: recorder(self.config, self.n, *state["shape"], device) for b in state["recorders"]}
             for b, made in recorders.items():
                 made.load_state_dict(state["recorders"][b])
             draw, rows, epoch = state["draw"], json.loads(state["rows"]), state.get("epoch", -1)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise checks.invalid("state", type(state).__name__, f"a state of the same coresets ({error!r})") from error
-        self.scores, self.ranks, self.loss_weights, self.drawn = found
+        self.ranks, self.drawn, self.loss_weights, self.recorders = ranks, drawn, weights, recorders
         self.draw, self.rows, self._shape = draw, rows, state["shape"]
         self.epoch, self.next_epoch = epoch, epoch + 1
-        self.recorders = recorders
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):
@@ -581,15 +568,16 @@ def labels_of(data: Any) -> Tensor:
             own = getattr(given, "targets", getattr(given, "labels", None))
             given = [_label(given[i]) for i in range(len(given))] if own is None else own
         labels = torch.as_tensor(given)
-        good = labels.dim() == 1 and len(labels) and not torch.is_floating_point(labels) and int(labels.min()) >= 0
+        torch.iinfo(labels.dtype)  # TypeError: no integers
+        good = labels.dim() == 1 and int(labels.min()) >= 0
     except Exception as error:  # whatever a data set raises
         raise checks.invalid("labels", data, f"a data set, or the label of each of its samples ({error!r})") from error
-    if not good or labels.dtype == torch.bool:
+    if not good:
         raise checks.invalid("labels", data, "integers >= 0, one a sample")
     return labels.cpu().long()
 
 
 def _label(item: Any) -> int:
     if isinstance(item, Mapping):
-        return int(item["label"] if "label" in item else item["labels"])
+        return int(item.get("label", item.get("labels")))
     return int(item[1])

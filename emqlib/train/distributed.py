@@ -43,25 +43,18 @@ def device_named(name: str) -> torch.device:
 
 
 def autocast_used(name: str, device: torch.device) -> str:
-    """The autocast type that `device` really gets: "none" for "bfloat16" on a CPU without it, told once by a warning.
-
-    A CPU of AVX2 and no more would take ten times as long in bfloat16 as in float32.
-    """
-    if name == "bfloat16" and device.type == "cpu" and not has_bfloat16():
-        _tell_of_float32()
-        return "none"
-    return name
-
-
-def has_bfloat16() -> bool:
-    """Whether oneDNN has kernels for bfloat16 on this CPU, which without them is slower in it than in float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """The autocast type that `device` really gets: "none" for "bfloat16" on a CPU without it."""
+    return "none" if name == "bfloat16" and device.type == "cpu" and not has_bfloat16() else name
 
 
 @cache
-def _tell_of_float32() -> None:
-    told = "this processor has no fast bfloat16: what asks for it on the CPU runs in float32, which is faster here"
-    warnings.warn(told, stacklevel=3)
+def has_bfloat16() -> bool:
+    """Whether this CPU has kernels for bfloat16; without, a warning says once that float32 is ten times as fast."""
+    found = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not found:
+        told = "this processor has no fast bfloat16: what asks for it on the CPU runs in float32, which is faster here"
+        warnings.warn(told, stacklevel=3)
+    return found
 
 
 def autocast(name: str, device: torch.device) -> AbstractContextManager:
@@ -97,14 +90,11 @@ def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
 
 
 class Graphed:
-    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state`.
+    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state()`.
 
     A network of small kernels spends most of a step on launching them one by one; a graph launches all at once. The
-    first call of each kind runs the network itself, and so do all calls while a submodule has a hook.
-
-    Args:
-        state: returns what the passes depend on, such as the bit-width, besides their input and tensors that are
-            changed in place.
+    first call of each kind runs the network itself, and so do all calls while a submodule has a hook. `state` gives
+    what the passes depend on besides their input and tensors that are changed in place: the bit-width.
     """
 
     def __init__(self, model: nn.Module, state: Callable[[], Hashable]) -> None:
@@ -159,10 +149,7 @@ def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """Which of several processes this one is, `index` of `count`, that train one network together.
-
-    Alone, nothing is exchanged.
-    """
+    """Which of several processes this one is, `index` of `count`, that train one network together."""
 
     index: int = 0
     count: int = 1
@@ -173,7 +160,7 @@ class Place:
         return self.index == 0
 
     def device(self, name: str) -> torch.device:
-        """The device of that name, see `device_named`; among several processes on GPUs, the one of this process."""
+        """The device of that name; among several processes on GPUs, the one of this process."""
         named = device_named(name)
         several = self.count > 1 and named.type == "cuda"
         return torch.device("cuda", torch.cuda.current_device()) if several else named
@@ -247,13 +234,9 @@ def started() -> int:
 
 
 def current(device: str = "auto") -> Place:
-    """Where this process stands: alone, unless accelerate launch, torchrun or notebook_launcher started several.
+    """Where this process stands among those that a launcher started; device: "cpu" to stay off CUDA devices.
 
-    Args:
-        device: "cpu" to stay off CUDA devices.
-
-    Raises:
-        ImportError: several processes without Accelerate; says what to install.
+    ImportError: several processes without Accelerate; says what to install.
     """
     if started() > 1:
         accelerate().PartialState(cpu=device_named(device).type == "cpu")
@@ -261,7 +244,7 @@ def current(device: str = "auto") -> Place:
 
 
 def here() -> Place:
-    """Where this process stands among those of torch.distributed, if that is initialized."""
+    """Where this process stands among those of torch.distributed, if that is initialized; else alone."""
     together = dist.is_available() and dist.is_initialized()
     return Place(dist.get_rank(), dist.get_world_size()) if together else Place()
 
@@ -292,11 +275,6 @@ def total(x: Tensor) -> Tensor:
     return _Total.apply(x)
 
 
-def mean(x: Tensor) -> Tensor:
-    """x (any shape), a statistic of each process's part, averaged over processes."""
-    return total(x) / dist.get_world_size()
-
-
 def lowest(x: Tensor) -> Tensor:
     """The lowest x (any shape) of all processes."""
     x = x.clone()
@@ -313,7 +291,7 @@ def synchronized(model: nn.Module, place: Place, accumulate: int = 1) -> Iterato
     """
     layers = [m for m in model.modules() if hasattr(m, "reduce")]
     for layer in layers:
-        layer.reduce = Reduction(total, mean, lowest) if place.count > 1 else None
+        layer.reduce = Reduction(total, lambda x: total(x) / place.count, lowest) if place.count > 1 else None
         layer.parts = place.count * accumulate
     try:
         yield

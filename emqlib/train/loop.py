@@ -5,7 +5,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,7 +24,7 @@ from . import distributed
 from .checkpoint import Deadline, OutOfTime
 from .config import TrainConfig, learning_rate
 from .coresets import Coresets, generator
-from .data import Batch, Dataset, FileLoader, MemoryLoader, loader
+from .data import Batch, Dataset, loader
 from .distributed import Place
 from .evaluate import logits_of
 
@@ -93,23 +92,28 @@ def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-@dataclass(kw_only=True)
 class _Run:
     """What one call of `train` works with."""
 
-    model: nn.Module
-    wrapped: nn.Module  # the model, or what averages its gradients over processes
-    forward: Callable[[Tensor], Tensor]  # `wrapped`, compiled or not
-    data: Dataset
-    config: TrainConfig
-    place: Place
-    device: torch.device
-    loader: MemoryLoader | FileLoader
-    memory_format: torch.memory_format
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    coresets: Coresets
-    history: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, model: nn.Module, data: Dataset, config: TrainConfig, bits: tuple[int, ...]) -> None:
+        self.model, self.config, self.place = model, config, distributed.current(config.device)
+        self.device = self.place.device(config.device)
+        same = {"epochs": config.epochs, "seed": config.seed, "scheme": config.scheme}
+        self.coresets = Coresets(data, bits, config.coreset, **same)
+        _check_parts(self.coresets, config, self.place)
+        distributed.autocast_used(config.autocast, self.device)  # warns before there is a progress bar
+        self.memory_format = distributed.memory_format(model, config.channels_last, self.device)
+        model.to(self.device, memory_format=self.memory_format)
+        self.wrapped, self.data = self.place.wrap(model), data.to(self.device)  # it averages gradients over processes
+        passes = len(bits) * sum(-(-self.coresets.size(e) // config.batch_size) for e in range(config.epochs))
+        self.forward = distributed.compiled(self.wrapped, config.compile, passes)
+        if config.compile == "graphs" and self.device.type == "cuda" and self.place.count == 1:
+            layer = next(iter(quantized_layers(model).values()))
+            self.forward = distributed.Graphed(model, lambda: layer.bits)
+        self.loader = loader(self.data, "train", self.device, self.place)
+        self.optimizer = optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "float16")
+        self.history: list[dict[str, Any]] = []
 
     @property
     def epoch(self) -> int:
@@ -147,8 +151,7 @@ def train(
         rank correlation with others' scores, images of each class. attrs["damaged"] names damaged files.
 
     Raises:
-        ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a
-            place where no checkpoint can be, a budget without one, a checkpoint of another run.
+        ValueError: names the argument that is wrong, such as a checkpoint of another run.
         FloatingPointError: a loss or weight is not finite; names step, bit-width and learning rate.
         MemoryError: names the batch size to try.
         files.Busy: another process trains with the checkpoint.
@@ -160,7 +163,7 @@ def train(
     bits, path, deadline = _check(model, data, config), checkpoints.checked(checkpoint), Deadline.of(budget)
     if path is None and deadline.end is not None:
         raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
-    run = _prepare(model, data, config, bits)
+    run = _Run(model, data, config, bits)
     with run.place.joined(f"the checkpoint {path}" if path else "the beginning"), _safe(run, path):
         if run.place.share(path is not None and path.exists()):
             _resume(run, path)
@@ -189,37 +192,6 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
     if config.scheme == "dedicated" and len(spec.bits) != 1:
         raise checks.invalid("scheme", "dedicated", f"one trained bit-width a network, not {spec.bits}")
     return spec.bits
-
-
-def _prepare(model: nn.Module, data: Dataset, config: TrainConfig, bits: tuple[int, ...]) -> _Run:
-    place = distributed.current(config.device)
-    device = place.device(config.device)
-    own = {"epochs": config.epochs, "seed": config.seed, "scheme": config.scheme}
-    coresets = Coresets(data, bits, config.coreset, **own)
-    _check_parts(coresets, config, place)
-    distributed.autocast_used(config.autocast, device)  # what it warns of is told before there is a progress bar
-    memory_format = distributed.memory_format(model, config.channels_last, device)
-    model.to(device, memory_format=memory_format)
-    wrapped, data = place.wrap(model), data.to(device)
-    passes = len(bits) * sum(-(-coresets.size(epoch) // config.batch_size) for epoch in range(config.epochs))
-    forward = distributed.compiled(wrapped, config.compile, passes)
-    if config.compile == "graphs" and device.type == "cuda" and place.count == 1:
-        layer = next(iter(quantized_layers(model).values()))
-        forward = distributed.Graphed(model, lambda: layer.bits)
-    return _Run(
-        model=model,
-        wrapped=wrapped,
-        forward=forward,
-        data=data,
-        config=config,
-        place=place,
-        device=device,
-        loader=loader(data, "train", device, place),
-        memory_format=memory_format,
-        optimizer=optimizer(model, config),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.autocast == "float16"),
-        coresets=coresets,
-    )
 
 
 def _check_parts(coresets: Coresets, config: TrainConfig, place: Place) -> None:

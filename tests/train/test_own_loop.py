@@ -209,9 +209,12 @@ def test_coresets_of_scores_that_were_never_observed_are_refused(forgotten: tupl
         ({"indices": [0, 1]}, r"^indices=\[0, 1\]: expected an int64 tensor \(B,\)"),
         ({"indices": torch.arange(2.0)}, r"^indices=tensor.*: expected an int64 tensor \(2,\)$"),
         ({"labels": torch.arange(3)}, r"^labels=tensor.*: expected an int64 tensor \(2,\)$"),
-        ({"logits": torch.ones(2)}, r"^logits=tensor.*: expected a tensor \(2, C\) of floating type$"),
-        ({"features": None}, r"^features=None: expected a tensor \(2, D\) for score='grand'$"),
-        ({"features": torch.ones(3, 2)}, r"(?s)^features=tensor.*: expected a tensor \(2, D\) for score='grand'$"),
+        ({"logits": torch.ones(2)}, r"^logits=tensor.*: expected a floating tensor \(2, \.\.\.\) for score='grand'$"),
+        ({"features": None}, r"^features=None: expected a floating tensor \(2, \.\.\.\) for score='grand'$"),
+        (
+            {"features": torch.ones(3, 2)},
+            r"(?s)^features=tensor.*: expected a floating tensor \(2, \.\.\.\) for score='grand'$",
+        ),
     ],
 )
 def test_what_is_observed_is_checked(wrong: dict[str, Any], message: str) -> None:
@@ -226,14 +229,11 @@ def my_el2n(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
     return (p - F.one_hot(labels, p.shape[1])).square().sum(1).sqrt()
 
 
-class MyGrand:
-    """A score that can be called, and needs features."""
-
-    def __call__(self, p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
-        return my_el2n(p, labels, None) * (features.square().sum(1) + 1).sqrt()
+def my_grand(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    return my_el2n(p, labels, None) * (features.square().sum(1) + 1).sqrt()
 
 
-@pytest.mark.parametrize(("own", "name"), [(my_el2n, "el2n"), (MyGrand(), "grand")])
+@pytest.mark.parametrize(("own", "name"), [(my_el2n, "el2n"), (my_grand, "grand")])
 def test_a_score_of_ones_own_is_as_good_as_a_name(own: Callable, name: str, plain_digits: emq.Dataset) -> None:
     histories = [
         train(tiny(), plain_digits, quick(epochs=4, coreset=CoresetConfig(score=score, scoring_epochs=2)))
@@ -250,23 +250,33 @@ def test_a_score_of_ones_own_is_told_by_its_name(plain_digits: emq.Dataset, tmp_
     assert train(tiny(), plain_digits, config, path).loss.tolist() == history.loss.tolist()
     named = f"'score': '{__name__}.my_el2n'"
     with pytest.raises(ValueError, match=rf"one of the same run, but coreset: .*{named}.* there, "):
-        train(tiny(), plain_digits, quick(coreset=CoresetConfig(score=MyGrand())), path)
+        train(tiny(), plain_digits, quick(coreset=CoresetConfig(score=my_grand)), path)
     run = Run(profile="smoke", dataset="digits", model="resnet8", spec=emq.QuantSpec(bits=(2,)), config=config)
     assert run.coreset == f"{__name__}.my_el2n" and len({run.hash, replace(run, config=quick()).hash}) == 2
 
 
+def of_two(p: Tensor, labels: Tensor) -> Tensor:
+    return p.sum(1)
+
+
+def of_no_batch(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    return p
+
+
+def of_nan(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    return p.sum(1) * torch.nan
+
+
+def of_list(p: Tensor, labels: Tensor, features: Tensor | None) -> list:
+    return p.sum(1).tolist()
+
+
 @pytest.mark.parametrize(
-    ("wrong", "why"),
-    [
-        (lambda p: p.sum(1), "TypeError"),
-        (lambda p, labels, features: p, ""),
-        (lambda p, labels, features: p.sum(1) * torch.nan, ""),
-        (lambda p, labels, features: p.sum(1).tolist(), "AttributeError"),
-        (nn.Linear, "Error"),
-    ],
+    "wrong", [of_two, of_no_batch, of_nan, of_list, nn.Linear, lambda p, labels, features: p.sum(1)]
 )
-def test_a_score_of_ones_own_is_tried_when_it_is_given(wrong: Callable, why: str) -> None:
-    with pytest.raises(ValueError, match=rf"^score=.*: expected a function of p \(B, C\), .* numbers \(B,\).*{why}"):
+def test_a_score_of_ones_own_is_tried_when_it_is_given(wrong: Callable) -> None:
+    expected = "(one of el2n, .*, or a )?function (of p|that is defined in a module)"
+    with pytest.raises(ValueError, match=rf"^score=.*: expected (a )?{expected}"):
         CoresetConfig(score=wrong)
 
 

@@ -46,7 +46,7 @@ def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Whether the processor has it, whatever processor this is."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param, raising=False)
-    distributed._tell_of_float32.cache_clear()
+    distributed.has_bfloat16.cache_clear()
     return request.param
 
 

@@ -430,21 +430,16 @@ def test_graphs_are_for_one_gpu_alone(digits: Dataset) -> None:
     ],
 )
 @pytest.mark.parametrize("spec", [{}, {"weight": "lsq", "activation": "lsq"}, {"norm": "switchable"}])
-def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> None:
+def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, which computes nothing and refuses tensors that lie elsewhere."""
     config, meta = quick(**fields), torch.device("meta")
-    model = tiny(**spec).to(meta)
-    optimizer, scaler = training.optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    batches = loading.loader(digits.to(meta), "train", meta)
-    run = training._Run(
-        **{"model": model, "wrapped": model, "forward": model, "data": digits.to(meta), "config": config},
-        **{"place": Place(), "device": meta, "loader": batches, "memory_format": torch.contiguous_format},
-        **{"optimizer": optimizer, "scaler": scaler, "coresets": coresets(digits.train.labels, BITS, config)},
-    )
+    monkeypatch.setattr(Place, "device", lambda *_: meta)
+    run = training._Run(tiny(**spec), digits, config, BITS)
+    model = run.model
     watch = LossWatch(Place(), model, meta)
     watch.lag = 100  # a loss without a value cannot be looked at
     steps = plans(digits.train.labels, BITS, config)[0][:3]
-    given = batches.epoch([indices for _, indices in steps], torch.Generator())
+    given = run.loader.epoch([indices for _, indices in steps], torch.Generator())
     for (bits, indices), batch in zip(steps, given, strict=True):
         training._step(run, bits, len(indices), batch, 0.1, watch, "step")
     assert {loss.device for loss, *_ in watch.pending} == {meta}
