@@ -295,6 +295,7 @@ TABLE += [
     ("adapt_norm", MEASURE, {"model": [transformer]}),
     ("train.evaluate.batches", BATCHES, {"data": PAIRS, "split": NAMES, "batch_size": COUNTS, "limit": GIVEN}),
     ("train", LEARN, LEARNED),
+    ("train", LEARN, {"config:scheme": [emq.TrainConfig(scheme="dedicated")]}),
     (
         "Coresets",
         OWN,

@@ -18,10 +18,12 @@ from training_cases import BITS, assert_same_state, quick, tiny, train
 import emqlib as emq
 from emqlib import CoresetConfig, Coresets
 from emqlib.paper.runs import Run
+from emqlib.train import coresets as coresets_module
 from emqlib.train import loop as training
 from emqlib.train.config import learning_rate
 from emqlib.train.coresets import labels_of
 from emqlib.train.data import normalize
+from emqlib.train.distributed import Place
 
 N = 60
 LABELS = torch.arange(N) % 3
@@ -313,6 +315,19 @@ def test_what_trains_several_child_models_in_a_step_is_for_train_alone() -> None
     ):
         with pytest.raises(ValueError, match=rf"^{name}='joint': expected \"bitwise\", where each step trains one"):
             Coresets(LABELS, BITS, epochs=3, **options).batches(0, 10)
+
+
+def test_each_process_gets_its_part_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that really work together: test_processes."""
+    coresets = Coresets(LABELS, BITS, CoresetConfig(pruning_rate=0.5), epochs=1)
+    whole, parts = coresets.batches(0, 7), []
+    for index in range(3):
+        monkeypatch.setattr(coresets_module, "here", lambda index=index: Place(index, 3))
+        parts.append(coresets.batches(0, 7))
+    for (bits, indices), *of_each in zip(whole, *parts, strict=True):
+        assert {b for b, _ in of_each} == {bits} and torch.equal(torch.cat([part for _, part in of_each]), indices)
+    with pytest.raises(ValueError, match=r"^batch_size=2: expected a sample in each batch for each of 3 processes$"):
+        coresets.batches(0, 2)
 
 
 # Distillation

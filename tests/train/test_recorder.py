@@ -113,20 +113,6 @@ def test_a_gap_starts_a_new_window(window: int, rng: torch.Generator) -> None:
     close(log.into(exact_tdds(window, 0.6)).scores(), expected, 1e-12)
 
 
-def test_tdds_of_samples_that_stay_away_is_kept(rng: torch.Generator) -> None:
-    log = Log(rng)
-    before = log.into(exact_tdds(3), range(4)).scores()
-    log.seen[4:, :20] = False
-    after = log.into(exact_tdds(3)).scores()
-    assert torch.equal(after[:20], before[:20]) and not bool((after[20:] == before[20:]).any())
-
-
-def test_the_first_epochs_number_does_not_matter(rng: torch.Generator) -> None:
-    log = Log(rng)
-    late = log.into(exact_tdds(3), range(4, T))
-    close(late.scores(), coreset.tdds(log.p[4:], 3), 1e-12)
-
-
 @pytest.mark.parametrize("window", [3, 5])
 def test_no_tdds_before_a_full_window(window: int, rng: torch.Generator) -> None:
     log, record = Log(rng), exact_tdds(window)
@@ -144,12 +130,6 @@ def test_what_scores_returns_is_not_changed_by_what_follows(rng: torch.Generator
     assert torch.equal(scores, before)
 
 
-@pytest.mark.parametrize(("name", "value"), [("window", 2), ("window", 3.0), ("decay", 0), ("decay", 1.5)])
-def test_wrong_tdds_parameters(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}={value}: expected "):
-        TDDSRecorder(**{"n": N, "num_classes": C, "window": 3, "decay": 0.9, name: value})
-
-
 @pytest.mark.parametrize("score", coreset.SNAPSHOTS)
 def test_mean_over_the_epochs_in_which_a_sample_was_seen(score: str, rng: torch.Generator) -> None:
     log = Log(rng).with_gaps()
@@ -159,14 +139,6 @@ def test_mean_over_the_epochs_in_which_a_sample_was_seen(score: str, rng: torch.
     rows = [function(*(p, log.labels, h)[:needed]) for p, h in zip(log.p, log.features, strict=True)]
     expected = [row[seen].mean().nan_to_num(0) for row, seen in zip(torch.stack(rows).T, log.seen.T, strict=True)]
     close(log.into(MeanRecorder(N, coreset.SNAPSHOTS[score])).scores(), torch.stack(expected), 1e-5)
-
-
-def test_streamed_forgetting_is_that_of_the_whole_log(rng: torch.Generator) -> None:
-    log = Log(rng)
-    log.labels[:9] = log.p[:, :9].sum(0).argmin(1)  # hardly ever right
-    correct = log.p.argmax(2) == log.labels
-    assert not bool(correct.any(0).all())
-    assert torch.equal(log.into(ForgettingRecorder(N)).scores(), coreset.forgetting(correct))
 
 
 def test_forgetting_with_gaps_is_that_of_the_epochs_in_which_a_sample_was_seen(rng: torch.Generator) -> None:

@@ -202,22 +202,6 @@ def test_of_equal_scores_a_random_part_is_kept_whatever_the_order_of_the_data() 
         assert 18 < sum(i < N // 2 for i in own) < 42
 
 
-def test_the_order_of_presentation_does_not_matter() -> None:
-    def reversed_show(seen: Observations, drawn: Coresets, selection: Selection, epoch: int) -> None:
-        for b in reversed(BITS):
-            own = selection.subsets[b].flip(0)
-            drawn.observe(b, own, seen.logits[epoch, BITS.index(b), own], LABELS[own])
-
-    seen, found = Observations(), []
-    for show in (Observations.show, reversed_show):
-        drawn = coresets(score="tdds", pruning_rate=0.8, how="sample", epochs=4)
-        for epoch in range(4):
-            selection = select(drawn, epoch)
-            show(seen, drawn, selection, epoch)
-        found.append(sets(selection))
-    assert found[0] == found[1]
-
-
 def test_draws_by_importance_prefer_high_scores() -> None:
     """The chance of a draw grows with the rank from a tenth to the whole of the highest."""
     seen = Observations()
@@ -336,15 +320,6 @@ def test_a_disjoint_coreset_is_the_top_of_what_is_left() -> None:
 
 
 # Phases
-
-
-def test_phases_follow_one_another() -> None:
-    drawn = coresets(score="tdds", pruning_rate=0.8, candidates=0.5, epochs=5)
-    found = selections(drawn, Observations())
-    sizes = [[len(subset) for subset in selection.subsets.values()] for selection in found]
-    assert sizes == [[60] * 3] * 3 + [[24] * 3] * 2
-    assert [selection.scored for selection in found] == [True] * 3 + [False] * 2
-    assert [row["epoch"] for row in drawn.rows] == [4, 4, 4, 5, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -612,14 +587,3 @@ def test_a_run_is_longer_than_its_scoring_phase() -> None:
 def test_options_at_the_edge_of_what_is_allowed(values: dict) -> None:
     config = CoresetConfig(**values)
     assert {name: getattr(config, name) for name in values} == values
-
-
-def test_numpy_numbers_become_plain_ones() -> None:
-    numpy = pytest.importorskip("numpy")
-    reals = {"pruning_rate": 0.5, "decay": 0.5, "power": 0.5, "candidates": 0.5, "max_weight": 2.0}
-    integers = dict.fromkeys(("resample_every", "scoring_epochs", "window"), 4)
-    given = {k: numpy.float32(v) for k, v in reals.items()} | {k: numpy.int64(v) for k, v in integers.items()}
-    config = CoresetConfig(score="tdds", **given)
-    assert {type(getattr(config, name)) for name in reals} == {float}
-    assert {type(getattr(config, name)) for name in integers} == {int}
-    assert config == CoresetConfig(score="tdds", **reals, **integers)
