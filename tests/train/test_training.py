@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -235,7 +235,7 @@ def test_another_coreset_or_network_does_not_shift_the_augmentation(
 # Steps, against a loop written out
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+def soft_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Mean over the batch of w -sum_c target_c log p_c; logits, target: (B, C), weights: (B,)."""
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
     return -(weights * (target * log_p).sum(1)).mean()
@@ -247,53 +247,28 @@ def standardized(images: Tensor, data: Dataset) -> Tensor:
 
 
 def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
-    """`train` at a constant learning rate for data without augmentation: plain autograd, updates by hand."""
-    decayed = {"0.weight", "4.weight", "10.weight"}
-    memory: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    """`train` at a constant learning rate for data without augmentation: plain losses and PyTorch's optimizers."""
+    decayed = [model[i].weight for i in (0, 4, 10)]
+    free = [p for p in model.parameters() if all(p is not weight for weight in decayed)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0}]
+    sgd = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    optimizer = sgd if config.optimizer == "sgd" else torch.optim.AdamW(groups, config.lr)
     model.train()
     drawn = coresets(data.train.labels, BITS, config)
-    steps = [step for epoch in range(config.epochs) for step in drawn.steps(epoch, config.batch_size)]
-    for number, (bits, indices) in enumerate(steps, start=1):
+    for bits, indices in (step for epoch in range(config.epochs) for step in drawn.steps(epoch, config.batch_size)):
         images = standardized(data.train.images[indices], data)
         target = nn.functional.one_hot(data.train.labels[indices], 10).double()
         target = target * (1 - config.label_smoothing) + config.label_smoothing / 10
-        total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        optimizer.zero_grad()
         for b in bits:
             emq.set_bits(model, b)
             logits = model(images)
-            loss = soft_cross_entropy(logits, target, drawn.weights(b, indices))
-            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-            for name, grad in zip(total, grads, strict=True):
-                total[name] += 0 if grad is None else grad
+            soft_cross_entropy(logits, target, drawn.weights(b, indices)).backward()
             if config.distillation:
                 target = logits.detach().exp() / logits.detach().exp().sum(1, keepdim=True)
-        clip(total, config.clip_grad_norm)
-        for name, p in model.named_parameters():
-            decay = config.weight_decay if name in decayed else 0.0
-            p.data = UPDATES[config.optimizer](p.data, total[name], decay, config, memory[name], number)
-
-
-def clip(grads: dict[str, Tensor], largest: float) -> None:
-    norm = sum(grad.square().sum() for grad in grads.values()).sqrt()
-    if largest and norm > largest:
-        for grad in grads.values():
-            grad *= largest / (norm + 1e-6)
-
-
-def sgd(w: Tensor, grad: Tensor, decay: float, config: TrainConfig, memory: list[Tensor], _: int) -> Tensor:
-    grad = grad + decay * w
-    memory[:] = [config.momentum * memory[0] + grad if memory else grad]
-    return w - config.lr * (grad + config.momentum * memory[0] if config.nesterov else memory[0])
-
-
-def adamw(w: Tensor, grad: Tensor, decay: float, config: TrainConfig, memory: list[Tensor], t: int) -> Tensor:
-    m, v = memory or (torch.zeros_like(w), torch.zeros_like(w))
-    memory[:] = [0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2]
-    m, v = memory[0] / (1 - 0.9**t), memory[1] / (1 - 0.999**t)
-    return w - config.lr * decay * w - config.lr * m / (v.sqrt() + 1e-8)
-
-
-UPDATES: dict[str, Callable[..., Tensor]] = {"sgd": sgd, "adamw": adamw}
+        if config.clip_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+        optimizer.step()
 
 
 @contextmanager
