@@ -311,8 +311,10 @@ class Coresets:
 
     def weights(self, bits: int, indices: Tensor) -> Tensor:
         """The weights (B,) of the losses of samples `indices` (B,): ones, unless the config has unbiased=True."""
-        if bits not in self.loss_weights:
+        if not self.loss_weights:
             return torch.ones(len(indices), device=indices.device)
+        if bits not in self.bits:
+            raise checks.invalid("bits", bits, f"one of {self.bits}")
         self.loss_weights[bits] = self.loss_weights[bits].to(indices.device)
         return self.loss_weights[bits][indices]
 

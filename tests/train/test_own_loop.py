@@ -90,10 +90,7 @@ def made_up(coresets: Coresets, epochs: range, batch_size: int = 7) -> list[list
     return found
 
 
-@pytest.mark.parametrize("config", STEPS.values(), ids=STEPS)
-def test_batches_are_those_of_train(
-    config: CoresetConfig | None, plain_digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_those_of_train(plain_digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, list[int]]] = []
     step = training._step
 
@@ -102,8 +99,8 @@ def test_batches_are_those_of_train(
         step(run, bits, size, batch, *rest)
 
     monkeypatch.setattr(training, "_step", watched)
-    train(tiny(), plain_digits, quick(epochs=2, coreset=None if config is None else CoresetConfig(pruning_rate=0.3)))
-    coresets = Coresets(plain_digits, BITS, CoresetConfig(pruning_rate=0.3 if config else 0), epochs=2)
+    train(tiny(), plain_digits, quick(coreset=CoresetConfig(pruning_rate=0.3)))
+    coresets = Coresets(plain_digits, BITS, CoresetConfig(pruning_rate=0.3), epochs=2)
     assert seen == [(bits, i.tolist()) for epoch in range(2) for bits, i in coresets.batches(epoch, 25)]
 
 
@@ -120,6 +117,9 @@ def test_a_state_goes_on_where_it_was_taken(config: CoresetConfig | None, at: in
     assert made_up(second, range(at, 6)) == expected[at:] and second.rows == whole.rows
     i = torch.arange(N)
     assert all(torch.equal(second.weights(b, i), whole.weights(b, i)) for b in BITS)
+    if second.loss_weights:
+        with pytest.raises(ValueError, match=r"^bits=3: expected one of \(2, 4, 8\)$"):
+            second.weights(3, i)
 
 
 class Squares(Dataset):
