@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -42,12 +43,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[False, True])
-def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether the processor has it, whatever processor this is."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param, raising=False)
     distributed.has_bfloat16.cache_clear()
-    return request.param
+    yield request.param
+    distributed.has_bfloat16.cache_clear()
 
 
 def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat16: bool) -> None:
