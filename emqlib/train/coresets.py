@@ -438,13 +438,13 @@ class Coresets:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within the block, for one epoch, `observe` finds features itself: the input of the last linear layer."""
+        """Within the block `observe` finds features itself, while they are scored: the last linear layer's input."""
         needed = self.config.score in coreset.OF_FEATURES
+        ahead = self.epoch < self.config.warmup and (needed or isinstance(self.config.score, coreset.Own))
         last = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-        if last is None and needed and self.scoring:
+        if last is None and needed and ahead:
             raise checks.invalid("score", self.config.score, "another, where a network has no linear layer")
-        wanted = last is not None and self.scoring and (needed or isinstance(self.config.score, coreset.Own))
-        hook = last.register_forward_pre_hook(self._keep_features) if wanted else None
+        hook = last.register_forward_pre_hook(self._keep_features) if last is not None and ahead else None
         try:
             yield
         finally:
@@ -453,7 +453,7 @@ class Coresets:
                 hook.remove()
 
     def _keep_features(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features = inputs[0]
+        self._features = inputs[0].detach() if self.scoring else None
 
     def observe(
         self, bits: int, indices: Tensor, logits: Tensor, labels: Tensor, features: Tensor | None = None

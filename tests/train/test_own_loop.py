@@ -48,18 +48,17 @@ def own_loop(model: nn.Module, data: emq.Dataset, config: emq.TrainConfig) -> Co
     coresets = Coresets(labels, BITS, config.coreset, epochs=config.epochs)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True)
     model.train()
-    for epoch in range(config.epochs):
-        batches = coresets.batches(epoch, config.batch_size)
-        with coresets.watching(model):
+    with coresets.watching(model):
+        for epoch in range(config.epochs):
+            batches = coresets.batches(epoch, config.batch_size)
             for i, (bits, indices) in enumerate(batches):
                 optimizer.param_groups[0]["lr"] = learning_rate(epoch + (i + 0.5) / len(batches), config)
                 emq.set_bits(model, bits)
                 logits = model(images[indices])
-                if config.coreset is not None and config.coreset.unbiased and not coresets.scoring:
+                loss = F.cross_entropy(logits, labels[indices])
+                if coresets.loss_weights:  # the same, but for rounding, as a weighted mean with weights of one
                     losses = F.cross_entropy(logits, labels[indices], reduction="none")
                     loss = (losses * coresets.weights(bits, indices)).mean()
-                else:
-                    loss = F.cross_entropy(logits, labels[indices])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
