@@ -34,15 +34,16 @@ class Loop:
         self.seen.append((self.coresets.epoch, bits, indices.tolist()))
         return F.cross_entropy(logits, labels)
 
-    def check(self) -> None:
-        """Every epoch as a plain loop would have it, and coresets of the scores of three epochs."""
-        assert len(self.coresets.rows) == 6 and self.coresets.next_epoch == EPOCHS
-        epochs = [[(b, i) for e, b, i in self.seen if e == epoch] for epoch in range(EPOCHS)]
-        for epoch in (0, 1, 2, 4):  # those of the latest draw, and of the scoring phase
-            expected = self.coresets.batches(epoch, BATCH)
-            assert epochs[epoch] == [(bits, indices.tolist()) for bits, indices in expected]
-        assert [epoch for epoch, *_ in self.seen] == sorted(epoch for epoch, *_ in self.seen)
-        assert len(self.seen) == sum(self.coresets.count(epoch, BATCH) for epoch in range(EPOCHS))
+
+def check(loop: Loop) -> None:
+    """Every epoch as a plain loop would have it, and coresets of the scores of three epochs."""
+    assert len(loop.coresets.rows) == 6 and loop.coresets.next_epoch == EPOCHS
+    of_epochs = [epoch for epoch, *_ in loop.seen]
+    assert of_epochs == sorted(of_epochs)
+    assert len(of_epochs) == sum(loop.coresets.count(epoch, BATCH) for epoch in range(EPOCHS))
+    for epoch in (0, 1, 2, 4):  # those of the scoring phase, and of the latest draw
+        expected = [(epoch, bits, indices.tolist()) for bits, indices in loop.coresets.batches(epoch, BATCH)]
+        assert [row for row in loop.seen if row[0] == epoch] == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -65,7 +66,7 @@ def test_lightning(workers: int, digits: emq.Dataset) -> None:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(max_epochs=EPOCHS, accelerator="cpu", use_distributed_sampler=False, **quiet)
     trainer.fit(Module(), loop.coresets.loader(loop.samples, BATCH, num_workers=workers))
-    loop.check()
+    check(loop)
 
 
 def test_trainer_of_huggingface(digits: emq.Dataset, tmp_path: Path) -> None:
@@ -83,4 +84,4 @@ def test_trainer_of_huggingface(digits: emq.Dataset, tmp_path: Path) -> None:
     asked = {"num_train_epochs": EPOCHS, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
     arguments = transformers.TrainingArguments(tmp_path, report_to=[], logging_strategy="no", **asked)
     Trainer(loop.model, arguments, train_dataset=loop.samples).train()
-    loop.check()
+    check(loop)
