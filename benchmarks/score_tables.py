@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 
 from emqlib.paper import runs
 from emqlib.train import distributed
+from emqlib.train.config import CoresetConfig
 from emqlib.train.coresets import recorder
 
 
@@ -26,8 +27,9 @@ def measure(
     # some batches, over and over: to make a million samples' probabilities would cost more than to record them
     pool = torch.randn(64, batch, classes, generator=generator).mul_(3).softmax(2)
     labels, device, before = torch.zeros(batch, dtype=torch.long), torch.device("cpu"), resident("RssAnon")
-    record, rows = recorder("tdds", n, classes, 0, window, 0.9, device), []
-    table = record.previous.numel() * record.previous.element_size() / 1e6
+    config = CoresetConfig(score="tdds", window=window)
+    record, rows = recorder(config, n, classes, 0, device), []
+    table, all_tables = (sum(x.nbytes for x in part) / 1e6 for part in ([record.previous], record.buffers()))
     for epoch in range(epochs):
         start = perf_counter()
         for number, indices in enumerate(torch.randperm(n, generator=generator).split(batch)):
@@ -35,7 +37,7 @@ def measure(
             record.observe(epoch, indices, p, labels[: len(indices)], None)
         seconds = perf_counter() - start
         row = {"epoch": epoch + 1, "seconds": seconds, "us a sample": 1e6 * seconds / n, "table": table}
-        rows.append(row | {"others": record.nbytes() / 1e6 - table, "held": resident("RssAnon") - before})
+        rows.append(row | {"others": all_tables - table, "held": resident("RssAnon") - before})
     asked = {"samples": n, "classes": classes, "window": window, "batch": batch}
     return pd.DataFrame(rows).assign(
         **asked, **runs.provenance(SimpleNamespace(sha256="synthetic"), distributed.device_named("cpu"))

@@ -13,8 +13,9 @@ from .deploy.onnx import export_onnx
 from .deploy.pack import pack
 from .layers import QuantSpec
 from .train.config import CoresetConfig, TrainConfig
+from .train.coresets import Coresets
 from .train.data import Dataset
-from .train.evaluate import adapt_norm, evaluate
+from .train.evaluate import adapt_norm, evaluate, soft_targets
 from .train.loop import train
 from .train.sources import load_dataset
 
@@ -22,6 +23,7 @@ __version__ = "1.0.0"
 
 __all__ = [
     "CoresetConfig",
+    "Coresets",
     "Dataset",
     "QuantSpec",
     "TrainConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "quantizers",
     "save",
     "set_bits",
+    "soft_targets",
     "summary",
     "train",
 ]

@@ -1,9 +1,10 @@
 """Argument checks: one place that words every error as `name=value: expected ...`, before any work starts."""
 
+import inspect
 import math
 import operator
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,46 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise invalid(name, value, "one of " + ", ".join(sorted(allowed)))
     return value
+
+
+class Own(str):
+    """The name of a function of one's own, which files and tables hold, with the `function` itself."""
+
+    function: Callable[..., Any]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "Own":
+        """Name a function by its module and its name there."""
+        own = cls(f"{function.__module__}.{function.__qualname__}")
+        own.function = function
+        return own
+
+
+def choice_or_own(name: str, value: Any, known: Collection[str], what: str, attempt: Callable[[Any], object]) -> str:
+    """`value`, if it is one of the `known` names; a function becomes an `Own`, if `attempt` can use it.
+
+    Args:
+        name: the parameter, for the error.
+        value: a name, an `Own`, or a function that is defined at the top of a module.
+        known: the names that are allowed.
+        what: what the function takes and returns, in words.
+        attempt: is called with the function and raises anything where it does not do that.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, Own) or (isinstance(value, str) and value in known):
+        return value
+    expected = f"one of {', '.join(sorted(known))}, or a function {what}"
+    if not inspect.isfunction(value):
+        raise invalid(name, value, expected)
+    if "<" in value.__qualname__:  # two of them may have one name
+        raise invalid(name, value, "a function that is defined in a module, not inside another function or by lambda")
+    try:
+        attempt(value)
+    except Exception as error:  # the function may raise anything
+        raise invalid(name, value, f"{expected} ({error!r})") from error
+    return Own.of(value)
 
 
 def integer(name: str, value: Any, low: float, high: float | None = None) -> int:

@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from .checks import bit_width, invalid
+from .checks import Own, bit_width, invalid
 from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last
 from .models import Record
 from .norms import MultiBitBatchNorm
-from .quantizers import Own, levels
+from .quantizers import levels
 
 
 class MultiheadAttention(nn.Module):

@@ -3,6 +3,7 @@
 A score's docstring gives the end of it that is kept; all but `moderate` keep the highest.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -50,6 +51,19 @@ def grand(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
 def grand_of(p: Tensor, labels: Tensor, features: Tensor) -> Tensor:
     """`grand` of (N, C), (N,), (N, D) known to be probabilities, labels and features."""
     return el2n_of(p, labels) * (features.square().sum(1) + 1).sqrt()
+
+
+# Scores of a single batch, by name: of p (B, C), labels (B,) and features (B, D) or None, known to be such, to (B,).
+# Training averages them over the epochs of its scoring phase.
+Snapshot = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+SNAPSHOTS: dict[str, Snapshot] = {
+    "entropy": lambda p, labels, features: entropy_of(p),
+    "el2n": lambda p, labels, features: el2n_of(p, labels),
+    "grand": grand_of,
+}
+OF_FEATURES = ("grand", "moderate")  # the scores that need features
 
 
 def forgetting(correct: Tensor) -> Tensor:

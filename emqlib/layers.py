@@ -4,7 +4,6 @@ In a compiled graph the number of levels of a layer is a tensor buffer, not a Py
 1 to 8 bits; 32 bits have another one. The attribute `bits` is for reading only: `set_bits` keeps all of them equal.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, kernels, quantizers
-from .checks import BIT_WIDTHS, invalid
+from .checks import BIT_WIDTHS, Own, choice_or_own, invalid
 from .correction import Correction, output_shift
 
 Norm = Literal["shared", "shared_affine", "switchable"]
@@ -36,27 +35,13 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _weight(name: str, value: Any) -> str:
-    return _method(name, value, quantizers.WEIGHT_METHODS, "(w, n) that returns two tensors shaped as w", outputs=2)
+    what = "(w, n) that returns two tensors shaped as w and passes a gradient to it"
+    return choice_or_own(name, value, quantizers.WEIGHT_METHODS, what, lambda f: _try(f, outputs=2))
 
 
 def _activation(name: str, value: Any) -> str:
-    return _method(name, value, quantizers.ACTIVATION_METHODS, "(x, n) that returns a tensor shaped as x", outputs=1)
-
-
-def _method(name: str, value: Any, known: tuple[str, ...], what: str, outputs: int) -> str:
-    """`value`, if it is one of the `known` names or an `Own`; a function is tried at 2 bits and becomes an `Own`."""
-    if isinstance(value, quantizers.Own) or (isinstance(value, str) and value in known):
-        return value
-    expected = f"one of {', '.join(sorted(known))}, or a function {what}"
-    if not inspect.isfunction(value):
-        raise invalid(name, value, expected)
-    if "<" in value.__qualname__:  # two of them may have one name
-        raise invalid(name, value, "a function that is defined in a module, not inside another function or by lambda")
-    try:
-        _try(value, outputs)
-    except Exception as error:  # the function may raise anything
-        raise invalid(name, value, f"{expected} and passes a gradient to it ({error})") from error
-    return quantizers.Own.of(value)
+    what = "(x, n) that returns a tensor shaped as x and passes a gradient to it"
+    return choice_or_own(name, value, quantizers.ACTIVATION_METHODS, what, lambda f: _try(f, outputs=1))
 
 
 @torch.enable_grad()
@@ -246,7 +231,7 @@ class OwnInputQuantizer(InputQuantizer):
 
     range, starts = "own", False
 
-    def __init__(self, bits: tuple[int, ...], signed: bool, own: quantizers.Own) -> None:
+    def __init__(self, bits: tuple[int, ...], signed: bool, own: Own) -> None:
         super().__init__(bits, signed)
         self.method, self.function = own, own.function
 
@@ -334,7 +319,7 @@ class LSQ(_LearnedInputQuantizer):
 
 def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
     """The input quantizer of a layer; signed: whether its input can be negative."""
-    if isinstance(spec.activation, quantizers.Own):
+    if isinstance(spec.activation, Own):
         return OwnInputQuantizer(spec.bits, signed, spec.activation)
     tracked = signed or spec.activation_range == "tracked"
     dorefa = TrackedDoReFa if tracked else UnitDoReFa
@@ -363,7 +348,7 @@ class _QuantizedLayer(nn.Module):
         self.weight, self.bias = plain.weight, plain.bias
         self.spec, self.bits = spec, spec.bits[-1]
         self.reduce: Reduction | None = None
-        self.own = spec.weight.function if isinstance(spec.weight, quantizers.Own) else None
+        self.own = spec.weight.function if isinstance(spec.weight, Own) else None
         with self.weight.device:  # whatever is new lies where the weight does
             self.input_quantizer = input_quantizer(spec, signed)
             self.register_buffer("levels", torch.tensor(quantizers.levels(self.bits)), persistent=False)

@@ -9,7 +9,6 @@ Sources: DoReFa (arXiv 1606.06160) as used by Any-Precision (arXiv 1911.07346), 
 1805.06085).
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,19 +23,6 @@ WEIGHT_METHODS, ACTIVATION_METHODS = get_args(Weight), get_args(Activation)
 
 Number = Tensor | float  # a scalar tensor, or a number that Python knows
 Grid = tuple[Number, Number, Number, Tensor | None]  # (scale, q_min, q_max, offset), as `fake_quantize` takes them
-
-
-class Own(str):
-    """The name of a quantizer of one's own, which files and tables hold, with the `function` itself."""
-
-    function: Callable[..., Any]
-
-    @classmethod
-    def of(cls, function: Callable[..., Any]) -> "Own":
-        """Name a function by its module and its name there."""
-        own = cls(f"{function.__module__}.{function.__qualname__}")
-        own.function = function
-        return own
 
 
 def levels(bits: int) -> float:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .. import checks, files, models
 from ..convert import Decisions, convert_as, converted, quantized_layers
 from ..layers import QuantSpec
-from ..quantizers import Own
 from .pack import pack_as_set
 
 VERSION = 4
@@ -74,7 +73,7 @@ def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Ca
     if set(about) != _KEYS:
         raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
     file = ("path", str(path))
-    functions = {Own.of(function): function for function in quantizers}
+    functions = {checks.Own.of(function): function for function in quantizers}
     with _expecting(*file, "a QuantSpec, whose own quantizers go into load(..., quantizers=[...])"):
         own = {field: functions.get(about["spec"][field]) for field in ("weight", "activation")}
         spec = QuantSpec(**about["spec"] | {field: function for field, function in own.items() if function})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import quantizers
-from ..checks import integer, invalid
+from ..checks import Own, integer, invalid
 from ..convert import Bits, at_bits, converted, quantized_layers, replaced, trace
 from ..correction import correct_weight
 from ..layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
@@ -225,7 +225,7 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
     """
     network = converted(model)
     for method in (network.emq.spec.weight, network.emq.spec.activation):
-        if isinstance(method, quantizers.Own):
+        if isinstance(method, Own):
             raise invalid("model", method, "a network whose quantizers are emqlib's own: integers need a known grid")
     with at_bits(network, bits):
         for name, layer in network.named_modules():

@@ -23,11 +23,8 @@ class OutOfTime(Exception):
     """A budget is spent and work is left. What is `done`, in words, is kept; the same call goes on from there."""
 
     def __init__(self, done: str) -> None:
-        super().__init__(done)
+        super().__init__(f"{done}; time is up, call again to go on")
         self.done = done
-
-    def __str__(self) -> str:
-        return f"{self.done}; time is up, call again to go on"
 
 
 class Deadline:
@@ -64,12 +61,12 @@ def checked(checkpoint: Any) -> Path | None:
 
 
 def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it."""
+    """What a checkpoint must have in common with the run that goes on from it, as it stands in JSON."""
     asked = {k: v for k, v in asdict(config).items() if k != "device"}
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     net = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     spec = {f"spec.{k}": v for k, v in asdict(model.emq.spec).items()}
-    return asked | spec | {"net": net, "data": data.sha256}
+    return json.loads(json.dumps(asked | spec | {"net": net, "data": data.sha256}))
 
 
 def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: dict[str, Any]) -> None:
@@ -95,15 +92,14 @@ def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[st
         raise checks.invalid("checkpoint", str(path), f"{expected} ({error!r})") from error
     if missing:
         raise checks.invalid("checkpoint", str(path), f"{expected}, which has {', '.join(sorted(missing))} too")
-    _refuse_another(path, theirs, json.loads(json.dumps(own)))
+    _refuse_another(path, theirs, own)
     return history, state
 
 
 def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     defaults = asdict(TrainConfig()) | {f"spec.{k}": v for k, v in asdict(QuantSpec(bits=(8,))).items()}
-    theirs = (
-        json.loads(json.dumps(defaults)) | theirs
-    )  # an option that is younger than the checkpoint was at its default
+    # an option that is younger than the checkpoint was at its default
+    theirs = json.loads(json.dumps(defaults)) | theirs
     differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
     unknown = [k for k in theirs if k not in ours and k not in defaults]  # options of a later version
     differing += [f"{k}: {theirs[k]!r} there, not known here" for k in unknown]

@@ -1,16 +1,31 @@
 """What a training run is asked for, checked before it starts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
+import torch
+
 from .. import checks
-from ..checks import Range
+from ..checks import Own, Range
 from . import distributed
 
 Score = Literal["random", "entropy", "forgetting", "el2n", "grand", "moderate", "tdds"]
 SCORES = get_args(Score)
 MOST_EPOCHS = 100_000  # all are planned before the first one starts
+
+
+def _score(name: str, value: Any) -> str:
+    what = "of p (B, C), labels (B,) and features (B, D) or None that gives finite numbers (B,)"
+    return checks.choice_or_own(name, value, SCORES, what, _try)
+
+
+def _try(score: Callable[..., Any]) -> None:
+    """Call a score of one's own with a small batch. ValueError: it does not give what it should."""
+    scores = score(torch.full((2, 4), 0.25), torch.tensor([0, 3]), torch.ones(2, 3))
+    if scores.shape != (2,) or not bool(scores.isfinite().all()):
+        raise ValueError(f"it gives {scores}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +36,7 @@ class CoresetConfig:
         ValueError: names the field, its value and what is allowed.
     """
 
-    score: Score = "random"  # how each bit-width ranks samples; "random" needs no scoring phase
+    score: Annotated[Score | Own, _score] = "random"  # how samples are ranked; or your own f(p, labels, features)
     pruning_rate: Annotated[float, Range(0, 1, high_open=True)] = 0.8  # fraction of the training set left out
     resample_every: Annotated[int, Range(0)] = 1  # epochs between two draws; 0 keeps the first one
     scoring_epochs: Annotated[int, Range(0)] = 0  # first epochs, on all candidates; 0: as few as the score needs
@@ -42,7 +57,7 @@ class CoresetConfig:
             expected = f"a number in [{1 - self.pruning_rate:.3g}, 1], which leaves enough for a coreset"
             raise checks.invalid("candidates", self.candidates, expected)
         if self.scoring_epochs and self.scoring_epochs < self._least_epochs:
-            expected = f'at least {self._least_epochs} for score="{self.score}", or 0'
+            expected = f"at least {self._least_epochs} for score={self.score!r}, or 0"
             raise checks.invalid("scoring_epochs", self.scoring_epochs, expected)
         if self.unscored and self.how != "sample":
             raise checks.invalid("unscored", True, 'how="sample"')
@@ -63,6 +78,12 @@ class CoresetConfig:
     def warmup(self) -> int:
         """Epochs of the scoring phase: scoring_epochs, or as few as the score needs."""
         return (self.scoring_epochs or self._least_epochs) if self.pruning_rate else 0
+
+    def check_epochs(self, epochs: int) -> int:
+        """`epochs`, if there are more of them than in the scoring phase."""
+        if epochs <= self.warmup:
+            raise checks.invalid("epochs", epochs, f"more than the {self.warmup} of the coreset's scoring phase")
+        return epochs
 
     def draw_of(self, epoch: int) -> int:
         """The number of the draw that `epoch` (from 0, after the scoring phase) trains on."""
@@ -132,9 +153,8 @@ class TrainConfig:
             raise checks.invalid("nesterov", True, "False when momentum is 0")
         if self.warmup_epochs >= self.epochs:
             raise checks.invalid("warmup_epochs", self.warmup_epochs, f"less than epochs={self.epochs}")
-        if self.coreset is not None and self.coreset.warmup >= self.epochs:
-            expected = f"more than the {self.coreset.warmup} of the coreset's scoring phase"
-            raise checks.invalid("epochs", self.epochs, expected)
+        if self.coreset is not None:
+            self.coreset.check_epochs(self.epochs)
 
 
 def learning_rate(progress: float, config: TrainConfig) -> float:

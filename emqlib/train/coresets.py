@@ -1,21 +1,23 @@
-"""Bit-wise coresets while training: recorded scores, and which child sees which samples in which epoch."""
+"""Bit-wise coresets: which child model sees which samples in which epoch, and the scores that this comes from."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from .. import checks, coreset
 from ..coreset import EPS
 from .config import CoresetConfig
-from .distributed import Place
+from .data import Dataset, Streamed, integers
+from .distributed import here
 
 MAPPED_BYTES = 1 << 30  # tables larger than this live in a memory-mapped file
 
@@ -26,6 +28,11 @@ class Recorder(nn.Module):
     A sample is observed at most once an epoch. Samples that are not observed keep their score.
     """
 
+    def __init__(self, **tables: Tensor) -> None:
+        super().__init__()
+        for name, table in tables.items():
+            self.register_buffer(name, table)
+
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Take in a batch: sample indices (B,), softmax p (B, C), labels (B,), the last layer's input (B, D)."""
         raise NotImplementedError
@@ -33,10 +40,6 @@ class Recorder(nn.Module):
     def scores(self) -> Tensor:
         """The importance (N,) so far, higher is kept; ValueError where nothing could be scored yet."""
         raise NotImplementedError
-
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
 
 class TDDSRecorder(Recorder):
@@ -48,17 +51,19 @@ class TDDSRecorder(Recorder):
     """
 
     def __init__(self, n: int, num_classes: int, window: int, decay: float, dtype: torch.dtype = torch.float16) -> None:
-        super().__init__()
-        self.window, self.decay = coreset.check_window(window, decay)
+        window, decay = coreset.check_window(window, decay)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        self.register_buffer("previous", _table(n, num_classes, dtype))
-        self.register_buffer("ring", torch.zeros(n, window - 1, dtype=exact))
-        self.register_buffer("score", torch.zeros(n, dtype=exact))
-        self.register_buffer("last", torch.full((n,), -2, dtype=torch.int16))
-        self.register_buffer("deltas", torch.zeros(n, dtype=torch.int16))  # since the last gap
+        super().__init__(
+            previous=_table(n, num_classes, dtype),
+            ring=torch.zeros(n, window - 1, dtype=exact),
+            score=torch.zeros(n, dtype=exact),
+            last=torch.full((n,), -2, dtype=torch.int16),
+            deltas=torch.zeros(n, dtype=torch.int16),  # since the last gap
+        )
+        self.window, self.decay = window, decay
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
+        """Compare p (B, C) of the samples `indices` (B,) with that of the epoch before; the rest is not needed."""
         i, p = indices, p.to(self.score)
         before = self.previous[i].to(self.score)
         delta = (p * ((p + EPS).log() - (before + EPS).log())).abs().sum(1)
@@ -71,56 +76,42 @@ class TDDSRecorder(Recorder):
         self.previous[i] = p.to(self.previous)
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`: (N,)."""
+        """The moving average (N,) over the windows; ValueError before any sample had a whole one."""
         if not bool((self.score > 0).any()):
             raise checks.invalid("window", self.window, "at most as many epochs as were observed in a row")
         return self.score.clone()
 
 
-def _bytes(n: int, num_classes: int, dtype: torch.dtype = torch.float16) -> int:
-    return n * num_classes * dtype.itemsize
-
-
 def _table(n: int, num_classes: int, dtype: torch.dtype) -> Tensor:
-    if _bytes(n, num_classes, dtype) <= MAPPED_BYTES:
+    """Zeros (N, C); a large table lies in a temporary file, whose pages live as long as the mapping."""
+    size = n * num_classes * dtype.itemsize
+    if size <= MAPPED_BYTES:
         return torch.zeros(n, num_classes, dtype=dtype)
-    with tempfile.NamedTemporaryFile(prefix="emqlib-") as file:  # its pages live as long as the mapping
-        _reserve(file.fileno(), _bytes(n, num_classes, dtype), file.name)
+    with tempfile.NamedTemporaryFile(prefix="emqlib-") as file:
+        try:  # to reserve space: writing to mapped pages on a full disk would kill the process
+            os.posix_fallocate(file.fileno(), 0, size)
+        except AttributeError:  # macOS
+            file.truncate(size)
+        except OSError as error:
+            text = f"{error.strerror}: a table of scores takes {size / 1e9:.1f} GB; TMPDIR names the folder"
+            raise OSError(error.errno, text, file.name) from None
         return torch.from_file(file.name, shared=True, size=n * num_classes, dtype=dtype).view(n, num_classes)
 
 
-def _reserve(handle: int, size: int, name: str) -> None:
-    """Reserve disk space now, since writing to mapped pages on a full disk would kill the process."""
-    if not hasattr(os, "posix_fallocate"):  # macOS
-        os.truncate(handle, size)
-        return
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError as error:
-        text = f"{error.strerror}: a table of scores takes {size / 1e9:.1f} GB; TMPDIR names the folder"
-        raise OSError(error.errno, text, name) from None
-
-
 class MeanRecorder(Recorder):
-    """The mean of entropy, EL2N or GraNd over the observed epochs. Memory: 8 N bytes."""
+    """The mean over the observed epochs of a score of single batches, see `coreset.SNAPSHOTS`. Memory: 8 N bytes."""
 
-    def __init__(self, n: int, score: str) -> None:
-        super().__init__()
-        self.name = score
-        self.register_buffer("total", torch.zeros(n))
-        self.register_buffer("count", torch.zeros(n, dtype=torch.int32))
+    def __init__(self, n: int, score: Callable[..., Tensor]) -> None:
+        super().__init__(total=torch.zeros(n), count=torch.zeros(n, dtype=torch.int32))
+        self.score = score
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
-        if self.name == "entropy":
-            found = coreset.entropy_of(p)
-        else:
-            found = coreset.el2n_of(p, labels) if self.name == "el2n" else coreset.grand_of(p, labels, features.float())
-        self.total[indices] += found
+        """Add the score of p (B, C), labels (B,) and features (B, D) to the sums of the samples `indices` (B,)."""
+        self.total[indices] += self.score(p, labels, features).to(self.total)
         self.count[indices] += 1
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`: (N,)."""
+        """The means (N,); zero for what was never observed."""
         return self.total / self.count.clamp_min(1)
 
 
@@ -128,14 +119,11 @@ class ForgettingRecorder(Recorder):
     """`coreset.forgetting` as a stream. Memory: 10 N bytes."""
 
     def __init__(self, n: int) -> None:
-        super().__init__()
-        self.register_buffer("right", torch.zeros(n, dtype=torch.bool))
-        self.register_buffer("learned", torch.zeros(n, dtype=torch.bool))
-        self.register_buffer("forgotten", torch.zeros(n, dtype=torch.int32))
-        self.register_buffer("observed", torch.zeros(n, dtype=torch.int32))
+        types = {"right": torch.bool, "learned": torch.bool, "forgotten": torch.int32, "observed": torch.int32}
+        super().__init__(**{name: torch.zeros(n, dtype=dtype) for name, dtype in types.items()})
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
+        """Count which of the samples `indices` (B,) are wrong by p (B, C) and labels (B,) and were right before."""
         right = p.argmax(1) == labels
         self.forgotten[indices] += (self.right[indices] & ~right).int()
         self.right[indices] = right
@@ -143,7 +131,7 @@ class ForgettingRecorder(Recorder):
         self.observed[indices] += 1
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`: (N,)."""
+        """The counts (N,); a sample that was never right counts as often as it was observed."""
         return torch.where(self.learned, self.forgotten, self.observed).float()
 
 
@@ -151,44 +139,39 @@ class ModerateRecorder(Recorder):
     """`coreset.moderate` of the latest features, as centrality. Memory: N (2 D + 8) bytes."""
 
     def __init__(self, n: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("features", torch.zeros(n, width, dtype=torch.float16))
-        self.register_buffer("labels", torch.full((n,), -1, dtype=torch.int64))
+        super().__init__(features=torch.zeros(n, width, dtype=torch.float16), labels=torch.full((n,), -1))
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """See `Recorder.observe`: indices and labels (B,), p (B, C), features (B, D)."""
+        """Keep features (B, D) and labels (B,) of the samples `indices` (B,)."""
         self.features[indices] = features.to(self.features)
         self.labels[indices] = labels
 
     def scores(self) -> Tensor:
-        """See `Recorder.scores`: (N,)."""
+        """The centrality (N,) of each sample's distance to its class; zero for what was never observed."""
         seen = self.labels >= 0
-        distance = torch.full((len(seen),), torch.inf, device=seen.device)
-        distance[seen] = coreset.moderate(self.features[seen], self.labels[seen])
-        scores = torch.zeros_like(distance)
-        scores[seen] = coreset.centrality(distance[seen])
+        scores = torch.zeros(len(seen), device=seen.device)
+        scores[seen] = coreset.centrality(coreset.moderate(self.features[seen], self.labels[seen]))
         return scores
 
 
-def recorder(
-    score: str, n: int, num_classes: int, width: int, window: int, decay: float, device: torch.device
-) -> Recorder:
-    """The recorder of `score` for N samples and C classes, on `device` if it fits there.
+def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device: torch.device) -> Recorder:
+    """The recorder of the config's score for N samples and C classes, on `device` if it fits there.
 
     Args:
-        score: one of `config.SCORES` but "random".
+        config: whose score is not "random".
         width: inputs of the last layer, which "moderate" keeps.
-        window: of TDDS, like decay: see `coreset.tdds`.
     """
-    if score == "tdds":
-        made = TDDSRecorder(n, num_classes, window, decay)
-        return made if _bytes(n, num_classes) > MAPPED_BYTES else made.to(device)
-    if score == "forgetting":
+    if config.score == "tdds":
+        made = TDDSRecorder(n, num_classes, config.window, config.decay)
+        return made if made.previous.nbytes > MAPPED_BYTES else made.to(device)
+    if config.score == "forgetting":
         return ForgettingRecorder(n).to(device)
-    return (ModerateRecorder(n, width) if score == "moderate" else MeanRecorder(n, score)).to(device)
+    if config.score == "moderate":
+        return ModerateRecorder(n, width).to(device)
+    own = isinstance(config.score, checks.Own)
+    return MeanRecorder(n, config.score.function if own else coreset.SNAPSHOTS[config.score]).to(device)
 
 
-_DRAWN = ("scores", "ranks", "subsets", "weights")  # by bit-width, kept in checkpoints
 _TINY = 0.1  # of the weight of the highest rank, that of the lowest: no sample is out of reach of a draw
 
 
@@ -198,53 +181,102 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What the child models train on in one epoch."""
-
-    scheme: str  # how they share steps
-    subsets: dict[int, Tensor]  # by bit-width: sorted sample indices (K,)
-    weights: dict[int, Tensor]  # by bit-width: loss weights (N,) of all samples; empty where losses are not weighted
-    scored: bool = False  # whether the epoch belongs to the scoring phase
-
-
 def _share(mask: Tensor) -> float:
     return round(float(mask.float().mean()), 4)
 
 
-class Sampler:
-    """The coresets of one run, epoch by epoch: first the scoring phase, then the draws.
+class Coresets:
+    """Which samples each child model trains on, epoch by epoch: first those to be scored, then coresets by importance.
 
-    Everything random comes from (seed, purpose), and `state` holds what a resumed run needs to draw the same. Of
-    several processes the main one records the scores of all samples and shares them, so that all draw the same.
+    `train` is written on this, and so can be a training loop of your own, in which each step trains one child model:
+
+        for epoch in range(epochs):
+            for bits, indices in coresets.batches(epoch, batch_size=128):
+                ...  # `set_bits`, and a step on these samples
+                coresets.observe(bits, indices, logits, labels[indices])
+
+    Everything random comes from the seed. Processes that train together by torch.distributed make the same calls: all
+    draw the same, each gets its part of every batch, and the main one records the scores of all.
+
+    Args:
+        labels: the labels (N,) of the training set, as a tensor, an array or a list; or the data set that has them:
+            `Dataset`, or a map-style one, whose `targets` or `labels` are read, or else its items one by one.
+        bits: the bit-widths to train.
+        config: how coresets are chosen; None trains on the full data.
+        epochs: how many there will be, more than the scoring phase has.
+        scheme: "joint" or "dedicated", as in `TrainConfig`, for `steps`.
+
+    Raises:
+        ValueError: names the argument that is wrong.
 
     Attributes:
-        rows: one row for each draw and bit-width, for the history of `loop.train`.
+        rows: one row for each draw and bit-width, see `train`.
+        epoch: the latest one that was asked for, or -1.
+        next_epoch: the one that `sampler` and `loader` go on with.
     """
 
     def __init__(
         self,
-        config: CoresetConfig | None,
-        scheme: str,
-        seed: int,
-        bits: tuple[int, ...],
-        labels: Tensor,
-        place: Place | None = None,
+        labels: Any,
+        bits: Iterable[int],
+        config: CoresetConfig | None = None,
+        *,
+        epochs: int,
+        seed: int = 0,
+        scheme: str = "bitwise",
     ) -> None:
-        self.config = config or CoresetConfig(pruning_rate=0)
-        self.scheme, self.seed, self.bits = scheme, seed, bits
-        self.labels, self.n = labels.cpu(), len(labels)
+        expected = 'a CoresetConfig, for example CoresetConfig(score="tdds")'
+        config = CoresetConfig(pruning_rate=0) if config is None else config
+        self.config = checks.instance("config", config, CoresetConfig, expected)
+        self.bits, self.labels = checks.bit_widths("bits", bits), labels_of(labels)
+        self.scheme = checks.choice("scheme", scheme, ("bitwise", "joint", "dedicated"))
+        self.seed, self.n = checks.integer("seed", seed, 0), len(self.labels)
+        self.epochs = self.config.check_epochs(checks.integer("epochs", epochs, 1))
+        self.epoch, self.next_epoch, self.draw = -1, 0, -1
         self.shared = scheme == "joint" or self.config.across_bits == "identical"
         self.recorders: dict[int, Recorder] = {}
-        self.scores: dict[int, Tensor] = {}
-        self.ranks: dict[int, Tensor] = {}
-        self.subsets: dict[int, Tensor] = {}
-        self.weights: dict[int, Tensor] = {}
-        self.draw = -1
+        self.ranks: dict[int, Tensor] = {}  # (N,) by bit-width
+        self.loss_weights: dict[int, Tensor] = {}  # none where losses are not weighted
+        self.drawn: dict[int, Tensor] = {}  # (K,) by bit-width
         self.rows: list[dict[str, Any]] = []
-        self.place = place or Place()
-        self._recording, self._recorded, self._shape = False, False, (0, 0)
+        self._shape = (0, 0)  # classes and features of what is recorded
         self._features: Tensor | None = None
+
+    def batches(self, epoch: int, batch_size: int) -> list[tuple[int, Tensor]]:
+        """The steps of `epoch` (from 0), each (bits, sample indices (B,)); bit-widths take turns, the highest first.
+
+        Ask for the epochs in order, for each when the one before has ended; asking again is safe. Batches are of
+        near-equal size. Of several processes each gets its part of them. ValueError: no such epoch; nothing was
+        observed in the scoring phase; scoring="joint", whose steps train several child models.
+        """
+        steps, place = self.steps(epoch, batch_size), here()
+        if len(steps[0][0]) > 1:
+            name = "scheme" if self.scheme == "joint" else "scoring"
+            raise checks.invalid(name, "joint", '"bitwise", where each step trains one child model')
+        if min(len(indices) for _, indices in steps) < place.count:
+            raise checks.invalid(
+                "batch_size", batch_size, f"a sample in each batch for each of {place.count} processes"
+            )
+        return [(bits[0], place.part(indices)) for bits, indices in steps]
+
+    def steps(self, epoch: int, batch_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
+        """As `batches`, with all bit-widths of a step, the highest first, and its samples (B,) of all processes."""
+        checks.integer("batch_size", batch_size, 1)
+        subsets, bits = self.subsets(epoch), self.bits[::-1]
+        if self.scheme_of(epoch) == "joint":
+            return [(bits, chunk) for chunk in self._chunks(subsets[bits[0]], batch_size, epoch)]
+        queues = [self._chunks(subsets[b], batch_size, epoch, b) for b in bits]
+        return [((b,), chunk) for turn in zip(*queues, strict=True) for b, chunk in zip(bits, turn, strict=True)]
+
+    def _chunks(self, indices: Tensor, batch_size: int, *purpose: int) -> tuple[Tensor, ...]:
+        """`indices`, shuffled, in parts of near-equal size: batch norm cannot take a last part of one image."""
+        order = torch.randperm(len(indices), generator=generator(self.seed, "shuffle", *purpose))
+        return indices[order].tensor_split(-(-len(indices) // batch_size))
+
+    def count(self, epoch: int, batch_size: int) -> int:
+        """How many steps `epoch` has; unlike `batches`, this may be asked for any epoch at any time."""
+        children = 1 if self.scheme_of(epoch) == "joint" else len(self.bits)
+        return children * -(-self.size(epoch) // batch_size)
 
     def size(self, epoch: int) -> int:
         """How many samples each child model sees in `epoch`."""
@@ -257,16 +289,51 @@ class Sampler:
         scoring = self.scheme == "bitwise" and epoch < self.config.warmup
         return self.config.scoring if scoring else self.scheme
 
-    def selection(self, epoch: int) -> Selection:
-        """What each child model trains on in `epoch` (from 0). Call it for the epochs in order; repeating is safe."""
+    @property
+    def scoring(self) -> bool:
+        """Whether the latest epoch belongs to the scoring phase."""
+        return 0 <= self.epoch < self.config.warmup
+
+    def subsets(self, epoch: int) -> dict[int, Tensor]:
+        """What each child model trains on in `epoch`, by bit-width: sorted sample indices (K,). See `batches`."""
+        epoch = checks.integer("epoch", epoch, 0, self.epochs - 1)
         if self.config.pruning_rate == 0:
-            return Selection(self.scheme, dict.fromkeys(self.bits, torch.arange(self.n)), {})
-        if epoch < self.config.warmup:
-            return Selection(self.scheme_of(epoch), {b: self._candidates(b) for b in self.bits}, {}, scored=True)
-        draw = self.config.draw_of(epoch)
-        if draw != self.draw:
-            self._select(draw, epoch)
-        return Selection(self.scheme, self.subsets, self.weights)
+            found = dict.fromkeys(self.bits, torch.arange(self.n))
+        elif epoch < self.config.warmup:
+            found = {b: self._candidates(b) for b in self.bits}
+        else:
+            draw = self.config.draw_of(epoch)
+            if draw != self.draw:
+                self._select(draw, epoch)
+            found = self.drawn
+        self.epoch = epoch
+        return found
+
+    def weights(self, bits: int, indices: Tensor) -> Tensor:
+        """The weights (B,) of the losses of samples `indices` (B,): ones, unless the config has unbiased=True."""
+        if not self.loss_weights:
+            return torch.ones(len(indices), device=indices.device)
+        if bits not in self.bits:
+            raise checks.invalid("bits", bits, f"one of {self.bits}")
+        self.loss_weights[bits] = self.loss_weights[bits].to(indices.device)
+        return self.loss_weights[bits][indices]
+
+    def sampler(self, batch_size: int) -> "BatchSampler":
+        """A batch sampler for a DataLoader: each batch is a list of (sample index, bit-width), see `BatchSampler`."""
+        return BatchSampler(self, batch_size)
+
+    def loader(self, dataset: Any, batch_size: int, **options: Any) -> DataLoader:
+        """A DataLoader that gives (bits, sample indices (B,), batch); each whole pass over it is the next epoch.
+
+        A batch carries its bit-width and indices from the sampler on, however many workers fetch ahead.
+        `loader.batch_sampler.set_epoch` goes to another epoch. Of several processes each gets its part of every batch,
+        so nothing else may share the loader out: Lightning wants use_distributed_sampler=False.
+        dataset: a map-style one, of the N samples. options: of `DataLoader`, such as num_workers or collate_fn.
+        """
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) != self.n:
+            raise checks.invalid("dataset", dataset, f"a map-style data set of {self.n} samples")
+        keyed = _Keyed(dataset, options.pop("collate_fn", None) or default_collate)
+        return DataLoader(keyed, batch_sampler=self.sampler(batch_size), collate_fn=keyed.collate, **options)
 
     def _candidates(self, b: int) -> Tensor:
         """The samples that `b` scores; those of different bit-widths overlap as little as they can."""
@@ -279,35 +346,39 @@ class Sampler:
         return order.roll(-start)[:count].sort().values
 
     def _select(self, draw: int, epoch: int) -> None:
-        if self._recorded:
-            self._rank()
-            self.recorders, self._recorded = {}, False
-        before, self.draw, self.subsets, self.weights = self.subsets, draw, {}, {}
+        if self.draw < 0 and self.config.score != "random":
+            self._rank(epoch)
+        before, self.draw, self.drawn, self.loss_weights = self.drawn, draw, {}, {}
         clipped: dict[int, float] = {}
         held = torch.zeros(self.n, dtype=torch.bool)
         for group in [self.bits] if self.shared else [(b,) for b in self.bits[::-1]]:
             stream = generator(self.seed, "coreset", draw, "all" if self.shared else group[0])
             subset = self._pick(group[0], stream, held)
             held[subset] = True
-            self.subsets |= dict.fromkeys(group, subset)
+            self.drawn |= dict.fromkeys(group, subset)
             if self.config.unbiased:
                 weights, share = self._loss_weights(group[0], subset)
-                self.weights |= dict.fromkeys(group, weights)
+                self.loss_weights |= dict.fromkeys(group, weights)
                 clipped |= dict.fromkeys(group, share)
         self.rows += self._describe(epoch, before, clipped)
 
-    def _rank(self) -> None:
-        """The scores and ranks of all candidates by bit-width, from what was recorded."""
-        self.scores = self.place.share({b: record.scores().cpu() for b, record in self.recorders.items()})
-        for b, scores in self.scores.items():
+    def _rank(self, epoch: int) -> None:
+        """The scores and ranks of all candidates by bit-width, from what was recorded before `epoch`."""
+        found = here().share({b: record.scores().cpu() for b, record in self.recorders.items()})
+        missing = [b for b in self.bits if b not in found]
+        if missing:
+            expected = f"scores of {missing} bits before it, which `observe` records in the first {self.config.warmup}"
+            raise checks.invalid("epoch", epoch, expected)
+        for b, scores in found.items():
             own = self._candidates(b)
             # samples often lie class by class: equal scores are ranked in a random order, not in that of the data
             order = own[torch.randperm(len(own), generator=generator(self.seed, "ties", b))]
             self.ranks[b] = torch.full((self.n,), -1.0)
             self.ranks[b][order] = coreset.ranks(scores[order])
         if self.shared:
-            mean = torch.stack(list(self.ranks.values())).mean(0)
-            self.scores = self.ranks = dict.fromkeys(self.bits, mean)  # raw scores have no common scale
+            mean = torch.stack(list(self.ranks.values())).mean(0)  # raw scores have no common scale
+            self.ranks = dict.fromkeys(self.bits, mean)
+        self.recorders = {}
 
     def _pick(self, b: int, stream: torch.Generator, held: Tensor) -> Tensor:
         """The coreset of `b`. A disjoint one takes samples that no other coreset holds, while there are any."""
@@ -345,10 +416,10 @@ class Sampler:
 
     def _describe(self, epoch: int, before: dict[int, Tensor], clipped: dict[int, float]) -> list[dict[str, Any]]:
         """One row for each bit-width of a draw: size, sharing with the others, change since the last draw, classes."""
-        held = {b: torch.zeros(self.n, dtype=torch.bool).index_fill_(0, s, True) for b, s in self.subsets.items()}
+        held = {b: torch.zeros(self.n, dtype=torch.bool).index_fill_(0, s, True) for b, s in self.drawn.items()}
         union = _share(torch.stack(list(held.values())).any(0))
         rows = []
-        for b, subset in self.subsets.items():
+        for b, subset in self.drawn.items():
             row = {"epoch": epoch + 1, "bits": b, "size": len(subset), "union": union}
             row |= {"overlap": {str(o): _share(held[o][subset]) for o in self.bits if o != b}}
             row |= {"drift": _share(~held[b][before[b]]) if before else None}
@@ -366,57 +437,138 @@ class Sampler:
         return round(float(torch.corrcoef(pair)[0, 1]), 4)
 
     @contextmanager
-    def recording(self, model: nn.Module, selection: Selection) -> Iterator[None]:
-        """Score what `model` is trained on within this block, if the epoch belongs to the scoring phase."""
-        hook = None
-        if selection.scored and self.config.score in ("grand", "moderate"):
-            last = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-            if last is None:
-                raise checks.invalid("score", self.config.score, "another, where a network has no linear layer")
-            hook = last.register_forward_pre_hook(self._keep_features)
-        self._recording = selection.scored
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within the block `observe` finds features itself, while they are scored: the last linear layer's input."""
+        needed = self.config.score in coreset.OF_FEATURES
+        ahead = self.epoch < self.config.warmup and (needed or isinstance(self.config.score, checks.Own))
+        last = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
+        if last is None and needed and ahead:
+            raise checks.invalid("score", self.config.score, "another, where a network has no linear layer")
+        hook = last.register_forward_pre_hook(self._keep_features) if last is not None and ahead else None
         try:
             yield
         finally:
-            self._recording, self._features = False, None
+            self._features = None
             if hook is not None:
                 hook.remove()
 
     def _keep_features(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features = inputs[0].detach().float()
+        self._features = inputs[0].detach() if self.scoring else None
 
-    def observe(self, b: int, epoch: int, indices: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Score a batch that child model `b` has just seen: sample indices (B,), logits (B, C), labels (B,)."""
-        if not self._recording:
+    def observe(
+        self, bits: int, indices: Tensor, logits: Tensor, labels: Tensor, features: Tensor | None = None
+    ) -> None:
+        """Record the scores of a batch that child model `bits` has just seen. Outside the scoring phase: do nothing.
+
+        The samples `indices` (B,) have these logits (B, C), labels (B,) and, for the scores that need them, features
+        (B, D): the last layer's input, see also `watching`.
+        """
+        if not self.scoring:
             return
-        p = logits.detach().float().softmax(1)
-        indices, p, labels, features = self.place.gather(indices, p, labels, self._features)
-        self._recorded = True
-        if not self.place.main:
+        features = self._features if features is None else features
+        self._check(bits, indices, logits, labels, features)
+        place, device, p = here(), logits.device, logits.detach().float().softmax(1)
+        features = None if features is None else features.detach().float()
+        indices, p, labels, features = place.gather(indices, p, labels, features)
+        if not place.main:
             return
-        if b not in self.recorders:
+        if bits not in self.recorders:
             self._shape = (p.shape[1], 0 if features is None else features.shape[1])
-            self.recorders[b] = self._recorder(p.device)
-        device = next(self.recorders[b].buffers()).device
+            self.recorders[bits] = recorder(self.config, self.n, *self._shape, device)
+        device = next(self.recorders[bits].buffers()).device
         moved = (None if x is None else x.to(device) for x in (indices, p, labels, features))
-        self.recorders[b].observe(epoch, *moved)
+        self.recorders[bits].observe(self.epoch, *moved)
 
-    def _recorder(self, device: torch.device) -> Recorder:
-        config = self.config
-        return recorder(config.score, self.n, *self._shape, config.window, config.decay, device)
+    def _check(self, bits: int, indices: Tensor, logits: Tensor, labels: Tensor, features: Tensor | None) -> None:
+        """The arguments of `observe`, by their shapes: looking at values would make a GPU wait."""
+        if bits not in self.bits:
+            raise checks.invalid("bits", bits, f"one of {self.bits}")
+        size = len(checks.tensor("indices", indices, "an int64 tensor (B,)", 1))
+        for name, given in (("indices", indices), ("labels", labels)):
+            if not isinstance(given, Tensor) or given.shape != (size,) or given.dtype != torch.int64:
+                raise checks.invalid(name, given, f"an int64 tensor ({size},)")
+        needed = [("features", features)] if self.config.score in coreset.OF_FEATURES else []
+        for name, given in [("logits", logits), *needed]:
+            if not isinstance(given, Tensor) or given.dim() != 2 or len(given) != size or not given.is_floating_point():
+                raise checks.invalid(name, given, f"a floating tensor ({size}, ...) for score={self.config.score!r}")
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain containers of tensors and numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on from the end of an epoch needs: plain containers of tensors and numbers."""
         recorders = {b: r.state_dict() for b, r in self.recorders.items()}
-        drawn = {name: getattr(self, name) for name in _DRAWN} | {"draw": self.draw}
-        return drawn | {"recorders": recorders, "shape": self._shape, "rows": json.dumps(self.rows)}
+        drawn = {"ranks": self.ranks, "subsets": self.drawn, "weights": self.loss_weights, "recorders": recorders}
+        return drawn | {"draw": self.draw, "epoch": self.epoch, "shape": self._shape, "rows": json.dumps(self.rows)}
 
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from `state`."""
-        for name in _DRAWN:
-            setattr(self, name, {b: tensor.cpu() for b, tensor in state[name].items()})
-        self.draw, self.rows, self._shape = state["draw"], json.loads(state["rows"]), state["shape"]
-        self._recorded = bool(state["recorders"])
-        for b, buffers in state["recorders"].items() if self.place.main else ():
-            self.recorders[b] = self._recorder(device)
-            self.recorders[b].load_state_dict(buffers)
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """Go on from `state`, which `state_dict` gave, and record scores on `device`; ValueError: it is of others."""
+        try:
+            ranks, drawn, weights = (
+                {b: x.cpu() for b, x in state[name].items()} for name in ("ranks", "subsets", "weights")
+            )
+            if any(b not in self.bits or len(x) != self.n for b, x in ranks.items()):
+                raise ValueError("other bit-widths, or another number of samples")
+            recorders = {b: recorder(self.config, self.n, *state["shape"], device) for b in state["recorders"]}
+            for b, made in recorders.items():
+                made.load_state_dict(state["recorders"][b])
+            draw, rows, epoch = state["draw"], json.loads(state["rows"]), state.get("epoch", -1)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise checks.invalid("state", type(state).__name__, f"a state of the same coresets ({error!r})") from error
+        self.ranks, self.drawn, self.loss_weights, self.recorders = ranks, drawn, weights, recorders
+        self.draw, self.rows, self._shape = draw, rows, state["shape"]
+        self.epoch, self.next_epoch = epoch, epoch + 1
+
+
+class BatchSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of `Coresets` as lists of keys (sample index, bit-width), for `DataLoader(batch_sampler=...)`.
+
+    After the last batch of an epoch comes the next epoch; an iteration that is broken off begins its epoch again.
+    """
+
+    def __init__(self, coresets: Coresets, batch_size: int) -> None:
+        self.coresets, self.batch_size = coresets, checks.integer("batch_size", batch_size, 1)
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) of the next iteration."""
+        self.coresets.next_epoch = epoch
+
+    def __len__(self) -> int:
+        return self.coresets.count(self.coresets.next_epoch, self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.coresets.next_epoch
+        batches = self.coresets.batches(epoch, self.batch_size)
+        for number, (bits, indices) in enumerate(batches, start=1):
+            if number == len(batches):  # not after it: HuggingFace's Trainer counts, and never asks for one more
+                self.coresets.next_epoch = epoch + 1
+            yield [(i, bits) for i in indices.tolist()]
+
+
+class _Keyed(torch.utils.data.Dataset):
+    """A data set by keys (sample index, bit-width), and the batches of what it gives."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.own_collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, Any]:
+        index, bits = key
+        return bits, index, self.dataset[index]
+
+    def collate(self, items: list[tuple[int, int, Any]]) -> tuple[int, Tensor, Any]:
+        """(bits, sample indices (B,), the batch) of items of one bit-width."""
+        bits, indices, samples = zip(*items, strict=True)
+        return bits[0], torch.tensor(indices), self.own_collate(list(samples))
+
+
+def labels_of(data: Any) -> Tensor:
+    """The labels (N,) int64 of a data set, or those given, on the CPU; ValueError: there are none. See `Coresets`."""
+    given = data.train.labels if isinstance(data, Dataset) else data
+    listed = isinstance(given, (Tensor, np.ndarray, list, tuple)) and len(given) > 0
+    labels = integers(given, len(given)) if listed else None
+    try:
+        return Streamed.of(given, 0, "labels").labels if labels is None else labels.cpu()
+    except ValueError as error:
+        expected = f"integers >= 0, one a sample, or a data set that has them ({error})"
+        raise checks.invalid("labels", data, expected) from error

@@ -144,7 +144,7 @@ def _labels(items: Any) -> Tensor:
         told = next((items.with_format(None)[key][:] for key in LABELS if key in items.column_names), None)
     elif getattr(items, "target_transform", None) is None:  # torchvision
         told = getattr(items, "targets", getattr(items, "labels", None))
-    found = _integers(told, len(items))
+    found = integers(told, len(items))
     if found is not None:
         return found
     with _seeding() as start:
@@ -152,8 +152,8 @@ def _labels(items: Any) -> Tensor:
         return torch.tensor([_pair(items[i])[1] for i in range(len(items))])
 
 
-def _integers(given: Any, count: int) -> Tensor | None:
-    """`given` as a tensor of so many integers >= 0, or None where it is something else."""
+def integers(given: Any, count: int) -> Tensor | None:
+    """`given` as a tensor (count,) of integers >= 0, or None where it is something else."""
     found = _tensor(given)
     if found is None or found.shape != (count,) or found.is_floating_point() or found.is_complex() or found.min() < 0:
         return None
@@ -324,7 +324,7 @@ def _split(prefix: str, images: Any, labels: Any) -> Split:
     if inputs is None or inputs.dim() < 2 or inputs.numel() == 0 or not _is_input(inputs):
         expected = "a tensor (N, C, ...) or (N, D) of bytes or floats, of one sample at least"
         raise checks.invalid(f"{prefix}images", images if inputs is None else _kind(inputs), expected)
-    found = _integers(labels, len(inputs))
+    found = integers(labels, len(inputs))
     if found is None:
         raise checks.invalid(f"{prefix}labels", labels, f"{len(inputs)} integers >= 0, one for each input")
     return Split(inputs if inputs.dtype == torch.uint8 else inputs.float(), found.to(inputs.device))

@@ -43,25 +43,18 @@ def device_named(name: str) -> torch.device:
 
 
 def autocast_used(name: str, device: torch.device) -> str:
-    """The autocast type that `device` really gets: "none" for "bfloat16" on a CPU without it, told once by a warning.
-
-    A CPU of AVX2 and no more would take ten times as long in bfloat16 as in float32.
-    """
-    if name == "bfloat16" and device.type == "cpu" and not has_bfloat16():
-        _tell_of_float32()
-        return "none"
-    return name
-
-
-def has_bfloat16() -> bool:
-    """Whether oneDNN has kernels for bfloat16 on this CPU, which without them is slower in it than in float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """The autocast type that `device` really gets: "none" for "bfloat16" on a CPU without it."""
+    return "none" if name == "bfloat16" and device.type == "cpu" and not has_bfloat16() else name
 
 
 @cache
-def _tell_of_float32() -> None:
-    told = "this processor has no fast bfloat16: what asks for it on the CPU runs in float32, which is faster here"
-    warnings.warn(told, stacklevel=3)
+def has_bfloat16() -> bool:
+    """Whether this CPU has kernels for bfloat16; without, a warning says once that float32 is ten times as fast."""
+    found = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not found:
+        told = "this processor has no fast bfloat16: what asks for it on the CPU runs in float32, which is faster here"
+        warnings.warn(told, stacklevel=3)
+    return found
 
 
 def autocast(name: str, device: torch.device) -> AbstractContextManager:
@@ -97,14 +90,11 @@ def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
 
 
 class Graphed:
-    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state`.
+    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state()`.
 
     A network of small kernels spends most of a step on launching them one by one; a graph launches all at once. The
-    first call of each kind runs the network itself, and so do all calls while a submodule has a hook.
-
-    Args:
-        state: returns what the passes depend on, such as the bit-width, besides their input and tensors that are
-            changed in place.
+    first call of each kind runs the network itself, and so do all calls while a submodule has a hook. `state` gives
+    what the passes depend on besides their input and tensors that are changed in place: the bit-width.
     """
 
     def __init__(self, model: nn.Module, state: Callable[[], Hashable]) -> None:
@@ -159,14 +149,10 @@ def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """Which of several processes this one is, `index` of `count`, that train one network together.
-
-    Alone, `state` is None, nothing is exchanged, and Accelerate is not needed.
-    """
+    """Which of several processes this one is, `index` of `count`, that train one network together."""
 
     index: int = 0
     count: int = 1
-    state: Any = None  # accelerate.PartialState
 
     @property
     def main(self) -> bool:
@@ -174,11 +160,10 @@ class Place:
         return self.index == 0
 
     def device(self, name: str) -> torch.device:
-        """The device of that name, see `device_named`; among several processes, the one of this process."""
-        if self.state is None:
-            return device_named(name)
-        own = self.state.device
-        return own if own.type == "cuda" else torch.device(own.type)  # not "cpu:0", which no checkpoint loads onto
+        """The device of that name; among several processes on GPUs, the one of this process."""
+        named = device_named(name)
+        several = self.count > 1 and named.type == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if several else named
 
     def part(self, x: Tensor) -> Tensor:
         """This process's part of a batch (B, ...); parts differ by one sample at most."""
@@ -186,46 +171,49 @@ class Place:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` so that the backward pass averages its gradients over processes."""
-        if self.state is None:
+        if self.count == 1:
             return model
-        device = self.device("")
+        device = next(model.parameters()).device
         devices = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices, **kernels.unsynced_buffers())
 
     def alone(self, wrapped: nn.Module) -> AbstractContextManager:
         """The context of a forward and backward pass whose gradients are averaged together with a later one's."""
-        return nullcontext() if self.state is None else wrapped.no_sync()
+        return nullcontext() if self.count == 1 else wrapped.no_sync()
 
-    def first(self) -> AbstractContextManager:
+    @contextmanager
+    def first(self) -> Iterator[None]:
         """The context of what the main process does before the others."""
-        return nullcontext() if self.state is None else self.state.main_process_first()
+        if not self.main:
+            dist.barrier()
+        yield
+        if self.main and self.count > 1:
+            dist.barrier()
 
     def share(self, value: Any) -> Any:
         """The main process's `value`, in every process."""
-        return value if self.state is None else accelerate().utils.broadcast_object_list([value])[0]
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def collect(self, value: Any) -> list[Any]:
         """Every process's `value`, in every process."""
-        return [value] if self.state is None else accelerate().utils.gather_object([value])
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
 
-    def gather(self, indices: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Sample indices (B,) and tensors (B, ...) of all processes, put together; a missing tensor stays None.
-
-        Processes have parts of unequal size. Indices of -1 pad the shorter ones on the way and are left out again.
-        """
-        if self.state is None:
-            return indices, *tensors
-        utils = accelerate().utils
-        found = [
-            t if t is None else utils.gather(utils.pad_across_processes(t, pad_index=-1)) for t in (indices, *tensors)
-        ]
-        return tuple(None if t is None else t[found[0] >= 0] for t in found)
+    def gather(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Tensors (B, ...) of all processes, put together, on the CPU; a missing tensor stays None."""
+        if self.count == 1:
+            return tensors
+        found = self.collect([None if t is None else t.cpu() for t in tensors])
+        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
 
     def sums(self, *values: float) -> list[float]:
         """Each of `values` summed over processes."""
-        if self.state is None:
-            return list(values)
-        return total(torch.tensor(values, dtype=torch.float64, device=self.state.device)).tolist()
+        return [sum(parts) for parts in zip(*self.collect(values), strict=True)]
 
     @contextmanager
     def joined(self, where: str) -> Iterator[None]:
@@ -246,18 +234,19 @@ def started() -> int:
 
 
 def current(device: str = "auto") -> Place:
-    """Where this process stands: alone, unless accelerate launch, torchrun or notebook_launcher started several.
+    """Where this process stands among those that a launcher started; device: "cpu" to stay off CUDA devices.
 
-    Args:
-        device: "cpu" to stay off CUDA devices.
-
-    Raises:
-        ImportError: several processes without Accelerate; says what to install.
+    ImportError: several processes without Accelerate; says what to install.
     """
-    if started() == 1:
-        return Place()
-    state = accelerate().PartialState(cpu=device_named(device).type == "cpu")
-    return Place(state.process_index, state.num_processes, state)
+    if started() > 1:
+        accelerate().PartialState(cpu=device_named(device).type == "cpu")
+    return here()
+
+
+def here() -> Place:
+    """Where this process stands among those of torch.distributed, if that is initialized; else alone."""
+    together = dist.is_available() and dist.is_initialized()
+    return Place(dist.get_rank(), dist.get_world_size()) if together else Place()
 
 
 def accelerate() -> ModuleType:
@@ -286,11 +275,6 @@ def total(x: Tensor) -> Tensor:
     return _Total.apply(x)
 
 
-def mean(x: Tensor) -> Tensor:
-    """x (any shape), a statistic of each process's part, averaged over processes."""
-    return total(x) / dist.get_world_size()
-
-
 def lowest(x: Tensor) -> Tensor:
     """The lowest x (any shape) of all processes."""
     x = x.clone()
@@ -307,7 +291,7 @@ def synchronized(model: nn.Module, place: Place, accumulate: int = 1) -> Iterato
     """
     layers = [m for m in model.modules() if hasattr(m, "reduce")]
     for layer in layers:
-        layer.reduce = Reduction(total, mean, lowest) if place.count > 1 else None
+        layer.reduce = Reduction(total, lambda x: total(x) / place.count, lowest) if place.count > 1 else None
         layer.parts = place.count * accumulate
     try:
         yield

@@ -91,6 +91,20 @@ def logits_of(output: Any, own: Logits | None = None) -> Tensor:
     raise invalid("logits", got, f"{expected} else a function that takes the output and gives them")
 
 
+def soft_targets(model: nn.Module, x: Tensor) -> Tensor:
+    """What a lower bit-width may learn from, for knowledge distillation: p (B, C) of the highest trained one on x.
+
+    The softmax of its logits in evaluation mode, without gradient. Bit-widths and modes are afterwards as they were.
+    `F.cross_entropy(logits, emq.soft_targets(model, x))` is a loss. x: the network's input (B, ...). ValueError: not a
+    converted network, no logits.
+    """
+    own_bits = [(network, trained_bits(network)[-1]) for network in networks(model)]
+    with ExitStack() as highest, _evaluating(model, always=True):
+        for network, bits in own_bits:
+            highest.enter_context(at_bits(network, bits))
+        return logits_of(_inner(model, nn.parallel.DistributedDataParallel)(x)).float().softmax(1)
+
+
 def evaluate(
     model: nn.Module,
     data: Any,

@@ -1,11 +1,10 @@
-"""One training loop for every scheme: a scheme is a plan that says which child model sees which batch in a step."""
+"""One training loop for every scheme, over the steps of `Coresets`: which child models see which batch."""
 
 import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,8 +23,8 @@ from . import checkpoint as checkpoints
 from . import distributed
 from .checkpoint import Deadline, OutOfTime
 from .config import TrainConfig, learning_rate
-from .coresets import Sampler, Selection, generator
-from .data import Batch, Dataset, MemoryLoader, StreamLoader, as_dataset, loader
+from .coresets import Coresets, generator
+from .data import Batch, Dataset, as_dataset, loader
 from .distributed import Place
 from .evaluate import logits_of
 
@@ -80,33 +79,6 @@ def _not_finite(model: nn.Module) -> str | None:
     return next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step."""
-
-    indices: Tensor  # (B,), the samples that enter it
-    bits: tuple[int, ...]  # its child models, highest bit-width first
-    weights: Tensor | None = None  # (N,), loss weights of all samples
-
-
-def _chunks(indices: Tensor, batch_size: int, gen: torch.Generator) -> tuple[Tensor, ...]:
-    """`indices`, shuffled, in parts of near-equal size: batch norm cannot take a last part of one image."""
-    shuffled = indices[torch.randperm(len(indices), generator=gen)]
-    return shuffled.tensor_split(-(-len(indices) // batch_size))
-
-
-def plan(selection: Selection, config: TrainConfig, epoch: int, device: torch.device | str = "cpu") -> list[Step]:
-    """The steps of one epoch over what was selected for it, with loss weights on `device`."""
-    subsets, bits = selection.subsets, tuple(sorted(selection.subsets, reverse=True))
-    weights = {b: w.to(device) for b, w in selection.weights.items()}
-    if selection.scheme == "joint":
-        chunks = _chunks(subsets[bits[0]], config.batch_size, generator(config.seed, "shuffle", epoch))
-        return [Step(chunk, bits, weights.get(bits[0])) for chunk in chunks]
-    queues = {b: _chunks(subsets[b], config.batch_size, generator(config.seed, "shuffle", epoch, b)) for b in bits}
-    rounds = max(len(queue) for queue in queues.values())
-    return [Step(queues[b][i], (b,), weights.get(b)) for i in range(rounds) for b in bits if i < len(queues[b])]
-
-
 def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """SGD or AdamW over all parameters, with weight decay on convolution and linear weights alone."""
     layers = (m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)))
@@ -120,23 +92,28 @@ def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-@dataclass(kw_only=True)
 class _Run:
     """What one call of `train` works with."""
 
-    model: nn.Module
-    wrapped: nn.Module  # the model, or what averages its gradients over processes
-    forward: Callable[[Tensor], Tensor]  # `wrapped`, compiled or not
-    data: Dataset
-    config: TrainConfig
-    place: Place
-    device: torch.device
-    loader: MemoryLoader | StreamLoader
-    memory_format: torch.memory_format
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    sampler: Sampler
-    history: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, model: nn.Module, data: Dataset, config: TrainConfig, bits: tuple[int, ...]) -> None:
+        self.model, self.config, self.place = model, config, distributed.current(config.device)
+        self.device = self.place.device(config.device)
+        same = {"epochs": config.epochs, "seed": config.seed, "scheme": config.scheme}
+        self.coresets = Coresets(data, bits, config.coreset, **same)
+        _check_parts(self.coresets, config, self.place)
+        distributed.autocast_used(config.autocast, self.device)  # warns before there is a progress bar
+        self.memory_format = distributed.memory_format(model, config.channels_last, self.device)
+        model.to(self.device, memory_format=self.memory_format)
+        self.wrapped, self.data = self.place.wrap(model), data.to(self.device)  # it averages gradients over processes
+        passes = len(bits) * sum(-(-self.coresets.size(e) // config.batch_size) for e in range(config.epochs))
+        self.forward = distributed.compiled(self.wrapped, config.compile, passes)
+        if config.compile == "graphs" and self.device.type == "cuda" and self.place.count == 1:
+            layer = next(iter(quantized_layers(model).values()))
+            self.forward = distributed.Graphed(model, lambda: layer.bits)
+        self.loader = loader(self.data, "train", self.device, self.place)
+        self.optimizer = optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "float16")
+        self.history: list[dict[str, Any]] = []
 
     @property
     def epoch(self) -> int:
@@ -175,8 +152,7 @@ def train(
         rank correlation with others' scores, images of each class. attrs["damaged"] names damaged files.
 
     Raises:
-        ValueError: not a converted network, a scheme that does not fit its bit-widths, fewer outputs than classes, a
-            place where no checkpoint can be, a budget without one, a checkpoint of another run.
+        ValueError: names the argument that is wrong, such as a checkpoint of another run.
         FloatingPointError: a loss or weight is not finite; names step, bit-width and learning rate.
         MemoryError: names the batch size to try.
         files.Busy: another process trains with the checkpoint.
@@ -189,7 +165,7 @@ def train(
     bits, path, deadline = _check(model, data, config), checkpoints.checked(checkpoint), Deadline.of(budget)
     if path is None and deadline.end is not None:
         raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
-    run = _prepare(model, data, config, bits)
+    run = _Run(model, data, config, bits)
     with run.place.joined(f"the checkpoint {path}" if path else "the beginning"), _safe(run, path):
         if run.place.share(path is not None and path.exists()):
             _resume(run, path)
@@ -203,7 +179,7 @@ def train(
         set_bits(model, bits[-1])
         model.emq.data = data.about()  # what `save` tells of it
     history = pd.DataFrame(run.history)
-    history.attrs["coresets"] = run.sampler.rows
+    history.attrs["coresets"] = run.coresets.rows
     history.attrs["damaged"] = [str(data.train.path(i)) for i in sorted(run.loader.damaged)]
     return history
 
@@ -220,40 +196,10 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
     return spec.bits
 
 
-def _prepare(model: nn.Module, data: Dataset, config: TrainConfig, bits: tuple[int, ...]) -> _Run:
-    place = distributed.current(config.device)
-    device = place.device(config.device)
-    sampler = Sampler(config.coreset, config.scheme, config.seed, bits, data.train.labels, place)
-    _check_parts(sampler, config, place)
-    distributed.autocast_used(config.autocast, device)  # what it warns of is told before there is a progress bar
-    memory_format = distributed.memory_format(model, config.channels_last, device)
-    model.to(device, memory_format=memory_format)
-    wrapped, data = place.wrap(model), data.to(device)
-    passes = len(bits) * sum(-(-sampler.size(epoch) // config.batch_size) for epoch in range(config.epochs))
-    forward = distributed.compiled(wrapped, config.compile, passes)
-    if config.compile == "graphs" and device.type == "cuda" and place.count == 1:
-        layer = next(iter(quantized_layers(model).values()))
-        forward = distributed.Graphed(model, lambda: layer.bits)
-    return _Run(
-        model=model,
-        wrapped=wrapped,
-        forward=forward,
-        data=data,
-        config=config,
-        place=place,
-        device=device,
-        loader=loader(data, "train", device, place),
-        memory_format=memory_format,
-        optimizer=optimizer(model, config),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.autocast == "float16"),
-        sampler=sampler,
-    )
-
-
-def _check_parts(sampler: Sampler, config: TrainConfig, place: Place) -> None:
+def _check_parts(coresets: Coresets, config: TrainConfig, place: Place) -> None:
     """Batch norm needs two images at least in each part of a step."""
     parts = place.count * config.accumulate
-    for size in {sampler.size(epoch) for epoch in range(config.epochs)} if parts > 1 else ():
+    for size in {coresets.size(epoch) for epoch in range(config.epochs)} if parts > 1 else ():
         smallest = size // -(-size // config.batch_size)
         if smallest < 2 * parts:
             expected = f"two images at least for each of {config.accumulate} parts on {place.count} processes in a step"
@@ -282,7 +228,7 @@ def _safe(run: _Run, path: Path | None) -> Iterator[None]:
 
 def _bar(run: _Run, label: str | bool) -> tqdm:
     """The progress bar, in steps; hidden where there is no label, and in all processes but the main one."""
-    total = sum(_count(run.sampler, run.config, epoch) for epoch in range(run.epoch, run.config.epochs))
+    total = sum(run.coresets.count(epoch, run.config.batch_size) for epoch in range(run.epoch, run.config.epochs))
     if label and run.place.count > 1:
         label = f"{label}, {run.place.count} processes"
     # JupyterLab puts stderr on a red strip, which stays when the bar is gone.
@@ -291,35 +237,28 @@ def _bar(run: _Run, label: str | bool) -> tqdm:
     return tqdm(total=total, disable=hidden, desc=label, unit="step", leave=False, mininterval=1, file=file)
 
 
-def _count(sampler: Sampler, config: TrainConfig, epoch: int) -> int:
-    """How many steps `plan` will have in `epoch`."""
-    children = 1 if sampler.scheme_of(epoch) == "joint" else len(sampler.bits)
-    return children * -(-sampler.size(epoch) // config.batch_size)
-
-
 def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     """One epoch; returns its row of the history."""
     run.model.train()
     epoch, watch, start = run.epoch, LossWatch(run.place, run.model, run.device), perf_counter()
-    selection = run.sampler.selection(epoch)
-    steps = plan(selection, run.config, epoch, run.device)
-    batches = run.loader.epoch([step.indices for step in steps], generator(run.config.seed, "augment", epoch))
+    steps = run.coresets.steps(epoch, run.config.batch_size)
+    batches = run.loader.epoch([indices for _, indices in steps], generator(run.config.seed, "augment", epoch))
     with (
         _seeded(run, epoch),
-        run.sampler.recording(run.model, selection),
+        run.coresets.watching(run.model),
         distributed.synchronized(run.model, run.place, run.config.accumulate),
     ):
-        for i, (step, batch) in enumerate(zip(steps, batches, strict=True), start=1):
+        for i, ((bits, indices), batch) in enumerate(zip(steps, batches, strict=True), start=1):
             lr, where = learning_rate(epoch + (i - 0.5) / len(steps), run.config), f"epoch {epoch + 1}, step {i}"
-            _step(run, step, batch, lr, watch, where)
+            _step(run, bits, len(indices), batch, lr, watch, where)
             bar.update()
     loss = watch.mean()
-    check_weights(run.model, run.scaler, f"{where}, {step.bits} bits, lr {lr:.3g}")
+    check_weights(run.model, run.scaler, f"{where}, {bits} bits, lr {lr:.3g}")
     damaged = run.loader.all_damaged()
     bar.set_postfix(loss=f"{loss:.3f}")
-    passes = sum(len(step.indices) * len(step.bits) for step in steps)
+    passes = sum(len(indices) * len(bits) for bits, indices in steps)
     row = {"epoch": epoch + 1, "lr": lr, "loss": loss, "steps": len(steps), "sample_passes": passes}
-    row |= {"scoring_passes": passes if selection.scored else 0, "seconds": perf_counter() - start}
+    row |= {"scoring_passes": passes if run.coresets.scoring else 0, "seconds": perf_counter() - start}
     return row | ({} if damaged is None else {"damaged": damaged})
 
 
@@ -337,8 +276,8 @@ def _seeded(run: _Run, epoch: int) -> Iterator[None]:
         yield
 
 
-def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: LossWatch, where: str) -> None:
-    """One optimizer step on this process's part of the samples of `step`, itself in `accumulate` parts."""
+def _step(run: _Run, bits: tuple[int, ...], size: int, batch: Batch, lr: float, watch: LossWatch, where: str) -> None:
+    """One optimizer step of the child models `bits` on this process's part of `size` samples, in `accumulate` parts."""
     config, images = run.config, batch[0]
     if images.dim() == 4:
         images = images.contiguous(memory_format=run.memory_format)
@@ -349,9 +288,9 @@ def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: LossWatch, wher
     with distributed.autocast(config.autocast, run.device):
         for k, part in enumerate(parts, start=1):
             teacher = None
-            for b in step.bits:
-                last = k == config.accumulate and b == step.bits[-1]
-                logits = _child(run, step, b, part, teacher, last, watch, f"{where}, {b} bits, lr {lr:.3g}")
+            for b in bits:
+                last = k == config.accumulate and b == bits[-1]
+                logits = _child(run, b, size, part, teacher, last, watch, f"{where}, {b} bits, lr {lr:.3g}")
                 teacher = logits.softmax(1) if config.distillation else None
     if config.clip_grad_norm:
         run.scaler.unscale_(run.optimizer)
@@ -361,9 +300,9 @@ def _step(run: _Run, step: Step, batch: Batch, lr: float, watch: LossWatch, wher
 
 
 def _child(
-    run: _Run, step: Step, b: int, part: Batch, teacher: Tensor | None, last: bool, watch: LossWatch, where: str
+    run: _Run, b: int, size: int, part: Batch, teacher: Tensor | None, last: bool, watch: LossWatch, where: str
 ) -> Tensor:
-    """Child model `b`'s forward pass, loss and backward pass on a part of a step's samples; returns its logits (B, C).
+    """Child model `b`'s forward pass, loss and backward pass on a part of `size` samples; returns its logits (B, C).
 
     Gradients are averaged over processes after the last pass of a step.
     """
@@ -375,28 +314,29 @@ def _child(
         logits = logits_of(run.forward(images)).float()
         if logits.shape[1] < run.data.num_classes:
             raise checks.invalid("model", f"{logits.shape[1]} outputs", f"{run.data.num_classes} or more, one a class")
-        loss = _loss(logits, labels if teacher is None else teacher, step, indices, run.config)
-        weight = len(labels) * run.place.count / len(step.indices)
+        weights = run.coresets.weights(b, indices) if run.coresets.loss_weights else None
+        loss = _loss(logits, labels if teacher is None else teacher, weights, run.config)
+        weight = len(labels) * run.place.count / size
         watch.see(loss, weight, where)
         run.scaler.scale(loss if weight == 1 else loss * weight).backward()
-    run.sampler.observe(b, run.epoch, indices, logits, labels)  # only now is the loss known to be finite
+    run.coresets.observe(b, indices, logits, labels)  # only now is the loss known to be finite
     return logits.detach()
 
 
-def _loss(logits: Tensor, target: Tensor, step: Step, indices: Tensor, config: TrainConfig) -> Tensor:
-    """The mean cross entropy with labels (B,), or with a teacher's probabilities (B, C), which are not smoothed."""
+def _loss(logits: Tensor, target: Tensor, weights: Tensor | None, config: TrainConfig) -> Tensor:
+    """The mean cross entropy, with `weights` (B,) or without; a teacher's probabilities (B, C) are not smoothed."""
     smoothing = 0.0 if target.is_floating_point() else config.label_smoothing
-    if step.weights is None:
+    if weights is None:
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
     losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-    return (losses * step.weights[indices].to(losses)).mean()
+    return (losses * weights.to(losses)).mean()
 
 
 def _save(run: _Run, path: Path | None) -> None:
     if path is None or not run.place.main:
         return
     state = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
-    state |= {"sampler": run.sampler.state(), "damaged": run.loader.damaged}
+    state |= {"sampler": run.coresets.state_dict(), "damaged": run.loader.damaged}
     checkpoints.save(path, checkpoints.identity(run.model, run.data, run.config), run.history, state)
 
 
@@ -405,7 +345,7 @@ def _resume(run: _Run, path: Path) -> None:
     try:
         for name in ("model", "optimizer", "scaler"):
             getattr(run, name).load_state_dict(state[name])
-        run.sampler.load(state["sampler"], run.device)
+        run.coresets.load_state_dict(state["sampler"], run.device)
         run.loader.damaged = state["damaged"]
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise checks.invalid("checkpoint", str(path), f"a whole state of this run ({error!r})") from error

@@ -332,6 +332,18 @@ MAPPED = [
     iter(PAIRED),
     lambda: digits().train,
 ]
+LABELLED = [None, 3, "digits", [], [0.5], [[0]], [-1, 0], LABELS.float(), LABELS[:, None], LABELS > 0, {}, iter([0])]
+OWN = {"labels": LABELS, "bits": (2, 4), "epochs": 3, "config": emq.CoresetConfig(score="el2n", pruning_rate=0.5)}
+EPOCHS = [*NUMBERS, -1, 3]
+
+
+@cache
+def coresets() -> emq.Coresets:
+    return emq.Coresets(**OWN)
+
+
+OTHERS_STATE = [None, {}, "state", lambda: coresets().state_dict() | {"ranks": 3}]
+OTHERS_STATE += [lambda: coresets().state_dict() | {"recorders": {2: {}}}]
 TABLE += [
     ("Dataset.from_tensors", TENSORS_OF_OWN, TENSORS_WRONG),
     ("Dataset.from_tensors", TENSORS_OF_OWN, {"flip:images": [True], "crop_padding:images": [1]}),
@@ -354,6 +366,16 @@ TABLE += [
     ("adapt_norm", MEASURE, {"model": [transformer]}),
     ("train.evaluate.batches", BATCHES, {"data": PAIRS, "split": NAMES, "batch_size": COUNTS, "limit": GIVEN}),
     ("train", LEARN, LEARNED),
+    ("train", LEARN, {"config:scheme": [emq.TrainConfig(scheme="dedicated")]}),
+    (
+        "Coresets",
+        OWN,
+        {"labels": LABELLED, "bits": BITS, "config": [3, "tdds"], "epochs": [*COUNTS, 1], "seed": NUMBERS},
+    ),
+    ("Coresets.batches", {"self": coresets, "epoch": 0, "batch_size": 2}, {"epoch": EPOCHS, "batch_size": COUNTS}),
+    ("Coresets.sampler", {"self": coresets, "batch_size": 2}, {"batch_size": COUNTS}),
+    ("Coresets.load_state_dict", {"self": coresets, "state": lambda: coresets().state_dict()}, {"state": OTHERS_STATE}),
+    ("soft_targets", {"model": model, "x": IMAGE}, {"model": MODELS}),
 ]
 
 # What is measured of networks
@@ -474,7 +496,7 @@ def made(value: Any) -> Any:
 def function(path: str) -> Callable[..., Any]:
     """The function of this path below `emqlib`."""
     module, _, name = path.rpartition(".")
-    holder = emq.Dataset if module == "Dataset" else import_module(f"emqlib.{module}" if module else "emqlib")
+    holder = getattr(emq, module) if module[:1].isupper() else import_module(f"emqlib.{module}" if module else "emqlib")
     return getattr(holder, name)
 
 

@@ -89,7 +89,7 @@ def dies_in_a_step(number: int) -> None:
 
 def dies_while_scoring(number: int) -> None:
     """Be killed in the scoring phase, before the batch of this number is taken in."""
-    at_call(coresets.Sampler, "observe", number, _die, lambda sampler, *_: bool(sampler.recorders))
+    at_call(coresets.Coresets, "observe", number, _die, lambda made, *_: bool(made.recorders))
 
 
 def dies_writing(suffix: str, number: int, size: int) -> None:

@@ -66,6 +66,21 @@ def run(
     return {"loss": history.loss.tolist(), "coresets": history.attrs["coresets"], "state": found}
 
 
+def own_loop() -> dict[str, Any]:
+    """The coresets that a loop of one's own draws, after this process has observed its part of every batch."""
+    labels, logits = torch.arange(50) % 3, torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
+    config = emq.CoresetConfig(score="grand", pruning_rate=0.5, how="sample")
+    coresets, seen = emq.Coresets(labels, (2, 8), config, epochs=3), []
+    for epoch in range(3):
+        for bits, i in coresets.batches(epoch, 9):
+            seen.append([bits, *i.tolist()])
+            coresets.observe(bits, i, logits[bits // 8, i], labels[i], logits[0, i])
+        state = coresets.state_dict()  # a process that goes on has no scores of its own but the main one's
+        coresets = emq.Coresets(labels, (2, 8), config, epochs=3)
+        coresets.load_state_dict(state)
+    return {"seen": seen, "rows": coresets.rows, "recorders": len(state["recorders"])}
+
+
 def in_slices(index: int, checkpoint: Path) -> dict[str, Any]:
     """Whether a run in calls of one epoch, by the main process's budget alone, ends as one that is not disturbed."""
     whole, stops = run("bitwise", dropout=0.3), 0
@@ -91,6 +106,8 @@ def main(folder: Path, *cases: str) -> None:
             run("bitwise", checkpoint, kill)
         if case == "sliced":
             found = in_slices(place.index, folder / "sliced.pt")
+        elif case == "own loop":
+            found = own_loop()
         else:
             found = run("bitwise", checkpoint) if case == "resumed" else run(case)
         found |= {"index": place.index, "count": place.count}

@@ -166,7 +166,8 @@ def test_what_is_stopped_goes_on_to_the_same_weights(autocast: str, digits: emq.
 @pytest.mark.parametrize("score", SCORES[1:])
 def test_recorded_scores_are_the_cpus(score: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    here, there = (recorder(score, 200, 10, 16, 3, 0.9, torch.device(device)) for device in ("cpu", "cuda"))
+    config = emq.CoresetConfig(score=score)
+    here, there = (recorder(config, 200, 10, 16, torch.device(device)) for device in ("cpu", "cuda"))
     labels = torch.randint(10, (200,), generator=generator)
     for epoch in range(4):
         for indices in torch.randperm(200, generator=generator).split(50):

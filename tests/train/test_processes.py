@@ -61,7 +61,7 @@ def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found in every case, trained one after the other."""
     folder = tmp_path_factory.mktemp("processes")
-    done = launch(folder, *process_worker.CASES, "sliced")
+    done = launch(folder, *process_worker.CASES, "sliced", "own loop")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -80,6 +80,13 @@ def test_two_processes_train_as_one(case: str, together: Path) -> None:
                 {"rel": 1e-6, "abs": 1e-6} if case == "learned" else {"rel": 1e-9, "abs": 1e-12}
             )  # LSQ starts in float32
             assert first["state"][name] == pytest.approx(values, **close), name
+
+
+def test_a_loop_of_ones_own_shares_batches_and_draws_the_same_coresets(together: Path) -> None:
+    alone, (first, second) = process_worker.own_loop(), found(together, "own loop")
+    assert first["rows"] == second["rows"] == alone["rows"] and len(alone["rows"]) == 4
+    for whole, (bits, *left), (other, *right) in zip(alone["seen"], first["seen"], second["seen"], strict=True):
+        assert whole == [bits, *left, *right] and bits == other and len(left) - len(right) in (0, 1)
 
 
 def test_processes_stop_together_when_time_is_up_and_end_as_if_they_had_not(together: Path) -> None:

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ import reference
 import torch
 from torch import Tensor
 
-from emqlib import coreset
+from emqlib import CoresetConfig, coreset
 from emqlib.train import coresets as recorder
+from emqlib.train.config import SCORES
 from emqlib.train.coresets import ForgettingRecorder, MeanRecorder, ModerateRecorder, Recorder, TDDSRecorder
 
 N, C, D, T = 53, 5, 6, 9
@@ -60,9 +63,7 @@ def exact_tdds(window: int, decay: float = 0.9, n: int = N) -> TDDSRecorder:
 KINDS: dict[str, tuple[Callable[[], Recorder], float]] = {
     "tdds": (lambda: exact_tdds(3), 1e-12),
     "tdds in half precision": (lambda: TDDSRecorder(N, C, 3, 0.9), 1e-6),
-    "entropy": (lambda: MeanRecorder(N, "entropy"), 1e-6),
-    "el2n": (lambda: MeanRecorder(N, "el2n"), 1e-6),
-    "grand": (lambda: MeanRecorder(N, "grand"), 1e-5),
+    **{score: (partial(MeanRecorder, N, function), 1e-5) for score, function in coreset.SNAPSHOTS.items()},
     "forgetting": (lambda: ForgettingRecorder(N), 0),
     "moderate": (lambda: ModerateRecorder(N, D), 0),
 }
@@ -112,20 +113,6 @@ def test_a_gap_starts_a_new_window(window: int, rng: torch.Generator) -> None:
     close(log.into(exact_tdds(window, 0.6)).scores(), expected, 1e-12)
 
 
-def test_tdds_of_samples_that_stay_away_is_kept(rng: torch.Generator) -> None:
-    log = Log(rng)
-    before = log.into(exact_tdds(3), range(4)).scores()
-    log.seen[4:, :20] = False
-    after = log.into(exact_tdds(3)).scores()
-    assert torch.equal(after[:20], before[:20]) and not bool((after[20:] == before[20:]).any())
-
-
-def test_the_first_epochs_number_does_not_matter(rng: torch.Generator) -> None:
-    log = Log(rng)
-    late = log.into(exact_tdds(3), range(4, T))
-    close(late.scores(), coreset.tdds(log.p[4:], 3), 1e-12)
-
-
 @pytest.mark.parametrize("window", [3, 5])
 def test_no_tdds_before_a_full_window(window: int, rng: torch.Generator) -> None:
     log, record = Log(rng), exact_tdds(window)
@@ -143,30 +130,15 @@ def test_what_scores_returns_is_not_changed_by_what_follows(rng: torch.Generator
     assert torch.equal(scores, before)
 
 
-@pytest.mark.parametrize(("name", "value"), [("window", 2), ("window", 3.0), ("decay", 0), ("decay", 1.5)])
-def test_wrong_tdds_parameters(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}={value}: expected "):
-        TDDSRecorder(**{"n": N, "num_classes": C, "window": 3, "decay": 0.9, name: value})
-
-
-@pytest.mark.parametrize("score", ["entropy", "el2n", "grand"])
+@pytest.mark.parametrize("score", coreset.SNAPSHOTS)
 def test_mean_over_the_epochs_in_which_a_sample_was_seen(score: str, rng: torch.Generator) -> None:
     log = Log(rng).with_gaps()
     log.seen[:, 0] = False
-    arguments = {"entropy": (), "el2n": (log.labels,), "grand": (log.labels,)}[score]
-    rows = []
-    for p, features in zip(log.p, log.features, strict=True):
-        rows.append(getattr(coreset, score)(p, *arguments, *([features] if score == "grand" else [])))
+    function = getattr(coreset, score)
+    needed = len(signature(function).parameters)
+    rows = [function(*(p, log.labels, h)[:needed]) for p, h in zip(log.p, log.features, strict=True)]
     expected = [row[seen].mean().nan_to_num(0) for row, seen in zip(torch.stack(rows).T, log.seen.T, strict=True)]
-    close(log.into(MeanRecorder(N, score)).scores(), torch.stack(expected), 1e-5)
-
-
-def test_streamed_forgetting_is_that_of_the_whole_log(rng: torch.Generator) -> None:
-    log = Log(rng)
-    log.labels[:9] = log.p[:, :9].sum(0).argmin(1)  # hardly ever right
-    correct = log.p.argmax(2) == log.labels
-    assert not bool(correct.any(0).all())
-    assert torch.equal(log.into(ForgettingRecorder(N)).scores(), coreset.forgetting(correct))
+    close(log.into(MeanRecorder(N, coreset.SNAPSHOTS[score])).scores(), torch.stack(expected), 1e-5)
 
 
 def test_forgetting_with_gaps_is_that_of_the_epochs_in_which_a_sample_was_seen(rng: torch.Generator) -> None:
@@ -186,21 +158,18 @@ def test_moderate_is_the_centrality_of_the_last_features(rng: torch.Generator) -
     close(scores, exact, atol=4)  # of 400 ranks
 
 
-BYTES = {
-    "tdds": N * (2 * C + 4 * (4 - 1) + 8),
-    "entropy": 8 * N,
-    "el2n": 8 * N,
-    "grand": 8 * N,
-    "forgetting": 10 * N,
-    "moderate": N * (2 * D + 8),
-}
+BYTES = {"tdds": N * (2 * C + 4 * (4 - 1) + 8), "forgetting": 10 * N, "moderate": N * (2 * D + 8)}
 
 
-@pytest.mark.parametrize("score", BYTES)
+@pytest.mark.parametrize("score", SCORES[1:])
 def test_memory_is_what_the_docstring_says(score: str, rng: torch.Generator) -> None:
-    record = recorder.recorder(score, N, C, D, 4, 0.9, CPU)
-    assert record.nbytes() == BYTES[score]
-    assert Log(rng).into(record).nbytes() == BYTES[score]
+    record = recorder.recorder(CoresetConfig(score=score, window=4), N, C, D, CPU)
+    for used in (record, Log(rng).into(record)):
+        assert nbytes(used) == BYTES.get(score, 8 * N)
+
+
+def nbytes(record: Recorder) -> int:
+    return sum(buffer.nbytes for buffer in record.buffers())
 
 
 def mapped_file(table: Tensor) -> str | None:
@@ -220,7 +189,7 @@ def test_a_large_table_lies_in_a_file_and_scores_the_same(
     file = mapped_file(large.previous)
     assert mapped_file(small.previous) is None and file is not None
     assert not Path(file).exists()  # nothing to clean up
-    assert small.nbytes() == large.nbytes() and not bool(large.previous.any())
+    assert nbytes(small) == nbytes(large) and not bool(large.previous.any())
     for record in made.values():
         log.into(record, shuffled=False)
     assert torch.equal(large.scores(), small.scores())
@@ -230,7 +199,7 @@ def test_a_large_table_lies_in_a_file_and_scores_the_same(
 @pytest.mark.parametrize(("limit", "device"), [(N * C * 2, "meta"), (N * C * 2 - 1, "cpu")])
 def test_only_a_table_that_fits_goes_to_the_device(limit: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "MAPPED_BYTES", limit)
-    record = recorder.recorder("tdds", N, C, D, 3, 0.9, torch.device("meta"))
+    record = recorder.recorder(CoresetConfig(score="tdds"), N, C, D, torch.device("meta"))
     assert {buffer.device.type for buffer in record.buffers()} == {device}
 
 

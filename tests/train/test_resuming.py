@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from emqlib.layers import InputQuantizer
 from emqlib.train import checkpoint as checkpoints
 from emqlib.train import loop as training
 from emqlib.train.checkpoint import Deadline, OutOfTime
-from emqlib.train.config import SCORES
 from emqlib.train.distributed import Place
 from emqlib.train.loop import LossWatch
 
@@ -189,18 +187,6 @@ def assert_refused(
     assert named in str(caught.value) and str(path) in str(caught.value)
     assert path.read_bytes() == content
     assert_same_state(model, before)
-
-
-@pytest.mark.parametrize(
-    "options", [{"pruning_rate": 0.6}, {"score": "entropy"}, {"unbiased": True}, {"max_weight": 2.0}]
-)
-def test_a_checkpoint_of_another_coreset_option_is_refused(options: dict, digits: Dataset, tmp_path: Path) -> None:
-    coreset, path = CoresetConfig(score="el2n", pruning_rate=0.5, how="sample"), tmp_path / "run.pt"
-    train(tiny(), digits, quick(coreset=coreset), path)
-    name = next(iter(options))
-    message = rf"^checkpoint=.*expected one of the same run, but coreset: .*'{name}': .* there, .*'{name}': "
-    with pytest.raises(ValueError, match=message):
-        train(tiny(), digits, quick(coreset=replace(coreset, **options)), path)
 
 
 def test_a_checkpoint_from_before_an_option_counts_as_at_its_default(digits: Dataset, tmp_path: Path) -> None:
@@ -417,27 +403,6 @@ def test_float16_without_a_finite_gradient_is_no_training(digits: Dataset, tmp_p
     with pytest.raises(FloatingPointError, match=message):
         train(model, digits, quick(epochs=9, autocast="float16"), tmp_path / "run.pt")
     assert len(kept(tmp_path / "run.pt")[0]) == 3  # 40 steps in epochs of 12
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_a_loss_that_is_not_finite_is_named_where_it_is_scored_too(
-    score: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = quick(epochs=4, coreset=CoresetConfig(score=score, pruning_rate=0.5))
-    message = r"^loss=nan at epoch 1, step 2, 4 bits, lr "
-    with stopped_at(monkeypatch, "epoch 1, step 2", spoil), pytest.raises(FloatingPointError, match=message):
-        train(tiny(), digits, config)
-
-
-def test_a_joint_step_names_the_child(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil_scale(run: Any) -> None:
-        run.model[4].weight_scale.values.data[0] = torch.nan
-
-    message = r"^loss=nan at epoch 1, step 2, 8 bits, lr 0\.05: "
-    config, model = quick(scheme="joint", schedule="step"), tiny(weight="lsq")
-    with stopped_at(monkeypatch, "epoch 1, step 2", spoil_scale), pytest.raises(FloatingPointError, match=message):
-        train(model, digits, config)
-    assert model[0].weight.isfinite().all()  # no step was made with it
 
 
 def test_weights_that_break_in_the_last_step_do_not_reach_the_checkpoint(

@@ -3,16 +3,15 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
-from emqlib import CoresetConfig, TrainConfig, coreset
-from emqlib.train import loop as training
-from emqlib.train.coresets import Sampler, Selection
+from emqlib import CoresetConfig, Coresets, TrainConfig, coreset
+from emqlib.train.config import SCORES
 
 BITS, N, CLASSES, WIDTH = (2, 4, 8), 120, 4, 5
 LABELS = torch.arange(N) % CLASSES
@@ -20,19 +19,29 @@ UNEVEN = torch.arange(N).sqrt().long() % CLASSES  # classes of different sizes, 
 PAIRS = [(a, b) for a in BITS for b in BITS if a != b]
 
 
-def sampler(
+class Selection(NamedTuple):
+    """What the child models train on in an epoch, by bit-width; loss weights of all samples; whether it is scored."""
+
+    subsets: dict[int, Tensor]
+    weights: dict[int, Tensor]
+    scored: bool
+
+
+def select(drawn: Coresets, epoch: int) -> Selection:
+    return Selection(drawn.subsets(epoch), drawn.loss_weights, drawn.scoring)
+
+
+def coresets(
     scheme: str = "bitwise", epochs: int = 8, labels: Tensor = LABELS, seed: int = 0, **options: Any
-) -> Sampler:
-    drawn = Sampler(CoresetConfig(**options), scheme, seed, BITS, labels)
-    drawn.epochs = epochs
-    return drawn
+) -> Coresets:
+    return Coresets(labels, BITS, CoresetConfig(**options), epochs=epochs, seed=seed, scheme=scheme)
 
 
-def selections(drawn: Sampler, seen: "Observations | None" = None) -> list[Selection]:
+def selections(drawn: Coresets, seen: "Observations | None" = None) -> list[Selection]:
     """All epochs of a run whose children see `seen`."""
     found = []
     for epoch in range(drawn.epochs):
-        found.append(drawn.selection(epoch))
+        found.append(select(drawn, epoch))
         if seen is not None:
             seen.show(drawn, found[-1], epoch)
     return found
@@ -49,17 +58,12 @@ class Observations:
         self.logits = 2 * base + noise * scale
         self.features = torch.randint(-64, 64, (epochs, len(BITS), N, WIDTH), generator=rng) / 16  # exact in float16
 
-    def show(self, drawn: Sampler, selection: Selection, epoch: int) -> None:
+    def show(self, drawn: Coresets, selection: Selection, epoch: int) -> None:
         """What training does with a recorder: batches of each child's data, in no particular order."""
-        layer = nn.Linear(WIDTH, CLASSES)
-        with drawn.recording(layer, selection):
-            for b, subset in selection.subsets.items():
-                i = BITS.index(b)
-                for chunk in subset[torch.randperm(len(subset), generator=torch.Generator().manual_seed(epoch))].split(
-                    7
-                ):
-                    layer(self.features[epoch, i, chunk])
-                    drawn.observe(b, epoch, chunk, self.logits[epoch, i, chunk], drawn.labels[chunk])
+        for b, subset in selection.subsets.items():
+            own = (epoch, BITS.index(b))
+            for i in subset[torch.randperm(len(subset), generator=torch.Generator().manual_seed(epoch))].split(7):
+                drawn.observe(b, i, self.logits[own][i], drawn.labels[i], self.features[own][i])
 
     def scores(self, score: str, b: int, epochs: int, labels: Tensor, window: int = 3, decay: float = 0.9) -> Tensor:
         """The score of all samples at `b` by the formula for whole arrays."""
@@ -71,9 +75,9 @@ class Observations:
             return coreset.forgetting(p.argmax(-1) == labels)
         if score == "moderate":
             return coreset.centrality(coreset.moderate(h[-1], labels))
-        arguments = {"entropy": [(q,) for q in p], "el2n": [(q, labels) for q in p]}
-        arguments["grand"] = [(q, labels, own) for q, own in zip(p, h, strict=True)]
-        return torch.stack([getattr(coreset, score)(*each) for each in arguments[score]]).mean(0)
+        arguments = {"entropy": 1, "el2n": 2, "grand": 3}[score]
+        each = [(q, labels, own)[:arguments] for q, own in zip(p, h, strict=True)]
+        return torch.stack([getattr(coreset, score)(*given) for given in each]).mean(0)
 
 
 def sets(selection: Selection) -> dict[int, set[int]]:
@@ -82,8 +86,8 @@ def sets(selection: Selection) -> dict[int, set[int]]:
 
 def draws(scheme: str, epochs: int, n: int = 200, bits: tuple[int, ...] = BITS, **options: Any) -> list[dict]:
     """For each epoch, each bit-width's random coreset as a tuple."""
-    drawn = Sampler(CoresetConfig(**options), scheme, 0, bits, torch.arange(n) % CLASSES)
-    return [{b: tuple(i.tolist()) for b, i in drawn.selection(e).subsets.items()} for e in range(epochs)]
+    drawn = Coresets(torch.arange(n) % CLASSES, bits, CoresetConfig(**options), epochs=epochs, scheme=scheme)
+    return [{b: tuple(i.tolist()) for b, i in drawn.subsets(epoch).items()} for epoch in range(epochs)]
 
 
 # Random coresets
@@ -112,12 +116,11 @@ def test_coresets_are_drawn_again(scheme: str, every: int, numbers: str) -> None
 @pytest.mark.parametrize("scheme", ["joint", "bitwise"])
 @pytest.mark.parametrize("config", [None, CoresetConfig(pruning_rate=0), CoresetConfig(score="tdds", pruning_rate=0)])
 def test_no_pruning_is_the_full_data_from_the_first_epoch(scheme: str, config: CoresetConfig | None) -> None:
-    drawn = Sampler(config, scheme, 0, BITS, LABELS, 3)
-    for epoch in range(3):
-        selection = drawn.selection(epoch)
+    drawn = Coresets(LABELS, BITS, config, epochs=3, scheme=scheme)
+    for selection in selections(drawn):
         assert {b: subset.tolist() for b, subset in selection.subsets.items()} == {b: list(range(N)) for b in BITS}
-        assert not selection.scored and not selection.weights and selection.scheme == scheme
-    assert not drawn.rows
+        assert not selection.scored and not selection.weights
+    assert not drawn.rows and drawn.scheme_of(0) == scheme
 
 
 def test_another_child_does_not_change_a_childs_coreset() -> None:
@@ -140,7 +143,7 @@ def test_every_sample_is_drawn_as_often_as_any_other() -> None:
 @pytest.mark.parametrize("score", ["tdds", "el2n", "entropy", "grand", "moderate"])
 @pytest.mark.parametrize("rate", [0.5, 0.8])
 def test_each_child_keeps_the_top_of_its_own_scores(score: str, rate: float) -> None:
-    seen, drawn = Observations(), sampler(score=score, pruning_rate=rate, scoring_epochs=5, labels=UNEVEN, epochs=6)
+    seen, drawn = Observations(), coresets(score=score, pruning_rate=rate, scoring_epochs=5, labels=UNEVEN, epochs=6)
     found = selections(drawn, seen)[-1]
     for b in BITS:
         expected = coreset.select(seen.scores(score, b, 5, UNEVEN), rate)
@@ -150,7 +153,7 @@ def test_each_child_keeps_the_top_of_its_own_scores(score: str, rate: float) -> 
 
 @pytest.mark.parametrize("options", [{"window": 4}, {"window": 5, "decay": 0.4}])
 def test_tdds_takes_window_and_decay_from_the_config(options: dict) -> None:
-    seen, drawn = Observations(), sampler(score="tdds", pruning_rate=0.5, scoring_epochs=6, epochs=7, **options)
+    seen, drawn = Observations(), coresets(score="tdds", pruning_rate=0.5, scoring_epochs=6, epochs=7, **options)
     found = selections(drawn, seen)[-1]
     default = coreset.select(seen.scores("tdds", 4, 6, LABELS), 0.5).tolist()
     assert found.subsets[4].tolist() == coreset.select(seen.scores("tdds", 4, 6, LABELS, **options), 0.5).tolist()
@@ -159,7 +162,7 @@ def test_tdds_takes_window_and_decay_from_the_config(options: dict) -> None:
 
 def test_forgetting_keeps_what_was_forgotten_most_often() -> None:
     """A count, with ties: which of the equal ones are kept is not told."""
-    seen, drawn = Observations(), sampler(score="forgetting", pruning_rate=0.2, scoring_epochs=6, epochs=7)
+    seen, drawn = Observations(), coresets(score="forgetting", pruning_rate=0.2, scoring_epochs=6, epochs=7)
     found = selections(drawn, seen)[-1]
     for b in BITS:
         scores = seen.scores("forgetting", b, 6, LABELS)
@@ -170,7 +173,7 @@ def test_forgetting_keeps_what_was_forgotten_most_often() -> None:
 @pytest.mark.parametrize("scheme", ["bitwise", "joint"])
 def test_a_shared_coreset_is_the_top_of_the_mean_rank(scheme: str) -> None:
     seen = Observations()
-    drawn = sampler(scheme, score="el2n", pruning_rate=0.8, across_bits="identical", epochs=2)
+    drawn = coresets(scheme, score="el2n", pruning_rate=0.8, across_bits="identical", epochs=2)
     found = sets(selections(drawn, seen)[-1])
     ranks = [seen.scores("el2n", b, 1, LABELS).argsort().argsort() for b in BITS]
     total = sum(ranks)
@@ -191,7 +194,7 @@ class Alike(Observations):
 def test_of_equal_scores_a_random_part_is_kept_whatever_the_order_of_the_data() -> None:
     found = []
     for seed in (0, 0, 1):
-        drawn = sampler(score="entropy", pruning_rate=0.5, seed=seed, epochs=2)
+        drawn = coresets(score="entropy", pruning_rate=0.5, seed=seed, epochs=2)
         found.append(sets(selections(drawn, Alike())[-1]))
     assert found[0] == found[1] != found[2]
     assert found[0][2] != found[0][4] != found[0][8] != found[0][2]
@@ -199,27 +202,10 @@ def test_of_equal_scores_a_random_part_is_kept_whatever_the_order_of_the_data() 
         assert 18 < sum(i < N // 2 for i in own) < 42
 
 
-def test_the_order_of_presentation_does_not_matter() -> None:
-    def reversed_show(seen: Observations, drawn: Sampler, selection: Selection, epoch: int) -> None:
-        with drawn.recording(nn.Linear(WIDTH, CLASSES), selection):
-            for b in reversed(BITS):
-                own = selection.subsets[b].flip(0)
-                drawn.observe(b, epoch, own, seen.logits[epoch, BITS.index(b), own], LABELS[own])
-
-    seen, found = Observations(), []
-    for show in (Observations.show, reversed_show):
-        drawn = sampler(score="tdds", pruning_rate=0.8, how="sample", epochs=4)
-        for epoch in range(4):
-            selection = drawn.selection(epoch)
-            show(seen, drawn, selection, epoch)
-        found.append(sets(selection))
-    assert found[0] == found[1]
-
-
 def test_draws_by_importance_prefer_high_scores() -> None:
     """The chance of a draw grows with the rank from a tenth to the whole of the highest."""
     seen = Observations()
-    drawn = sampler(score="el2n", pruning_rate=0.8, how="sample", power=2.0, epochs=401)
+    drawn = coresets(score="el2n", pruning_rate=0.8, how="sample", power=2.0, epochs=401)
     counts = torch.zeros(N)
     for selection in selections_without_showing(drawn, seen):
         counts[selection.subsets[4]] += 1
@@ -232,8 +218,8 @@ def test_a_draw_may_reach_what_was_not_scored() -> None:
     """Samples that are no candidates come in as often as a candidate of mean weight."""
     seen = Observations()
     options = {"candidates": 0.4, "how": "sample", "unscored": True, "power": 2.0}
-    drawn = sampler(score="el2n", pruning_rate=0.8, epochs=401, **options)
-    own = drawn.selection(0).subsets[4]
+    drawn = coresets(score="el2n", pruning_rate=0.8, epochs=401, **options)
+    own = drawn.subsets(0)[4]
     counts = torch.zeros(N)
     for selection in selections_without_showing(drawn, seen):
         counts[selection.subsets[4]] += 1
@@ -247,10 +233,10 @@ def test_a_draw_may_reach_what_was_not_scored() -> None:
     assert bool(((counts - 400 * p).abs() <= 4.5 * (400 * p * (1 - p)).sqrt()).all())
 
 
-def selections_without_showing(drawn: Sampler, seen: Observations) -> Iterator[Selection]:
+def selections_without_showing(drawn: Coresets, seen: Observations) -> Iterator[Selection]:
     """The epochs after a scoring phase of one epoch, in which nothing is recorded."""
-    seen.show(drawn, drawn.selection(0), 0)
-    yield from (drawn.selection(epoch) for epoch in range(1, drawn.epochs))
+    seen.show(drawn, select(drawn, 0), 0)
+    yield from (select(drawn, epoch) for epoch in range(1, drawn.epochs))
 
 
 def literal_inclusion(scores: Tensor, keep: int, power: float = 1.0) -> Tensor:
@@ -272,7 +258,7 @@ def literal_inclusion(scores: Tensor, keep: int, power: float = 1.0) -> Tensor:
 def test_sizes_are_exact_and_coresets_come_from_the_own_candidates(how: str, across: str, candidates: float) -> None:
     options = {"how": how, "across_bits": across, "candidates": candidates}
     for rate in (0.5, 0.8):
-        drawn = sampler(score="el2n", pruning_rate=rate, labels=UNEVEN, epochs=4, **options)
+        drawn = coresets(score="el2n", pruning_rate=rate, labels=UNEVEN, epochs=4, **options)
         phase, *rest = selections(drawn, Observations())
         held: set[int] = set()
         for b in reversed(BITS):
@@ -292,19 +278,19 @@ def test_sizes_are_exact_and_coresets_come_from_the_own_candidates(how: str, acr
 @pytest.mark.parametrize(("candidates", "overlap"), [(1 / 3, 0), (0.5, 20), (2 / 3, 40), (1.0, 120)])
 def test_candidates_of_different_bit_widths_overlap_as_little_as_they_can(candidates: float, overlap: int) -> None:
     """A third each is disjoint and everything together; of more, as much as must be is in common."""
-    phase = sets(sampler(score="el2n", pruning_rate=0.8, candidates=candidates).selection(0))
+    phase = sets(select(coresets(score="el2n", pruning_rate=0.8, candidates=candidates), 0))
     assert {len(own) for own in phase.values()} == {round(candidates * N)}
     assert {len(phase[a] & phase[b]) for a, b in PAIRS} == {overlap}
     assert set().union(*phase.values()) == set(range(N))
-    other = sampler(score="el2n", pruning_rate=0.8, candidates=candidates, seed=1)
-    assert (sets(other.selection(0)) == phase) == (candidates == 1)
+    other = coresets(score="el2n", pruning_rate=0.8, candidates=candidates, seed=1)
+    assert (sets(select(other, 0)) == phase) == (candidates == 1)
 
 
 @pytest.mark.parametrize(
     ("scheme", "options"), [("joint", {}), ("bitwise", {"across_bits": "identical"}), ("bitwise", {"scoring": "joint"})]
 )
 def test_who_shares_batches_or_a_coreset_shares_candidates(scheme: str, options: dict) -> None:
-    phase = sampler(scheme, score="el2n", candidates=0.5, **options).selection(0)
+    phase = select(coresets(scheme, score="el2n", candidates=0.5, **options), 0)
     assert len(phase.subsets[2]) == N // 2 and phase.scored
     assert phase.subsets[2].tolist() == phase.subsets[4].tolist() == phase.subsets[8].tolist()
 
@@ -313,7 +299,7 @@ def test_who_shares_batches_or_a_coreset_shares_candidates(scheme: str, options:
 @pytest.mark.parametrize("how", ["top", "sample"])
 def test_disjoint_coresets_are_disjoint_while_the_data_lasts(score: str, how: str) -> None:
     for rate, union, overlap in ((0.7, 0.9, 0.0), (0.5, 1.0, None)):
-        drawn = sampler(score=score, how=how, pruning_rate=rate, across_bits="disjoint", epochs=3)
+        drawn = coresets(score=score, how=how, pruning_rate=rate, across_bits="disjoint", epochs=3)
         for selection in selections(drawn, Observations())[1:]:
             found = sets(selection)
             assert {len(subset) for subset in found.values()} == {round((1 - rate) * N)}
@@ -325,7 +311,7 @@ def test_disjoint_coresets_are_disjoint_while_the_data_lasts(score: str, how: st
 
 def test_a_disjoint_coreset_is_the_top_of_what_is_left() -> None:
     """The highest bit-width chooses first."""
-    seen, drawn = Observations(), sampler(score="el2n", pruning_rate=0.8, across_bits="disjoint", epochs=2)
+    seen, drawn = Observations(), coresets(score="el2n", pruning_rate=0.8, across_bits="disjoint", epochs=2)
     found, left = selections(drawn, seen)[-1].subsets, torch.ones(N, dtype=torch.bool)
     for b in reversed(BITS):
         scores = seen.scores("el2n", b, 1, LABELS)
@@ -334,15 +320,6 @@ def test_a_disjoint_coreset_is_the_top_of_what_is_left() -> None:
 
 
 # Phases
-
-
-def test_phases_follow_one_another() -> None:
-    drawn = sampler(score="tdds", pruning_rate=0.8, candidates=0.5, epochs=5)
-    found = selections(drawn, Observations())
-    sizes = [[len(subset) for subset in selection.subsets.values()] for selection in found]
-    assert sizes == [[60] * 3] * 3 + [[24] * 3] * 2
-    assert [selection.scored for selection in found] == [True] * 3 + [False] * 2
-    assert [row["epoch"] for row in drawn.rows] == [4, 4, 4, 5, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -362,17 +339,16 @@ def test_phases_follow_one_another() -> None:
     ],
 )
 def test_the_scoring_phase_is_as_short_as_the_score_allows(options: dict, warmup: int) -> None:
-    drawn = sampler(**options)
+    drawn = coresets(**options)
     assert CoresetConfig(**options).warmup == warmup
-    assert [selection.scored for selection in selections(drawn, Observations())] == [True] * warmup + [False] * (
-        8 - warmup
-    )
+    scored = [selection.scored for selection in selections(drawn, Observations())]
+    assert scored == [True] * warmup + [False] * (8 - warmup)
 
 
 @pytest.mark.parametrize("how", ["top", "sample"])
 @pytest.mark.parametrize("every", [0, 1, 2])
 def test_draws_after_the_scoring_phase(how: str, every: int) -> None:
-    drawn = sampler(score="el2n", how=how, resample_every=every, epochs=7)
+    drawn = coresets(score="el2n", how=how, resample_every=every, epochs=7)
     found = [sets(selection)[4] for selection in selections(drawn, Observations())[1:]]
     changed = [a != b for a, b in pairwise(found)]
     redrawn = [bool(every) and epoch % every == 0 for epoch in range(1, 6)]
@@ -380,17 +356,6 @@ def test_draws_after_the_scoring_phase(how: str, every: int) -> None:
     drifts = [row["drift"] for row in drawn.rows if row["bits"] == 4]
     assert drifts[0] is None and len(drifts) == 1 + sum(redrawn)
     assert all(drift > 0 if how == "sample" else drift == 0 for drift in drifts[1:])
-
-
-def test_nothing_is_recorded_outside_of_the_phases() -> None:
-    seen, drawn = Observations(), sampler(score="el2n", epochs=4)
-    drawn.observe(4, 0, torch.arange(N), seen.logits[0, 1], LABELS)
-    assert not drawn.recorders
-    selection = drawn.selection(0)
-    seen.show(drawn, selection, 0)
-    before = drawn.recorders[4].scores()
-    drawn.observe(4, 1, torch.arange(N), seen.logits[1, 1], LABELS)
-    assert set(drawn.recorders) == set(BITS) and torch.equal(drawn.recorders[4].scores(), before)
 
 
 COUNTED = {
@@ -408,18 +373,16 @@ COUNTED = {
 @pytest.mark.parametrize("name", COUNTED)
 def test_every_epoch_has_as_many_steps_as_were_counted(name: str, scheme: str) -> None:
     bits = (4,) if scheme == "dedicated" else BITS
-    config = TrainConfig(scheme=scheme, epochs=6, batch_size=16, coreset=CoresetConfig(**COUNTED[name]))
-    drawn, seen = Sampler(config.coreset, scheme, 0, bits, LABELS), Observations()
+    config = CoresetConfig(**COUNTED[name])
+    drawn, seen = Coresets(LABELS, bits, config, epochs=6, scheme=scheme), Observations()
     for epoch in range(6):
-        selection = drawn.selection(epoch)
+        steps, selection = drawn.steps(epoch, 16), select(drawn, epoch)
         seen.show(drawn, selection, epoch)
-        steps = training.plan(selection, config, epoch)
-        assert training._count(drawn, config, epoch) == len(steps)
-        assert selection.scheme == drawn.scheme_of(epoch)
+        assert drawn.count(epoch, 16) == len(steps)
         for b in bits:
-            assert sum(len(step.indices) for step in steps if b in step.bits) == drawn.size(epoch)
+            assert sum(len(indices) for own, indices in steps if b in own) == drawn.size(epoch)
         joint = scheme == "joint" or (selection.scored and name == "joint scoring" and scheme == "bitwise")
-        assert {step.bits for step in steps} == ({bits[::-1]} if joint else {(b,) for b in bits})
+        assert {own for own, _ in steps} == ({bits[::-1]} if joint else {(b,) for b in bits})
 
 
 # Rows
@@ -435,7 +398,7 @@ def test_every_epoch_has_as_many_steps_as_were_counted(name: str, scheme: str) -
     ],
 )
 def test_rows_tell_what_the_coresets_have_in_common(options: dict) -> None:
-    drawn = sampler(**{"pruning_rate": 0.7, "labels": UNEVEN, "epochs": 6} | options)
+    drawn = coresets(**{"pruning_rate": 0.7, "labels": UNEVEN, "epochs": 6} | options)
     found = selections(drawn, Observations())
     firsts = [row["epoch"] for row in drawn.rows if row["bits"] == 2]
     assert len(firsts) > 2 and len(drawn.rows) == 3 * len(firsts)
@@ -456,7 +419,7 @@ def test_rows_tell_what_the_coresets_have_in_common(options: dict) -> None:
 
 @pytest.mark.parametrize("candidates", [0.6, 1.0])
 def test_rank_correlation_is_spearmans_over_what_both_scored(candidates: float) -> None:
-    seen, drawn = Observations(), sampler(score="el2n", candidates=candidates, epochs=3)
+    seen, drawn = Observations(), coresets(score="el2n", candidates=candidates, epochs=3)
     phase = sets(selections(drawn, seen)[0])
     for row in drawn.rows:
         b, found = row["bits"], {}
@@ -469,10 +432,10 @@ def test_rank_correlation_is_spearmans_over_what_both_scored(candidates: float) 
 
 
 def test_there_is_no_rank_correlation_where_nothing_is_scored_by_both() -> None:
-    drawn = sampler(score="el2n", candidates=1 / 3, epochs=2)
+    drawn = coresets(score="el2n", candidates=1 / 3, epochs=2)
     selections(drawn, Observations())
     assert [list(row["rank_correlation"].values()) for row in drawn.rows] == [[None, None]] * 3
-    drawn = sampler(epochs=2)
+    drawn = coresets(epochs=2)
     selections(drawn)
     assert [row["rank_correlation"] for row in drawn.rows] == [{}] * 6
 
@@ -483,7 +446,7 @@ def test_there_is_no_rank_correlation_where_nothing_is_scored_by_both() -> None:
 @pytest.mark.parametrize("across", ["independent", "identical"])
 def test_weights_are_k_over_n_times_the_chance(across: str) -> None:
     seen, options = Observations(), {"how": "sample", "unbiased": True, "across_bits": across, "max_weight": 1e9}
-    drawn = sampler(score="el2n", pruning_rate=0.6, epochs=2, **options)
+    drawn = coresets(score="el2n", pruning_rate=0.6, epochs=2, **options)
     selection = selections(drawn, seen)[-1]
     for b in BITS:
         scores = seen.scores("el2n", b, 1, LABELS)
@@ -500,7 +463,7 @@ def test_weights_are_k_over_n_times_the_chance(across: str) -> None:
 
 def test_weighted_means_over_draws_are_means_over_the_data() -> None:
     """Of any quantity, here of the index; the mean weight itself is one."""
-    drawn = sampler(score="el2n", pruning_rate=0.8, how="sample", unbiased=True, power=2.0, max_weight=1e9, epochs=601)
+    drawn = coresets(score="el2n", pruning_rate=0.8, how="sample", unbiased=True, power=2.0, max_weight=1e9, epochs=601)
     ones, index = [], []
     for selection in selections_without_showing(drawn, Observations()):
         subset, weights = selection.subsets[2], selection.weights[2]
@@ -514,7 +477,7 @@ def test_weighted_means_over_draws_are_means_over_the_data() -> None:
 @pytest.mark.parametrize("largest", [1.0, 1.5, 2.5])
 def test_weights_are_clipped_and_the_clipped_are_counted(largest: float) -> None:
     options = {"score": "el2n", "pruning_rate": 0.8, "how": "sample", "unbiased": True, "epochs": 5}
-    free, clipped = sampler(max_weight=1e9, **options), sampler(max_weight=largest, **options)
+    free, clipped = coresets(max_weight=1e9, **options), coresets(max_weight=largest, **options)
     before, after = selections(free, Observations()), selections(clipped, Observations())
     for row in clipped.rows:
         b, epoch = row["bits"], row["epoch"] - 1
@@ -527,7 +490,7 @@ def test_weights_are_clipped_and_the_clipped_are_counted(largest: float) -> None
 
 @pytest.mark.parametrize("scheme", ["bitwise", "joint"])
 def test_random_coresets_have_weights_of_one(scheme: str) -> None:
-    drawn = sampler(scheme, how="sample", unbiased=True, pruning_rate=0.7, epochs=3)
+    drawn = coresets(scheme, how="sample", unbiased=True, pruning_rate=0.7, epochs=3)
     for selection in selections(drawn):
         assert set(selection.weights) == set(BITS)
         assert all(bool(((w - 1).abs() < 1e-6).all()) for w in selection.weights.values())
@@ -537,63 +500,44 @@ def test_random_coresets_have_weights_of_one(scheme: str) -> None:
 
 
 def test_recording_leaves_the_global_generator_and_the_layer_alone() -> None:
-    for score in ("random", "tdds", "el2n", "entropy", "forgetting", "grand", "moderate"):
+    for score in SCORES:
         layer, before = nn.Linear(WIDTH, CLASSES), torch.get_rng_state()
-        seen, drawn = Observations(), sampler(score=score, how="sample", epochs=5)
+        seen, drawn = Observations(), coresets(score=score, how="sample", epochs=5)
         for epoch in range(5):
-            selection = drawn.selection(epoch)
-            with drawn.recording(layer, selection):
+            selection = select(drawn, epoch)
+            with drawn.watching(layer):
                 hooks = len(layer._forward_pre_hooks)
                 for b, own in selection.subsets.items():
-                    x = seen.features[epoch, 0, own].requires_grad_()
-                    logits = layer(x)
-                    drawn.observe(b, epoch, own, logits, LABELS[own])
-            assert hooks == (selection.scored and score in ("grand", "moderate"))
+                    logits = layer(seen.features[epoch, 0, own].requires_grad_())
+                    drawn.observe(b, own, logits, LABELS[own])
+            assert hooks == (selection.scored and score in coreset.OF_FEATURES)
             assert not layer._forward_pre_hooks and logits.requires_grad
         assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("score", ["grand", "moderate"])
-def test_the_hook_is_removed_after_an_error(score: str) -> None:
-    model = nn.Sequential(nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES))
-    drawn = sampler(score=score)
-    with suppress(ZeroDivisionError), drawn.recording(model, drawn.selection(0)):
-        assert len(model[1]._forward_pre_hooks) == 1 and not model[0]._forward_pre_hooks
-        raise ZeroDivisionError
-    assert not model[1]._forward_pre_hooks
-    drawn.observe(4, 0, torch.arange(3), torch.ones(3, CLASSES), LABELS[:3])
-    assert not drawn.recorders
+@pytest.mark.parametrize("score", coreset.OF_FEATURES)
+def test_features_are_the_input_of_the_last_linear_layer(score: str) -> None:
+    model, seen = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)), Observations()
+    x, found = seen.features[0, 0], []
+    for watched in (True, False):
+        drawn = coresets(score=score, epochs=2)
+        with suppress(ZeroDivisionError), drawn.watching(model):
+            drawn.subsets(0)
+            for b in BITS:
+                drawn.observe(b, torch.arange(N), model(x), LABELS, None if watched else model[0](x))
+            assert len(model[1]._forward_pre_hooks) == 1 and not model[0]._forward_pre_hooks
+            raise ZeroDivisionError
+        assert not model[1]._forward_pre_hooks
+        found.append(drawn.recorders[4].scores())
+    assert torch.equal(*found) and found[0].std() > 0
 
 
-@pytest.mark.parametrize("score", ["grand", "moderate"])
+@pytest.mark.parametrize("score", coreset.OF_FEATURES)
 def test_features_need_a_linear_layer(score: str) -> None:
-    drawn = sampler(score=score)
+    drawn = coresets(score=score)
+    drawn.subsets(0)
     with pytest.raises(ValueError, match=rf"^score='{score}': expected another, where a network has no linear layer$"):
-        drawn.recording(nn.Sequential(nn.Conv2d(3, CLASSES, 1)), drawn.selection(0)).__enter__()
-
-
-# Going on from a state
-
-
-@pytest.mark.parametrize("score", ["tdds", "forgetting", "el2n", "moderate"])
-@pytest.mark.parametrize("at", [1, 2, 4, 6])
-@pytest.mark.parametrize("every", [1, 3])
-def test_a_sampler_goes_on_from_its_state(score: str, at: int, every: int) -> None:
-    """Also between two draws, where the last one stays."""
-    options = {"score": score, "scoring_epochs": 3, "how": "sample", "unbiased": True}
-    options["resample_every"] = every
-    seen, whole, first = Observations(), sampler(**options), sampler(**options)
-    expected = selections(whole, seen)
-    for epoch in range(at):
-        seen.show(first, first.selection(epoch), epoch)
-    second = sampler(**options)
-    second.load(first.state(), torch.device("cpu"))
-    for epoch in range(at, 8):
-        selection = second.selection(epoch)
-        assert sets(selection) == sets(expected[epoch])
-        assert all(torch.equal(w, expected[epoch].weights[b]) for b, w in selection.weights.items())
-        seen.show(second, selection, epoch)
-    assert second.rows == whole.rows
+        drawn.watching(nn.Sequential(nn.Conv2d(3, CLASSES, 1))).__enter__()
 
 
 # The config
@@ -602,7 +546,7 @@ def test_a_sampler_goes_on_from_its_state(score: str, at: int, every: int) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"score": "tdds", "scoring_epochs": 2}, r'^scoring_epochs=2: expected at least 3 for score="tdds", or 0$'),
+        ({"score": "tdds", "scoring_epochs": 2}, r"^scoring_epochs=2: expected at least 3 for score='tdds', or 0$"),
         ({"score": "tdds", "window": 5, "scoring_epochs": 4}, r"^scoring_epochs=4: expected at least 5 "),
         ({"score": "forgetting", "scoring_epochs": 1}, r"^scoring_epochs=1: expected at least 2 "),
         ({"score": "el2n", "pruning_rate": 0.5, "candidates": 0.49}, r"^candidates=0\.49: .*number in \[0\.5, 1\]"),
@@ -642,14 +586,3 @@ def test_a_run_is_longer_than_its_scoring_phase() -> None:
 def test_options_at_the_edge_of_what_is_allowed(values: dict) -> None:
     config = CoresetConfig(**values)
     assert {name: getattr(config, name) for name in values} == values
-
-
-def test_numpy_numbers_become_plain_ones() -> None:
-    numpy = pytest.importorskip("numpy")
-    reals = {"pruning_rate": 0.5, "decay": 0.5, "power": 0.5, "candidates": 0.5, "max_weight": 2.0}
-    integers = dict.fromkeys(("resample_every", "scoring_epochs", "window"), 4)
-    given = {k: numpy.float32(v) for k, v in reals.items()} | {k: numpy.int64(v) for k, v in integers.items()}
-    config = CoresetConfig(score="tdds", **given)
-    assert {type(getattr(config, name)) for name in reals} == {float}
-    assert {type(getattr(config, name)) for name in integers} == {int}
-    assert config == CoresetConfig(score="tdds", **reals, **integers)

@@ -1,9 +1,10 @@
-"""Learning rates step by step, what is used where a processor has no bfloat16, and what `make demo` prints."""
+"""Schedules of short runs, what is used where a processor has no bfloat16, and what `make demo` prints."""
 
 import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -12,48 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from training_cases import quick, tiny, train
 
 import emqlib as emq
-from emqlib import TrainConfig, layers
+from emqlib import layers
 from emqlib.paper import experiments, profiles, runs, tables
 from emqlib.train import distributed, loop
-
-# Learning rates of the steps
-
-
-def rates(monkeypatch: pytest.MonkeyPatch, images: int = 6, **fields: object) -> list[float]:
-    """The rate of each step of a run of three steps an epoch, without the arithmetic of the steps."""
-    seen: list[float] = []
-    monkeypatch.setattr(loop, "_step", lambda run, step, batch, lr, watch, where: seen.append(lr))
-    monkeypatch.setattr(loop.LossWatch, "mean", lambda self: 0.0)
-    data = emq.load_dataset("digits", image_size=8).subset(images, 2)
-    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.LazyLinear(10))
-    net(torch.zeros(1, 3, 8, 8))
-    config = TrainConfig(**{"scheme": "joint", "batch_size": 2, "lr": 1.0, "device": "cpu"} | fields)
-    emq.train(emq.convert(net, emq.QuantSpec(bits=(4,))), data, config, progress=False)
-    return seen
-
-
-def test_a_milestone_of_two_gives_two_epochs_at_the_first_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn")
-    found = rates(monkeypatch, epochs=5, schedule="step", milestones=(2, 4))
-    assert found == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 3)
-
-
-def test_neither_the_first_step_of_a_warm_up_nor_the_last_of_a_cosine_has_a_rate_of_zero(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("sklearn")
-    found = rates(monkeypatch, epochs=3, warmup_epochs=1)
-    assert found[:3] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
-    assert found[3:] == sorted(found[3:], reverse=True) and found[-1] > 0.01
-
-
-@pytest.mark.parametrize("fields", [{}, {"schedule": "step", "milestones": (1,)}, {"warmup_epochs": 0.9}])
-def test_a_run_of_one_step_trains(monkeypatch: pytest.MonkeyPatch, fields: dict) -> None:
-    pytest.importorskip("sklearn")
-    (rate,) = rates(monkeypatch, images=2, epochs=1, **fields)
-    assert rate >= 0.5
 
 
 @pytest.mark.parametrize("epochs", range(1, 13))
@@ -78,12 +43,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[False, True])
-def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Whether the processor has it, whatever processor this is."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param, raising=False)
-    distributed._tell_of_float32.cache_clear()
-    return request.param
+    distributed.has_bfloat16.cache_clear()
+    yield request.param
+    distributed.has_bfloat16.cache_clear()
 
 
 def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat16: bool) -> None:
@@ -100,15 +66,14 @@ def test_bfloat16_is_float32_where_the_cpu_has_none_and_that_is_told_once(bfloat
     assert [distributed.autocast_used(*pair) for pair in asked] == ["none", "float16", "bfloat16"]
 
 
-def test_the_warning_comes_before_the_first_step(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn")
+def test_the_warning_comes_before_the_first_step(
+    bfloat16: bool, digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_step", lambda *_: pytest.fail("a step was made"))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "this processor has no fast bfloat16")
-        if bfloat16:
-            assert rates(monkeypatch, epochs=1, autocast="bfloat16")
-        else:
-            with pytest.raises(UserWarning, match="runs in float32"):
-                rates(monkeypatch, epochs=1, autocast="bfloat16")
+        with pytest.raises(pytest.fail.Exception if bfloat16 else UserWarning, match=r"a step|runs in float32"):
+            train(tiny(), digits, quick(autocast="bfloat16"))
 
 
 def small_run(tmp_path: Path) -> runs.Run:

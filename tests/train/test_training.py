@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_cases import BITS, Stop, assert_same_state, quick, same_state, stopped_at, tiny, tiny_net, train
+from training_cases import BITS, assert_same_state, quick, same_state, tiny, tiny_net, train
 
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig
@@ -20,23 +20,19 @@ from emqlib.layers import NORMS
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.train import data as loading
 from emqlib.train import loop as training
-from emqlib.train.coresets import Sampler, Selection
+from emqlib.train.coresets import Coresets
 from emqlib.train.distributed import Place
 from emqlib.train.loop import LossWatch
 
 
-def sampler(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Sampler:
-    return Sampler(config.coreset, config.scheme, config.seed, bits, labels)
+def coresets(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Coresets:
+    return Coresets(labels, bits, config.coreset, epochs=config.epochs, seed=config.seed, scheme=config.scheme)
 
 
-def selections(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> Iterator[Selection]:
-    """What each epoch trains on, for coresets that need no scores."""
-    drawn = sampler(labels, bits, config)
-    yield from (drawn.selection(epoch) for epoch in range(config.epochs))
-
-
-def plans(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> list[list[training.Step]]:
-    return [training.plan(s, config, epoch) for epoch, s in enumerate(selections(labels, bits, config))]
+def plans(labels: Tensor, bits: tuple[int, ...], config: TrainConfig) -> list[list[tuple[tuple[int, ...], Tensor]]]:
+    """The steps of each epoch, for coresets that need no scores."""
+    drawn = coresets(labels, bits, config)
+    return [drawn.steps(epoch, config.batch_size) for epoch in range(config.epochs)]
 
 
 HUNDRED = torch.arange(100) % 10
@@ -51,11 +47,12 @@ HUNDRED = torch.arange(100) % 10
 def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, n: int) -> None:
     bits = (4,) if scheme == "dedicated" else BITS
     config = TrainConfig(scheme=scheme, epochs=2, batch_size=16, coreset=CoresetConfig(pruning_rate=rate))
-    for epoch, selection in enumerate(selections(torch.arange(n) % 10, bits, config)):
-        steps = training.plan(selection, config, epoch)
-        assert set(selection.subsets) == set(bits)
-        for b, subset in selection.subsets.items():
-            seen = [step.indices for step in steps if b in step.bits]
+    drawn = coresets(torch.arange(n) % 10, bits, config)
+    for epoch in range(2):
+        steps, subsets = drawn.steps(epoch, 16), drawn.subsets(epoch)
+        assert set(subsets) == set(bits)
+        for b, subset in subsets.items():
+            seen = [indices for own, indices in steps if b in own]
             assert torch.cat(seen).sort().values.tolist() == subset.tolist()
             assert len(subset) == max(1, round((1 - rate) * n))
             sizes = [len(indices) for indices in seen]
@@ -63,36 +60,44 @@ def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, 
             assert max(sizes) <= 16 and max(sizes) - min(sizes) <= 1
 
 
-def test_joint_steps_have_all_bit_widths_highest_first() -> None:
-    steps = plans(HUNDRED, BITS, TrainConfig(scheme="joint", batch_size=16))[0]
-    assert {step.bits for step in steps} == {(8, 4, 2)} and len(steps) == 7
-
-
 def test_bitwise_steps_alternate_between_the_children() -> None:
     steps = plans(HUNDRED, BITS, TrainConfig(scheme="bitwise", batch_size=16))[0]
-    assert [step.bits for step in steps] == [(8,), (4,), (2,)] * 7
-    first = [step.indices.tolist() for step in steps[:3]]
+    assert [bits for bits, _ in steps] == [(8,), (4,), (2,)] * 7
+    first = [indices.tolist() for _, indices in steps[:3]]
     assert first[0] != first[1] != first[2] != first[0]
 
 
 def test_every_epoch_is_shuffled_anew() -> None:
     config = TrainConfig(scheme="joint", batch_size=100, epochs=3)
-    orders = [steps[0].indices.tolist() for steps in plans(HUNDRED, BITS, config)]
+    orders = [steps[0][1].tolist() for steps in plans(HUNDRED, BITS, config)]
     assert list(range(100)) not in orders and orders[0] != orders[1] != orders[2] != orders[0]
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("dedicated", (4,)), ("joint", BITS), ("bitwise", BITS)])
-@pytest.mark.parametrize("rate", [None, 0.0, 0.55, 0.8])
-def test_sample_passes_are_counted(digits: Dataset, scheme: str, bits: tuple[int, ...], rate: float | None) -> None:
-    coreset = None if rate is None else CoresetConfig(pruning_rate=rate)
-    history = train(tiny(bits), digits, quick(scheme=scheme, batch_size=50, coreset=coreset))
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("dedicated", None),
+        ("joint", {"pruning_rate": 0.55}),
+        ("bitwise", {"pruning_rate": 0.0}),
+        ("bitwise", {}),
+        ("bitwise", {"score": "el2n", "candidates": 0.6, "scoring": "joint"}),
+        ("joint", {"score": "el2n", "scoring_epochs": 2}),
+    ],
+)
+def test_the_history_counts_passes_and_steps(scheme: str, options: dict | None, digits: Dataset) -> None:
+    bits = (4,) if scheme == "dedicated" else BITS
+    coreset = None if options is None else CoresetConfig(**{"pruning_rate": 0.7} | options)
+    history = train(tiny(bits), digits, quick(scheme=scheme, epochs=4, coreset=coreset))
     expected = ["epoch", "lr", "loss", "steps", "sample_passes", "scoring_passes", "seconds"]
-    assert history.columns.tolist() == expected and not history.scoring_passes.any()
-    passes = len(bits) * round((1 - (rate or 0)) * 100)
-    assert history.sample_passes.tolist() == [passes, passes]
-    batches = math.ceil(round((1 - (rate or 0)) * 100) / 50)
-    assert history.steps.tolist() == [batches * (len(bits) if scheme == "bitwise" else 1)] * 2
-    assert history.epoch.tolist() == [1, 2]
+    assert history.columns.tolist() == expected and history.epoch.tolist() == [1, 2, 3, 4]
+    scored = 0 if coreset is None else coreset.warmup
+    sizes = [round(100 * coreset.candidates)] * scored if coreset else []
+    sizes += [round(100 * (1 - (coreset.pruning_rate if coreset else 0)))] * (4 - scored)
+    assert history.sample_passes.tolist() == [len(bits) * size for size in sizes]
+    assert history.scoring_passes.tolist() == [len(bits) * size for size in sizes[:scored]] + [0] * (4 - scored)
+    joint = [scheme == "joint" or (i < scored and coreset.scoring == "joint") for i in range(4)]
+    steps = [math.ceil(size / 25) * (1 if j else len(bits)) for size, j in zip(sizes, joint, strict=True)]
+    assert history.steps.tolist() == steps
 
 
 # Learning rate
@@ -113,13 +118,6 @@ def test_the_peak_and_the_end_of_the_cosine() -> None:
         assert training.learning_rate(10.0, config) == pytest.approx(0, abs=1e-12)
         rates = [training.learning_rate(warmup + i / 10, config) for i in range(int(10 * (10 - warmup)) + 1)]
         assert rates == sorted(rates, reverse=True)
-
-
-def test_step_schedule() -> None:
-    config = TrainConfig(lr=1.0, epochs=20, schedule="step", milestones=[5, 10], gamma=0.1, warmup_epochs=1)
-    assert config.milestones == (5, 10)
-    rates = [training.learning_rate(progress, config) for progress in (0.5, 1.0, 4.99, 5.0, 9.9, 10.0, 20.0)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_the_history_shows_the_learning_rate(digits: Dataset) -> None:
@@ -144,7 +142,7 @@ def test_every_parameter_group_follows(digits: Dataset, monkeypatch: pytest.Monk
 def rates(monkeypatch: pytest.MonkeyPatch, data: Dataset, images: int = 6, **fields: object) -> list[float]:
     """The learning rate of each step of a run of three steps an epoch, without the arithmetic of the steps."""
     seen: list[float] = []
-    monkeypatch.setattr(training, "_step", lambda run, step, batch, lr, watch, where: seen.append(lr))
+    monkeypatch.setattr(training, "_step", lambda run, bits, size, batch, lr, *_: seen.append(lr))
     monkeypatch.setattr(LossWatch, "mean", lambda self: 0.0)
     config = quick(**{"scheme": "joint", "batch_size": 2, "lr": 1.0} | fields)
     train(tiny(bits=(4,)), data.subset(images, 2), config)
@@ -207,9 +205,9 @@ def test_another_coreset_does_not_shift_the_shuffling(scheme: str) -> None:
     orders, subsets = [], []
     for every in (0, 1):
         config = TrainConfig(scheme=scheme, epochs=4, batch_size=16, coreset=CoresetConfig(resample_every=every))
-        selection = list(selections(HUNDRED.repeat(2), BITS, config))[3]
-        subset, steps = selection.subsets, training.plan(selection, config, 3)
-        ranks = [torch.searchsorted(subset[s.bits[0]], s.indices) for s in steps]
+        drawn = coresets(HUNDRED.repeat(2), BITS, config)
+        subset, steps = drawn.subsets(3), drawn.steps(3, 16)
+        ranks = [torch.searchsorted(subset[bits[0]], indices) for bits, indices in steps]
         orders.append([rank.tolist() for rank in ranks])
         subsets.append(subset[2].tolist())
     assert orders[0] == orders[1] and subsets[0] != subsets[1]
@@ -237,7 +235,7 @@ def test_another_coreset_or_network_does_not_shift_the_augmentation(
 # Steps, against a loop written out
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+def soft_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Mean over the batch of w -sum_c target_c log p_c; logits, target: (B, C), weights: (B,)."""
     log_p = logits - logits.exp().sum(1, keepdim=True).log()
     return -(weights * (target * log_p).sum(1)).mean()
@@ -249,52 +247,28 @@ def standardized(images: Tensor, data: Dataset) -> Tensor:
 
 
 def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
-    """`train` at a constant learning rate for data without augmentation: plain autograd, updates by hand."""
-    decayed = {"0.weight", "4.weight", "10.weight"}
-    memory: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    """`train` at a constant learning rate for data without augmentation: plain losses and PyTorch's optimizers."""
+    decayed = [model[i].weight for i in (0, 4, 10)]
+    free = [p for p in model.parameters() if all(p is not weight for weight in decayed)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0}]
+    sgd = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    optimizer = sgd if config.optimizer == "sgd" else torch.optim.AdamW(groups, config.lr)
     model.train()
-    steps = [step for epoch in plans(data.train.labels, BITS, config) for step in epoch]
-    for number, step in enumerate(steps, start=1):
-        images = standardized(data.train.images[step.indices], data)
-        target = nn.functional.one_hot(data.train.labels[step.indices], 10).double()
+    drawn = coresets(data.train.labels, BITS, config)
+    for bits, indices in (step for epoch in range(config.epochs) for step in drawn.steps(epoch, config.batch_size)):
+        images = standardized(data.train.images[indices], data)
+        target = nn.functional.one_hot(data.train.labels[indices], 10).double()
         target = target * (1 - config.label_smoothing) + config.label_smoothing / 10
-        total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        for b in step.bits:
+        optimizer.zero_grad()
+        for b in bits:
             emq.set_bits(model, b)
             logits = model(images)
-            loss = soft_cross_entropy(logits, target, 1.0 if step.weights is None else step.weights[step.indices])
-            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-            for name, grad in zip(total, grads, strict=True):
-                total[name] += 0 if grad is None else grad
+            soft_cross_entropy(logits, target, drawn.weights(b, indices)).backward()
             if config.distillation:
                 target = logits.detach().exp() / logits.detach().exp().sum(1, keepdim=True)
-        clip(total, config.clip_grad_norm)
-        for name, p in model.named_parameters():
-            decay = config.weight_decay if name in decayed else 0.0
-            p.data = UPDATES[config.optimizer](p.data, total[name], decay, config, memory[name], number)
-
-
-def clip(grads: dict[str, Tensor], largest: float) -> None:
-    norm = sum(grad.square().sum() for grad in grads.values()).sqrt()
-    if largest and norm > largest:
-        for grad in grads.values():
-            grad *= largest / (norm + 1e-6)
-
-
-def sgd(w: Tensor, grad: Tensor, decay: float, config: TrainConfig, memory: list[Tensor], _: int) -> Tensor:
-    grad = grad + decay * w
-    memory[:] = [config.momentum * memory[0] + grad if memory else grad]
-    return w - config.lr * (grad + config.momentum * memory[0] if config.nesterov else memory[0])
-
-
-def adamw(w: Tensor, grad: Tensor, decay: float, config: TrainConfig, memory: list[Tensor], t: int) -> Tensor:
-    m, v = memory or (torch.zeros_like(w), torch.zeros_like(w))
-    memory[:] = [0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2]
-    m, v = memory[0] / (1 - 0.9**t), memory[1] / (1 - 0.999**t)
-    return w - config.lr * decay * w - config.lr * m / (v.sqrt() + 1e-8)
-
-
-UPDATES: dict[str, Callable[..., Tensor]] = {"sgd": sgd, "adamw": adamw}
+        if config.clip_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+        optimizer.step()
 
 
 @contextmanager
@@ -332,7 +306,7 @@ def test_steps_are_those_of_the_literal_loop(
     config = quick(**{"batch_size": 15, "schedule": "step", "weight_decay": 0.01} | STEPS[name])
     ours, theirs = (tiny(norm=norm).double() for _ in range(2))
     uneven = (torch.linspace(0.5, 1.5, len(data.train)), 0.0)  # those of random coresets are all one
-    monkeypatch.setattr(Sampler, "_loss_weights", lambda *_: uneven)
+    monkeypatch.setattr(Coresets, "_loss_weights", lambda *_: uneven)
     with float64(monkeypatch):
         train(ours, data, config)
     literal_run(theirs, data, config)
@@ -408,14 +382,7 @@ def test_auto_compiles_where_a_run_is_long_enough(digits: Dataset, monkeypatch: 
             compiled.clear()
             train(tiny(), digits, config)
             assert len(compiled) == times
-
-
-def test_compile_hands_the_network_to_torch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    model = tiny()
-    assert losses(digits, model, compile=True) == losses(digits)
-    assert compiled == [model]
+    assert losses(digits, model, compile=True) == losses(digits) and compiled[-1] is model
 
 
 def test_graphs_are_for_one_gpu_alone(digits: Dataset) -> None:
@@ -432,22 +399,18 @@ def test_graphs_are_for_one_gpu_alone(digits: Dataset) -> None:
     ],
 )
 @pytest.mark.parametrize("spec", [{}, {"weight": "lsq", "activation": "lsq"}, {"norm": "switchable"}])
-def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset) -> None:
+def test_a_step_mixes_no_devices(fields: dict, spec: dict, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, which computes nothing and refuses tensors that lie elsewhere."""
     config, meta = quick(**fields), torch.device("meta")
-    model = tiny(**spec).to(meta)
-    optimizer, scaler = training.optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    batches = loading.loader(digits.to(meta), "train", meta)
-    run = training._Run(
-        **{"model": model, "wrapped": model, "forward": model, "data": digits.to(meta), "config": config},
-        **{"place": Place(), "device": meta, "loader": batches, "memory_format": torch.contiguous_format},
-        **{"optimizer": optimizer, "scaler": scaler, "sampler": sampler(digits.train.labels, BITS, config)},
-    )
+    monkeypatch.setattr(Place, "device", lambda *_: meta)
+    run = training._Run(tiny(**spec), digits, config, BITS)
+    model = run.model
     watch = LossWatch(Place(), model, meta)
     watch.lag = 100  # a loss without a value cannot be looked at
     steps = plans(digits.train.labels, BITS, config)[0][:3]
-    for step, batch in zip(steps, batches.epoch([step.indices for step in steps], torch.Generator()), strict=True):
-        training._step(run, step, batch, 0.1, watch, "step")
+    given = run.loader.epoch([indices for _, indices in steps], torch.Generator())
+    for (bits, indices), batch in zip(steps, given, strict=True):
+        training._step(run, bits, len(indices), batch, 0.1, watch, "step")
     assert {loss.device for loss, *_ in watch.pending} == {meta}
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     assert {p.grad.device for p in weights.values()} == {meta} and run.optimizer.state
@@ -492,28 +455,6 @@ def test_batch_norm_sees_a_part_at_a_time(digits: Dataset) -> None:
 # Scores while training
 
 
-@pytest.mark.parametrize(
-    ("scheme", "options"),
-    [
-        ("bitwise", {}),
-        ("bitwise", {"scoring": "joint"}),
-        ("bitwise", {"candidates": 0.6, "scoring": "joint"}),
-        ("joint", {"scoring_epochs": 2}),
-        ("joint", {"candidates": 0.6}),
-    ],
-)
-def test_passes_and_steps_of_a_scored_run_in_closed_form(scheme: str, options: dict, digits: Dataset) -> None:
-    coreset = CoresetConfig(**{"score": "el2n", "pruning_rate": 0.7, "scoring_epochs": 1} | options)
-    history = train(tiny(), digits, quick(scheme=scheme, epochs=5, coreset=coreset))
-    sizes = [round(100 * coreset.candidates)] * coreset.warmup + [30] * (5 - coreset.warmup)
-    joint = [scheme == "joint" or (i < coreset.warmup and coreset.scoring == "joint") for i in range(5)]
-    assert history.sample_passes.tolist() == [3 * size for size in sizes]
-    assert history.scoring_passes.tolist() == [3 * size for size in sizes[: coreset.warmup]] + [0] * (
-        5 - coreset.warmup
-    )
-    assert history.steps.tolist() == [math.ceil(n / 25) * (1 if j else 3) for n, j in zip(sizes, joint, strict=True)]
-
-
 def test_recording_changes_nothing(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the scoring phase a run is, to the bit, one on the full data, whichever score is recorded."""
     states: list[dict[str, Tensor]] = []
@@ -534,76 +475,6 @@ def test_recording_changes_nothing(digits: Dataset, monkeypatch: pytest.MonkeyPa
     assert len({history.loss.tolist()[3] for history in histories}) > 2
 
 
-def watch_losses(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], list[Selection]]:
-    """Whatever `train` computes a loss of, as (step, logits, target, loss), and what was selected for each epoch."""
-    seen: list[tuple[training.Step, Tensor, Tensor, Tensor]] = []
-    selected: list[Selection] = []
-    loss, plan = training._loss, training.plan
-
-    def watched(logits: Tensor, target: Tensor, step: training.Step, *rest: Any) -> Tensor:
-        value = loss(logits, target, step, *rest)
-        seen.append((step, logits.detach(), target, value.detach()))
-        return value
-
-    def planned(selection: Selection, *rest: Any) -> list[training.Step]:
-        selected.append(selection)
-        return plan(selection, *rest)
-
-    monkeypatch.setattr(training, "_loss", watched)
-    monkeypatch.setattr(training, "plan", planned)
-    return seen, selected
-
-
-def test_scores_are_those_of_the_training_passes(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, selected = watch_losses(monkeypatch)
-    train(tiny(), digits, quick(coreset=CoresetConfig(score="el2n", pruning_rate=0.6)))
-    found = []
-    for b in BITS:
-        scores = torch.zeros(100)
-        for step, logits, target, _ in seen[:12]:  # of the scoring phase
-            if step.bits == (b,):
-                scores[step.indices] = emq.coreset.el2n(logits.softmax(1), target)
-        found.append(selected[1].subsets[b].tolist())
-        assert scores.min() > 0 and found[-1] == emq.coreset.select(scores, 0.6).tolist()
-    assert found[0] != found[1] != found[2] != found[0]
-
-
-def test_weighted_losses_are_those_of_the_selections_weights(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mean(w loss), with the weights of the child that the step trains; none in the scoring phase."""
-    seen, selected = watch_losses(monkeypatch)
-    coreset = CoresetConfig(score="el2n", pruning_rate=0.6, how="sample", unbiased=True)
-    train(tiny(), digits, quick(coreset=coreset))
-    assert len(seen) == 3 * 4 + 3 * 2 and [step.weights for step, *_ in seen[:12]] == [None] * 12
-    weights = selected[1].weights
-    assert set(weights) == set(BITS) and not torch.equal(weights[2], weights[8])
-    for step, logits, target, value in seen[12:]:
-        w = weights[step.bits[0]][step.indices]
-        each = -logits.log_softmax(1)[torch.arange(len(target)), target]
-        assert value.item() == pytest.approx(sum((w * each).tolist()) / len(w), rel=1e-5)
-        assert w.min() < 0.9 and w.max() > 1.1
-
-
-def test_no_hook_stays_after_an_error(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, during = tiny(), []
-    own = len(model[10]._forward_pre_hooks)
-
-    def stop(run: Any) -> None:
-        during.append(len(run.model[10]._forward_pre_hooks))
-        raise Stop
-
-    coreset = CoresetConfig(score="grand", pruning_rate=0.5)
-    with stopped_at(monkeypatch, "epoch 1, step 2", stop), pytest.raises(Stop):
-        train(model, digits, quick(epochs=3, coreset=coreset))
-    assert during == [own + 1] and len(model[10]._forward_pre_hooks) == own
-
-
-def test_a_network_without_a_linear_layer_has_no_features_to_score(digits: Dataset) -> None:
-    net = nn.Sequential(*(nn.Conv2d(n, m, 3) for n, m in ((3, 6), (6, 6), (6, 10))), nn.Flatten())
-    coreset = CoresetConfig(score="grand", pruning_rate=0.5)
-    with pytest.raises(ValueError, match=r"^score='grand': expected another, where a network has no linear layer$"):
-        train(emq.convert(net, QuantSpec(bits=BITS)), digits, quick(coreset=coreset))
-
-
 # Does it learn
 
 
@@ -619,18 +490,6 @@ def test_it_learns(scheme: str) -> None:
     table = emq.evaluate(model, data, bits=BITS)
     assert table.trained.all() and (table.top1 > 40).all(), table  # chance: 10
     assert model.layer2[0].conv1.bits == 8  # left at the highest
-
-
-# Stopped and resumed
-
-
-# Stopped when time is up
-
-
-# Losses and weights that are not finite
-
-
-# Killed
 
 
 # Arguments
@@ -674,11 +533,6 @@ def test_a_folder_that_cannot_be_written_to(digits: Dataset, tmp_path: Path, mon
     with pytest.raises(ValueError, match=r"^checkpoint=.*in a folder that can be written to"):
         train(tiny(), digits, quick(), tmp_path / "below" / "run.pt")
     assert not os.listdir(tmp_path)
-
-
-def test_dedicated_is_for_one_bit_width(digits: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"^scheme='dedicated': expected one trained bit-width .*\(2, 4, 8\)"):
-        train(tiny(), digits, quick(scheme="dedicated"))
 
 
 def test_a_network_needs_an_output_for_each_class(digits: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,352 @@
+"""Coresets in a training loop of one's own: against `emq.train`, with a DataLoader's workers, and stopped half-way."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDataset
+from training_cases import BITS, assert_same_state, quick, tiny, train
+
+import emqlib as emq
+from emqlib import CoresetConfig, Coresets
+from emqlib.paper.runs import Run
+from emqlib.train import coresets as coresets_module
+from emqlib.train import loop as training
+from emqlib.train.config import learning_rate
+from emqlib.train.coresets import labels_of
+from emqlib.train.data import normalize
+from emqlib.train.distributed import Place
+
+N = 60
+LABELS = torch.arange(N) % 3
+LOGITS = torch.randn(3, N, 3, generator=torch.Generator().manual_seed(0))
+STEPS = {
+    "random": CoresetConfig(pruning_rate=0.5),
+    "tdds": CoresetConfig(score="tdds", pruning_rate=0.5),
+    "grand": CoresetConfig(score="grand", pruning_rate=0.7, how="sample", unbiased=True),
+    "full data": None,
+}
+EPOCHS = 5
+
+
+@pytest.fixture(scope="module")
+def plain_digits(digits: emq.Dataset) -> emq.Dataset:
+    return replace(digits, crop_padding=0)  # without augmentation
+
+
+def own_loop(model: nn.Module, data: emq.Dataset, config: emq.TrainConfig) -> Coresets:
+    """What a reader would write, with the schedule of `emq.train`."""
+    images, labels = normalize(data.train.images, data), data.train.labels
+    coresets = Coresets(labels, BITS, config.coreset, epochs=config.epochs)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True)
+    model.train()
+    with coresets.watching(model):
+        for epoch in range(config.epochs):
+            batches = coresets.batches(epoch, config.batch_size)
+            for i, (bits, indices) in enumerate(batches):
+                optimizer.param_groups[0]["lr"] = learning_rate(epoch + (i + 0.5) / len(batches), config)
+                emq.set_bits(model, bits)
+                logits = model(images[indices])
+                loss = F.cross_entropy(logits, labels[indices])
+                if coresets.loss_weights:  # the same, but for rounding, as a weighted mean with weights of one
+                    losses = F.cross_entropy(logits, labels[indices], reduction="none")
+                    loss = (losses * coresets.weights(bits, indices)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                coresets.observe(bits, indices, logits, labels[indices])
+    return coresets
+
+
+@pytest.mark.parametrize("config", STEPS.values(), ids=STEPS)
+def test_a_plain_loop_ends_with_the_weights_of_train(config: CoresetConfig | None, plain_digits: emq.Dataset) -> None:
+    asked = quick(epochs=EPOCHS, weight_decay=0.0, coreset=config, channels_last=False, warmup_epochs=0.5)
+    ours, theirs = tiny(), tiny()
+    history = train(theirs, plain_digits, asked)
+    coresets = own_loop(ours, plain_digits, asked)
+    emq.set_bits(ours, BITS[-1])
+    assert_same_state(ours, theirs)
+    assert coresets.rows == history.attrs["coresets"] and bool(coresets.rows) == (config is not None)
+
+
+def made_up(coresets: Coresets, epochs: range, batch_size: int = 7) -> list[list[tuple[int, list[int]]]]:
+    """The batches of `epochs` in a loop whose network gives what `LOGITS` has, another at each bit-width."""
+    found = []
+    for epoch in epochs:
+        batches = coresets.batches(epoch, batch_size)
+        assert len(batches) == coresets.count(epoch, batch_size)
+        for bits, i in batches:
+            coresets.observe(bits, i, LOGITS[BITS.index(bits), i] * (1 + epoch), LABELS[i], torch.ones(len(i), 2))
+        found.append([(bits, i.tolist()) for bits, i in batches])
+    return found
+
+
+def test_batches_are_those_of_train(plain_digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    step = training._step
+
+    def watched(run: Any, bits: tuple[int, ...], size: int, batch: Any, *rest: Any) -> None:
+        seen.append((bits[0], batch[2].tolist()))
+        step(run, bits, size, batch, *rest)
+
+    monkeypatch.setattr(training, "_step", watched)
+    train(tiny(), plain_digits, quick(coreset=CoresetConfig(pruning_rate=0.3)))
+    coresets = Coresets(plain_digits, BITS, CoresetConfig(pruning_rate=0.3), epochs=2)
+    assert seen == [(bits, i.tolist()) for epoch in range(2) for bits, i in coresets.batches(epoch, 25)]
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+@pytest.mark.parametrize("config", STEPS.values(), ids=STEPS)
+def test_a_state_goes_on_where_it_was_taken(config: CoresetConfig | None, at: int) -> None:
+    """Through a file, as a checkpoint of one's own would keep it."""
+    whole, first, second = (Coresets(LABELS, BITS, config, epochs=6) for _ in range(3))
+    expected, file = made_up(whole, range(6)), io.BytesIO()
+    made_up(first, range(at))
+    torch.save(first.state_dict(), file)
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert (second.epoch, second.next_epoch) == (at - 1, at)
+    assert made_up(second, range(at, 6)) == expected[at:] and second.rows == whole.rows
+    i = torch.arange(N)
+    assert all(torch.equal(second.weights(b, i), whole.weights(b, i)) for b in BITS)
+    if second.loss_weights:
+        with pytest.raises(ValueError, match=r"^bits=3: expected one of \(2, 4, 8\)$"):
+            second.weights(3, i)
+
+
+class Squares(Dataset):
+    """Sample i is (i squared, its class)."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        return i * i, i % 3
+
+
+def doubled(items: list[tuple[int, int]]) -> Tensor:
+    return torch.tensor([2 * item for item, _ in items])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_tells_bit_width_and_samples_of_each_batch(workers: int) -> None:
+    """In the order of `batches`, epoch by epoch, with the scores of the epoch."""
+    config = CoresetConfig(score="tdds", pruning_rate=0.5)
+    coresets, plain = (Coresets(LABELS, BITS, config, epochs=5) for _ in range(2))
+    loader, expected = coresets.loader(Squares(), 7, num_workers=workers), made_up(plain, range(5))
+    for epoch in range(5):
+        assert len(loader) == len(expected[epoch])
+        found = []
+        for bits, i, (x, y) in loader:
+            assert torch.equal(x, i**2) and torch.equal(y, LABELS[i]) and coresets.epoch == epoch
+            coresets.observe(bits, i, LOGITS[BITS.index(bits), i] * (1 + epoch), y)
+            found.append((bits, i.tolist()))
+        assert found == expected[epoch]
+    assert coresets.rows == plain.rows
+
+
+def test_a_sampler_goes_on_with_the_epoch_that_was_set_or_follows() -> None:
+    """An iteration that is broken off, as Lightning does to look at a loader, does not count."""
+    coresets = Coresets(LABELS, BITS, CoresetConfig(pruning_rate=0.5), epochs=9)
+    sampler = coresets.sampler(7)
+    loader = DataLoader(Keyed(), batch_sampler=sampler, collate_fn=list)
+    expected = [[[(k, b) for k in i.tolist()] for b, i in coresets.batches(epoch, 7)] for epoch in range(9)]
+    assert next(iter(loader)) == expected[0][0]
+    assert [list(loader), list(loader)] == expected[:2]
+    sampler.set_epoch(5)
+    assert len(sampler) == 15 and [list(loader), list(loader)] == expected[5:7]
+    sampler.sampler.set_epoch(8)  # so Lightning
+    assert list(sampler) == expected[8]
+    with pytest.raises(ValueError, match=r"^epoch=9: expected an integer in \[0, 8\]$"):
+        list(sampler)
+
+
+class Keyed(Dataset):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
+        return key
+
+
+def test_a_loader_takes_a_collate_function_of_its_own() -> None:
+    bits, i, x = next(iter(Coresets(LABELS, (4,), epochs=1).loader(Squares(), 7, collate_fn=doubled)))
+    assert bits == 4 and torch.equal(x, 2 * i**2)
+    for wrong in (None, TensorDataset(torch.ones(N + 1)), iter([])):
+        with pytest.raises(ValueError, match=r"(?s)^dataset=.*: expected a map-style data set of 60 samples$"):
+            Coresets(LABELS, (4,), epochs=1).loader(wrong, 7)
+
+
+# Scores
+
+
+def test_nothing_is_recorded_outside_of_the_scoring_phase() -> None:
+    coresets = Coresets(LABELS, BITS, CoresetConfig(score="el2n"), epochs=3)
+    coresets.observe(4, torch.arange(3), LOGITS[0, :3], LABELS[:3])  # before any epoch
+    assert not coresets.recorders
+    made_up(coresets, range(2))
+    assert not coresets.recorders and len(coresets.rows) == 3 and not coresets.scoring
+
+
+@pytest.mark.parametrize("forgotten", [BITS, (4,)])
+def test_coresets_of_scores_that_were_never_observed_are_refused(forgotten: tuple[int, ...]) -> None:
+    coresets = Coresets(LABELS, BITS, CoresetConfig(score="el2n"), epochs=3)
+    for bits, i in coresets.batches(0, 30):
+        if bits not in forgotten:
+            coresets.observe(bits, i, LOGITS[0, i], LABELS[i])
+    message = rf"^epoch=1: expected scores of \[{', '.join(map(str, forgotten))}\] bits before it, which `observe` "
+    with pytest.raises(ValueError, match=message):
+        coresets.batches(1, 30)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bits": 3}, r"^bits=3: expected one of \(2, 4, 8\)$"),
+        ({"indices": [0, 1]}, r"^indices=\[0, 1\]: expected an int64 tensor \(B,\)"),
+        ({"indices": torch.arange(2.0)}, r"^indices=tensor.*: expected an int64 tensor \(2,\)$"),
+        ({"labels": torch.arange(3)}, r"^labels=tensor.*: expected an int64 tensor \(2,\)$"),
+        ({"logits": torch.ones(2)}, r"^logits=tensor.*: expected a floating tensor \(2, \.\.\.\) for score='grand'$"),
+        ({"features": None}, r"^features=None: expected a floating tensor \(2, \.\.\.\) for score='grand'$"),
+        (
+            {"features": torch.ones(3, 2)},
+            r"(?s)^features=tensor.*: expected a floating tensor \(2, \.\.\.\) for score='grand'$",
+        ),
+    ],
+)
+def test_what_is_observed_is_checked(wrong: dict[str, Any], message: str) -> None:
+    right = {"bits": 4, "indices": torch.arange(2), "logits": torch.ones(2, 3), "labels": torch.arange(2)}
+    coresets = Coresets(LABELS, BITS, CoresetConfig(score="grand"), epochs=3)
+    coresets.subsets(0)
+    with pytest.raises(ValueError, match=message):
+        coresets.observe(**right | {"features": torch.ones(2, 2)} | wrong)
+
+
+def my_el2n(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    return (p - F.one_hot(labels, p.shape[1])).square().sum(1).sqrt()
+
+
+def my_grand(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    return my_el2n(p, labels, None) * (features.square().sum(1) + 1).sqrt()
+
+
+@pytest.mark.parametrize(("own", "name"), [(my_el2n, "el2n"), (my_grand, "grand")])
+def test_a_score_of_ones_own_is_as_good_as_a_name(own: Callable, name: str, plain_digits: emq.Dataset) -> None:
+    histories = [
+        train(tiny(), plain_digits, quick(epochs=4, coreset=CoresetConfig(score=score, scoring_epochs=2)))
+        for score in (own, name)
+    ]
+    assert histories[0].attrs["coresets"] == histories[1].attrs["coresets"]
+    assert histories[0].loss.tolist() == histories[1].loss.tolist()
+
+
+def test_a_score_of_ones_own_is_told_by_its_name(plain_digits: emq.Dataset, tmp_path: Any) -> None:
+    """In a checkpoint, by which a run with another score is refused, and in the name of a run of the paper."""
+    config, path = quick(coreset=CoresetConfig(score=my_el2n)), tmp_path / "run.pt"
+    history = train(tiny(), plain_digits, config, path)
+    assert train(tiny(), plain_digits, config, path).loss.tolist() == history.loss.tolist()
+    named = f"'score': '{__name__}.my_el2n'"
+    with pytest.raises(ValueError, match=rf"one of the same run, but coreset: .*{named}.* there, "):
+        train(tiny(), plain_digits, quick(coreset=CoresetConfig(score=my_grand)), path)
+    run = Run(profile="smoke", dataset="digits", model="resnet8", spec=emq.QuantSpec(bits=(2,)), config=config)
+    assert run.coreset == f"{__name__}.my_el2n" and len({run.hash, replace(run, config=quick()).hash}) == 2
+
+
+def of_two(p: Tensor, labels: Tensor) -> Tensor:
+    return p.sum(1)
+
+
+def of_no_batch(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    return p
+
+
+def of_nan(p: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    return p.sum(1) * torch.nan
+
+
+def of_list(p: Tensor, labels: Tensor, features: Tensor | None) -> list:
+    return p.sum(1).tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong", [of_two, of_no_batch, of_nan, of_list, nn.Linear, lambda p, labels, features: p.sum(1)]
+)
+def test_a_score_of_ones_own_is_tried_when_it_is_given(wrong: Callable) -> None:
+    expected = "(one of el2n, .*, or a )?function (of p|that is defined in a module)"
+    with pytest.raises(ValueError, match=rf"^score=.*: expected (a )?{expected}"):
+        CoresetConfig(score=wrong)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        LABELS,
+        LABELS.tolist(),
+        LABELS.numpy().astype(np.uint8),
+        TensorDataset(torch.ones(N, 2), LABELS),
+        StackDataset(image=torch.ones(N, 2), label=LABELS),
+        StackDataset(pixel_values=torch.ones(N, 2), labels=LABELS),
+        Subset(TensorDataset(torch.ones(99, 2), torch.arange(99) % 3), range(N)),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_labels_of_whatever_has_them(given: Any) -> None:
+    labels = labels_of(given)
+    assert torch.equal(labels, LABELS) and labels.dtype == torch.int64
+
+
+def test_labels_of_a_dataset(digits: emq.Dataset) -> None:
+    assert torch.equal(labels_of(digits), digits.train.labels)
+
+
+def test_what_trains_several_child_models_in_a_step_is_for_train_alone() -> None:
+    for options, name in (
+        ({"scheme": "joint"}, "scheme"),
+        ({"config": CoresetConfig(score="el2n", scoring="joint")}, "scoring"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}='joint': expected \"bitwise\", where each step trains one"):
+            Coresets(LABELS, BITS, epochs=3, **options).batches(0, 10)
+
+
+def test_each_process_gets_its_part_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that really work together: test_processes."""
+    coresets = Coresets(LABELS, BITS, CoresetConfig(pruning_rate=0.5), epochs=1)
+    whole, parts = coresets.batches(0, 7), []
+    for index in range(3):
+        monkeypatch.setattr(coresets_module, "here", lambda index=index: Place(index, 3))
+        parts.append(coresets.batches(0, 7))
+    for (bits, indices), *of_each in zip(whole, *parts, strict=True):
+        assert {b for b, _ in of_each} == {bits} and torch.equal(torch.cat([part for _, part in of_each]), indices)
+    with pytest.raises(ValueError, match=r"^batch_size=2: expected a sample in each batch for each of 3 processes$"):
+        coresets.batches(0, 2)
+
+
+# Distillation
+
+
+@pytest.mark.parametrize("training_mode", [True, False])
+@pytest.mark.parametrize("wrap", [lambda net: net, partial(nn.Sequential)])
+def test_soft_targets_are_the_softmax_of_the_highest_child(
+    training_mode: bool, wrap: Callable, plain_digits: emq.Dataset
+) -> None:
+    net = tiny(dropout=0.5)
+    model, x = wrap(net), normalize(plain_digits.train.images[:9], plain_digits)
+    model.train()(x)  # running statistics, and ranges of inputs
+    with emq.at_bits(net, 8), torch.no_grad():
+        expected = model.eval()(x).softmax(1)
+    emq.set_bits(net, 2)
+    model.train(training_mode)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = emq.soft_targets(model, x)
+    assert torch.equal(targets, expected) and not targets.requires_grad
+    assert net[4].bits == 2 and all(m.training == training_mode for m in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loss = F.cross_entropy(model(x), targets)
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in net[4].parameters())
