@@ -153,7 +153,7 @@ def _labels(items: Any) -> Tensor:
 
 
 def integers(given: Any, count: int) -> Tensor | None:
-    """`given` as a tensor (count,) of integers >= 0, or None where it is something else."""
+    """`given` as a tensor (N,) of integers >= 0, or None where it is something else."""
     found = _tensor(given)
     if found is None or found.shape != (count,) or found.is_floating_point() or found.is_complex() or found.min() < 0:
         return None

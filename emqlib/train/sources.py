@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm  # not tqdm.contrib, which warns in a notebook without ipywidgets
 
 from .. import checks, files
 from .data import Damaged, Dataset, Split, Streamed, rank_in_class, sha256, statistics
@@ -250,7 +251,9 @@ def _digest(path: Path) -> str:
 
 def _in_threads(digest: Callable[[int], str], count: int) -> str:
     """A digest of what `digest` returns for each number below `count`, in threads, with a progress bar."""
-    return files.digest("".join(thread_map(digest, range(count), max_workers=8, disable=None, unit=" files")))
+    with ThreadPoolExecutor(8) as pool:
+        found = tqdm(pool.map(digest, range(count)), total=count, disable=None, unit=" files")
+        return files.digest("".join(found))
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:
