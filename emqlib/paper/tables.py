@@ -17,10 +17,17 @@ SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epo
 
 
 def paper(table: str) -> pd.DataFrame:
-    """What the paper reports: one row a number, with method, pruning_rate, metric, value and source; maybe empty."""
+    """What the paper is known to report: one row a number, maybe none.
+
+    Columns: method, pruning_rate, metric, value, source; origin is "abstract", or "summary" if others published it.
+    """
     checks.path("table", checks.instance("table", table, str, "the name of a table, for example table1"))
     path = home() / "results" / "paper" / f"{table}.csv"
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["method", "pruning_rate", "metric", "value"])
+    return (
+        pd.read_csv(path)
+        if path.exists()
+        else pd.DataFrame(columns=["method", "pruning_rate", "metric", "value", "origin"])
+    )
 
 
 def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:
@@ -146,13 +153,15 @@ def _times_less(cost: pd.Series) -> pd.Series:
 
 
 def _paper_columns(wide: pd.DataFrame, reported: pd.DataFrame) -> dict[str, list[float | None]]:
-    columns = {}
-    for metric, name in {"mean_top1": "paper: top1 (%)", "time_ratio": "paper: times faster"}.items():
-        values = reported[reported.metric == metric].set_index(["method", "pruning_rate"]).value
-        # the paper has numbers of its own method alone, with the correction and TDDS coresets, not of ablations
-        own = (wide.method != "Ours") | ((wide.correction == "mean_var") & wide.coreset.isin(["full data", "tdds"]))
+    """A column for each metric and origin of the paper's numbers, such as "abstract: times faster"."""
+    columns, labels = {}, {"mean_top1": "top1 (%)", "time_ratio": "times faster"}
+    # the paper has numbers of its own method alone, with the correction and TDDS coresets, not of ablations
+    own = (wide.method != "Ours") | ((wide.correction == "mean_var") & wide.coreset.isin(["full data", "tdds"]))
+    for (origin, metric), part in reported[reported.metric.isin(labels)].groupby(["origin", "metric"]):
+        values = part.set_index(["method", "pruning_rate"]).value
         keys = zip(wide.method, wide.pruning_rate, own, strict=True)
-        columns[name] = [values.get((method, rate)) if reports else None for method, rate, reports in keys]
+        found = [values.get((method, rate)) if reports else None for method, rate, reports in keys]
+        columns[f"{origin}: {labels[metric]}"] = found
     return columns
 
 
