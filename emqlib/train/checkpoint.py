@@ -16,7 +16,7 @@ from .data import Dataset
 from .distributed import Place
 
 VERSION = 3
-_STATE = {"model", "optimizer", "scaler", "sampler", "damaged"}
+_STATE = {"model", "optimizer", "scaler", "sampler"}
 
 
 class OutOfTime(Exception):

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,10 +38,6 @@ class Split:
     def take(self, indices: Tensor) -> "Split":
         """The samples at `indices` (K,) alone."""
         return Split(self.images[indices], self.labels[indices])
-
-
-class Damaged(ValueError):
-    """A file that is not readable. In a streamed data set such a sample is left out, if there are only few."""
 
 
 Key = tuple[int | None, int, np.ndarray]  # of a batch: seed of the epoch, if any; number of the chunk; samples (B,)
@@ -81,27 +76,18 @@ class Streamed:
         """The samples at `indices` (K,) alone."""
         return replace(self, rows=self.rows[indices], labels=self.labels[indices])
 
-    def path(self, index: int) -> Any:
-        """The file of a sample, of a data set of files."""
-        return self.items.path(int(self.rows[index]))
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-        """A batch: the samples (B,) that are whole, their inputs, and the others with what is wrong with them."""
-        (seed, chunk, indices), whole, images, damaged = key, [], [], []
+    def __getitem__(self, key: Key) -> Tensor:
+        """The inputs (B, ...) of a batch."""
+        (seed, chunk, indices), images = key, []
         with _seeding() as start:
             for index in indices.tolist():
                 # what is random in a sample depends on the seed of the epoch, the number of the chunk and it alone
                 start(int(files.digest(f"{seed},{chunk},{index}")[:15], 16))
-                try:
-                    images.append(self._input(index))
-                    whole.append(index)
-                except Damaged as error:
-                    damaged.append((index, str(error)))
+                images.append(self._input(index))
         kinds = sorted({_kind(image) for image in images})
         if len(kinds) > 1:
             raise checks.invalid("data", " and ".join(kinds), "inputs of one shape and type in a batch")
-        stacked = torch.stack(images) if images else torch.empty(0)
-        return torch.tensor(whole, dtype=torch.long), stacked, damaged
+        return torch.stack(images) if images else torch.empty(0)
 
     def _input(self, index: int) -> Tensor:
         row, known = int(self.rows[index]), int(self.labels[index])
@@ -423,14 +409,13 @@ def sha256(*splits: Split | Streamed) -> str:
             total.update(split.items.listing(split.rows))
             continue
         ends = np.arange(0, len(split), max(1, len(split) - 1))  # the first and the last
-        for tensor in (split.images if isinstance(split, Split) else split[None, 0, ends][1], split.labels):
+        for tensor in (split.images if isinstance(split, Split) else split[None, 0, ends], split.labels):
             total.update(str(tuple(tensor.shape)).encode())
             total.update(tensor.cpu().contiguous().view(-1).numpy())
     return total.hexdigest()
 
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs (B, ...) float, labels (B,), sample indices (B,)
-DAMAGED = 0.001  # the fraction of damaged files above which a data set is not worth training on
 
 
 class MemoryLoader:
@@ -438,10 +423,6 @@ class MemoryLoader:
 
     def __init__(self, data: Dataset, split: str, place: Place) -> None:
         self.data, self.split, self.place = data, getattr(data, split), place
-        self.damaged: dict[int, str] = {}
-
-    def all_damaged(self) -> None:
-        """Nothing that lies in memory is damaged."""
 
     def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:
         """This process's part of each of `chunks` of sample indices (B,), on the data's device.
@@ -460,13 +441,12 @@ class MemoryLoader:
 class StreamLoader:
     """Batches of streamed samples, read by worker processes that live as long as this object.
 
-    A damaged file is warned of by name, skipped and counted in `damaged`. What is random in a sample depends only on
-    the generator, the number of the chunk and the sample, and not on the worker that reads it.
+    What is random in a sample depends only on the generator, the number of the chunk and the sample, and not on the
+    worker that reads it.
     """
 
     def __init__(self, data: Dataset, split: str, device: torch.device, place: Place, live: bool) -> None:
         self.data, self.split, self.device, self.place = data, getattr(data, split), device, place
-        self.damaged: dict[int, str] = {}
         self.keys: list[Key] = []  # of the batches of an epoch
         self.batches = DataLoader(
             self.split,
@@ -479,39 +459,20 @@ class StreamLoader:
         )
 
     def epoch(self, chunks: Sequence[Tensor], generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """This process's part of each of `chunks` of sample indices (B,), without samples whose files are damaged.
+        """This process's part of each of `chunks` of sample indices (B,).
 
         What the dataset does at random is drawn by the generator's seed; without one, the same way each time.
 
         Raises:
-            ValueError: too many damaged files, a chunk of nothing else, an item of another kind, unequal shapes.
+            ValueError: a damaged file, an item of another kind, unequal shapes.
         """
         seed = None if generator is None else generator.initial_seed()
         self.keys[:] = [(seed, n, self.place.part(chunk).cpu().numpy()) for n, chunk in enumerate(chunks)]
-        for indices, images, damaged in self.batches:
-            for index, message in damaged:
-                if index not in self.damaged:
-                    self.damaged[index] = message
-                    warnings.warn(f"{message}; skipped, {len(self.damaged)} so far", stacklevel=2)
-            self._check()
-            if len(indices) == 0:
-                raise ValueError(f"{damaged[0][1]}, and so is every image of its batch")
+        for (_, _, rows), images in zip(self.keys, self.batches, strict=True):
+            indices = torch.from_numpy(rows)
             found = (images, self.split.labels[indices], indices)
             images, labels, indices = (x.to(self.device, non_blocking=True) for x in found)
             yield normalize(images, self.data), labels, indices
-
-    def all_damaged(self) -> int:
-        """How many files any process has found damaged so far; all processes ask together. ValueError: too many."""
-        for theirs in self.place.collect(self.damaged):
-            self.damaged = self.damaged | theirs
-        self._check()
-        return len(self.damaged)
-
-    def _check(self) -> None:
-        if len(self.damaged) > DAMAGED * len(self.split):
-            some = "\n".join(list(self.damaged.values())[:5])
-            expected = f"at most {DAMAGED:.1%} of the {len(self.split)} files damaged"
-            raise checks.invalid("data", f"{len(self.damaged)} damaged files", f"{expected}; the first are\n{some}")
 
 
 def loader(

@@ -215,18 +215,6 @@ class Place:
         """Each of `values` summed over processes."""
         return [sum(parts) for parts in zip(*self.collect(values), strict=True)]
 
-    @contextmanager
-    def joined(self, where: str) -> Iterator[None]:
-        """Within the block, an error that comes from another process's end says so, and where training goes on from."""
-        try:
-            yield
-        except RuntimeError as error:
-            lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
-            if self.count == 1 or not lost:
-                raise
-            text = f"process {self.index} of {self.count}: another process has stopped, see its own error"
-            raise RuntimeError(f"{text}; start all of them again, and training goes on from {where}") from error
-
 
 def started() -> int:
     """How many processes a launcher started, this one included; 1 without a launcher."""

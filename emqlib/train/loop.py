@@ -147,9 +147,9 @@ def train(
     Returns:
         The history, one row for each epoch: epoch, lr (of its last step), loss (mean over its child models' steps, in
         nats), steps (of the optimizer), sample_passes (of one sample at one bit-width), scoring_passes (those in the
-        scoring phase), seconds, damaged (files of streamed data skipped so far) and observed. attrs["coresets"] has a
-        row for each draw and bit-width: size, union and overlap with others (fractions), drift since the last draw,
-        rank correlation with others' scores, images of each class. attrs["damaged"] names damaged files.
+        scoring phase), seconds and observed. attrs["coresets"] has a row for each draw and bit-width: size, union and
+        overlap with others (fractions), drift since the last draw, rank correlation with others' scores, images of
+        each class.
 
     Raises:
         ValueError: names the argument that is wrong, such as a checkpoint of another run.
@@ -166,7 +166,7 @@ def train(
     if path is None and deadline.end is not None:
         raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
     run = _Run(model, data, config, bits)
-    with run.place.joined(f"the checkpoint {path}" if path else "the beginning"), _safe(run, path):
+    with _safe(run, path):
         if run.place.share(path is not None and path.exists()):
             _resume(run, path)
         with _bar(run, label) as bar:
@@ -180,7 +180,6 @@ def train(
         model.emq.data = data.about()  # what `save` tells of it
     history = pd.DataFrame(run.history)
     history.attrs["coresets"] = run.coresets.rows
-    history.attrs["damaged"] = [str(data.train.path(i)) for i in sorted(run.loader.damaged)]
     return history
 
 
@@ -254,12 +253,10 @@ def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
             bar.update()
     loss = watch.mean()
     check_weights(run.model, run.scaler, f"{where}, {bits} bits, lr {lr:.3g}")
-    damaged = run.loader.all_damaged()
     bar.set_postfix(loss=f"{loss:.3f}")
     passes = sum(len(indices) * len(bits) for bits, indices in steps)
     row = {"epoch": epoch + 1, "lr": lr, "loss": loss, "steps": len(steps), "sample_passes": passes}
-    row |= {"scoring_passes": passes if run.coresets.scoring else 0, "seconds": perf_counter() - start}
-    return row | ({} if damaged is None else {"damaged": damaged})
+    return row | {"scoring_passes": passes if run.coresets.scoring else 0, "seconds": perf_counter() - start}
 
 
 @contextmanager
@@ -336,7 +333,7 @@ def _save(run: _Run, path: Path | None) -> None:
     if path is None or not run.place.main:
         return
     state = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
-    state |= {"sampler": run.coresets.state_dict(), "damaged": run.loader.damaged}
+    state["sampler"] = run.coresets.state_dict()
     checkpoints.save(path, checkpoints.identity(run.model, run.data, run.config), run.history, state)
 
 
@@ -346,6 +343,5 @@ def _resume(run: _Run, path: Path) -> None:
         for name in ("model", "optimizer", "scaler"):
             getattr(run, name).load_state_dict(state[name])
         run.coresets.load_state_dict(state["sampler"], run.device)
-        run.loader.damaged = state["damaged"]
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise checks.invalid("checkpoint", str(path), f"a whole state of this run ({error!r})") from error

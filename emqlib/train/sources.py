@@ -1,7 +1,6 @@
 """Where data sets are found and how their files are read: `load_dataset`."""
 
 import contextlib
-import hashlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -21,14 +20,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from tqdm.contrib.concurrent import thread_map
 
 from .. import checks, files
-from .data import Damaged, Dataset, Split, Streamed, rank_in_class, sha256, statistics
+from .data import Dataset, Split, Streamed, rank_in_class, sha256, statistics
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
 Triple = tuple[float, float, float]
 Transform = Callable[[Tensor], Tensor]
 VERSION = 1  # of the cache
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # of pixels alone: Pillow would run PostScript
-MAX_PIXELS = 1024**3 // 12  # of an image: Pillow's own limit, where a program has turned that off
 
 
 def load_dataset(
@@ -63,14 +61,8 @@ def load_dataset(
     streamed = source.stream if stream is None else checks.flag("stream", stream)
     workers = _workers() if workers is None else checks.integer("workers", workers, 0, 1024)
     usual = os.environ.get("EMQ_DATA") or files.home() / "data"
-    try:
-        place = checks.path("root", path or (usual if root is None else root))
-    except ValueError:
-        if not path:
-            raise
-        raise checks.invalid("name", name, "imagefolder:PATH with the path of a folder") from None
-    top = Path(os.path.expanduser(place)).absolute()
-    folder, found = _find(name, source, top, image_size)
+    place = checks.path("name", path) if path else checks.path("root", usual if root is None else root)
+    folder, found = _find(name, source, place.expanduser().absolute(), image_size)
     if isinstance(found[0], list):
         train, test, classes = _of_files(folder, *found, source, image_size, workers if streamed else None)
     elif streamed:
@@ -176,10 +168,9 @@ def transforms(size: int, flip: bool) -> tuple[Transform, Transform]:
 def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
     """The images at `paths`, (N, 3, H, W) uint8; a cache keeps what tens of thousands of files take long to decode to.
 
-    The cache lies beside the data, or else below the user's cache folder, with checksums of its pixels and of the
-    files. It is made anew if either differs. Files are read for that only if their times or inodes are not those of
-    when the cache was made, as in a copy: a file that rots on its disk is not seen, nor is one that is written twice
-    within a tick of the clock, nor, on Windows, one that is rewritten in place with its time put back.
+    It lies below the user's cache folder, with a checksum, and is made anew if names, sizes, times or inodes of the
+    files are others. So a file that rots on its disk is not seen, nor one that is written twice within a tick of the
+    clock, nor, on Windows, one that is rewritten in place with its time put back.
 
     Args:
         image_size: see `pixels`.
@@ -187,87 +178,50 @@ def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> 
     Raises:
         ValueError: a file that is no readable image, images of unequal size.
     """
-    start, stats = len(str(folder)), [path.stat() for path in paths]
-    names = [(str(path)[start:], stat.st_size) for path, stat in zip(paths, stats, strict=True)]  # copies share these
-    name = files.digest(files.canonical_json([image_size, names]))
-    times = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]  # each write changes one of these
-    states = files.digest(files.canonical_json(times))
+    stats = [(path, path.stat()) for path in paths]
+    listed = [(str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats]
+    states = files.digest(files.canonical_json(listed))
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    own = Path(home, "emqlib", files.digest(str(folder.resolve()))[:16])
-    caches = [place / f"{name}.safetensors" for place in (folder / ".emqlib", own)]
-    for cache in caches:
-        with contextlib.suppress(OSError, ValueError):  # no cache, or a damaged one: make it anew
-            return _read_cache(cache, paths, states)
-    images, contents = _decode_all(paths, image_size)
-    for cache in caches:
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without
-            _write_cache(cache, images, states, contents)
-            break
+    name = files.digest(files.canonical_json([str(folder.resolve()), image_size]))
+    cache = Path(home, "emqlib", f"{name}.safetensors")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no cache, or a damaged one: make it anew
+        about, tensors = files.read(cache, VERSION, "a whole cache", "cache")
+        if about["states"] == states:
+            return tensors["images"].clone()  # the file is mapped: what is written to it later must not be seen
+    images = _decode_all(paths, image_size)
+    with contextlib.suppress(OSError):  # a folder that cannot be written to: do without
+        files.write(cache, {"version": VERSION, "states": states}, {"images": images})
     return images
 
 
-def _read_cache(cache: Path, paths: Sequence[Path], states: str) -> Tensor:
-    """What `_write_cache` wrote; OSError or ValueError: it is not whole, or the files have other contents."""
-    expected = "a whole cache of these files"
-    about, tensors = files.read(cache, VERSION, expected, "cache")
-    images, same = tensors.get("images", torch.empty(0)), about.get("states") == states
-    contents = about.get("contents") if same else _in_threads(lambda i: _digest(paths[i]), len(paths))
-    whole = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(paths)
-    if not whole or contents != about.get("contents"):
-        raise checks.invalid("cache", str(cache), expected)
-    images = images.clone()  # the file is mapped: what is written to it later must not be seen
-    if not same:
-        with contextlib.suppress(OSError):  # where it cannot be written, the files are read each time
-            _write_cache(cache, images, states, contents)
-    return images
-
-
-def _write_cache(cache: Path, images: Tensor, states: str, contents: str) -> None:
-    files.write(cache, {"version": VERSION, "states": states, "contents": contents}, {"images": images})
-
-
-def _decode_all(paths: Sequence[Path], image_size: int | None) -> tuple[Tensor, str]:
-    """The images, and a digest of the contents of their files."""
+def _decode_all(paths: Sequence[Path], image_size: int | None) -> Tensor:
+    """The images, decoded in threads, with a progress bar."""
     first = decode(paths[0], image_size)
     images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
 
-    def decode_one(i: int) -> str:
-        digest = _digest(paths[i])  # before: of a file that is replaced meanwhile, it must not name the new contents
+    def decode_one(i: int) -> None:
         image = decode(paths[i], image_size)
         if image.shape != first.shape:
             sizes = f"{first.shape[:2]} in {paths[0]}, {image.shape[:2]} in {paths[i]}"
             raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
         images[i] = image.transpose(2, 0, 1)
-        return digest
 
-    return torch.from_numpy(images), _in_threads(decode_one, len(paths))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _in_threads(digest: Callable[[int], str], count: int) -> str:
-    """A digest of what `digest` returns for each number below `count`, in threads, with a progress bar."""
-    return files.digest("".join(thread_map(digest, range(count), max_workers=8, disable=None, unit=" files")))
+    thread_map(decode_one, range(len(paths)), max_workers=8, disable=None, unit=" files")
+    return torch.from_numpy(images)
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:
     """The image at `path`, see `pixels`.
 
     Raises:
-        Damaged: the file is no readable image, is of a format that is not in `FORMATS`, whatever its name says, or
-            has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
+        ValueError: the file is no readable image, is of a format that is not in `FORMATS`, whatever its name says, or
+            has so many pixels that Pillow takes it for an attack.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:  # has read no more than the file's header
-            limit = Image.MAX_IMAGE_PIXELS or MAX_PIXELS
-            if image.width * image.height > limit:
-                raise ValueError(f"{image.size} pixels, more than {limit}, see PIL.Image.MAX_IMAGE_PIXELS")
+        with Image.open(path, formats=FORMATS) as image:
             return pixels(image, image_size)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
-        raise Damaged(f"{path}: not a readable image ({error})") from error
+        raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
 def pixels(image: Image.Image, image_size: int | None) -> np.ndarray:

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import struct
 import subprocess
 import zlib
@@ -22,9 +21,8 @@ from emqlib.train import sources as images
 
 
 @pytest.fixture(autouse=True)
-def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    return tmp_path / "user"
 
 
 @pytest.fixture
@@ -47,22 +45,8 @@ def load(folder: Path) -> Tensor:
 
 
 def cache_of(folder: Path) -> Path:
-    (cache,) = (folder / ".emqlib").iterdir()
+    (cache,) = (folder.parent / "user" / "emqlib").iterdir()
     return cache
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was done with files: "decode" and "digest", once for each."""
-    calls: list[str] = []
-
-    def counting(name: str) -> None:
-        original = getattr(images, name)
-        monkeypatch.setattr(images, name, lambda *args: calls.append(name.strip("_")) or original(*args))
-
-    counting("decode")
-    counting("_digest")
-    return calls
 
 
 # The cache
@@ -70,9 +54,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 CHANGES: dict[str, Callable[[bytes], bytes]] = {
     "one bit": lambda data: data[:-700] + bytes([data[-700] ^ 1]) + data[-699:],
-    "an image": lambda data: data[: -8 * 192] + bytes(8 * 192),
     "cut short": lambda data: data[:-1],
-    "a part of the header": lambda data: data[:100],
     "empty": lambda data: b"",
     "384 TiB": lambda data: header([8, 3, 2**44, 1], 24 * 2**44) + bytes(100),
     "a pickle": lambda data: pickle.dumps(print),
@@ -94,18 +76,12 @@ def header(shape: list[int], size: int) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-@pytest.mark.parametrize("tensors", [{}, {"images": torch.zeros(8, 3, 8)}, {"images": torch.zeros(7, 3, 8, 8).byte()}])
-def test_a_whole_file_of_something_else_is_no_cache(tensors: dict[str, Tensor], folder: Path) -> None:
-    first = load(folder)
-    about, _ = container.read(cache_of(folder), images.VERSION, "a cache")
-    container.write(cache_of(folder), about, tensors)
-    assert torch.equal(load(folder), first)
-
-
-def test_what_happens_to_the_cache_later_changes_no_pixel(folder: Path) -> None:
-    load(folder)
+def test_what_was_decoded_once_is_read_and_what_happens_to_the_cache_later_changes_no_pixel(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load(folder)
+    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("an image was decoded"))
     found = load(folder)
-    before = found.clone()
     cache_of(folder).write_bytes(bytes(cache_of(folder).stat().st_size))
     assert torch.equal(found, before)
 
@@ -142,18 +118,6 @@ def test_an_image_replaced_while_it_is_read_is_seen(folder: Path, monkeypatch: p
     assert torch.equal(first[3], torch.from_numpy(np.array(image(1))).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize("copy", [shutil.copy2, shutil.copyfile])
-def test_a_copy_is_read_once_and_not_decoded(copy: Callable, folder: Path, counted: list[str]) -> None:
-    first = load(folder)
-    assert counted.count("decode") == 9 and counted.count("digest") == 8  # the first tells the size
-    counted.clear()
-    assert torch.equal(load(folder), first) and not counted
-    shutil.copytree(folder, folder.parent / "copy", copy_function=copy)
-    for expected in (8, 0):
-        counted.clear()
-        assert torch.equal(load(folder.parent / "copy"), first) and counted == ["digest"] * expected
-
-
 # Image files
 
 
@@ -180,7 +144,7 @@ def test_postscript_under_another_name_is_refused_and_not_run(folder: Path, star
     assert not started
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".ppm", ".bmp", ".tif", ".webp", ".gif"])
 def test_every_format_of_pixels_is_read_whatever_its_name(suffix: str, tmp_path: Path) -> None:
     flat = Image.new("RGB", (8, 8), (90, 90, 90))
     flat.save(tmp_path / f"a{suffix}")
@@ -190,36 +154,16 @@ def test_every_format_of_pixels_is_read_whatever_its_name(suffix: str, tmp_path:
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG of 60 bytes that says it is of so many pixels."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
+    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    chunks = [head, (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     parts = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("width", "height"), [(10_000, 9000), (2**30, 2**30)])
-@pytest.mark.parametrize("turned_off", [True, False])
-def test_a_decompression_bomb_is_refused_by_name(
-    turned_off: bool, width: int, height: int, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From Pillow's limit on, of which Pillow only warns up to twice as much; also where a program has none."""
-    if turned_off:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    (folder / "train" / "a" / "x.png").write_bytes(bomb(width, height))
+def test_a_decompression_bomb_is_refused_by_name(folder: Path) -> None:
+    (folder / "train" / "a" / "x.png").write_bytes(bomb(2**30, 2**30))
     with pytest.raises(ValueError, match=r"a/x\.png: not a readable image \(.*pixels"):
         load(folder)
-
-
-def test_the_limit_of_pixels_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    image(0).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    assert images.decode(tmp_path / "x.png", None).shape == (8, 8, 3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
-    with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
-        images.decode(tmp_path / "x.png", None)
 
 
 def test_a_tensor_of_a_shape_that_no_tensor_has_is_no_whole_file(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Streamed class folders: real files, decoded by real worker processes, against Pillow and torchvision by hand."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,22 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("few"), 60, 30)
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So many files that one damaged one is no reason to stop."""
-    return write(tmp_path_factory.mktemp("many"), 1030, 20, size=8)
-
-
-@pytest.fixture
-def damage(many: Path) -> Iterator[list[Path]]:
-    """Two files of class 3, emptied; whole again afterwards."""
-    files = sorted((many / "train" / "class3").iterdir())[:2]
-    whole = [file.read_bytes() for file in files]
-    yield files
-    for file, content in zip(files, whole, strict=True):
-        file.write_bytes(content)
-
-
 def chunks(n: int, size: int = 8) -> list[Tensor]:
     return list(torch.randperm(n, generator=torch.Generator().manual_seed(3)).split(size))
 
@@ -74,7 +57,7 @@ def test_what_is_streamed_is_listed_and_not_read(folder: Path, monkeypatch: pyte
     data = streamed(folder)
     assert isinstance(data.train, Streamed) and (len(data.train), len(data.test)) == (60, 30)
     assert data.num_classes == 10 and data.mean == (0.485, 0.456, 0.406)
-    paths = [data.train.path(i) for i in range(60)]
+    paths = [data.train.items.path(i) for i in range(60)]
     assert paths == sorted(p for p in (folder / "train").rglob("*.*"))
     assert [f"class{label}" for label in data.train.labels] == [p.parent.name for p in paths]
     assert data.to("meta").train is data.train
@@ -91,7 +74,7 @@ def test_plain_images_are_resized_and_cut_out_of_the_centre(folder: Path) -> Non
     assert torch.equal(labels, data.test.labels[indices])
     cut = v2.Compose([v2.Resize(round(16 * 256 / 224), antialias=True), v2.CenterCrop(16)])
     for image, index in zip(images, indices.tolist(), strict=True):
-        pixels = torch.from_numpy(np.array(Image.open(data.test.path(index)).convert("RGB"))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(Image.open(data.test.items.path(index)).convert("RGB"))).permute(2, 0, 1)
         assert torch.equal(image, normalize(cut(pixels)[None], data)[0])
 
 
@@ -137,47 +120,13 @@ def test_memory_and_files_are_one_interface(folder: Path) -> None:
         assert torch.corrcoef(torch.stack([ours[0].flatten(), theirs[0].flatten()]))[0, 1] > 0.6
 
 
-def test_a_damaged_image_is_named_skipped_and_counted(many: Path, damage: list[Path]) -> None:
-    data = streamed(many)
-    damage[0].write_bytes(damage[0].read_bytes()[:40])
-    bad = next(i for i in range(len(data.train)) if data.train.path(i) == damage[0])
-    live = loader(data, "train", CPU)
-    with pytest.warns(UserWarning, match=rf"{damage[0]}: not a readable image.*; skipped, 1 so far"):
-        seen = torch.cat([indices for *_, indices in live.epoch(chunks(1030, 64), seeded())])
-    assert sorted(seen.tolist()) == [i for i in range(1030) if i != bad]
-    assert list(live.damaged) == [bad]
-    assert sum(len(indices) for *_, indices in live.epoch(chunks(1030, 64), seeded())) == 1029  # one warning is enough
-    with pytest.warns(UserWarning, match="not a readable image"):
-        history = emq.train(network(), data, TrainConfig(epochs=1, batch_size=256), progress=False)
-    assert history.attrs["damaged"] == [str(damage[0])] and history.damaged.tolist() == [1]
-
-
-@pytest.mark.filterwarnings("ignore:.*not a readable image")
-def test_more_than_one_in_a_thousand_is_an_error(many: Path, damage: list[Path]) -> None:
-    for file in damage:
-        file.write_bytes(b"")
-    message = rf"(?s)^data='2 damaged files': expected at most 0.1% of the 1030 files damaged; .*{damage[0].parent}"
-    with pytest.raises(ValueError, match=message):
-        emq.train(network(), streamed(many, size=8), TrainConfig(epochs=1, batch_size=64), progress=False)
-
-
-@pytest.mark.filterwarnings("ignore:.*not a readable image")
-def test_damaged_files_of_all_processes_count_together(many: Path, damage: list[Path]) -> None:
-    for file in damage:
-        file.write_bytes(b"")
-    data = streamed(many)
-    bad = [i for i in range(len(data.train)) if data.train.path(i) in damage]
-
-    class Both(Place):
-        def collect(self, value: dict) -> list[dict]:
-            return [value, {bad[1]: "the other process's"}]
-
-    live = loader(data, "train", CPU, Both())
-    assert len(list(live.epoch([torch.tensor([bad[0], 0])], seeded()))) == 1 and live.damaged.keys() == {bad[0]}
-    with pytest.raises(ValueError, match=r"^data='2 damaged files'"):
-        live.all_damaged()
-    with pytest.raises(ValueError, match=rf"^{damage[0]}: not a readable image .*, and so is every image of its batch"):
-        list(loader(data, "train", CPU).epoch([torch.tensor(bad[:1])], seeded()))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named(workers: int, tmp_path: Path) -> None:
+    data = streamed(write(tmp_path, 20, 10), workers)
+    damaged = data.train.items.path(3)
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(ValueError, match=rf"(?s)(^|ValueError: ){damaged}: not a readable image"):
+        emq.train(network(), data, TrainConfig(epochs=1, batch_size=8), progress=False)
 
 
 def network() -> torch.nn.Module:
@@ -197,7 +146,7 @@ def test_training_evaluation_and_adaptation_take_streamed_data(folder: Path, tmp
                 emq.train(models[-1], data, config, path, progress=False, observe=interrupt_second(path))
         models[-1] = network()
         histories.append(emq.train(models[-1], data, config, path, progress=False))
-    assert histories[0].loss.tolist() == histories[1].loss.tolist() and histories[0].attrs["damaged"] == []
+    assert histories[0].loss.tolist() == histories[1].loss.tolist()
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     table = emq.evaluate(models[0], data, bits=(2, 3, 8))
     assert table.n.tolist() == [30] * 3 and emq.evaluate(models[0], data, bits=(2, 3, 8)).equals(table)
@@ -228,7 +177,7 @@ def test_a_part_of_streamed_data(folder: Path) -> None:
     data = streamed(folder)
     part = data.subset(20, 10)
     assert part.train.labels.bincount().tolist() == [2] * 10 and len(part.test) == 10
-    assert part.sha256 != data.sha256 and part.train.path(0) == data.train.path(0)
+    assert part.sha256 != data.sha256 and part.train.rows[0] == data.train.rows[0]
     images = torch.cat([x for x, _ in batches(part, "test", CPU, 4)])
     assert images.shape == (10, 3, 16, 16)
     some = [y for _, y in batches(data, "train", CPU, 8, limit=24)]
@@ -278,5 +227,5 @@ def test_imagenet_is_streamed_from_either_layout(flat: bool, tmp_path: Path) -> 
     answers = imagenet(tmp_path, flat)
     data = emq.load_dataset("imagenet", root=tmp_path)
     assert isinstance(data.train, Streamed) and data.num_classes == 1000 and len(data.train) == 1000
-    found = {data.test.path(i).stem: int(label) for i, label in enumerate(data.test.labels)}
+    found = {data.test.items.path(i).stem: int(label) for i, label in enumerate(data.test.labels)}
     assert found == answers

@@ -216,7 +216,7 @@ def test_labels_are_read_without_items_where_the_dataset_tells_them(tmp_path: Pa
         items = Counted(names)
         split = Streamed.of(items, 0)
         assert split.labels.tolist() == TARGETS.tolist() and items.read == 24
-        assert torch.equal(split[None, 0, np.array([5])][1], torch.from_numpy(IMAGES[5:6]))
+        assert torch.equal(split[None, 0, np.array([5])], torch.from_numpy(IMAGES[5:6]))
     assert Streamed.of(TensorDataset(torch.ones(3, 2), torch.tensor([0, 1, 1])), 0).labels.tolist() == [0, 1, 1]
 
 

@@ -35,21 +35,14 @@ def launch(folder: Path, *cases: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=plain_environment(), capture_output=True, text=True, timeout=300)
 
 
-def launch_alone(folder: Path, case: str) -> list[tuple[int, str]]:
-    """Exit status and standard error of two processes that no launcher watches.
-
-    torchrun ends the other processes as soon as it sees that one has died, often before they can say so themselves.
-    """
+def launch_alone(folder: Path, case: str) -> list[int]:
+    """Exit status of two processes that no launcher watches: torchrun ends the others as soon as one has died."""
     together = plain_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, process_worker.__file__, str(folder), case]
     processes = [
-        subprocess.Popen(
-            command, env=together | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(2)
+        subprocess.Popen(command, env=together | {"RANK": i, "LOCAL_RANK": i}, stderr=subprocess.DEVNULL) for i in "01"
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+    return [process.wait(timeout=300) for process in processes]
 
 
 def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,10 +89,8 @@ def test_processes_stop_together_when_time_is_up_and_end_as_if_they_had_not(toge
 
 
 def test_a_killed_process_ends_the_job_and_all_go_on_together(tmp_path: Path) -> None:
-    (status, error), (killed, _) = launch_alone(tmp_path, "killed")
+    status, killed = launch_alone(tmp_path, "killed")
     assert status == 1 and killed == -signal.SIGKILL and not list(tmp_path.glob("*.json"))
-    message = "process 0 of 2: another process has stopped, see its own error; start all of them again, and training"
-    assert f"{message} goes on from the checkpoint {tmp_path / 'run.pt'}" in error
     about, _ = container.read(tmp_path / "run.pt", checkpoints.VERSION, "a checkpoint")
     assert 1 <= len(json.loads(about["history"])) < 4
     resumed = launch(tmp_path, "resumed")
@@ -121,8 +112,6 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert indices.tolist() == [3, 1] and torch.equal(p, x[:2]) and nothing is None
     net = torch.nn.Linear(2, 2)
     assert place.wrap(net) is net and place.sums(1.5, 2.0) == [1.5, 2.0] and place.share({"a": 1}) == {"a": 1}
-    with pytest.raises(RuntimeError, match=r"^gloo: its own$"), place.joined("here"), place.alone(net):
-        raise RuntimeError("gloo: its own")
 
 
 def test_parts_cover_a_batch_once_and_differ_by_one_at_most() -> None:
@@ -131,14 +120,6 @@ def test_parts_cover_a_batch_once_and_differ_by_one_at_most() -> None:
             parts = [Place(index, count).part(torch.arange(size)) for index in range(count)]
             assert torch.cat(parts).tolist() == list(range(size))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_an_error_of_its_own_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match=r"^out of memory$"), Place(0, 2).joined("here"):
-        raise RuntimeError("out of memory")
-    message = r"^process 1 of 2: another process has stopped.*goes on from here$"
-    with pytest.raises(RuntimeError, match=message), Place(1, 2).joined("here"):
-        raise torch.distributed.DistBackendError("NCCL timed out")
 
 
 def test_without_accelerate_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
