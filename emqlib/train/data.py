@@ -478,11 +478,9 @@ class StreamLoader:
 def loader(
     data: Dataset, split: str, device: torch.device, place: Place | None = None, live: bool = True
 ) -> MemoryLoader | StreamLoader:
-    """The loader of "train" or "test".
+    """The loader of "train" or "test", for the part of each batch that the process at `place` gets (None: all).
 
-    Args:
-        place: of this process, which gets its part of each batch; None: alone.
-        live: whether worker processes are kept between epochs.
+    live: whether worker processes are kept between epochs.
     """
     if isinstance(getattr(data, split), Streamed):
         return StreamLoader(data, split, device, place or Place(), live)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +22,6 @@ from .distributed import enough_memory
 ADAPTATION_SAMPLES = 5000  # images that batch-norm adaptation takes, at each bit-width
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-Logits = Callable[[Any], Tensor]  # from what a network gives
 
 
 def batches(
@@ -70,25 +69,22 @@ def _pair(given: Any) -> tuple[Tensor, Tensor]:
     return tuple(pair)
 
 
-def logits_of(output: Any, own: Logits | None = None) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """The logits (B, C) in a network's output: itself, its attribute or entry "logits", or the first of a tuple.
-
-    Args:
-        own: a function that finds them elsewhere.
 
     Raises:
         ValueError: they are not there.
     """
-    found = output if own is None else own(output)
-    if own is None and not isinstance(found, Tensor):
+    found = output
+    if not isinstance(found, Tensor):
         first = next(iter(found), None) if isinstance(found, (tuple, list)) else None
         entry = found.get("logits") if isinstance(found, Mapping) else first
         found = getattr(found, "logits", entry)
     if isinstance(found, Tensor) and found.dim() >= 2:
         return found
     got = f"{type(output).__name__} with {', '.join(map(repr, output))}" if isinstance(output, Mapping) else output
-    expected = 'an output that is logits (B, C), or has them as .logits, as ["logits"] or as the first of a tuple;'
-    raise invalid("logits", got, f"{expected} else a function that takes the output and gives them")
+    expected = 'a network that gives logits (B, C), or has them as .logits, as ["logits"] or as the first of a tuple'
+    raise invalid("logits", got, expected)
 
 
 def soft_targets(model: nn.Module, x: Tensor) -> Tensor:
@@ -111,7 +107,6 @@ def evaluate(
     bits: Iterable[int] = range(1, 9),
     adapt_norm: bool = False,
     batch_size: int = 500,
-    logits: Logits | None = None,
 ) -> pd.DataFrame:
     """Accuracy by bit-width, on test data. The model is left as it was, training mode included.
 
@@ -121,7 +116,6 @@ def evaluate(
         data: a `Dataset`, whose test split is taken, a map-style dataset as `Dataset.from_dataset` takes it, or an
             iterable of (inputs, labels).
         adapt_norm: re-estimate the batch-norm statistics at each bit-width first, and put them back afterwards.
-        logits: takes the network's output and gives the logits (B, C); by default see `logits_of`.
 
     Returns:
         One row a bit-width: bits, top1 (%), loss (mean cross entropy, nats), trained (whether `bits` took gradient
@@ -136,8 +130,6 @@ def evaluate(
     wanted = bit_widths("bits", bits)
     flag("adapt_norm", adapt_norm)
     integer("batch_size", batch_size, 1)
-    if logits is not None and not callable(logits):
-        raise invalid("logits", logits, "a function that takes the network's output and gives logits (B, C), or None")
     trained = set.intersection(*(set(trained_bits(network)) for network in networks(model)))
     if adapt_norm and not (isinstance(data, Dataset) and _norms(model)):
         raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
@@ -148,12 +140,12 @@ def evaluate(
     with enough_memory("batch_size", batch_size, smaller), undisturbed(model, data, batch_size) as device:
         if adapt_norm:
             _adapt(model, data, wanted, ADAPTATION_SAMPLES, batch_size)
-        rows = _scores(model, batches(data, "test", device, batch_size), wanted, logits)
+        rows = _scores(model, batches(data, "test", device, batch_size), wanted)
     table = pd.DataFrame(rows).assign(trained=lambda t: t.bits.isin(trained))
     return table[["bits", "top1", "loss", "trained", "n"]]
 
 
-def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logits | None) -> list[dict[str, float]]:
+def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...]) -> list[dict[str, float]]:
     """One row a bit-width, of a single pass over the images: those of ImageNet take longer to decode than to run."""
     model = _inner(model, nn.parallel.DistributedDataParallel)  # of which each rank would wait for all others
     n, correct, loss = 0, dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0.0)
@@ -162,7 +154,7 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logi
         classes = int(labels.max()) + 1 if len(labels) else 0
         for b in wanted:
             with at_bits(model, b):
-                logits = logits_of(model(images), own).float()
+                logits = logits_of(model(images)).float()
             if logits.shape[1] < classes:
                 raise invalid("model", f"{logits.shape[1]} outputs", f"{classes} or more, one a class")
             correct[b] += int((logits.argmax(1) == labels).sum())
