@@ -372,8 +372,9 @@ def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Ten
 def rank_in_class(labels: Tensor) -> Tensor:
     """How many earlier samples have the same label: (N,) to (N,).
 
-    >>> rank_in_class(torch.tensor([7, 7, 3, 7]))
-    tensor([0, 1, 0, 2])
+    Examples:
+        >>> rank_in_class(torch.tensor([7, 7, 3, 7]))
+        tensor([0, 1, 0, 2])
     """
     ordered, order = labels.sort(stable=True)
     position = torch.arange(len(labels), device=labels.device)
