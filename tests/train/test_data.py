@@ -203,18 +203,6 @@ def test_cifar100_has_its_fine_labels(tmp_path, monkeypatch):
     assert torch.equal(data.train.images, as_tensor(images)) and data.mean == (0.5071, 0.4865, 0.4409)
 
 
-def test_official_files_and_class_folders_give_the_same_images_and_labels(tmp_path, monkeypatch):
-    written = write_cifar10(tmp_path / "official", monkeypatch)
-    for split, (images, labels) in written.items():
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            save(tmp_path / "folders" / "cifar10" / split / NAMES[label] / f"{i:04}.png", image)
-    official, folders = (load_dataset("cifar10", tmp_path / place) for place in ("official", "folders"))
-    assert official.classes == folders.classes
-    for a, b in ((official.train, folders.train), (official.test, folders.test)):
-        for label in range(10):
-            assert torch.equal(a.images[a.labels == label], b.images[b.labels == label])
-
-
 def test_official_files_come_before_class_folders_unless_they_are_damaged(tmp_path, monkeypatch):
     official = write_cifar10(tmp_path, monkeypatch)["train"][0]
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
@@ -265,15 +253,9 @@ def test_tinyimagenet_without_annotations_is_not_the_data(tmp_path):
     ("line", "found"),
     [
         ("../../../secret.png\tn00000001", "'../../../secret.png' on one side alone"),
-        ("..\tn00000001", "'..' on one side"),
         ("/etc/passwd\tn00000001", "'/etc/passwd' on one side"),
-        ("a\0b.JPEG\tn00000001", "b.JPEG' on one side"),
-        ("\tn00000001", "'' on one side"),
-        ("missing.JPEG\tn00000001\t0\t0", "'missing.JPEG' on one side"),
         ("val_0.JPEG\tn00000001", "an image twice"),
         ("val_5.JPEG", "an image twice, or a line without a class"),
-        ("val_0.JPEG\t ", "an image twice, or a line without a class"),
-        ("\xff\xfe garbage\ta", "garbage' on one side"),
         (None, "'val_4.JPEG' on one side"),  # the table was cut short
     ],
 )
@@ -419,16 +401,6 @@ def test_a_changed_added_or_removed_file_makes_the_cache_anew(tmp_path):
     assert len(load_dataset(f"imagefolder:{tmp_path}").train) == 6
 
 
-def test_two_folders_of_equal_names_lengths_and_times_are_not_mixed_up(tmp_path):
-    written = {}
-    for seed, name in enumerate(("one", "two")):
-        written[name] = write_folders(tmp_path / name, suffix=".bmp", seed=10 * seed)["train"]
-        for path in (tmp_path / name).rglob("*.bmp"):
-            os.utime(path, ns=(0, 0))
-    for name, images in written.items():
-        assert torch.equal(load_dataset(f"imagefolder:{name}").train.images, as_tensor(images))
-
-
 def test_without_a_place_for_the_cache_images_are_decoded_each_time(tmp_path, decoded):
     written = write_folders(tmp_path / "data")
     (tmp_path / "user-cache").write_text("a file where the folder would be")  # holds for root too
@@ -455,15 +427,6 @@ def test_digits_are_whole_balanced_and_split_without_overlap():
     assert data.sha256 == load_dataset("digits").sha256
 
 
-def test_digits_are_those_of_scikit_learn():
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    data = load_dataset("digits", image_size=8)  # the original size: nothing is interpolated
-    exact = (digits.images * 255 / 16).round().astype(np.uint8)
-    theirs = {(image.tobytes(), int(label)) for image, label in zip(exact, digits.target, strict=True)}
-    for split in (data.train, data.test):
-        assert {(i[0].numpy().tobytes(), int(n)) for i, n in zip(split.images, split.labels, strict=True)} <= theirs
-
-
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r'pip install "emqlib\[notebook\]"'):
@@ -486,12 +449,6 @@ def test_subset_takes_the_first_of_each_class_in_the_original_order():
     assert torch.equal(data.subset(10, 10).train.images, images)
 
 
-def test_subset_fills_up_where_a_class_is_short():
-    labels = torch.tensor([0, 0, 0, 0, 0, 1])
-    split = Split(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), labels)
-    assert replace(made_up(), train=split, test=split).subset(4, 1).train.labels.tolist() == [0, 0, 0, 1]
-
-
 def test_checksum_names_pixels_and_labels(tmp_path):
     write_folders(tmp_path / "one", seed=1)
     write_folders(tmp_path / "same", seed=1)
@@ -501,15 +458,6 @@ def test_checksum_names_pixels_and_labels(tmp_path):
     (tmp_path / "same" / "train" / "a" / "0002.png").rename(tmp_path / "same" / "train" / "b" / "-.png")
     relabelled = load_dataset(f"imagefolder:{tmp_path / 'same'}")
     assert torch.equal(relabelled.train.images, one.train.images) and relabelled.sha256 != one.sha256
-
-
-def test_to_moves_every_tensor_and_nothing_else():
-    data = made_up()
-    moved = data.to("meta")
-    for split in (moved.train, moved.test):
-        assert split.images.device.type == split.labels.device.type == "meta"
-    assert (moved.sha256, moved.classes, len(moved.train)) == (data.sha256, data.classes, 6)
-    assert data.train.images.device.type == "cpu"
 
 
 # Normalisation and augmentation
@@ -538,17 +486,6 @@ def test_augment_is_a_flip_and_a_crop_of_the_padded_image(flip, padding, height,
         expected = padded[:, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width]
         assert np.array_equal(ours[i], expected)
     assert ours.dtype == torch.uint8 and ours.shape == data.train.images.shape
-
-
-def test_augment_draws_from_its_generator_only():
-    data, state = made_up(64), torch.get_rng_state()
-    images = data.train.images.clone()
-    one, same, other = (augment(images, data, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(images, data.train.images)  # never in place
-    generator = torch.Generator().manual_seed(1)
-    assert not torch.equal(augment(images, data, generator), augment(images, data, generator))
 
 
 # Real files, where the machine has them

@@ -99,11 +99,6 @@ def test_bitwise_children_draw_independently() -> None:
         assert abs(len(set(epoch[a]) & set(epoch[b])) - 500) < 50
 
 
-def test_joint_children_share_a_batch_so_also_a_coreset() -> None:
-    epoch = draws("joint", 1, pruning_rate=0.8)[0]
-    assert epoch[2] == epoch[4] == epoch[8] and len(epoch[2]) == 40
-
-
 @pytest.mark.parametrize("scheme", ["joint", "bitwise"])
 @pytest.mark.parametrize(("every", "numbers"), [(0, "000000"), (1, "012345"), (2, "001122"), (4, "000011")])
 def test_coresets_are_drawn_again(scheme: str, every: int, numbers: str) -> None:
@@ -326,9 +321,6 @@ def test_a_disjoint_coreset_is_the_top_of_what_is_left() -> None:
     ("options", "warmup"),
     [
         ({}, 0),
-        ({"score": "el2n"}, 1),
-        ({"score": "grand"}, 1),
-        ({"score": "entropy"}, 1),
         ({"score": "moderate"}, 1),
         ({"score": "forgetting"}, 2),
         ({"score": "tdds"}, 3),
@@ -570,19 +562,3 @@ def test_a_run_is_longer_than_its_scoring_phase() -> None:
         with pytest.raises(ValueError, match=rf"^epochs={least - 1}: expected more than the {least - 1} of the cores"):
             TrainConfig(epochs=least - 1, coreset=config)
     assert TrainConfig(epochs=1, coreset=CoresetConfig(score="tdds", pruning_rate=0)).epochs == 1
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"score": "tdds", "scoring_epochs": 3},
-        {"score": "el2n", "scoring_epochs": 1},
-        {"score": "el2n", "pruning_rate": 0.8, "candidates": 0.2},
-        {"score": "el2n", "pruning_rate": 0.9, "candidates": 0.1},
-        {"unbiased": True, "how": "sample", "across_bits": "identical", "max_weight": 1},
-        {"resample_every": 0, "power": 0},
-    ],
-)
-def test_options_at_the_edge_of_what_is_allowed(values: dict) -> None:
-    config = CoresetConfig(**values)
-    assert {name: getattr(config, name) for name in values} == values

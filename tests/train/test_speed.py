@@ -23,7 +23,7 @@ NETWORKS: dict[str, dict[str, int]] = {
     "preact_resnet20": {"width_factor": 1},
     "vit_tiny": {"patch_size": 8, "width": 16, "depth": 2, "heads": 2},
 }
-SPECS: dict[str, dict[str, Any]] = {  # as published: test_multibit.test_one_graph_serves_every_bit_width
+SPECS: dict[str, dict[str, Any]] = {
     "resnet8": {"norm": "shared_affine", "output_correction": True, "activation_range": "tracked"},
     "vit_tiny": {"norm": "switchable", "weight": "lsq", "activation": "lsq"},
 }
@@ -104,7 +104,7 @@ def test_mixed_precision_adds_one_graph_for_all_mixtures(compiler: CompileCounte
 def test_a_graph_of_cuda_tensors_touches_no_other_device(
     name: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fake ones; a value that had to be read back would raise. Backward: `test_a_training_step_on_the_meta_device`."""
+    """Fake ones; a value that had to be read back would raise. Backward: `test_a_step_mixes_no_devices`."""
     monkeypatch.setattr(copy, "deepcopy", lambda net: net)  # fake tensors cannot be copied
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
