@@ -324,7 +324,7 @@ class Coresets:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) != self.n:
             raise checks.invalid("dataset", dataset, f"a map-style data set of {self.n} samples")
         keyed = _Keyed(dataset, options.pop("collate_fn", None) or default_collate)
-        return DataLoader(keyed, batch_sampler=self.sampler(batch_size), collate_fn=_as_it_is, **options)
+        return DataLoader(keyed, batch_sampler=self.sampler(batch_size), collate_fn=tuple, **options)  # as it is
 
     def _candidates(self, b: int) -> Tensor:
         """The samples that `b` scores; those of different bit-widths overlap as little as they can."""
@@ -546,10 +546,6 @@ class _Keyed(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[int, Tensor, Any]:
         indices, bits = zip(*keys, strict=True)
         return bits[0], torch.tensor(indices), self.collate([self.dataset[i] for i in indices])
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def labels_of(data: Any) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -222,12 +221,13 @@ def started() -> int:
 
 
 def current(device: str = "auto") -> Place:
-    """Where this process stands among those that a launcher started; device: "cpu" to stay off CUDA devices.
-
-    ImportError: several processes without Accelerate; says what to install.
-    """
+    """Where this process stands among those that a launcher started; device: "cpu" to stay off CUDA devices."""
     if started() > 1:
-        accelerate().PartialState(cpu=device_named(device).type == "cpu")
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
+        PartialState(cpu=device_named(device).type == "cpu")
     return here()
 
 
@@ -235,15 +235,6 @@ def here() -> Place:
     """Where this process stands among those of torch.distributed, if that is initialized; else alone."""
     together = dist.is_available() and dist.is_initialized()
     return Place(dist.get_rank(), dist.get_world_size()) if together else Place()
-
-
-def accelerate() -> ModuleType:
-    """The package, which only several processes need; ImportError that says how to install it."""
-    try:
-        import accelerate
-    except ImportError as error:
-        raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
-    return accelerate
 
 
 class _Total(Function):  # PyTorch's own, in torch.distributed.nn, is deprecated from 2.14 on

@@ -132,9 +132,8 @@ def train(
 ) -> pd.DataFrame:
     """Train a converted `model` in place, at the end of which it runs at its highest bit-width, in evaluation mode.
 
-    Several processes that a launcher started all call this with the same arguments and share each batch. Gradients,
-    batch-norm statistics and tracked ranges are those of the whole batch, so that training ends with the weights of
-    one process; only dropout and output correction's means differ. The main process shows progress and writes files.
+    Processes that a launcher started all call this alike and share each batch. Gradients, batch-norm statistics and
+    tracked ranges are those of the whole batch; only dropout and output correction's means differ from one process's.
 
     Args:
         data: a `Dataset`, or a map-style dataset as `Dataset.from_dataset` takes it.
@@ -197,12 +196,11 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
 
 def _check_parts(coresets: Coresets, config: TrainConfig, place: Place) -> None:
     """Batch norm needs two images at least in each part of a step."""
-    parts = place.count * config.accumulate
-    for size in {coresets.size(epoch) for epoch in range(config.epochs)} if parts > 1 else ():
-        smallest = size // -(-size // config.batch_size)
-        if smallest < 2 * parts:
-            expected = f"two images at least for each of {config.accumulate} parts on {place.count} processes in a step"
-            raise checks.invalid("batch_size", config.batch_size, f"{expected}, where some have {smallest}")
+    sizes = {coresets.size(epoch) for epoch in range(config.epochs)}
+    smallest, parts = min(size // -(-size // config.batch_size) for size in sizes), place.count * config.accumulate
+    if smallest < 2 * parts and parts > 1:
+        expected = f"two images at least for each of {config.accumulate} parts on {place.count} processes in a step"
+        raise checks.invalid("batch_size", config.batch_size, f"{expected}, where some have {smallest}")
 
 
 @contextmanager
