@@ -362,20 +362,9 @@ def test_dtype_is_kept(dtype: torch.dtype, bits: int, rng: torch.Generator) -> N
 # Degenerate inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("method", WEIGHTS)
-def test_all_zero_weight(method: str, bits: int, dtype: torch.dtype) -> None:
-    w = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
-    w_q = quantize_weight(w, bits, method)
-    w_q.sum().backward()
-    assert w_q.abs().max() <= torch.finfo(dtype).tiny + 1e-6
-    assert w.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("method", WEIGHTS)
-@pytest.mark.parametrize("value", [0.3, -0.3, 1e-20, -1e30])
+@pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-20, -1e30])
 def test_constant_weight(method: str, bits: int, value: float) -> None:
     w = torch.full((2, 3), value, requires_grad=True)
     w_q = quantize_weight(w, bits, method)

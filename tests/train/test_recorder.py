@@ -123,14 +123,6 @@ def test_no_tdds_before_a_full_window(window: int, rng: torch.Generator) -> None
     assert bool((log.into(record, range(window - 1, window)).scores() > 0).all())
 
 
-def test_what_scores_returns_is_not_changed_by_what_follows(rng: torch.Generator) -> None:
-    log, record = Log(rng), exact_tdds(3)
-    scores = log.into(record, range(4)).scores()
-    before = scores.clone()
-    log.into(record, range(4, T))
-    assert torch.equal(scores, before)
-
-
 @pytest.mark.parametrize("score", coreset.SNAPSHOTS)
 def test_mean_over_the_epochs_in_which_a_sample_was_seen(score: str, rng: torch.Generator) -> None:
     log = Log(rng).with_gaps()

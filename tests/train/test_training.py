@@ -41,25 +41,6 @@ HUNDRED = torch.arange(100) % 10
 # Plans
 
 
-@pytest.mark.parametrize("n", [1, 7, 64, 65, 100])
-@pytest.mark.parametrize("rate", [0.0, 0.8])
-@pytest.mark.parametrize("scheme", ["dedicated", "joint", "bitwise"])
-def test_an_epoch_sees_each_sample_of_the_subset_once(scheme: str, rate: float, n: int) -> None:
-    bits = (4,) if scheme == "dedicated" else BITS
-    config = TrainConfig(scheme=scheme, epochs=2, batch_size=16, coreset=CoresetConfig(pruning_rate=rate))
-    drawn = coresets(torch.arange(n) % 10, bits, config)
-    for epoch in range(2):
-        steps, subsets = drawn.steps(epoch, 16), drawn.subsets(epoch)
-        assert set(subsets) == set(bits)
-        for b, subset in subsets.items():
-            seen = [indices for own, indices in steps if b in own]
-            assert torch.cat(seen).sort().values.tolist() == subset.tolist()
-            assert len(subset) == max(1, round((1 - rate) * n))
-            sizes = [len(indices) for indices in seen]
-            assert len(sizes) == math.ceil(len(subset) / 16)
-            assert max(sizes) <= 16 and max(sizes) - min(sizes) <= 1
-
-
 def test_bitwise_steps_alternate_between_the_children() -> None:
     steps = plans(HUNDRED, BITS, TrainConfig(scheme="bitwise", batch_size=16))[0]
     assert [bits for bits, _ in steps] == [(8,), (4,), (2,)] * 7
