@@ -98,20 +98,6 @@ def test_a_large_constant_channel_counts_as_constant() -> None:
             torch.testing.assert_close(correct_weight(w_q, w), torch.zeros(1, count), rtol=0, atol=1e-5 * max(1, value))
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
-@pytest.mark.parametrize("shape", [(5, 1), (5, 1, 1, 1)])
-def test_single_weight_channels(shape: tuple[int, ...], method: str, bits: int, rng: torch.Generator) -> None:
-    """A channel of one weight is its own mean: correction gives the full-precision weight back."""
-    w = torch.randn(*shape, generator=rng).requires_grad_()
-    for mode in ("mean", "mean_var"):
-        w.grad = None
-        corrected = correct_weight(quantize_weight(w, bits, method), quantize_weight(w, 32, method), mode)
-        torch.testing.assert_close(corrected, quantize_weight(w, 32, method))
-        corrected.square().sum().backward()
-        assert w.grad.isfinite().all()
-
-
 @settings(max_examples=60)
 @given(
     values=st.lists(st.floats(-8, 8, width=16), min_size=4, max_size=24),

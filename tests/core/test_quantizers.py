@@ -170,13 +170,6 @@ def test_32_bit_weights_are_untouched_or_the_domain(rng: torch.Generator) -> Non
 # Gradients: against finite differences where the formula is smooth, else against the stated rule
 
 
-def test_round_ste() -> None:
-    x = torch.tensor([-1.5, -0.2, 0.5, 2.7], requires_grad=True)
-    y = quantizers.round_ste(x)
-    (y * torch.arange(4.0)).sum().backward()
-    assert y.tolist() == [-2, 0, 0, 3] and x.grad.tolist() == [0, 1, 2, 3]
-
-
 def finite_differences(function: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-6) -> np.ndarray:
     gradient = np.zeros_like(x)
     for i in range(x.size):

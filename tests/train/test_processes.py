@@ -127,15 +127,3 @@ def test_without_accelerate_it_is_said_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r'pip install "emqlib\[distributed\]"'):
         distributed.current()
-
-
-def test_layers_measure_over_processes_within_training_alone() -> None:
-    model = process_worker.network(activation_range="tracked")
-    layers = [m for m in model.modules() if hasattr(m, "reduce")]
-    assert len(layers) == 4  # two batch norms, a quantized layer and its input
-    with pytest.raises(ZeroDivisionError), distributed.synchronized(model, Place(0, 2)):
-        assert all(m.reduce for m in layers)
-        raise ZeroDivisionError
-    assert not any(m.reduce for m in layers)
-    with distributed.synchronized(model, Place()):
-        assert not any(m.reduce for m in layers)

@@ -31,7 +31,6 @@ import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig
 from emqlib import files as container
 from emqlib.files import Busy
-from emqlib.layers import InputQuantizer
 from emqlib.train import checkpoint as checkpoints
 from emqlib.train import loop as training
 from emqlib.train.checkpoint import Deadline, OutOfTime
@@ -117,19 +116,6 @@ def test_what_is_observed_after_each_epoch_is_kept_in_the_checkpoint(
     unobserved = tiny()
     assert "observed" not in train(unobserved, digits, config)
     assert_same_state(unobserved, model)
-
-
-def test_what_started_from_the_first_batch_does_not_start_again(digits: Dataset, tmp_path: Path) -> None:
-    config, path = quick(), tmp_path / "run.pt"
-    for init in (0, 1):
-        model = tiny(init=init, weight="lsq", activation="lsq")
-        train(model, digits, config, path)
-        quantizers = [m for m in model.modules() if isinstance(m, InputQuantizer)]
-        assert quantizers and all(q.started for q in quantizers)
-        scale = model[4].input_quantizer.scale.values.detach().clone()
-        assert not torch.equal(scale, torch.ones(3))
-        emq.evaluate(model, digits, bits=BITS)
-        assert torch.equal(model[4].input_quantizer.scale.values, scale)
 
 
 def test_a_finished_run_is_returned_without_a_step(

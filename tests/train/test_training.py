@@ -65,14 +65,11 @@ def test_the_history_counts_passes_and_steps(scheme: str, options: dict | None, 
     history = train(tiny(bits), digits, quick(scheme=scheme, epochs=4, coreset=coreset))
     expected = ["epoch", "lr", "loss", "steps", "sample_passes", "scoring_passes", "seconds"]
     assert history.columns.tolist() == expected and history.epoch.tolist() == [1, 2, 3, 4]
-    scored = 0 if coreset is None else coreset.warmup
-    sizes = [round(100 * coreset.candidates)] * scored if coreset else []
-    sizes += [round(100 * (1 - (coreset.pruning_rate if coreset else 0)))] * (4 - scored)
-    assert history.sample_passes.tolist() == [len(bits) * size for size in sizes]
-    assert history.scoring_passes.tolist() == [len(bits) * size for size in sizes[:scored]] + [0] * (4 - scored)
-    joint = [scheme == "joint" or (i < scored and coreset.scoring == "joint") for i in range(4)]
-    steps = [math.ceil(size / 25) * (1 if j else len(bits)) for size, j in zip(sizes, joint, strict=True)]
-    assert history.steps.tolist() == steps
+    drawn, scored = coresets(HUNDRED, bits, quick(scheme=scheme, epochs=4, coreset=coreset)), coreset and coreset.warmup
+    passes = [len(bits) * drawn.size(epoch) for epoch in range(4)]
+    assert history.sample_passes.tolist() == passes
+    assert history.scoring_passes.tolist() == [n if i < (scored or 0) else 0 for i, n in enumerate(passes)]
+    assert history.steps.tolist() == [drawn.count(epoch, 25) for epoch in range(4)]
 
 
 # Learning rate
