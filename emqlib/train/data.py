@@ -141,9 +141,9 @@ def _labels(items: Any) -> Tensor:
 def integers(given: Any, count: int) -> Tensor | None:
     """`given` as a tensor (count,) of integers >= 0, or None where it is something else."""
     found = _tensor(given)
-    if found is None or found.shape != (count,) or found.is_floating_point() or found.is_complex() or found.min() < 0:
+    if found is None or found.shape != (count,) or found.dtype == torch.bool or found.is_floating_point():
         return None
-    return found.long()
+    return None if found.is_complex() or found.min() < 0 else found.long()
 
 
 @contextlib.contextmanager

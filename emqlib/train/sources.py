@@ -61,7 +61,12 @@ def load_dataset(
     streamed = source.stream if stream is None else checks.flag("stream", stream)
     workers = _workers() if workers is None else checks.integer("workers", workers, 0, 1024)
     usual = os.environ.get("EMQ_DATA") or files.home() / "data"
-    place = checks.path("name", path) if path else checks.path("root", usual if root is None else root)
+    try:
+        place = checks.path("root", path or (usual if root is None else root))
+    except ValueError:
+        if not path:
+            raise
+        raise checks.invalid("name", name, "imagefolder:PATH with the path of a folder") from None
     folder, found = _find(name, source, place.expanduser().absolute(), image_size)
     if isinstance(found[0], list):
         train, test, classes = _of_files(folder, *found, source, image_size, workers if streamed else None)
