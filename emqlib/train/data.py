@@ -139,7 +139,7 @@ def _labels(items: Any) -> Tensor:
 
 
 def integers(given: Any, count: int) -> Tensor | None:
-    """`given` as a tensor (count,) of integers >= 0, or None where it is something else."""
+    """`given` as integers >= 0 (N,), N = count, or None where it is something else."""
     found = _tensor(given)
     if found is None or found.shape != (count,) or found.dtype == torch.bool or found.is_floating_point():
         return None
