@@ -21,8 +21,9 @@ _LARGEST = 2**63 - 1  # of what tensors, files and seeds hold
 def invalid(name: str, value: object, expected: str) -> ValueError:
     """The error for a wrong argument; the caller raises it.
 
-    >>> str(invalid("bits", 9, "one of 1 to 8, or 32"))
-    'bits=9: expected one of 1 to 8, or 32'
+    Examples:
+        >>> str(invalid("bits", 9, "one of 1 to 8, or 32"))
+        'bits=9: expected one of 1 to 8, or 32'
     """
     return ValueError(f"{name}={_shown(value)}: expected {expected}")
 

@@ -101,8 +101,9 @@ def centrality(scores: Tensor) -> Tensor:
 def ranks(scores: Tensor) -> Tensor:
     """Each sample's place, 0 to N - 1, in ascending order, (N,) to (N,); of equal scores the first comes first.
 
-    >>> ranks(torch.tensor([0.3, 0.1, 0.2])).tolist()
-    [2.0, 0.0, 1.0]
+    Examples:
+        >>> ranks(torch.tensor([0.3, 0.1, 0.2])).tolist()
+        [2.0, 0.0, 1.0]
     """
     order = checks.tensor("scores", scores, "a tensor (N,)", dims=1).argsort(stable=True)
     return torch.empty(len(scores)).index_copy_(0, order.cpu(), torch.arange(float(len(scores)))).to(scores.device)
@@ -177,8 +178,9 @@ def select(scores: Tensor, pruning_rate: float, how: How = "top", generator: tor
     Raises:
         ValueError: names the argument that is wrong; fewer positive weights than samples to keep are too.
 
-    >>> select(torch.tensor([0.1, 0.9, 0.5, 0.7]), pruning_rate=0.5)
-    tensor([1, 3])
+    Examples:
+        >>> select(torch.tensor([0.1, 0.9, 0.5, 0.7]), pruning_rate=0.5)
+        tensor([1, 3])
     """
     rate = checks.pruning_rate(pruning_rate)
     if not isinstance(scores, Tensor) or scores.dim() != 1 or len(scores) == 0 or not bool(scores.isfinite().all()):
@@ -207,8 +209,9 @@ def inclusion(weights: Tensor, keep: int) -> Tensor:
 
     ValueError: weights (N,) that are negative or not finite, or fewer positive ones than `keep`.
 
-    >>> inclusion(torch.tensor([1.0, 1.0, 2.0, 6.0]), keep=2)
-    tensor([0.2500, 0.2500, 0.5000, 1.0000], dtype=torch.float64)
+    Examples:
+        >>> inclusion(torch.tensor([1.0, 1.0, 2.0, 6.0]), keep=2)
+        tensor([0.2500, 0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
     checks.integer("keep", keep, 0, len(checks.tensor("weights", weights, "a tensor (N,)", dims=1)))
     if bool((weights < 0).any()) or not bool(weights.isfinite().all()) or int((weights > 0).sum()) < keep:

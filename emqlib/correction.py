@@ -36,8 +36,9 @@ def correct_weight(w_q: Tensor, w: Tensor, mode: Correction = "mean_var", gradie
 
     Source: Kim et al. 2025 (arXiv 2510.20673), weight bias correction; the same family as ACIQ's (arXiv 1810.05723).
 
-    >>> correct_weight(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 2.0]]), mode="mean")
-    tensor([[0.5000, 2.5000]])
+    Examples:
+        >>> correct_weight(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 2.0]]), mode="mean")
+        tensor([[0.5000, 2.5000]])
     """
     choice("mode", mode, CORRECTIONS)
     flag("gradient", gradient)
@@ -74,8 +75,9 @@ def output_shift(w_q: Tensor, w: Tensor, mean_input: Tensor) -> Tensor:
     if it were input. Source: bias correction, Nagel et al. 2019 (arXiv 1906.04721), section 4.2. ValueError: shapes
     that do not fit together.
 
-    >>> output_shift(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([2.0, 1.0]))
-    tensor([0.5000])
+    Examples:
+        >>> output_shift(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([2.0, 1.0]))
+        tensor([0.5000])
     """
     if tensor("w", w, "a tensor (O, I / groups, ...), not empty").dim() < 2 or w.numel() == 0:
         raise invalid("w", w, "a tensor (O, I / groups, ...), not empty")

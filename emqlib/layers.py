@@ -93,8 +93,9 @@ class QuantSpec:
 def nearest(trained: tuple[int, ...], bits: int) -> int:
     """The trained bit-width nearest to `bits`, the lower of two.
 
-    >>> nearest((2, 4, 8), 3)
-    2
+    Examples:
+        >>> nearest((2, 4, 8), 3)
+        2
     """
     return min(trained, key=lambda b: abs(b - bits))
 

@@ -255,8 +255,9 @@ def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
         ValueError: an unknown name, an argument that the builder does not take, or a value that is not allowed.
         ImportError: a network of timm, which is not installed.
 
-    >>> build("resnet8", num_classes=100, width=4).fc
-    Linear(in_features=16, out_features=100, bias=True)
+    Examples:
+        >>> build("resnet8", num_classes=100, width=4).fc
+        Linear(in_features=16, out_features=100, bias=True)
     """
     library, dot, inner = check_name("name", name).partition(".")
     if dot:

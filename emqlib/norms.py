@@ -14,8 +14,9 @@ def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
 
     1 / n^2 is the power of the quantization noise. A trained bit-width, and the nearest one beyond the ends, has all.
 
-    >>> {b: round(share, 3) for b, share in interpolation((2, 4, 8), 3).items()}
-    {2: 0.15, 4: 0.85}
+    Examples:
+        >>> {b: round(share, 3) for b, share in interpolation((2, 4, 8), 3).items()}
+        {2: 0.15, 4: 0.85}
     """
     low = max((b for b in trained if b <= bits), default=trained[0])
     high = min((b for b in trained if b >= bits), default=trained[-1])

@@ -43,8 +43,9 @@ def is_full(n: Number) -> bool:
 def round_ste(x: Tensor) -> Tensor:
     """r(x): round to the nearest integer, ties to even; the gradient passes straight through. Any shape.
 
-    >>> round_ste(torch.tensor([0.4, 1.5]))
-    tensor([0., 2.])
+    Examples:
+        >>> round_ste(torch.tensor([0.4, 1.5]))
+        tensor([0., 2.])
     """
     return x + (x.round() - x).detach()
 
@@ -137,8 +138,9 @@ def fake_quantize(
     without `learn_step`, and q_min or q_max outside; to o it is 0 inside and 1 outside.
     Source: LSQ, eq. 1-5; the offset is LSQ+'s (arXiv 2004.09576).
 
-    >>> fake_quantize(torch.tensor([0.4, 1.2, 9.0]), 1.0, 0.0, 3.0)
-    tensor([0., 1., 3.])
+    Examples:
+        >>> fake_quantize(torch.tensor([0.4, 1.2, 9.0]), 1.0, 0.0, 3.0)
+        tensor([0., 1., 3.])
     """
     x = x if offset is None else x - offset
     if not learn_step:
@@ -221,8 +223,9 @@ def quantize_weight(
     Raises:
         ValueError: names the argument that is wrong; a zero level at 1 bit is too.
 
-    >>> quantize_weight(torch.tensor([[-0.3, 0.1, 0.2]]), 1)
-    tensor([[-0.2000, 0.2000, 0.2000]])
+    Examples:
+        >>> quantize_weight(torch.tensor([[-0.3, 0.1, 0.2]]), 1)
+        tensor([[-0.2000, 0.2000, 0.2000]])
     """
     choice("method", method, WEIGHT_METHODS)
     flag("zero_level", zero_level)
@@ -260,8 +263,9 @@ def quantize_activation(
     Raises:
         ValueError: names the argument that is wrong.
 
-    >>> quantize_activation(torch.tensor([0.1, 0.3, 1.7]), 2)
-    tensor([0.0000, 0.3333, 1.0000])
+    Examples:
+        >>> quantize_activation(torch.tensor([0.1, 0.3, 1.7]), 2)
+        tensor([0.0000, 0.3333, 1.0000])
     """
     choice("method", method, ACTIVATION_METHODS)
     flag("signed", signed)

@@ -19,8 +19,9 @@ NATIVE = (2, 4, 8)  # the integers that ONNX has
 def native(bits: int) -> int:
     """The bits of the smallest ONNX integer that holds `bits` (1 to 8) of them.
 
-    >>> [native(b) for b in (1, 2, 3, 4, 5, 8)]
-    [2, 2, 4, 4, 8, 8]
+    Examples:
+        >>> [native(b) for b in (1, 2, 3, 4, 5, 8)]
+        [2, 2, 4, 4, 8, 8]
     """
     return next(size for size in NATIVE if size >= integer("bits", bits, 1, 8))
 

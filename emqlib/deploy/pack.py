@@ -19,8 +19,9 @@ from ..norms import MultiBitBatchNorm
 def pack_integers(codes: Tensor, bits: int) -> Tensor:
     """Write integers one after the other, lowest bit first.
 
-    >>> pack_integers(torch.tensor([1, 2, 3, 0]), bits=2)
-    tensor([57], dtype=torch.uint8)
+    Examples:
+        >>> pack_integers(torch.tensor([1, 2, 3, 0]), bits=2)
+        tensor([57], dtype=torch.uint8)
 
     Args:
         codes: N integers in [0, 2**bits), of any shape.
@@ -41,8 +42,9 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
 def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
     """Read the first `count` integers of what `pack_integers` wrote, uint8 (K,): int64 (N,), N = count.
 
-    >>> unpack_integers(torch.tensor([57], dtype=torch.uint8), bits=2, count=4)
-    tensor([1, 2, 3, 0])
+    Examples:
+        >>> unpack_integers(torch.tensor([57], dtype=torch.uint8), bits=2, count=4)
+        tensor([1, 2, 3, 0])
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
         raise invalid("packed", packed, "a uint8 tensor (ceil(N bits / 8),)")

@@ -25,7 +25,7 @@ MAPPED_BYTES = 1 << 30  # tables larger than this live in a memory-mapped file
 class Recorder(nn.Module):
     """The scores of N samples at one bit-width, from training's own forward passes. Its buffers are all its memory.
 
-    A sample is observed at most once an epoch. Samples that are not observed keep their score.
+    A sample is observed at most once an epoch. What is not observed keeps its score, and never observed has zero.
     """
 
     def __init__(self, **tables: Tensor) -> None:
@@ -42,28 +42,25 @@ class Recorder(nn.Module):
         raise NotImplementedError
 
 
-class TDDSRecorder(Recorder):
-    """`coreset.tdds` as a stream. It gives the same numbers as the array (T, N, C), up to the rounding of `dtype`.
+class _TDDS(Recorder):
+    """`coreset.tdds` as a stream. It gives the same numbers as the array (T, N, C), up to half precision's rounding.
 
     Memory: N (2 C + 4 (window - 1) + 8) bytes with half-precision probabilities. That is 1.8 MB for CIFAR-10 at
     window 3, and 2.6 GB for ImageNet at window 10, whose probabilities lie in a memory-mapped temporary file.
     A sample that was not observed in the epoch before starts a new window.
     """
 
-    def __init__(self, n: int, num_classes: int, window: int, decay: float, dtype: torch.dtype = torch.float16) -> None:
-        window, decay = coreset.check_window(window, decay)
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
+    def __init__(self, n: int, num_classes: int, window: int, decay: float) -> None:
         super().__init__(
-            previous=_table(n, num_classes, dtype),
-            ring=torch.zeros(n, window - 1, dtype=exact),
-            score=torch.zeros(n, dtype=exact),
+            previous=_table(n, num_classes),
+            ring=torch.zeros(n, window - 1),
+            score=torch.zeros(n),
             last=torch.full((n,), -2, dtype=torch.int16),
             deltas=torch.zeros(n, dtype=torch.int16),  # since the last gap
         )
         self.window, self.decay = window, decay
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """Compare p (B, C) of the samples `indices` (B,) with that of the epoch before; the rest is not needed."""
         i, p = indices, p.to(self.score)
         before = self.previous[i].to(self.score)
         delta = (p * ((p + EPS).log() - (before + EPS).log())).abs().sum(1)
@@ -76,17 +73,16 @@ class TDDSRecorder(Recorder):
         self.previous[i] = p.to(self.previous)
 
     def scores(self) -> Tensor:
-        """The moving average (N,) over the windows; ValueError before any sample had a whole one."""
         if not bool((self.score > 0).any()):
             raise checks.invalid("window", self.window, "at most as many epochs as were observed in a row")
         return self.score.clone()
 
 
-def _table(n: int, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """Zeros (N, C); a large table lies in a temporary file, whose pages live as long as the mapping."""
-    size = n * num_classes * dtype.itemsize
+def _table(n: int, num_classes: int) -> Tensor:
+    """Zeros (N, C) in half precision; a large table lies in a temporary file, which is gone when nobody uses it."""
+    size = 2 * n * num_classes
     if size <= MAPPED_BYTES:
-        return torch.zeros(n, num_classes, dtype=dtype)
+        return torch.zeros(n, num_classes, dtype=torch.float16)
     with tempfile.NamedTemporaryFile(prefix="emqlib-") as file:
         try:  # to reserve space: writing to mapped pages on a full disk would kill the process
             os.posix_fallocate(file.fileno(), 0, size)
@@ -95,10 +91,10 @@ def _table(n: int, num_classes: int, dtype: torch.dtype) -> Tensor:
         except OSError as error:
             text = f"{error.strerror}: a table of scores takes {size / 1e9:.1f} GB; TMPDIR names the folder"
             raise OSError(error.errno, text, file.name) from None
-        return torch.from_file(file.name, shared=True, size=n * num_classes, dtype=dtype).view(n, num_classes)
+        return torch.from_file(file.name, shared=True, size=size // 2, dtype=torch.float16).view(n, num_classes)
 
 
-class MeanRecorder(Recorder):
+class _Mean(Recorder):
     """The mean over the observed epochs of a score of single batches, see `coreset.SNAPSHOTS`. Memory: 8 N bytes."""
 
     def __init__(self, n: int, score: Callable[..., Tensor]) -> None:
@@ -106,16 +102,14 @@ class MeanRecorder(Recorder):
         self.score = score
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """Add the score of p (B, C), labels (B,) and features (B, D) to the sums of the samples `indices` (B,)."""
         self.total[indices] += self.score(p, labels, features).to(self.total)
         self.count[indices] += 1
 
     def scores(self) -> Tensor:
-        """The means (N,); zero for what was never observed."""
         return self.total / self.count.clamp_min(1)
 
 
-class ForgettingRecorder(Recorder):
+class _Forgetting(Recorder):
     """`coreset.forgetting` as a stream. Memory: 10 N bytes."""
 
     def __init__(self, n: int) -> None:
@@ -123,7 +117,6 @@ class ForgettingRecorder(Recorder):
         super().__init__(**{name: torch.zeros(n, dtype=dtype) for name, dtype in types.items()})
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """Count which of the samples `indices` (B,) are wrong by p (B, C) and labels (B,) and were right before."""
         right = p.argmax(1) == labels
         self.forgotten[indices] += (self.right[indices] & ~right).int()
         self.right[indices] = right
@@ -131,23 +124,21 @@ class ForgettingRecorder(Recorder):
         self.observed[indices] += 1
 
     def scores(self) -> Tensor:
-        """The counts (N,); a sample that was never right counts as often as it was observed."""
+        # a sample that was never right counts as often as it was observed
         return torch.where(self.learned, self.forgotten, self.observed).float()
 
 
-class ModerateRecorder(Recorder):
+class _Moderate(Recorder):
     """`coreset.moderate` of the latest features, as centrality. Memory: N (2 D + 8) bytes."""
 
     def __init__(self, n: int, width: int) -> None:
         super().__init__(features=torch.zeros(n, width, dtype=torch.float16), labels=torch.full((n,), -1))
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
-        """Keep features (B, D) and labels (B,) of the samples `indices` (B,)."""
         self.features[indices] = features.to(self.features)
         self.labels[indices] = labels
 
     def scores(self) -> Tensor:
-        """The centrality (N,) of each sample's distance to its class; zero for what was never observed."""
         seen = self.labels >= 0
         scores = torch.zeros(len(seen), device=seen.device)
         scores[seen] = coreset.centrality(coreset.moderate(self.features[seen], self.labels[seen]))
@@ -162,14 +153,14 @@ def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device
         width: inputs of the last layer, which "moderate" keeps.
     """
     if config.score == "tdds":
-        made = TDDSRecorder(n, num_classes, config.window, config.decay)
+        made = _TDDS(n, num_classes, config.window, config.decay)
         return made if made.previous.nbytes > MAPPED_BYTES else made.to(device)
     if config.score == "forgetting":
-        return ForgettingRecorder(n).to(device)
+        return _Forgetting(n).to(device)
     if config.score == "moderate":
-        return ModerateRecorder(n, width).to(device)
+        return _Moderate(n, width).to(device)
     own = isinstance(config.score, checks.Own)
-    return MeanRecorder(n, config.score.function if own else coreset.SNAPSHOTS[config.score]).to(device)
+    return _Mean(n, config.score.function if own else coreset.SNAPSHOTS[config.score]).to(device)
 
 
 _TINY = 0.1  # of the weight of the highest rank, that of the lowest: no sample is out of reach of a draw
@@ -333,7 +324,7 @@ class Coresets:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) != self.n:
             raise checks.invalid("dataset", dataset, f"a map-style data set of {self.n} samples")
         keyed = _Keyed(dataset, options.pop("collate_fn", None) or default_collate)
-        return DataLoader(keyed, batch_sampler=self.sampler(batch_size), collate_fn=keyed.collate, **options)
+        return DataLoader(keyed, batch_sampler=self.sampler(batch_size), collate_fn=tuple, **options)  # as it is
 
     def _candidates(self, b: int) -> Tensor:
         """The samples that `b` scores; those of different bit-widths overlap as little as they can."""
@@ -544,22 +535,17 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class _Keyed(torch.utils.data.Dataset):
-    """A data set by keys (sample index, bit-width), and the batches of what it gives."""
+    """The batches of a data set by keys (sample index, bit-width): (bits, sample indices (B,), collated samples)."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.own_collate = dataset, collate
+        self.dataset, self.collate = dataset, collate
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, Any]:
-        index, bits = key
-        return bits, index, self.dataset[index]
-
-    def collate(self, items: list[tuple[int, int, Any]]) -> tuple[int, Tensor, Any]:
-        """(bits, sample indices (B,), the batch) of items of one bit-width."""
-        bits, indices, samples = zip(*items, strict=True)
-        return bits[0], torch.tensor(indices), self.own_collate(list(samples))
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[int, Tensor, Any]:
+        indices, bits = zip(*keys, strict=True)
+        return bits[0], torch.tensor(indices), self.collate([self.dataset[i] for i in indices])
 
 
 def labels_of(data: Any) -> Tensor:

@@ -155,9 +155,9 @@ def _labels(items: Any) -> Tensor:
 def integers(given: Any, count: int) -> Tensor | None:
     """`given` as a tensor (N,) of integers >= 0, or None where it is something else."""
     found = _tensor(given)
-    if found is None or found.shape != (count,) or found.is_floating_point() or found.is_complex() or found.min() < 0:
+    if found is None or found.shape != (count,) or found.dtype == torch.bool or found.is_floating_point():
         return None
-    return found.long()
+    return None if found.is_complex() or found.min() < 0 else found.long()
 
 
 @contextlib.contextmanager
@@ -386,8 +386,9 @@ def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Ten
 def rank_in_class(labels: Tensor) -> Tensor:
     """How many earlier samples have the same label: (N,) to (N,).
 
-    >>> rank_in_class(torch.tensor([7, 7, 3, 7]))
-    tensor([0, 1, 0, 2])
+    Examples:
+        >>> rank_in_class(torch.tensor([7, 7, 3, 7]))
+        tensor([0, 1, 0, 2])
     """
     ordered, order = labels.sort(stable=True)
     position = torch.arange(len(labels), device=labels.device)

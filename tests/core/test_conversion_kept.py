@@ -20,7 +20,6 @@ from torch.nn.utils import (
     weight_norm,
 )
 from torchvision.models import SwinTransformer
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import emqlib as emq
 
@@ -242,12 +241,6 @@ def beit() -> nn.Module:
 
 READING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "swin": (lambda: SwinTransformer([4, 4], 8, [2], [2], [7, 7], num_classes=3), "features.1."),
-    "swin_v2": (
-        lambda: SwinTransformer(
-            [4, 4], 8, [2], [2], [7, 7], num_classes=3, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2
-        ),
-        "features.1.",
-    ),
     "beit": (beit, "blocks.0."),
 }
 
@@ -286,10 +279,6 @@ DERIVED: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]
     "prune": (
         lambda net: prune.l1_unstructured(net[2], "weight", 0.5),
         lambda net: prune.remove(net[2], "weight"),
-    ),
-    "prune a bias": (
-        lambda net: prune.random_unstructured(net[2], "bias", 1),
-        lambda net: prune.remove(net[2], "bias"),
     ),
     "parametrizations": (
         lambda net: parametrizations.weight_norm(net[2]),

@@ -1,7 +1,6 @@
 """The layers that training uses against literal float64 loops, and batch norm against PyTorch's own."""
 
 import copy
-import io
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -314,32 +313,6 @@ def test_first_batch_of_zeros(activation: str, signed: bool) -> None:
         y = quantizer(x, torch.tensor(n))
         y.sum().backward()
         assert y.abs().max() < 1e-5 and x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("activation", ACTIVATION_METHODS)
-@pytest.mark.parametrize("norm", NORMS)
-def test_state_dict_round_trip(activation: str, norm: str, rng: torch.Generator) -> None:
-    """Through a file without pickled objects; what started or was adapted is so afterwards too."""
-    settings = spec(activation=activation, weight="lsq", norm=norm, activation_range="tracked")
-
-    def network() -> nn.Sequential:
-        layer = QuantLinear.from_float(nn.Linear(6, 4), settings, signed=True)
-        return nn.Sequential(layer, MultiBitBatchNorm(nn.BatchNorm1d(4), settings))
-
-    one, other = network(), network()
-    x = torch.randn(20, 6, generator=rng)
-    one(x)
-    one[1].own_statistics(3)
-    file = io.BytesIO()
-    torch.save(one.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert other[0].input_quantizer.started and other[1].own == one[1].own >= {3}
-    for bits in (2, 3, 8):
-        for module in (*one, *other):
-            module.set_bits(bits)
-        assert torch.equal(one.eval()(x), other.eval()(x))
-    assert torch.equal(one.train()(100 * x), other.train()(100 * x))  # neither starts again
 
 
 # Batch norm

@@ -21,7 +21,6 @@ SHAPES = {
     "preact_resnet20": (1 + 18 + 2, 18, 10),
     "resnet50": (1 + 48 + 4, 1 + 16 * 3, 1000),
 }
-SMALL = {"resnet8": {}, "resnet20": {"width": 4}, "resnet18": {"width": 4}, "preact_resnet20": {"width_factor": 1}}
 
 
 def parameters(net: nn.Module) -> int:
@@ -53,15 +52,6 @@ def test_parameter_count(name: str) -> None:
     assert parameters(net) == pytest.approx(PUBLISHED[name], rel=0.01)
 
 
-def test_a_vit_learns_from_its_first_step_on(rng: torch.Generator) -> None:
-    net = models.vit_tiny(5, image_size=16, patch_size=8, width=24, depth=2)
-    logits = net(torch.randn(4, 3, 16, 16, generator=rng))
-    assert logits.shape == (4, 5)
-    logits.square().sum().backward()
-    for name, parameter in net.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_layers_and_trace(name: str) -> None:
     convolutions, relus, classes = SHAPES[name]
@@ -70,28 +60,13 @@ def test_layers_and_trace(name: str) -> None:
         assert len(layers(net, nn.Conv2d)) == convolutions
         assert all(conv.bias is None for conv in layers(net, nn.Conv2d))
         graph = torch.fx.symbolic_trace(net)
-        called = [graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+        names = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+        # a shared ReLU, as torchvision's ResNet-50 has, could not get a quantizer for each of its places
+        assert name == "resnet50" or len(names) == len(set(names))
+        called = [graph.get_submodule(name) for name in names]
         assert sum(isinstance(module, nn.ReLU) for module in called) == relus
         assert sum(isinstance(module, nn.Conv2d) for module in called) == convolutions
         assert net(torch.zeros(2, 3, 64, 64)).shape == (2, classes)
-
-
-def test_every_relu_is_used_once() -> None:
-    """A shared ReLU could not get a quantizer for each place where it stands (torchvision's ResNet-50 shares)."""
-    for name in SMALL:
-        graph = torch.fx.symbolic_trace(models.build(name, 10)).graph
-        targets = [node.target for node in graph.nodes if node.op == "call_module"]
-        assert len(targets) == len(set(targets))
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_output_and_gradient(name: str, rng: torch.Generator) -> None:
-    net = models.build(name, 5, **SMALL[name])
-    logits = net(torch.randn(4, 3, 32, 32, generator=rng))
-    assert logits.shape == (4, 5) and logits.isfinite().all()
-    logits.square().sum().backward()
-    for parameter_name, parameter in net.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
 
 
 def test_initial_weights_follow_he() -> None:

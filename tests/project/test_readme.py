@@ -26,8 +26,6 @@ from emqlib.train.checkpoint import Deadline
 ROOT = Path(__file__).resolve().parents[2]
 README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "GUIDE.md"))
 BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE, flags=re.DOTALL)
-(OWN_LOOP,) = (block for block in BLOCKS if "emq.Coresets(" in block)
-BLOCKS.remove(OWN_LOOP)
 SHELL = re.findall(r"```bash\n(.*?)```", README + GUIDE, flags=re.DOTALL)
 COMMANDS = [re.sub(r"\s+#.*", "", line) for block in SHELL for line in block.splitlines()]
 TRIED = re.findall(r"^\| `(\d\d_\w+\.ipynb)` \| .* \| `(-p .*)` \|$", README, flags=re.MULTILINE)
@@ -73,16 +71,6 @@ def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     assert executed(BLOCKS[1], names) == 1
     assert (tmp_path / "digits_4bit.onnx").exists() and names["agreement"] > 0.99
     assert re.search(r"\d+\.\d% of the answers agree", capsys.readouterr().out)
-
-
-def test_a_training_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn")
-    digits = emq.load_dataset("digits").subset(500, 100)
-    monkeypatch.setattr(emq, "load_dataset", lambda name: digits)
-    names: dict[str, Any] = {}
-    exec(OWN_LOOP, names)
-    assert [(row["epoch"], row["size"]) for row in names["coresets"].rows] == [(2, 100)] * 3 + [(3, 100)] * 3
-    assert emq.evaluate(names["model"], digits, bits=(8,)).loss.item() > 0
 
 
 def run(command: str, checkout: Path) -> str:

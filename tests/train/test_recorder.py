@@ -18,7 +18,7 @@ from torch import Tensor
 from emqlib import CoresetConfig, coreset
 from emqlib.train import coresets as recorder
 from emqlib.train.config import SCORES
-from emqlib.train.coresets import ForgettingRecorder, MeanRecorder, ModerateRecorder, Recorder, TDDSRecorder
+from emqlib.train.coresets import Recorder
 
 N, C, D, T = 53, 5, 6, 9
 CPU = torch.device("cpu")
@@ -55,17 +55,18 @@ def close(actual: Tensor, expected: object, atol: float) -> None:
     torch.testing.assert_close(actual.double(), torch.as_tensor(expected, dtype=torch.float64), rtol=0, atol=atol)
 
 
-def exact_tdds(window: int, decay: float = 0.9, n: int = N) -> TDDSRecorder:
-    return TDDSRecorder(n, C, window, decay, torch.float64)
+def made(score: str, n: int = N, **options: float) -> Recorder:
+    return recorder.recorder(CoresetConfig(score=score, **options), n, C, D, CPU)
+
+
+def exact_tdds(window: int = 3, decay: float = 0.9) -> Recorder:
+    return made("tdds", window=window, decay=decay).double()
 
 
 # A recorder of each kind, and how far two ways to the same scores may be apart
 KINDS: dict[str, tuple[Callable[[], Recorder], float]] = {
-    "tdds": (lambda: exact_tdds(3), 1e-12),
-    "tdds in half precision": (lambda: TDDSRecorder(N, C, 3, 0.9), 1e-6),
-    **{score: (partial(MeanRecorder, N, function), 1e-5) for score, function in coreset.SNAPSHOTS.items()},
-    "forgetting": (lambda: ForgettingRecorder(N), 0),
-    "moderate": (lambda: ModerateRecorder(N, D), 0),
+    "exact tdds": (exact_tdds, 1e-12),
+    **{score: (partial(made, score), 1e-5) for score in SCORES[1:]},
 }
 each_kind = pytest.mark.parametrize(("make", "atol"), KINDS.values(), ids=KINDS)
 
@@ -80,7 +81,7 @@ def test_streamed_tdds_is_that_of_the_whole_log(window: int, decay: float, batch
 
 def test_half_precision_keeps_the_same_samples(rng: torch.Generator) -> None:
     log = Log(rng, n=4000, epochs=6)
-    record = log.into(TDDSRecorder(4000, C, 3, 0.9), batch=1001)
+    record = log.into(made("tdds", 4000), batch=1001)
     kept, exact = (set(coreset.select(s, 0.8).tolist()) for s in (record.scores(), coreset.tdds(log.p, 3)))
     assert len(kept & exact) >= 0.997 * len(exact)  # bfloat16: 0.994
 
@@ -122,14 +123,6 @@ def test_no_tdds_before_a_full_window(window: int, rng: torch.Generator) -> None
     assert bool((log.into(record, range(window - 1, window)).scores() > 0).all())
 
 
-def test_what_scores_returns_is_not_changed_by_what_follows(rng: torch.Generator) -> None:
-    log, record = Log(rng), exact_tdds(3)
-    scores = log.into(record, range(4)).scores()
-    before = scores.clone()
-    log.into(record, range(4, T))
-    assert torch.equal(scores, before)
-
-
 @pytest.mark.parametrize("score", coreset.SNAPSHOTS)
 def test_mean_over_the_epochs_in_which_a_sample_was_seen(score: str, rng: torch.Generator) -> None:
     log = Log(rng).with_gaps()
@@ -138,7 +131,7 @@ def test_mean_over_the_epochs_in_which_a_sample_was_seen(score: str, rng: torch.
     needed = len(signature(function).parameters)
     rows = [function(*(p, log.labels, h)[:needed]) for p, h in zip(log.p, log.features, strict=True)]
     expected = [row[seen].mean().nan_to_num(0) for row, seen in zip(torch.stack(rows).T, log.seen.T, strict=True)]
-    close(log.into(MeanRecorder(N, coreset.SNAPSHOTS[score])).scores(), torch.stack(expected), 1e-5)
+    close(log.into(made(score)).scores(), torch.stack(expected), 1e-5)
 
 
 def test_forgetting_with_gaps_is_that_of_the_epochs_in_which_a_sample_was_seen(rng: torch.Generator) -> None:
@@ -146,12 +139,12 @@ def test_forgetting_with_gaps_is_that_of_the_epochs_in_which_a_sample_was_seen(r
     log.labels[:9] = log.p[:, :9].sum(0).argmin(1)
     correct = log.p.argmax(2) == log.labels
     expected = [reference.forgetting(correct[log.seen[:, i], i].tolist()) for i in range(N)]
-    assert log.into(ForgettingRecorder(N)).scores().tolist() == expected
+    assert log.into(made("forgetting")).scores().tolist() == expected
 
 
 def test_moderate_is_the_centrality_of_the_last_features(rng: torch.Generator) -> None:
     log = Log(rng, n=400, epochs=3)
-    scores = log.into(ModerateRecorder(400, D)).scores()
+    scores = log.into(made("moderate", 400)).scores()
     rounded = coreset.moderate(log.features[-1].half(), log.labels)
     assert torch.equal(scores, coreset.centrality(rounded))
     exact = coreset.centrality(coreset.moderate(log.features[-1], log.labels))
@@ -163,7 +156,7 @@ BYTES = {"tdds": N * (2 * C + 4 * (4 - 1) + 8), "forgetting": 10 * N, "moderate"
 
 @pytest.mark.parametrize("score", SCORES[1:])
 def test_memory_is_what_the_docstring_says(score: str, rng: torch.Generator) -> None:
-    record = recorder.recorder(CoresetConfig(score=score, window=4), N, C, D, CPU)
+    record = made(score, window=4)
     for used in (record, Log(rng).into(record)):
         assert nbytes(used) == BYTES.get(score, 8 * N)
 
@@ -176,21 +169,17 @@ def mapped_file(table: Tensor) -> str | None:
     return table.untyped_storage().filename
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_large_table_lies_in_a_file_and_scores_the_same(
-    dtype: torch.dtype, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, size = Log(rng).with_gaps(), N * C * dtype.itemsize
-    made = {}
-    for limit in (size, size - 1):
-        monkeypatch.setattr(recorder, "MAPPED_BYTES", limit)
-        made[limit] = TDDSRecorder(N, C, 3, 0.9, dtype)
-    small, large = made.values()
+    log, small = Log(rng).with_gaps(), made("tdds")
+    monkeypatch.setattr(recorder, "MAPPED_BYTES", 2 * N * C - 1)
+    large = made("tdds")
     file = mapped_file(large.previous)
     assert mapped_file(small.previous) is None and file is not None
     assert not Path(file).exists()  # nothing to clean up
     assert nbytes(small) == nbytes(large) and not bool(large.previous.any())
-    for record in made.values():
+    for record in (small, large):
         log.into(record, shuffled=False)
     assert torch.equal(large.scores(), small.scores())
     assert torch.equal(large.previous, small.previous) and mapped_file(large.previous) == file
@@ -204,10 +193,7 @@ def test_only_a_table_that_fits_goes_to_the_device(limit: int, device: str, monk
 
 
 @each_kind
-def test_saved_and_loaded_between_two_epochs(
-    make: Callable[[], Recorder], atol: float, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recorder, "MAPPED_BYTES", 2 * N * C)  # the double-precision table lies in a file
+def test_saved_and_loaded_between_two_epochs(make: Callable[[], Recorder], atol: float, rng: torch.Generator) -> None:
     log, file = Log(rng).with_gaps(), io.BytesIO()
     log.seen[5:, :9] = False
     first = log.into(make(), range(5))
@@ -221,13 +207,14 @@ def test_saved_and_loaded_between_two_epochs(
 
 
 FULL = """
-import resource, signal
+import resource, signal, torch
+from emqlib import CoresetConfig
 from emqlib.train import coresets as recorder
 recorder.MAPPED_BYTES = 0
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-recorder.TDDSRecorder(1000, 40, window=3, decay=0.9).previous.fill_(1)
-recorder.TDDSRecorder(1000, 60, window=3, decay=0.9).previous.fill_(1)
+for classes in (40, 60):
+    recorder.recorder(CoresetConfig(score="tdds"), 1000, classes, 0, torch.device("cpu")).previous.fill_(1)
 """
 
 
@@ -235,7 +222,7 @@ def test_a_disk_too_small_for_a_table_is_an_error_and_no_crash(tmp_path: Path) -
     """Pages of a sparse file that the disk has no room for would kill the process where they are written to."""
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(recorder.__file__).parents[1])}
     result = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True)
-    assert result.returncode == 1 and "line 8" in result.stderr, result.stderr
+    assert result.returncode == 1 and "table of scores" in result.stderr, result.stderr
     message = (
         rf"OSError: \[Errno 27\] File too large: a table of scores takes 0.0 GB; TMPDIR names the folder: '{tmp_path}"
     )

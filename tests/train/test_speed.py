@@ -23,7 +23,7 @@ NETWORKS: dict[str, dict[str, int]] = {
     "preact_resnet20": {"width_factor": 1},
     "vit_tiny": {"patch_size": 8, "width": 16, "depth": 2, "heads": 2},
 }
-SPECS: dict[str, dict[str, Any]] = {  # as published: test_multibit.test_one_graph_serves_every_bit_width
+SPECS: dict[str, dict[str, Any]] = {
     "resnet8": {"norm": "shared_affine", "output_correction": True, "activation_range": "tracked"},
     "vit_tiny": {"norm": "switchable", "weight": "lsq", "activation": "lsq"},
 }
@@ -104,7 +104,7 @@ def test_mixed_precision_adds_one_graph_for_all_mixtures(compiler: CompileCounte
 def test_a_graph_of_cuda_tensors_touches_no_other_device(
     name: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fake ones; a value that had to be read back would raise. Backward: `test_a_training_step_on_the_meta_device`."""
+    """Fake ones; a value that had to be read back would raise. Backward: `test_a_step_mixes_no_devices`."""
     monkeypatch.setattr(copy, "deepcopy", lambda net: net)  # fake tensors cannot be copied
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
@@ -237,15 +237,13 @@ def test_a_relu_in_place_is_left_to_a_quantizer_if_nothing_else_reads_what_it_ov
             torch.testing.assert_close(model(x), reference(x), rtol=0, atol=0)
 
 
-def test_a_relu_before_a_layer_in_full_precision_stays() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+def test_a_relu_stays_before_a_layer_in_full_precision_and_for_another_reader() -> None:
+    relu = nn.ReLU()
+    layers = [nn.Conv2d(3, 3, 1) for _ in range(3)]
+    net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     assert relus(emq.convert(net, emq.QuantSpec(bits=(2,)))) == {"3"}
     assert relus(emq.convert(net, emq.QuantSpec(bits=(2,), full_precision=()))) == set()
-
-
-def test_a_relu_that_is_called_for_another_reader_too_stays() -> None:
-    relu = nn.ReLU()
-    net = nn.Sequential(nn.Conv2d(3, 3, 1), relu, nn.Conv2d(3, 3, 1), relu)
+    net = nn.Sequential(layers[0], relu, layers[1], relu)
     assert relus(emq.convert(net, emq.QuantSpec(bits=(2,), full_precision=()))) == {"1"}  # 3 is the same, and the end
 
 
