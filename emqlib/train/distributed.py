@@ -132,6 +132,18 @@ class Graphed:
 
 
 @contextmanager
+def fastest_convolutions(device: torch.device) -> Iterator[None]:
+    """Within the block, cuDNN tries its algorithms on each shape once; not where the user asks for repeatable runs."""
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.benchmark
+    repeatable = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = before or (device.type == "cuda" and not repeatable)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+@contextmanager
 def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
     """Within the block, too little memory is a MemoryError that names a parameter and says what to try instead.
 

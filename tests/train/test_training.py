@@ -217,13 +217,13 @@ def test_another_coreset_or_network_does_not_shift_the_augmentation(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states: list[Tensor] = []
-    augment = loading.augment
+    moves = loading._moves
 
-    def watched(images: Tensor, data: Dataset, generator: torch.Generator) -> Tensor:
+    def watched(batch: int, data: Dataset, generator: torch.Generator) -> Tensor:
         states.append(generator.get_state())
-        return augment(images, data, generator)
+        return moves(batch, data, generator)
 
-    monkeypatch.setattr(loading, "augment", watched)
+    monkeypatch.setattr(loading, "_moves", watched)
     runs = []
     for every, dropout in ((0, 0.0), (1, 0.5)):
         states.clear()
