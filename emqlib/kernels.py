@@ -4,6 +4,8 @@ A twin has the arguments of its plain formula and gives the same values and grad
 fewer operations. The tests compare the two at every bit-width.
 """
 
+import os
+from importlib.util import find_spec
 from inspect import signature
 
 import torch
@@ -202,3 +204,12 @@ class _Correct(Function):
 def correct_weight(w_q: Tensor, w: Tensor, mode: str = "mean_var", gradient: bool = True) -> Tensor:
     """The twin of `correction.correct_weight`, unchecked."""
     return w_q if mode == "none" else _Correct.apply(w_q, w, mode == "mean_var", gradient)
+
+
+LONGEST = 16384  # the most weights of an output channel that one Triton program takes
+
+
+def runs_triton(w: Tensor) -> bool:
+    """Whether `triton_kernels` takes this weight (O, ...): on a GPU, and on a CPU if TRITON_INTERPRET=1 is set."""
+    there = find_spec("triton") is not None and (w.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return there and w.dtype == torch.float32 and w[0].numel() <= LONGEST

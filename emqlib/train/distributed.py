@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from .. import checks, kernels
-from ..layers import Reduction, fails_channels_last
+from ..convert import quantized_layers
+from ..layers import Reduction, fails_channels_last, prepare
 
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
@@ -89,6 +91,19 @@ def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
     return torch.compile(model) if safe and (how is True or pays) else model
 
 
+class _Prepared(nn.Module):
+    """A network that quantizes all its weights first, as `convert.step_weights` does; `step` is held by the caller."""
+
+    def __init__(self, model: nn.Module, step: Lock) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the network for x (B, ...)."""
+        prepare(quantized_layers(self.model).values(), self.step)
+        return self.model(x)
+
+
 class Graphed:
     """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state()`.
 
@@ -117,13 +132,17 @@ class Graphed:
     def _captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Capturing runs passes to warm up; what they change, such as running statistics, is put back."""
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        without_hooks = nn.Sequential(self.model).train()
+        step, layers = Lock(), quantized_layers(self.model).values()
+        without_hooks = _Prepared(self.model, step).train()
         collecting = gc.isenabled()
         gc.disable()  # an earlier network's graphs, collected during a capture, would spoil it
         try:
             own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all: no two are ever at work
-            graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
+            with step:
+                graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
         finally:
+            for layer in layers:
+                layer.prepared = None
             if collecting:
                 gc.enable()
         for buffer, value in before:
