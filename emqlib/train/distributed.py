@@ -91,6 +91,33 @@ def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
     return torch.compile(model) if safe and (how is True or pays) else model
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks of a network: what its sequences and lists hold, if several quantized layers are in it."""
+    held = [part for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) for part in m.children()]
+    found = [part for part in held if len(quantized_layers(part)) > 1 and not isinstance(part, nn.Sequential)]
+    inner = {id(m) for part in found for m in part.modules() if m is not part}
+    return [part for part in found if id(part) not in inner]
+
+
+@contextmanager
+def blocks_compiled(model: nn.Module, how: bool | str) -> Iterator[None]:
+    """Within the block, if `how` is "blocks", each of `blocks` is compiled by itself; blocks alike share a graph."""
+    safe = not _stays_contiguous(model, next(model.parameters()).device)
+    chosen = blocks(model) if how == "blocks" and safe else []
+    if not chosen:
+        yield
+        return
+    for part in chosen:
+        part.compile(dynamic=False)
+    try:
+        # a graph for each shape of a block, with and without rounding, of each size of batch; by default 8 in all
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
+    finally:
+        for part in chosen:
+            part._compiled_call_impl = None
+
+
 class _Prepared(nn.Module):
     """A network that quantizes all its weights first, as `convert.step_weights` does; `step` is held by the caller."""
 

@@ -220,6 +220,7 @@ def _safe(run: _Run, path: Path | None) -> Iterator[None]:
     with (
         alone(path) if path is not None and run.place.main else nullcontext(),
         distributed.fastest_convolutions(run.device),
+        distributed.blocks_compiled(run.model, config.compile),
         distributed.enough_memory("batch_size", config.batch_size, f"{advice}; the last checkpoint stays"),
     ):
         try:
@@ -312,7 +313,8 @@ def _child(
     images, labels, indices = part
     set_bits(run.model, b)
     waits = nullcontext() if last else run.place.alone(run.wrapped)
-    eager = run.forward is run.wrapped  # a compiled or captured network quantizes weights in an order of its own
+    # a compiled or captured network quantizes weights in an order of its own
+    eager = run.forward is run.wrapped and run.config.compile != "blocks"
     with waits, step_weights(run.model) if eager else nullcontext():
         logits = logits_of(run.forward(images)).float()
         if logits.shape[1] < run.data.num_classes:

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import emqlib as emq
+from emqlib import models
 from emqlib.train import loop
 from emqlib.train.data import loader
-from emqlib.train.distributed import fastest_convolutions
+from emqlib.train.distributed import blocks, fastest_convolutions
 
 CPU, CUDA, META = map(torch.device, ("cpu", "cuda", "meta"))
 
@@ -60,3 +62,21 @@ def test_convolutions_are_tried_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with fastest_convolutions(CUDA):
         assert not cudnn.benchmark
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler, of a block's input
+def test_blocks_are_compiled_by_themselves_and_alike_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    counter, plain = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: plain(f, backend=counter, **kwargs))
+    data = emq.Dataset.from_tensors(torch.rand(32, 3, 8, 8), torch.arange(32) % 4)
+    weights = []
+    for how in ("blocks", False):
+        torch.manual_seed(0)
+        spec = emq.QuantSpec(bits=(2, 4), activation_range="unit", full_precision=())
+        net = emq.convert(models.build("resnet20", 4, width=16), spec)  # narrower ones are not compiled
+        emq.train(net, data, emq.TrainConfig(epochs=1, batch_size=16, lr=0.01, compile=how), progress=False)
+        assert not any(part._compiled_call_impl for part in net.modules())
+        weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert len(blocks(net)) == 9 and 0 < counter.frame_count <= 7
+    assert (weights[0] - weights[1]).norm() <= 0.01 * weights[1].norm()
