@@ -1,6 +1,7 @@
 """The benchmarks still run; what they measure is never a test's business."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,17 @@ def test_a_step_on_a_gpu_launches_less_than_a_third_of_what_it_did() -> None:
     assert table.products.nunique() == table["batch norm"].nunique() == 1 and table.GFLOP.nunique() == 1
     gpu_step.figure(rows)
     pyplot.close("all")
+
+
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, str(FOLDER / "gpu.py"), str(tmp_path), "--dry"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(FOLDER.parent)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    rows = pd.read_csv(tmp_path / "gpu.csv")
+    assert rows.note.isna().all() and (rows.value[rows.part != "kernels"] > 0).all()
+    errors = rows.value[rows.part == "kernels"]
+    assert len(errors) == 18 and (errors < 1e-4).all() and (tmp_path / "gpu.png").exists()
 
 
 @pytest.mark.processor
