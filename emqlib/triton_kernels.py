@@ -144,7 +144,10 @@ def _apart(flat: Tensor, shapes: list[torch.Size], channels_last: list[bool]) ->
 
 
 def launch(kernel: triton.JITFunction, table: Tensor, *tensors: Tensor | float, **sizes: int | bool) -> None:
-    """Run a kernel, a program for each channel; without fused products and sums, whose ties are not PyTorch's."""
+    """Run a kernel, a program for each channel of the table (channels, 4), on tensors of any shape.
+
+    Products and sums are not fused, since ties would not be PyTorch's.
+    """
     with torch.cuda.device_of(table):
         kernel[(len(table),)](*tensors, **sizes, num_warps=8, enable_fp_fusion=False)
 
