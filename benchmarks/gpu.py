@@ -32,7 +32,7 @@ from emqlib.train import distributed, loop
 from emqlib.train.distributed import Place
 
 LIMIT = 520.0  # seconds, after which nothing new is started
-# Ways to train: the value of `compile`, and whether weights, optimizer and convolutions are as they are now.
+# Ways to train: the value of `compile`, and whether kernels, optimizer and convolutions are as they are now.
 WAYS = {
     "graphs, before": ("graphs", False),
     "graphs": ("graphs", True),

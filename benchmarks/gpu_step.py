@@ -22,13 +22,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import emqlib as emq
-from emqlib import layers, models, triton_kernels
+from emqlib import kernels, layers, models, triton_kernels
 from emqlib.paper import plots
 from emqlib.train import distributed, loop
 from emqlib.train.distributed import Place
 
 # What the change before brought is kept in the next one.
-STAGES = {"before": (False, False), "optimizer fused": (False, True), "and weights in Triton": (True, True)}
+STAGES = {
+    "before": (False, False, False),
+    "optimizer fused": (True, False, False),
+    "and weights in Triton": (True, True, False),
+    "and activations": (True, True, True),
+}
 KINDS = ["products", "batch norm", "activations", "weights", "optimizer"]
 # What a H200 does: products in bfloat16 (60 % of the highest rate, as large convolutions reach), memory, and launches
 # in a CUDA graph and one by one.
@@ -64,7 +69,7 @@ class Counter(TorchDispatchMode):
         kind = kind or ("activations" if images else "weights")
         self.rows.append({"kind": kind, "name": name, "bytes": size, "flops": flops})
 
-    def launch(self, kernel: Any, table: Tensor, *tensors: Tensor | float, **sizes: int) -> None:
+    def launch(self, kernel: Any, programs: int, *tensors: Tensor | float, **sizes: int) -> None:
         """Note a Triton kernel, in place of `triton_kernels.launch`."""
         self.note(kernel.__name__, list(tensors))
 
@@ -82,12 +87,15 @@ def faked(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def traced(model: nn.Module, batch: int, bits: int, triton: bool, fused: bool, size: int = 32) -> pd.DataFrame:
+def traced(
+    model: nn.Module, batch: int, bits: int, fused: bool, weights: bool, activations: bool, size: int = 32
+) -> pd.DataFrame:
     """The kernels of a training step at `bits` of a converted network, on images (batch, 3, size, size).
 
     Args:
-        triton: whether weights are quantized by `triton_kernels`.
         fused: whether the optimizer is fused; else it goes over lists of tensors, as PyTorch does by default on a GPU.
+        weights: whether `triton_kernels` quantizes weights.
+        activations: whether they quantize activations.
     """
     data = emq.Dataset.from_tensors(torch.zeros(batch, 3, size, size), torch.arange(batch) % 10)
     config = emq.TrainConfig(optimizer="adamw", autocast="bfloat16", batch_size=batch, device="cpu")
@@ -98,7 +106,8 @@ def traced(model: nn.Module, batch: int, bits: int, triton: bool, fused: bool, s
         watch = loop.LossWatch(Place(), model, run.device)
         watch.lag = 1000  # as on CUDA
         images, labels = torch.empty(batch, 3, size, size), torch.zeros(batch, dtype=torch.long)
-        chosen = mock.patch.multiple(layers.QuantConv2d, is_joint=lambda layer: triton)
+        joint = mock.patch.object(layers.QuantConv2d, "is_joint", lambda layer: weights)
+        each = mock.patch.object(kernels, "runs_triton", lambda x: activations)
         step = run.optimizer.step
 
         def optimize(*args: Any) -> None:
@@ -107,7 +116,7 @@ def traced(model: nn.Module, batch: int, bits: int, triton: bool, fused: bool, s
             counter.phase = ""
 
         run.optimizer.step = optimize
-        with chosen, mock.patch.object(triton_kernels, "launch", counter.launch), counter:
+        with joint, each, mock.patch.object(triton_kernels, "launch", counter.launch), counter:
             for _ in range(2):  # the first step makes the optimizer's state
                 counter.rows.clear()
                 loop._step(run, (bits,), batch, (images, labels, labels), 0.1, watch, "")
@@ -132,8 +141,8 @@ def network(width_factor: int = 5) -> nn.Module:
 def measure(width_factor: int = 5, batch: int = 128, bits: int = 4) -> pd.DataFrame:
     """Rows: stage, kind, and of a step the kernels of that kind, their bytes and operations."""
     rows = []
-    for stage, (triton, fused) in STAGES.items():
-        found = traced(network(width_factor), batch, bits, triton, fused).groupby("kind")
+    for stage, ways in STAGES.items():
+        found = traced(network(width_factor), batch, bits, *ways).groupby("kind")
         for kind, part in found:
             sums = {"kernels": len(part), "bytes": part.bytes.sum(), "flops": part.flops.sum()}
             rows.append({"stage": stage, "kind": kind} | sums | {"batch": batch, "bits": bits})

@@ -18,6 +18,15 @@ from .quantizers import Number, is_full, learned_grid
 _BEFORE_2_13 = torch.__version__ < (2, 13)
 
 
+_TRITON = find_spec("triton") is not None
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether `triton_kernels` takes x (any shape): on a GPU, and on a CPU if TRITON_INTERPRET=1 is set."""
+    there = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return there and _TRITON and not torch.compiler.is_compiling()
+
+
 def unsynced_buffers() -> dict[str, bool]:
     """The argument by which DistributedDataParallel leaves buffers as each rank's forward pass has them.
 
@@ -62,6 +71,11 @@ class _FakeQuantize(Function):
         grid = (scale, offset, q_min, q_max)
         ctx.save_for_backward(x, *(v if isinstance(v, Tensor) else None for v in grid))
         ctx.known, ctx.learn_step = tuple(None if isinstance(v, Tensor) else v for v in grid), learn_step
+        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        if dense and x.dtype != torch.float64 and not any(isinstance(v, Tensor) for v in grid) and runs_triton(x):
+            from . import triton_kernels  # Triton takes long to load, and only few need it
+
+            return triton_kernels.fake_quantize(x, scale, q_min, q_max)
         q = x / scale if offset is None else (x - offset).div_(scale)
         q.round_()
         if isinstance(q_max, Tensor):  # on a CPU, clamp with tensors takes eight times as long
@@ -204,12 +218,3 @@ class _Correct(Function):
 def correct_weight(w_q: Tensor, w: Tensor, mode: str = "mean_var", gradient: bool = True) -> Tensor:
     """The twin of `correction.correct_weight`, unchecked."""
     return w_q if mode == "none" else _Correct.apply(w_q, w, mode == "mean_var", gradient)
-
-
-LONGEST = 16384  # the most weights of an output channel that one Triton program takes
-
-
-def runs_triton(w: Tensor) -> bool:
-    """Whether `triton_kernels` takes this weight (O, ...): on a GPU, and on a CPU if TRITON_INTERPRET=1 is set."""
-    there = find_spec("triton") is not None and (w.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-    return there and w.dtype == torch.float32 and w[0].numel() <= LONGEST

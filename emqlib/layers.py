@@ -20,6 +20,7 @@ from .correction import Correction, output_shift
 
 Norm = Literal["shared", "shared_affine", "switchable"]
 NORMS = get_args(Norm)
+LONGEST = 16384  # the most weights of an output channel that one program in Triton takes
 _PLAIN = (Tensor, nn.Parameter)  # classes derived from them may count writes in another way
 
 
@@ -433,9 +434,10 @@ class _QuantizedLayer(nn.Module):
 
     def is_joint(self) -> bool:
         """Whether `triton_kernels` quantizes and corrects this weight, together with other layers'."""
-        spec = self.spec
+        spec, w = self.spec, self.weight
         usual = (spec.weight, spec.correction, spec.correction_gradient) == ("dorefa", "mean_var", True)
-        return usual and not spec.output_correction and type(self.weight) in _PLAIN and kernels.runs_triton(self.weight)
+        plain = type(w) in _PLAIN and w.dtype == torch.float32 and w[0].numel() <= LONGEST
+        return usual and plain and not spec.output_correction and kernels.runs_triton(w)
 
     def _at_hand(self) -> tuple[Tensor, Tensor | None]:
         """`weight_and_bias`, from the training step at hand or an earlier pass in evaluation mode if it is there."""
@@ -447,7 +449,10 @@ class _QuantizedLayer(nn.Module):
         if prepared is None or not prepared[1].locked():
             return self.weight_and_bias()
         if torch.is_grad_enabled():
-            return self._with_bias(*prepared[0])
+            autocast = torch.is_autocast_enabled(self.weight.device.type)
+            # a weight of autocast's type does not fit where a network switches autocast off
+            fits = autocast or prepared[0][0].dtype == self.weight.dtype
+            return self._with_bias(*prepared[0]) if fits else self.weight_and_bias()
         self.prepared = None  # the first pass of reentrant checkpointing, whose second one goes backward on its own
         return self.weight_and_bias()
 

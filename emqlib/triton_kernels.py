@@ -1,8 +1,9 @@
-"""All quantized weights of a network at once on a GPU: DoReFa and correction of mean and variance, in Triton.
+"""Quantization on a GPU, in Triton: activations, and all weights of a network at once, by DoReFa and with correction.
 
-By the formulas of `quantizers` and `correction`, a layer takes about 60 small kernels in a training step, each of which
-costs its launch. Here all layers share two kernels forward, statistics and values, and two backward. What Triton calls
-a program has one output channel. This module is imported only where it is needed, since Triton takes long to load.
+By the formulas of `quantizers` and `correction`, a layer's weight takes about 60 small kernels in a training step, each
+of which costs its launch. Here all layers share two kernels forward, statistics and values, and two backward. What
+Triton calls a program has one output channel. Activations are quantized in float32, whatever their type. This module is
+imported only where it is needed, since Triton takes long to load.
 """
 
 from collections.abc import Sequence
@@ -119,6 +120,15 @@ def gradients(tanh, table, peak, g, total, peaks, BLOCK: tl.constexpr, CHANNELS:
     tl.store(g + places, grad * (1 - th * th), mask=mine)
 
 
+@triton.jit
+def quantize(x, out, size, scale, q_min, q_max, BLOCK: tl.constexpr):
+    """The levels of x times their distance; what is not a number stays so."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    q = tl.div_rn(tl.load(x + o, mask=o < size, other=0.0).to(tl.float32), scale)
+    q = tl.where(q < q_min, q_min, tl.where(q > q_max, q_max, q))
+    tl.store(out + o, ((q + ROUND) - ROUND) * scale, mask=o < size)
+
+
 @cache  # never freed, since CUDA graphs may use it
 def _table(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Of each channel start, length, first channel of its layer and of the next: (channels, 4); sizes: O and K."""
@@ -143,13 +153,17 @@ def _apart(flat: Tensor, shapes: list[torch.Size], channels_last: list[bool]) ->
     ]
 
 
-def launch(kernel: triton.JITFunction, table: Tensor, *tensors: Tensor | float, **sizes: int | bool) -> None:
-    """Run a kernel, a program for each channel of the table (channels, 4), on tensors of any shape.
+def launch(kernel: triton.JITFunction, programs: int, *tensors: Tensor | float, **sizes: int | bool) -> None:
+    """Run a kernel on tensors of any shape. Products and sums are not fused, since ties would not be PyTorch's."""
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(programs,)](*tensors, **sizes, num_warps=8, enable_fp_fusion=False)
 
-    Products and sums are not fused, since ties would not be PyTorch's.
-    """
-    with torch.cuda.device_of(table):
-        kernel[(len(table),)](*tensors, **sizes, num_warps=8, enable_fp_fusion=False)
+
+def fake_quantize(x: Tensor, scale: float, q_min: float, q_max: float) -> Tensor:
+    """The values of `quantizers.fake_quantize` for x (any shape), which is dense and stays in its memory format."""
+    out = torch.empty_like(x)
+    launch(quantize, triton.cdiv(x.numel(), 2048), x, out, x.numel(), scale, q_min, q_max, BLOCK=2048)
+    return out
 
 
 class _CorrectedWeights(Function):
@@ -166,8 +180,8 @@ class _CorrectedWeights(Function):
         ctx.sizes = {"BLOCK": block, "CHANNELS": triton.next_power_of_2(max(map(len, weights)))}
         ctx.grid, ctx.layout = (n / 2, 2 / n, is_full(n)), ([w.shape for w in weights], last)
         out = torch.empty_like(flat, dtype=dtype)
-        launch(statistics, table, flat, tanh, table, size, peak, BLOCK=block)
-        launch(values, table, tanh, table, size, peak, out, *ctx.grid, **ctx.sizes)
+        launch(statistics, len(table), flat, tanh, table, size, peak, BLOCK=block)
+        launch(values, len(table), tanh, table, size, peak, out, *ctx.grid, **ctx.sizes)
         ctx.save_for_backward(tanh, table, size, peak)
         return tuple(_apart(out, *ctx.layout))
 
@@ -178,8 +192,8 @@ class _CorrectedWeights(Function):
         given = [tanh.new_zeros(s) if x is None else x for x, s in zip(grads, ctx.layout[0], strict=True)]
         grad = torch.cat([_in_order(x, last) for x, last in zip(given, ctx.layout[1], strict=True)])
         g, (total, peaks) = torch.empty_like(tanh), tanh.new_empty(2, len(table))
-        launch(slopes, table, tanh, table, size, peak, grad, g, total, peaks, *ctx.grid, **ctx.sizes)
-        launch(gradients, table, tanh, table, peak, g, total, peaks, **ctx.sizes)
+        launch(slopes, len(table), tanh, table, size, peak, grad, g, total, peaks, *ctx.grid, **ctx.sizes)
+        launch(gradients, len(table), tanh, table, peak, g, total, peaks, **ctx.sizes)
         found = _apart(g, *ctx.layout)
         return None, None, *(None if x is None else y for x, y in zip(grads, found, strict=True))
 
@@ -187,7 +201,7 @@ class _CorrectedWeights(Function):
 def correct_dorefa_weights(weights: Sequence[Tensor], n: float) -> tuple[Tensor, ...]:
     """The twin of `correct_weight(*dorefa_weight(w, n))` for many weights (O, ...) at once; at 32 bits of the domain.
 
-    Under autocast they come in its type, to which each product would cast them. See `kernels.runs_triton`.
+    Under autocast they come in its type, to which each product would cast them.
     """
     kind = weights[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
