@@ -22,8 +22,11 @@ _TRITON = find_spec("triton") is not None
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether `triton_kernels` takes x (any shape): on a GPU, and on a CPU if TRITON_INTERPRET=1 is set."""
-    there = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether `triton_kernels` takes x (any shape): on a GPU, and on a CPU if TRITON_INTERPRET=1 is set.
+
+    It takes no classes derived from Tensor, which may be spread over devices or have no numbers.
+    """
+    there = type(x) in (Tensor, nn.Parameter) and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
     return there and _TRITON and not torch.compiler.is_compiling()
 
 

@@ -436,8 +436,8 @@ class _QuantizedLayer(nn.Module):
         """Whether `triton_kernels` quantizes and corrects this weight, together with other layers'."""
         spec, w = self.spec, self.weight
         usual = (spec.weight, spec.correction, spec.correction_gradient) == ("dorefa", "mean_var", True)
-        plain = type(w) in _PLAIN and w.dtype == torch.float32 and w[0].numel() <= LONGEST
-        return usual and plain and not spec.output_correction and kernels.runs_triton(w)
+        fits = w.dtype == torch.float32 and w[0].numel() <= LONGEST
+        return usual and fits and not spec.output_correction and kernels.runs_triton(w)
 
     def _at_hand(self) -> tuple[Tensor, Tensor | None]:
         """`weight_and_bias`, from the training step at hand or an earlier pass in evaluation mode if it is there."""
@@ -449,9 +449,9 @@ class _QuantizedLayer(nn.Module):
         if prepared is None or not prepared[1].locked():
             return self.weight_and_bias()
         if torch.is_grad_enabled():
-            autocast = torch.is_autocast_enabled(self.weight.device.type)
             # a weight of autocast's type does not fit where a network switches autocast off
-            fits = autocast or prepared[0][0].dtype == self.weight.dtype
+            same = prepared[0][0].dtype == self.weight.dtype
+            fits = same or torch.is_autocast_enabled(self.weight.device.type)
             return self._with_bias(*prepared[0]) if fits else self.weight_and_bias()
         self.prepared = None  # the first pass of reentrant checkpointing, whose second one goes backward on its own
         return self.weight_and_bias()
