@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .checks import Own, bit_width, invalid
-from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last
+from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last, prepare
 from .models import Record
 from .norms import MultiBitBatchNorm
 from .quantizers import levels
@@ -475,8 +475,7 @@ def step_weights(model: nn.Module) -> Iterator[None]:
     layers, step = quantized_layers(model).values(), Lock()
     try:
         with step:  # once it is unlocked, nothing uses what was prepared, even if an interruption leaves some behind
-            for layer in layers:
-                layer.prepare(step)
+            prepare(layers, step)
             yield
     finally:
         for layer in layers:

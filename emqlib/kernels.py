@@ -4,6 +4,8 @@ A twin has the arguments of its plain formula and gives the same values and grad
 fewer operations. The tests compare the two at every bit-width.
 """
 
+import os
+from importlib.util import find_spec
 from inspect import signature
 
 import torch
@@ -14,6 +16,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .quantizers import Number, is_full, learned_grid
 
 _BEFORE_2_13 = torch.__version__ < (2, 13)
+
+
+_TRITON = find_spec("triton") is not None
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether `triton_kernels` takes x (any shape): on a GPU, and on a CPU if TRITON_INTERPRET=1 is set.
+
+    It takes no classes derived from Tensor, which may be spread over devices or have no numbers.
+    """
+    there = type(x) in (Tensor, nn.Parameter) and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return there and _TRITON and not torch.compiler.is_compiling()
 
 
 def unsynced_buffers() -> dict[str, bool]:
@@ -60,6 +74,11 @@ class _FakeQuantize(Function):
         grid = (scale, offset, q_min, q_max)
         ctx.save_for_backward(x, *(v if isinstance(v, Tensor) else None for v in grid))
         ctx.known, ctx.learn_step = tuple(None if isinstance(v, Tensor) else v for v in grid), learn_step
+        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        if dense and x.dtype != torch.float64 and not any(isinstance(v, Tensor) for v in grid) and runs_triton(x):
+            from . import triton_kernels  # Triton takes long to load, and only few need it
+
+            return triton_kernels.fake_quantize(x, scale, q_min, q_max)
         q = x / scale if offset is None else (x - offset).div_(scale)
         q.round_()
         if isinstance(q_max, Tensor):  # on a CPU, clamp with tensors takes eight times as long

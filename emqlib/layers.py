@@ -4,7 +4,7 @@ In a compiled graph the number of levels of a layer is a tensor buffer, not a Py
 1 to 8 bits; 32 bits have another one. The attribute `bits` is for reading only: `set_bits` keeps all of them equal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
@@ -20,6 +20,7 @@ from .correction import Correction, output_shift
 
 Norm = Literal["shared", "shared_affine", "switchable"]
 NORMS = get_args(Norm)
+LONGEST = 16384  # the most weights of an output channel that one program in Triton takes
 _PLAIN = (Tensor, nn.Parameter)  # classes derived from them may count writes in another way
 
 
@@ -432,6 +433,13 @@ class _QuantizedLayer(nn.Module):
         """Quantize and correct the weight now, for all forward passes with gradients while the lock `step` is held."""
         self.prepared = self._corrected_and_domain(), step
 
+    def is_joint(self) -> bool:
+        """Whether `triton_kernels` quantizes and corrects this weight, together with other layers'."""
+        spec, w = self.spec, self.weight
+        usual = (spec.weight, spec.correction, spec.correction_gradient) == ("dorefa", "mean_var", True)
+        fits = w.dtype == torch.float32 and w[0].numel() <= LONGEST
+        return usual and fits and not spec.output_correction and kernels.runs_triton(w)
+
     def _at_hand(self) -> tuple[Tensor, Tensor | None]:
         """`weight_and_bias`, from the training step at hand or an earlier pass in evaluation mode if it is there."""
         if torch.compiler.is_compiling():
@@ -442,7 +450,10 @@ class _QuantizedLayer(nn.Module):
         if prepared is None or not prepared[1].locked():
             return self.weight_and_bias()
         if torch.is_grad_enabled():
-            return self._with_bias(*prepared[0])
+            # a weight of autocast's type does not fit where a network switches autocast off
+            same = prepared[0][0].dtype == self.weight.dtype
+            fits = same or torch.is_autocast_enabled(self.weight.device.type)
+            return self._with_bias(*prepared[0]) if fits else self.weight_and_bias()
         self.prepared = None  # the first pass of reentrant checkpointing, whose second one goes backward on its own
         return self.weight_and_bias()
 
@@ -482,6 +493,22 @@ class _QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         """That of the plain layer, with bit-width, weight quantizer and correction."""
         return f"{super().extra_repr()}, bits={self.bits}, weight={self.spec.weight}, correction={self.spec.correction}"
+
+
+def prepare(layers: Iterable[_QuantizedLayer], step: Lock) -> None:
+    """Quantize and correct the weights of `layers` now, see `_QuantizedLayer.prepare`; on a GPU many at once."""
+    joint: dict[float, list[_QuantizedLayer]] = {}
+    for layer in layers:
+        if layer.is_joint():
+            joint.setdefault(layer.known_levels, []).append(layer)
+        else:
+            layer.prepare(step)
+    for n, group in joint.items():
+        from .triton_kernels import correct_dorefa_weights
+
+        weights = correct_dorefa_weights([layer.weight for layer in group], n)
+        for layer, weight in zip(group, weights, strict=True):
+            layer.prepared = (weight, layer.weight), step
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:

@@ -96,9 +96,9 @@ def _milestones(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _compile(name: str, value: Any) -> bool | str:
-    known = value in ("auto", "graphs") if isinstance(value, str) else isinstance(value, bool)
+    known = value in ("auto", "blocks", "graphs") if isinstance(value, str) else isinstance(value, bool)
     if not known:
-        raise checks.invalid(name, value, 'True, False, "auto" or "graphs"')
+        raise checks.invalid(name, value, 'True, False, "auto", "blocks" or "graphs"')
     return value
 
 
@@ -138,7 +138,9 @@ class TrainConfig:
     distillation: bool = False  # "joint": each bit-width but the highest learns the softmax of the next higher one
     autocast: Literal["none", "bfloat16", "float16"] = "none"  # type of products, see `distributed.autocast_used`
     channels_last: bool = True  # memory format of images and weights, see `distributed.memory_format`
-    compile: Annotated[bool | str, _compile] = False  # torch.compile; "auto": in a long run; "graphs": CUDA graphs
+    # torch.compile; "auto": in a long run; "blocks": each residual block by itself, which starts sooner; "graphs": CUDA
+    # graphs.
+    compile: Annotated[bool | str, _compile] = False
     device: Annotated[str, _device] = "auto"  # "auto" takes CUDA where there is one
     seed: Annotated[int, Range(0)] = 0  # of shuffling, augmentation, dropout and coresets
     coreset: CoresetConfig | None = None  # None trains on the full data

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -355,11 +356,17 @@ def _of_channels(name: str, given: Any, images: Tensor) -> tuple[float, ...]:
 
 def normalize(images: Tensor, dataset: Dataset) -> Tensor:
     """(images - mean) / std for each channel, of bytes (B, C, ...) divided by 255 first; on the images' device."""
-    shape = (-1, *[1] * (images.dim() - 2))
-    mean, std = (torch.tensor(v, device=images.device).view(shape) for v in (dataset.mean, dataset.std))
+    mean, std = _moments(dataset.mean, dataset.std, images.dim() - 2, images.device)
     if images.dtype != torch.uint8:
         return (images - mean) / std
     return (images * (1 / (255 * std))).sub_(mean / std)  # the same, in two passes over memory instead of four
+
+
+@lru_cache(16)
+def _moments(mean: tuple[float, ...], std: tuple[float, ...], dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (C, 1, ...) each, on a device: kept, since a GPU waits for each upload."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(v, device=device).view(-1, *[1] * dims) for v in (mean, std))
 
 
 def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Tensor:
@@ -370,16 +377,29 @@ def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Ten
         dataset: what it does not ask for is left out.
         generator: of the CPU, so that every device sees the same draws: B flips, then 2 x B offsets.
     """
-    batch = len(images)
+    return _moved(images, dataset, _moves(len(images), dataset, generator).to(images.device))
+
+
+def _moves(batch: int, dataset: Dataset, generator: torch.Generator) -> Tensor:
+    """What is drawn to augment a batch: whether an image is mirrored, and its offsets from top and left, (3, B)."""
+    moves = torch.zeros(3, batch, dtype=torch.long)
     if dataset.flip:
-        mirrored = (torch.rand(batch, generator=generator) < 0.5).to(images.device)
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+        moves[0] = torch.rand(batch, generator=generator) < 0.5
+    if dataset.crop_padding:
+        moves[1:] = torch.randint(2 * dataset.crop_padding + 1, (2, batch), generator=generator)
+    return moves
+
+
+def _moved(images: Tensor, dataset: Dataset, moves: Tensor) -> Tensor:
+    """The images (B, C, H, W) mirrored and shifted by `moves` (3, B) on their device, see `_moves`."""
+    mirrored, top, left = moves
+    if dataset.flip:
+        images = torch.where(mirrored.bool().view(-1, 1, 1, 1), images.flip(3), images)
     if dataset.crop_padding:
         pad, (height, width) = dataset.crop_padding, images.shape[2:]
-        top, left = torch.randint(2 * pad + 1, (2, batch), generator=generator).to(images.device)
         # a view of all (2 pad + 1)^2 crops of each image, of which one is copied
         crops = F.pad(images, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)
-        images = crops[torch.arange(batch, device=images.device), :, top, left]
+        images = crops[torch.arange(len(images), device=images.device), :, top, left]
     return images
 
 
@@ -450,10 +470,16 @@ class MemoryLoader:
         With a generator, images are augmented. Every process augments the whole batch, so that an image looks the same
         however many processes there are.
         """
-        for chunk in chunks:
-            indices = chunk.to(self.split.labels.device)
+        sizes, device = [len(chunk) for chunk in chunks], self.split.labels.device
+        if not sizes:
+            return
+        # uploaded once an epoch: a GPU waits for each upload
+        parts = torch.cat(list(chunks)).to(device).split(sizes)
+        if generator is not None:
+            moves = torch.cat([_moves(size, self.data, generator) for size in sizes], 1).to(device).split(sizes, 1)
+        for i, indices in enumerate(parts):
             images = self.split.images[indices]
-            images = images if generator is None else augment(images, self.data, generator)
+            images = images if generator is None else _moved(images, self.data, moves[i])
             images, indices = self.place.part(images), self.place.part(indices)
             yield normalize(images, self.data), self.split.labels[indices], indices
 

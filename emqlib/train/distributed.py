@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from .. import checks, kernels
-from ..layers import Reduction, fails_channels_last
+from ..convert import quantized_layers
+from ..layers import Reduction, fails_channels_last, prepare
 
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
@@ -89,6 +91,46 @@ def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
     return torch.compile(model) if safe and (how is True or pays) else model
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks of a network: what its sequences and lists hold, if several quantized layers are in it."""
+    held = [part for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) for part in m.children()]
+    found = [part for part in held if len(quantized_layers(part)) > 1 and not isinstance(part, nn.Sequential)]
+    inner = {id(m) for part in found for m in part.modules() if m is not part}
+    return [part for part in found if id(part) not in inner]
+
+
+@contextmanager
+def blocks_compiled(model: nn.Module, how: bool | str) -> Iterator[None]:
+    """Within the block, if `how` is "blocks", each of `blocks` is compiled by itself; blocks alike share a graph."""
+    safe = not _stays_contiguous(model, next(model.parameters()).device)
+    chosen = blocks(model) if how == "blocks" and safe else []
+    if not chosen:
+        yield
+        return
+    for part in chosen:
+        part.compile(dynamic=False)
+    try:
+        # a graph for each shape of a block, with and without rounding, of each size of batch; by default 8 in all
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
+    finally:
+        for part in chosen:
+            part._compiled_call_impl = None
+
+
+class _Prepared(nn.Module):
+    """A network that quantizes all its weights first, as `convert.step_weights` does; `step` is held by the caller."""
+
+    def __init__(self, model: nn.Module, step: Lock) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the network for x (B, ...)."""
+        prepare(quantized_layers(self.model).values(), self.step)
+        return self.model(x)
+
+
 class Graphed:
     """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state()`.
 
@@ -117,18 +159,34 @@ class Graphed:
     def _captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Capturing runs passes to warm up; what they change, such as running statistics, is put back."""
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        without_hooks = nn.Sequential(self.model).train()
+        step, layers = Lock(), quantized_layers(self.model).values()
+        without_hooks = _Prepared(self.model, step).train()
         collecting = gc.isenabled()
         gc.disable()  # an earlier network's graphs, collected during a capture, would spoil it
         try:
             own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all: no two are ever at work
-            graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
+            with step:
+                graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
         finally:
+            for layer in layers:
+                layer.prepared = None
             if collecting:
                 gc.enable()
         for buffer, value in before:
             buffer.copy_(value)
         return graphed
+
+
+@contextmanager
+def fastest_convolutions(device: torch.device) -> Iterator[None]:
+    """Within the block, cuDNN tries its algorithms on each shape once; not where the user asks for repeatable runs."""
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.benchmark
+    repeatable = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = before or (device.type == "cuda" and not repeatable)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 @contextmanager

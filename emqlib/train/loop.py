@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -35,34 +34,35 @@ SMALLEST_SCALE = 2.0**-24  # of a loss in float16: reached after 40 steps in a r
 class LossWatch:
     """The mean loss of an epoch, which stops the run at the first loss that is not finite.
 
-    On CUDA it looks at a loss some steps late, so that no step waits for the device.
+    On CUDA it looks at losses at the end of an epoch, or a thousand at a time, so that no step waits for the device.
     """
 
     def __init__(self, place: Place, model: nn.Module, device: torch.device) -> None:
-        self.pending: deque[tuple[Tensor, float, str]] = deque()
-        self.place, self.model, self.lag = place, model, 16 if device.type == "cuda" else 0
+        self.pending: list[tuple[Tensor, float, str]] = []
+        self.place, self.model, self.lag = place, model, 1000 if device.type == "cuda" else 0
         self.total, self.weight = 0.0, 0.0
 
     def see(self, loss: Tensor, weight: float, where: str) -> None:
         """Take in a scalar loss, its weight in the mean and where it was. FloatingPointError: one is not finite."""
         self.pending.append((loss.detach(), weight, where))
-        self._check(self.lag)
+        if len(self.pending) > self.lag:
+            self._check()
 
     def mean(self) -> float:
         """The weighted mean of all losses of all processes."""
-        self._check(0)
+        self._check()
         total, weight = self.place.sums(self.total, self.weight)
         return total / weight
 
-    def _check(self, waiting: int) -> None:
-        while len(self.pending) > waiting:
-            loss, weight, where = self.pending.popleft()
-            value = float(loss)
+    def _check(self) -> None:
+        values = torch.stack([loss for loss, *_ in self.pending]).tolist() if self.pending else []
+        for value, (_, weight, where) in zip(values, self.pending, strict=True):
             if not math.isfinite(value):
                 broken = None if self.lag else _not_finite(self.model)  # later this very loss may have broken weights
                 cause = f"{broken} was not finite before it, so a gradient of the step before was not; "
                 raise FloatingPointError(f"loss={value} at {where}: {cause if broken else ''}{STOPPED}")
             self.total, self.weight = self.total + value * weight, self.weight + weight
+        self.pending.clear()
 
 
 def check_weights(model: nn.Module, scaler: torch.amp.GradScaler, where: str) -> None:
@@ -87,9 +87,10 @@ def optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
     ]
+    fused = True if next(model.parameters()).is_cuda else None  # one kernel for all parameters
     if config.optimizer == "adamw":
-        return AdamW(groups, lr=config.lr)
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        return AdamW(groups, lr=config.lr, fused=fused)
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
 
 
 class _Run:
@@ -210,13 +211,16 @@ def _check_parts(coresets: Coresets, config: TrainConfig, place: Place) -> None:
 def _safe(run: _Run, path: Path | None) -> Iterator[None]:
     """Within the block no other process writes the checkpoint, and running out of memory says what to try.
 
-    However it ends, the network is in evaluation mode afterwards and holds no gradients.
+    However it ends, the network is in evaluation mode afterwards and holds no gradients. On CUDA the fastest
+    convolutions are looked for.
     """
     config = run.config
     halved = f"batch_size={config.batch_size // 2}" if config.batch_size > 1 else "smaller images"
     advice = f"{halved}, or accumulate={2 * config.accumulate}, for the same steps in smaller parts"
     with (
         alone(path) if path is not None and run.place.main else nullcontext(),
+        distributed.fastest_convolutions(run.device),
+        distributed.blocks_compiled(run.model, config.compile),
         distributed.enough_memory("batch_size", config.batch_size, f"{advice}; the last checkpoint stays"),
     ):
         try:
@@ -309,7 +313,8 @@ def _child(
     images, labels, indices = part
     set_bits(run.model, b)
     waits = nullcontext() if last else run.place.alone(run.wrapped)
-    eager = run.forward is run.wrapped  # a compiled or captured network quantizes weights in an order of its own
+    # a compiled or captured network quantizes weights in an order of its own
+    eager = run.forward is run.wrapped and run.config.compile != "blocks"
     with waits, step_weights(run.model) if eager else nullcontext():
         logits = logits_of(run.forward(images)).float()
         if logits.shape[1] < run.data.num_classes:

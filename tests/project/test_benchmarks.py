@@ -1,6 +1,7 @@
 """The benchmarks still run; what they measure is never a test's business."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,28 @@ ON_LITTLE = {  # what each is asked to measure of a few digits, and how many row
     "schemes": ((), {"repeats": 2, "epochs": 4}, 6),
     "steps": ((TINY, ("none", "bfloat16"), ("eager",)), {"bits": (1, 8), "repeats": 2, "batch": 4}, 16),
 }
+
+
+def test_a_step_on_a_gpu_launches_less_than_a_third_of_what_it_did() -> None:
+    pytest.importorskip("triton")
+    gpu_step = benchmark("gpu_step")
+    rows = gpu_step.measure(width_factor=1, batch=8, bits=2)
+    table = gpu_step.summary(rows).set_index("stage")
+    assert table.loc["and activations", "all"] * 3 <= table.loc["before", "all"]
+    assert table.products.nunique() == table["batch norm"].nunique() == 1 and table.GFLOP.nunique() == 1
+    gpu_step.figure(rows)
+    pyplot.close("all")
+
+
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, str(FOLDER / "gpu.py"), str(tmp_path), "--dry"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(FOLDER.parent)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    rows = pd.read_csv(tmp_path / "gpu.csv")
+    assert rows.note.isna().all() and (rows.value[rows.part != "kernels"] > 0).all()
+    errors = rows.value[rows.part == "kernels"]
+    assert len(errors) == 18 and (errors < 1e-4).all() and (tmp_path / "gpu.png").exists()
 
 
 @pytest.mark.processor

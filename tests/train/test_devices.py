@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import emqlib as emq
+from emqlib import models
+from emqlib.convert import quantized_layers
 from emqlib.train import distributed
 
 CPU = torch.device("cpu")
@@ -76,6 +79,28 @@ def test_other_errors_are_what_they_are(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, distributed.enough_memory("batch_size", 128, "batch_size=64"):
         raise error
     assert caught.value is error
+
+
+def test_a_captured_pass_quantizes_weights_first_and_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = emq.convert(models.build("resnet8", 10, width=4), emq.QuantSpec(bits=(2, 4))).train()
+    layers, prepared, x = quantized_layers(net).values(), [], torch.rand(2, 3, 8, 8)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+    def captured(module: nn.Module, given: tuple[torch.Tensor], **_: object) -> nn.Module:
+        module(*given).square().sum().backward()
+        prepared.extend(layer.prepared is not None for layer in layers)
+        return net
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
+    distributed.Graphed(net, lambda: 4)._captured(x)
+    gradients = [p.grad.clone() for p in net.parameters()]
+    assert prepared and all(prepared) and all(layer.prepared is None for layer in layers)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    net.zero_grad()
+    net(x).square().sum().backward()
+    for found, p in zip(gradients, net.parameters(), strict=True):
+        torch.testing.assert_close(found, p.grad)
 
 
 @pytest.mark.parametrize("on", [True, False])
