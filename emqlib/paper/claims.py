@@ -111,7 +111,7 @@ def claims(results: Path) -> list[Claim]:
 
     ValueError: rows that a claim is about are missing.
     """
-    groups = (_correction, _bit_widths, _transfer, _coresets, _cost, _transformers, _beyond, _speed, _served)
+    groups = (_correction, _bit_widths, _transfer, _coresets, _scores, _cost, _transformers, _beyond, _speed, _served)
     return [claim for group in groups for claim in group(checks.path("results", results))]
 
 
@@ -243,14 +243,6 @@ def _coresets(results: Path) -> list[Claim]:
         seeds(rows, method="Ours", pruning_rate=0.8) - seeds(rows, method="Any-Precision")
         for rows in (read(results, f"small/02_{name}", **AS_TRAINED) for name in ("cifar100", "tinyimagenet"))
     )
-    scores = read(results, "small/05_coreset_comparison", **AS_TRAINED)
-    longer = [
-        seeds(scores, coreset="tdds", pruning_rate=rate) - seeds(scores, coreset="RS2, epochs=9", pruning_rate=rate)
-        for rate in (0.5, 0.8, 0.9)
-    ]
-    options = read(results, "small/07_ablation_scoring_scheme", **AS_TRAINED)
-    bitwise = seeds(options, coreset="tdds, all candidates")
-    joint_scores = bitwise - seeds(options, coreset="tdds, scoring=joint, all candidates")
     table = read(results, "paper/table1", metric="mean_top1")
     return [
         Claim(
@@ -271,6 +263,19 @@ def _coresets(results: Path) -> list[Claim]:
             "not tested at this scale",
             "It needs the paper's network, its schedule and hours of a GPU.",
         ),
+    ]
+
+
+def _scores(results: Path) -> list[Claim]:
+    scores = read(results, "small/05_coreset_comparison", **AS_TRAINED)
+    longer = [
+        seeds(scores, coreset="tdds", pruning_rate=rate) - seeds(scores, coreset="RS2, epochs=9", pruning_rate=rate)
+        for rate in (0.5, 0.8, 0.9)
+    ]
+    options = read(results, "small/07_ablation_scoring_scheme", **AS_TRAINED)
+    bitwise = seeds(options, coreset="tdds, all candidates")
+    joint_scores = bitwise - seeds(options, coreset="tdds, scoring=joint, all candidates")
+    return [
         Claim(
             '"informative subset selected via gradient-based importance scores"',
             "abstract",
