@@ -131,7 +131,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field in WRONG for value in WRONG[field]], ids=str)
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in WRONG for value in WRONG[field]])
 def test_what_is_no_quantizer_is_refused_when_it_is_passed(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"(?s)^{field}=.*: expected (one of dorefa|a function that is defined)"):
         emq.QuantSpec(bits=(2, 4), **{field: value})
