@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -94,7 +95,8 @@ def changed(owner: type, name: str, value: object) -> Run:
 
 def another(owner: type, name: str) -> Run:
     """`BASE` with some other value of this field that is allowed."""
-    for value in (*get_args(get_type_hints(owner)[name]), *OTHERS):
+    choices = get_args(get_type_hints(owner)[name])  # of a Literal, which may stand in a union
+    for value in (*choices, *chain.from_iterable(map(get_args, choices)), *OTHERS):
         with suppress(ValueError):
             if (run := changed(owner, name, value)) != BASE:
                 return run

@@ -128,7 +128,7 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     kinds = rows[["method", "pruning_rate", "coreset"]].drop_duplicates().itertuples(index=False, name=None)
     full = {(method, 0.0, "full data") for method in ("Any-Precision", "Dedicated", "Ours")}
     assert {*kinds} == full | {("Ours", rate, name) for rate in (0.5, 0.8, 0.9) for name in ("RS2", "tdds")}
-    assert "paper: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
+    assert "summary: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
 
 
 def read(notebook: str, *arguments: str) -> dict[str, object]:
