@@ -5,6 +5,8 @@ fewer operations. The tests compare the two at every bit-width.
 """
 
 import os
+import warnings
+from functools import cache
 from importlib.util import find_spec
 from inspect import signature
 
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .correction import correct_weight as plain_correction
 from .quantizers import Number, is_full, learned_grid
+from .quantizers import dorefa_weight as plain_dorefa_weight
 
 _BEFORE_2_13 = torch.__version__ < (2, 13)
-
-
 _TRITON = find_spec("triton") is not None
 
 
@@ -27,7 +29,24 @@ def runs_triton(x: Tensor) -> bool:
     It takes no classes derived from Tensor, which may be spread over devices or have no numbers.
     """
     there = type(x) in (Tensor, nn.Parameter) and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-    return there and _TRITON and not torch.compiler.is_compiling()
+    return there and _TRITON and not torch.compiler.is_compiling() and (not x.is_cuda or _agree(x.device))
+
+
+@cache
+def _agree(device: torch.device) -> bool:
+    """Whether the kernels of `triton_kernels` give on `device` what the formulas give; if not, a warning says so."""
+    from .triton_kernels import correct_dorefa_weights
+
+    w = torch.rand(5, 31, generator=torch.Generator().manual_seed(0)).sub_(0.5).to(device)
+    expected, reason = plain_correction(*plain_dorefa_weight(w, 3.0)), "they give other numbers"
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            good = torch.allclose(correct_dorefa_weights([w], 3.0)[0], expected, atol=1e-5)
+    except Exception as error:  # a driver, a compiler or a device that Triton does not know
+        good, reason = False, repr(error)
+    if not good:
+        warnings.warn(f"Triton's kernels are not used on {device}, where {reason}", stacklevel=3)
+    return good
 
 
 def unsynced_buffers() -> dict[str, bool]:

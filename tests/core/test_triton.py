@@ -134,6 +134,26 @@ def test_without_a_gpu_functions_are_plain(monkeypatch: pytest.MonkeyPatch) -> N
     assert not kernels.runs_triton(w)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+@pytest.mark.parametrize("gives", ["the formula", "other numbers", "an error"])
+def test_kernels_that_a_device_gets_wrong_are_not_used_there(gives: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_kernels = pytest.importorskip("emqlib.triton_kernels")
+
+    def kernel(weights: list[Tensor], n: float) -> tuple[Tensor, ...]:
+        if gives == "an error":
+            raise RuntimeError("no driver")
+        right = tuple(correction.correct_weight(*quantizers.dorefa_weight(w, n)) for w in weights)
+        return right if gives == "the formula" else tuple(w + 1e-3 for w in right)
+
+    monkeypatch.setattr(triton_kernels, "correct_dorefa_weights", kernel)
+    tried = kernels._agree.__wrapped__
+    if gives == "the formula":
+        assert tried(torch.device("cpu"))
+        return
+    with pytest.warns(UserWarning, match="not used on cpu, where " + ("they give|RuntimeError")):
+        assert not tried(torch.device("cpu"))
+
+
 @interpreted
 def test_weights_of_another_type_or_longer_are_quantized_one_by_one() -> None:
     layer = quantized_layers(emq.convert(models.build("resnet8", 10, width=4), emq.QuantSpec(bits=(2, 4))))
