@@ -324,7 +324,7 @@ def _child(
         weight = len(labels) * run.place.count / size
         watch.see(loss, weight, where)
         run.scaler.scale(loss if weight == 1 else loss * weight).backward()
-    run.coresets.observe(b, indices, logits, labels)  # only now is the loss known to be finite
+    run.coresets.observe(b, indices, logits, labels)  # on a CPU the loss is known to be finite by now
     return logits.detach()
 
 
