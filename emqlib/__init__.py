@@ -12,7 +12,7 @@ from .deploy.io import load, save
 from .deploy.onnx import export_onnx
 from .deploy.pack import pack
 from .layers import QuantSpec
-from .train.config import CoresetConfig, TrainConfig
+from .train.config import CoresetConfig, TrainConfig, recipe
 from .train.coresets import Coresets
 from .train.data import Dataset
 from .train.evaluate import adapt_norm, evaluate, soft_targets
@@ -39,6 +39,7 @@ __all__ = [
     "models",
     "pack",
     "quantizers",
+    "recipe",
     "save",
     "set_bits",
     "soft_targets",

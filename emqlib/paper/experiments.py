@@ -67,7 +67,7 @@ def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
 
 def in_setting(base: Run, setting: Setting) -> Run:
     """`base` with the network, the training and the images of `setting`; only the seed of its training is kept."""
-    own = {name: getattr(setting, name) for name in ("model", "model_args", "subset", "image_size")}
+    own = {name: getattr(setting, name) for name in ("model", "model_args", "subset", "image_size", "held_out")}
     return replace(base, **own, config=replace(setting.training, seed=base.config.seed))
 
 
@@ -337,19 +337,100 @@ def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """What a child model gains from the others' steps: trained all together, all but one, and each alone.
 
-    ValueError: a single bit-width.
+    Alone it is also trained for as many steps as the others have together. ValueError: a single bit-width.
     """
     if len(p.bits) < 2:
         raise checks.invalid("bits", p.bits, "two bit-widths at least")
     children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
     runs = []
     for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
+        longer = replace(start.config, epochs=(len(p.bits) - 1) * start.config.epochs)
         runs += [*(ours(start, bits=bits, **UNCALIBRATED) for bits in children), *dedicated(start)]
+        runs += dedicated(replace(start, config=longer))
+    return list(dict.fromkeys(runs))  # of two bit-widths the others are one
+
+
+def fair_base(p: Parameters, seed: int, dataset: str = "cifar10") -> Run:
+    """What runs of a comparison share in which each method is tuned; only the trained bit-widths are evaluated."""
+    return replace(in_setting(base(p, seed, dataset), p.profile.fair), eval_bits=p.bits)
+
+
+def tuning(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """What each method trains best with, on validation images and the full data, of one seed.
+
+    Any-Precision with and without distillation, and ours: learning rates 0.5, 1 and 2 times the usual one, each in
+    whole batches and in batches of a third, in which ours takes as many steps as Any-Precision in whole ones.
+    """
+    start, runs = fair_base(p, p.seeds[0], dataset), []
+    for parts, factor in product((1, 3), (1.0, 2.0, 0.5)):
+        shared = in_parts(start, parts)
+        shared = replace(shared, config=replace(shared.config, lr=factor * start.config.lr))
+        joint = any_precision(shared)
+        runs += [joint, replace(joint, config=replace(joint.config, distillation=False)), ours(shared)]
+    return runs
+
+
+def statistics_kinds(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Which running statistics serve a shared norm, without and with correction: for `statistics.KINDS`."""
+    runs = []
+    for seed, correction in product(p.seeds, ("none", "mean_var")):
+        run = ours(fair_base(p, seed, dataset), norm="shared_affine", correction=correction)
+        runs.append(replace(run, every_statistics=True))
+    return runs
+
+
+def _long_base(p: Parameters, seed: int, dataset: str) -> Run:
+    """`base` for the profile's `fair_epochs`, with held-out images in place of test images."""
+    return replace(base(p, seed, dataset, p.profile.fair_epochs), held_out=p.profile.fair.held_out)
+
+
+def pruned_factors(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
+    """What matters in pruning: coresets drawn once or each epoch, with a first epoch on all data or without.
+
+    All coresets are random, so that no score has a part in it. Each network is evaluated with `statistics.KINDS`.
+    """
+    on_all = {"score": "el2n", "scoring_epochs": 1, "how": "sample", "power": 0.0}  # a power of 0: equal chances
+    runs = []
+    for seed, first, every in product(p.seeds, ({}, on_all), (0, 1)):
+        start = replace(_long_base(p, seed, dataset), every_statistics=True)
+        coreset = CoresetConfig(pruning_rate=pruning_rate, resample_every=every, **first)
+        runs.append(ours(start, coreset, norm="shared_affine"))
+    return runs
+
+
+def importance(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Importance against equal chances at 80 % pruning: EL2N of 3 epochs, and TDDS of 10 with windows of 5.
+
+    Each score has a twin that trains the same scoring phase and then draws with equal chances. EL2N scores all data and
+    TDDS 3/10 of it, so that all runs take the same number of passes. Ranks are averaged over bit-widths, which
+    makes them less noisy. There are five seeds where the profile has several.
+    """
+    drawn = {"pruning_rate": 0.8, "how": "sample", "across_bits": "identical"}
+    el2n = CoresetConfig(score="el2n", scoring_epochs=3, **drawn)
+    tdds = CoresetConfig(score="tdds", scoring_epochs=10, window=5, candidates=0.3, unscored=True, **drawn)
+    seeds = p.seeds if p.repeats or len(p.seeds) == 1 else range(p.seed, p.seed + 5)
+    runs = []
+    for seed, coreset, power in product(seeds, (el2n, tdds), (1.0, 0.0)):
+        start = _long_base(p, seed, dataset)
+        left = start.config.epochs - 15  # on coresets: 3 epochs on all data take as many passes as 15 on a fifth
+        config = replace(start.config, epochs=coreset.warmup + left)
+        runs.append(ours(replace(start, config=config), replace(coreset, power=power), norm="shared_affine"))
     return runs
 
 
 RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
-RUNS += [corrected_or_not, bias_correction, uncalibrated, untrained, transfer, deployed]
+RUNS += [
+    tuning,
+    statistics_kinds,
+    pruned_factors,
+    importance,
+    corrected_or_not,
+    bias_correction,
+    uncalibrated,
+    untrained,
+    transfer,
+    deployed,
+]
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h
 
 

@@ -110,6 +110,18 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return _finish(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
 
 
+def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Mean top-1 accuracy (%) over the trained bit-widths against the learning rate, a line for a method and batch."""
+    ax = axes(ax, _setting(rows, "What each method trains best with, on validation images"), _WIDE)
+    seeds = seed_means(rows, ["method", "batch_size", "lr"])
+    look = {"hue": "method", "style": "batch size", "markers": True, "palette": "colorblind"}
+    sns.lineplot(seeds.rename(columns={"batch_size": "batch size"}), x="lr", y="top1", **look, ax=ax)
+    ax.set_xscale("log", base=2)
+    rates = sorted(set(rows.lr))
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    return _finish(ax, "learning rate, logarithmic", "mean top-1 accuracy (%)", beside=True)
+
+
 def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> None:
     """Means and standard deviations, a line for each `hue`, moved sideways so that bars do not hide each other."""
     look = {"markers": list("osD^vP*Xhd<>")[: rows[hue].nunique()], "markersize": 5, "lw": 1, "palette": "colorblind"}
@@ -261,6 +273,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_pruning, ""),
     "06_bias_correction": ("06_bias_correction", accuracy_by_bits, "correction in ('none', 'mean_var')"),
     "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),
+    "06_statistics": ("06_statistics", gap_by_bits, "correction == 'mean_var'"),
     "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset, ""),
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
     "08_activation_distributions": ("08_activation_distributions", distributions, ""),
@@ -271,6 +284,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
+    "14_tuning": ("14_tuning", accuracy_by_lr, ""),
 }
 
 

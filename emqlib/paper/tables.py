@@ -238,18 +238,25 @@ def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:
     return rows.assign(coreset=name)
 
 
+_STATISTICS = {"own": "own statistics", "shared": "shared statistics", "even": "shared statistics, even mean"}
+_STATISTICS |= {"reversed": "shared statistics, order reversed", "slow": "shared statistics, momentum 0.01"}
+
+
 def adaptation_gaps(rows: pd.DataFrame) -> pd.DataFrame:
     """How far each network is above its batch-norm-adapted self, in points: one row a seed and bit-width.
 
-    Column statistics: shared by bit-widths, or their own for each trained one; without or with output correction.
+    Column statistics: shared by bit-widths, or their own for each trained one, or the kind of `statistics.KINDS` that
+    the rows name; without or with output correction, and without weight bias correction.
     """
-    keys = ["run", "seed", "bits", "trained"]
-    checks.table("rows", rows, (*keys, "norm", "correction", "adapted", "top1"))
-    norms = rows.norm.map({"shared": "shared statistics", "shared_affine": "own statistics"})
-    corrected = rows.correction.str.endswith(", output").map({True: ", output correction", False: ""})
-    pivot = {"index": ["statistics", *keys], "columns": "adapted", "values": "top1", "sort": False}
-    wide = rows.assign(statistics=norms + corrected).pivot_table(**pivot)
-    return wide.assign(gap=wide[False] - wide[True]).reset_index()
+    checks.table("rows", rows, ("run", "seed", "bits", "trained", "norm", "correction", "adapted", "top1"))
+    plain = rows[~rows.adapted]
+    adapted = rows[rows.adapted].set_index(["run", "bits"]).top1.rename("adapted_top1")
+    norms = plain.norm.map({"shared": "shared", "shared_affine": "own"})
+    kinds = (plain.statistics if "statistics" in plain else norms).map(_STATISTICS)
+    kinds += plain.correction.str.endswith(", output").map({True: ", output correction", False: ""})
+    kinds += plain.correction.eq("none").map({True: ", no weight bias correction", False: ""})
+    found = plain.assign(statistics=kinds).join(adapted, on=["run", "bits"])
+    return found.assign(gap=found.top1 - found.adapted_top1)
 
 
 def adaptation_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -277,18 +284,20 @@ def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a child model: top-1 (%) after all steps, after its own alone, after the others' alone.
 
     All are after batch-norm adaptation, so that weights are compared. "gained" is what the others' steps add to its
-    own. rows: of `experiments.transfer`.
+    own; "as many own steps" are as many as the others' alone. rows: of `experiments.transfer`.
     """
-    checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "top1"))
+    checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "epochs", "top1"))
     adapted = rows[rows.adapted]
-    every = max(adapted.trained_bits, key=len)
-    kinds = adapted.trained_bits.map({every: "all steps"}).where(adapted.scheme != "dedicated", "own steps alone")
+    every, alone = max(adapted.trained_bits, key=len), adapted.scheme == "dedicated"
+    kinds = adapted.trained_bits.map({every: "all steps"}).where(~alone, "own steps alone")
+    kinds = kinds.where(~alone | adapted.epochs.eq(adapted.epochs.min()), "as many own steps")
     kinds = kinds.where(kinds.notna() | adapted.trained, "others' steps alone")
     seeds = adapted.assign(kind=kinds).pivot_table(index=["bits", "seed"], columns="kind", values="top1", sort=False)
     seeds["gained"] = seeds["all steps"] - seeds["own steps alone"]
     tidy = seeds.melt(ignore_index=False, var_name="kind", value_name="top1").dropna().reset_index()
-    order = ["own steps alone", "others' steps alone", "all steps", "gained"]
-    return _wide(tidy, ["bits"], "kind").sort_index()[order].reset_index()
+    order = ["own steps alone", "others' steps alone", "as many own steps", "all steps", "gained"]
+    wide = _wide(tidy, ["bits"], "kind").sort_index()
+    return wide[[name for name in order if name in wide]].reset_index()
 
 
 def growth_table(rows: pd.DataFrame) -> pd.DataFrame:

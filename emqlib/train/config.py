@@ -1,7 +1,7 @@
 """What a training run is asked for, checked before it starts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,6 +9,7 @@ import torch
 
 from .. import checks
 from ..checks import Own, Range
+from ..layers import QuantSpec
 from . import distributed
 
 Score = Literal["random", "entropy", "forgetting", "el2n", "grand", "moderate", "tdds"]
@@ -172,3 +173,33 @@ def learning_rate(progress: float, config: TrainConfig) -> float:
         return config.lr * config.gamma ** sum(progress >= m for m in config.milestones)
     span = config.epochs - config.warmup_epochs
     return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - config.warmup_epochs) / span))
+
+
+def recipe(
+    bits: Iterable[int] = (2, 4, 8), epochs: int = 30, pruning_rate: float = 0.8, **training: Any
+) -> tuple[QuantSpec, TrainConfig]:
+    """The way that we recommend to convert and train a network at a fraction of the passes, beyond the paper.
+
+    The first epoch takes all data and scores it by EL2N. Then each bit-width draws a new coreset for each epoch, by its
+    scores. Batches have 64 samples, because a bit-width on a fifth of the data has few steps. Each trained bit-width
+    keeps running statistics of its own, and output correction serves the untrained ones, so nothing is calibrated.
+    Notebook 07 measures what each part brings.
+
+    Args:
+        bits: the bit-widths to train.
+        epochs: passes over the coresets, with the first one on all data.
+        pruning_rate: the fraction of the training set that a bit-width leaves out in an epoch; 0 trains on all data.
+        **training: other fields of `TrainConfig`, such as lr, optimizer or compile.
+
+    Returns:
+        What `convert` and `train` take.
+
+    Examples:
+        >>> spec, config = recipe(bits=(2, 4, 8), epochs=30, lr=0.05)
+        >>> spec.norm, config.batch_size, config.coreset.score
+        ('shared_affine', 64, 'el2n')
+    """
+    rate = checks.pruning_rate(pruning_rate)
+    coreset = CoresetConfig(score="el2n", how="sample", pruning_rate=rate) if rate else None
+    config = TrainConfig(**{"batch_size": 64, "epochs": epochs, "coreset": coreset} | training)
+    return QuantSpec(bits=checks.bit_widths("bits", bits), norm="shared_affine", output_correction=True), config

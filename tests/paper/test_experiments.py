@@ -20,6 +20,7 @@ from test_runs import (
     no_profile_from_outside,
 )
 
+from emqlib import Coresets
 from emqlib.paper import experiments, measure
 from emqlib.paper.experiments import bias_correction, quickstart, table1
 from emqlib.paper.measure import BINS, SPAN, gradient_angles
@@ -236,11 +237,55 @@ def test_untrained_trains_all_and_then_the_ends() -> None:
 
 def test_transfer_leaves_each_child_out_once() -> None:
     runs = experiments.transfer(parameters(profile="small", bits=(2, 4, 8), repeats=1))
-    assert [r.spec.bits for r in runs] == [(2, 4, 8), (4, 8), (2, 8), (2, 4), (2,), (4,), (8,)]
-    assert [r.method for r in runs] == ["Ours, own statistics"] * 4 + ["Dedicated"] * 3
+    assert [r.spec.bits for r in runs] == [(2, 4, 8), (4, 8), (2, 8), (2, 4), *[(2,), (4,), (8,)] * 2]
+    assert [r.method for r in runs] == ["Ours, own statistics"] * 4 + ["Dedicated"] * 6
+    assert [r.config.epochs for r in runs] == [8] * 7 + [16] * 3
+    pair = experiments.transfer(parameters(profile="small", bits=(2, 8), repeats=1))
+    assert [r.spec.bits for r in pair] == [(2, 8), (8,), (2,), (2,), (8,)]
     assert {r.eval_bits for r in runs[:4]} == {(2, 4, 8)}
     with pytest.raises(ValueError, match=r"^bits=\(4,\): expected two bit-widths at least$"):
         experiments.transfer(parameters(profile="small", bits=[4]))
+
+
+def test_every_method_is_tuned_on_held_out_images() -> None:
+    p = parameters(profile="small")
+    runs = experiments.tuning(p)
+    assert len({run.hash for run in runs}) == len(runs) == 18
+    asked = {(r.method, r.config.distillation, r.config.lr, r.config.batch_size) for r in runs}
+    methods = [("Any-Precision", True), ("Any-Precision, no distillation", False), ("Ours", False)]
+    assert asked == {(*kind, lr, size) for kind in methods for lr in (0.05, 0.1, 0.2) for size in (128, 42)}
+    settings = {(r.model, r.held_out, r.config.epochs, r.pruning_rate, r.config.seed, r.eval_bits) for r in runs}
+    assert settings == {("preact_resnet20", 5000, 4, 0.0, 0, p.bits)}
+
+
+def test_factors_and_scores_are_compared_on_held_out_images() -> None:
+    kinds = experiments.statistics_kinds(parameters(profile="small", repeats=2))
+    asked = [(r.config.seed, r.spec.correction, r.spec.norm, r.every_statistics) for r in kinds]
+    assert asked == [(s, c, "shared_affine", True) for s in (0, 1) for c in ("none", "mean_var")]
+    p = parameters(profile="small", repeats=1)
+    runs = experiments.pruned_factors(p)
+    drawn = [(r.config.coreset.resample_every, r.config.coreset.warmup, r.config.coreset.power) for r in runs]
+    assert drawn == [(0, 0, 1.0), (1, 0, 1.0), (0, 1, 0.0), (1, 1, 0.0)]
+    assert {(r.every_statistics, r.spec.norm, r.config.epochs) for r in runs} == {(True, "shared_affine", 30)}
+    runs += experiments.importance(p)
+    assert {(r.held_out, r.model, r.pruning_rate) for r in runs} == {(5000, "resnet8", 0.8)}
+    assert {run.config.seed for run in experiments.importance(parameters(profile="small"))} == {0, 1, 2, 3, 4}
+
+
+def test_scores_and_their_twins_take_the_same_passes() -> None:
+    runs = experiments.importance(parameters(profile="small", repeats=1))
+    assert [(r.config.coreset.score, r.config.coreset.power) for r in runs] == [
+        ("el2n", 1.0),
+        ("el2n", 0.0),
+        ("tdds", 1.0),
+        ("tdds", 0.0),
+    ]
+    passes = set()
+    for run in runs:
+        labels = torch.arange(1000) % 10
+        coresets = Coresets(labels, (2, 4, 8), run.config.coreset, epochs=run.config.epochs)
+        passes.add(sum(coresets.size(epoch) for epoch in range(run.config.epochs)))
+    assert passes == {6000}
 
 
 def test_what_is_compared_without_calibration() -> None:

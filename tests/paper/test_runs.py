@@ -48,8 +48,10 @@ def test_every_committed_record_is_of_a_run_of_today() -> None:
         for path in (ROOT / "results/runs").glob("*.json")
         if "-" not in path.stem and json.loads(path.read_text())["config"]["profile"] != "small"
     }
-    assert found - benchmarks == set(listed)
-    for name, run in listed.items():
+    made = found - benchmarks
+    assert made <= set(listed)
+    assert all(run.held_out for name, run in listed.items() if name not in made)  # these are made in several goes
+    for name, run in ((name, listed[name]) for name in made):
         record = json.loads((ROOT / f"results/runs/{name}.json").read_text())
         assert _of_today(record["config"]).hash == name == record["run"] and run.hash == name
     for name in benchmarks:

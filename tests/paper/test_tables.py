@@ -324,9 +324,9 @@ def test_untrained_table() -> None:
 
 
 def test_transfer_table() -> None:
-    def child(trained: tuple[int, ...], top1: dict[int, float], scheme: str, seed: int = 0) -> pd.DataFrame:
+    def child(trained: tuple[int, ...], top1: dict[int, float], scheme: str, seed: int = 0, epochs: int = 8):
         rows = run("Ours", {b: (1.0, value) for b, value in top1.items()}, trained=trained, seed=seed)
-        return rows.assign(trained_bits=" ".join(map(str, trained)), scheme=scheme)
+        return rows.assign(trained_bits=" ".join(map(str, trained)), scheme=scheme, epochs=epochs)
 
     rows = together(
         child((2, 8), {8: 80, 2: 60}, "bitwise"),
@@ -336,10 +336,12 @@ def test_transfer_table() -> None:
         child((2,), {2: 54}, "dedicated"),
         child((2,), {2: 52}, "dedicated", seed=1),
         child((8,), {8: 71}, "dedicated"),
+        child((2,), {2: 51}, "dedicated", epochs=16),
+        child((8,), {8: 73}, "dedicated", epochs=16),
     )
     assert [tuple(row) for row in results.transfer_table(rows).to_numpy()] == [
-        (2, "53.0 ± 1.4", "50.0", "61.0 ± 1.4", "8.0 ± 2.8"),
-        (8, "71.0", "66.0", "80.0 ± 0.0", "9.0"),
+        (2, "53.0 ± 1.4", "50.0", "51.0", "61.0 ± 1.4", "8.0 ± 2.8"),
+        (8, "71.0", "66.0", "73.0", "80.0 ± 0.0", "9.0"),
     ]
 
 

@@ -249,6 +249,7 @@ RUN_FIELDS = {
 }
 RUN_FIELDS |= {"model_args": [None, {"width": 4}, ("width",), "width=4"], "image_size": [None, -1, 32.0]}
 RUN_FIELDS |= {"subset": [None, 5, (5,), (-1, 5), (0.5, 0.5)], "stream": FLAGS}
+RUN_FIELDS |= {"every_statistics": FLAGS, "held_out": [-1, 0.5, None]}
 TABLE += [
     ("QuantSpec", {"bits": (2, 4)}, SPEC),
     ("TrainConfig", {}, TRAIN),
@@ -357,6 +358,8 @@ TABLE += [
     ("load_dataset", {"name": "digits"}, LOAD),
     ("load_dataset", {"name": "cifar10"}, {"root": PATHS[1:]}),
     ("Dataset.subset", {"self": digits, "train": 20, "test": 10}, {"train": [*COUNTS, 41], "test": COUNTS}),
+    ("recipe", {}, {"bits": BITS, "epochs": [*NUMBERS, -1], "pruning_rate": RATES, "lr": [0, -1, NAN, "0.1"]}),
+    ("Dataset.validation", {"self": digits, "count": 10}, {"count": [*COUNTS, 40]}),
     ("train.sources.check_name", {"parameter": "dataset"}, {"name:dataset": NAMES}),
     ("evaluate", MEASURE, MEASURED | {"batch_size": COUNTS, "adapt_norm": FLAGS}),
     ("evaluate", MEASURE, {"data": [without("test")]}),
@@ -419,7 +422,7 @@ TABLE += [
     ("paper.experiments.transfer", {}, {"p:bits": [lambda: replace(small(), bits=(4,))]}),
 ]
 OF_ONE_DATASET = ["table1", "curves", "comparison", "bias_correction", "untrained", "transfer", "deployed"]
-OF_ONE_DATASET += ["equal_epochs", "scoring_ablation"]
+OF_ONE_DATASET += ["equal_epochs", "scoring_ablation", "tuning", "statistics_kinds", "pruned_factors", "importance"]
 TABLE += [(f"paper.experiments.{name}", {"p": small}, {"dataset": DATASETS}) for name in OF_ONE_DATASET]
 
 # Tables and figures: path, the committed rows it is right with, its other arguments

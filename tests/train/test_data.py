@@ -497,6 +497,17 @@ def test_subset_fills_up_where_a_class_is_short():
     assert replace(made_up(), train=split, test=split).subset(4, 1).train.labels.tolist() == [0, 0, 0, 1]
 
 
+def test_validation_images_are_the_last_of_each_class_and_not_trained_on():
+    labels = torch.tensor([2, 2, 2, 0, 1, 0, 2, 1, 0, 1])
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 2, 2)
+    data = replace(made_up(), train=Split(images, labels), test=Split(images[:3], labels[:3]), sha256="all")
+    held = data.validation(4)
+    assert held.test.images[:, 0, 0, 0].tolist() == [2, 6, 8, 9] and held.test.labels.tolist() == [2, 2, 0, 1]
+    assert held.train.images[:, 0, 0, 0].tolist() == [0, 1, 3, 4, 5, 7]
+    assert held.sha256 not in ("all", data.validation(3).sha256) and held.sha256 == data.validation(4).sha256
+    assert (held.mean, held.flip, held.classes) == (data.mean, data.flip, data.classes)
+
+
 def test_checksum_names_pixels_and_labels(tmp_path):
     write_folders(tmp_path / "one", seed=1)
     write_folders(tmp_path / "same", seed=1)
