@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
 
 from .. import checks
+from ..convert import at_bits, quantized_layers, trained_bits
 from ..files import home, write_atomic
+from ..train.data import Dataset, normalize
 from .tables import SETTING, adaptation_gaps, growth_table, seed_means, with_cost
 
 _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
@@ -108,18 +113,6 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     seeds = seed_means(rows, ["coreset", "pruning_rate"])
     _side_by_side(ax, seeds.assign(rate=(100 * seeds.pruning_rate).round().astype(int)), "rate", "top1", "coreset")
     return _finish(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
-
-
-def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) over the trained bit-widths against the learning rate, a line for a method and batch."""
-    ax = axes(ax, _setting(rows, "What each method trains best with, on validation images"), _WIDE)
-    seeds = seed_means(rows, ["method", "batch_size", "lr"])
-    look = {"hue": "method", "style": "batch size", "markers": True, "palette": "colorblind"}
-    sns.lineplot(seeds.rename(columns={"batch_size": "batch size"}), x="lr", y="top1", **look, ax=ax)
-    ax.set_xscale("log", base=2)
-    rates = sorted(set(rows.lr))
-    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    return _finish(ax, "learning rate, logarithmic", "mean top-1 accuracy (%)", beside=True)
 
 
 def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> None:
@@ -251,6 +244,45 @@ def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axe
     return _finish(ax, "" if by_layer else "epochs trained", "angle (degrees)", beside=True)
 
 
+def answers(model: nn.Module, data: Dataset, bits: int, count: int = 10) -> Figure:
+    """The first test images, what `model` takes them for at `bits`, and the activations that it computes with.
+
+    Answers that are wrong are red. Below each image is the input of the first quantized layer, in the channel that has
+    the most values between its lowest and its highest level at the highest trained bit-width.
+
+    Args:
+        model: a converted network.
+        data: its data set, of images.
+        bits: a bit-width that it serves.
+        count: how many images.
+    """
+    images = checks.instance("data", data, Dataset, "a Dataset").test.take(torch.arange(count)).images
+    layer, seen = next(iter(quantized_layers(model).values())), []
+    hook = layer.input_quantizer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    inputs = normalize(images.to(next(model.parameters()).device), data)
+    try:
+        for b in (trained_bits(model)[-1], bits):
+            with torch.no_grad(), at_bits(model, b):
+                classes = model.eval()(inputs).argmax(1).tolist()
+    finally:
+        hook.remove()
+    finest, maps = (x.float().cpu() for x in seen)
+    between = (finest > finest.min()) & (finest < finest.max())
+    channel = int(between.float().mean((0, 2, 3)).argmax())
+    figure, panels = plt.subplots(2, count, figsize=(_WIDE, 2.6), dpi=100, layout="constrained")
+    for i, (above, below) in enumerate(panels.T):
+        above.imshow(images[i].permute(1, 2, 0).cpu().numpy())
+        right = classes[i] == int(data.test.labels[i])
+        above.set_title(data.classes[classes[i]], fontsize=9, color="black" if right else "red")
+        below.imshow(maps[i, channel].numpy(), cmap="viridis")
+    for panel in panels.flat:
+        panel.set_axis_off()
+    plt.close(figure)  # a cell shows what it gives
+    levels = maps[:, channel].unique().numel()
+    figure.suptitle(f"At {bits} bit{'s' * (bits > 1)}: answers, and activations with {levels} levels", fontsize=10)
+    return figure
+
+
 def save(ax: Axes, path: Path) -> None:
     """Write the figure of `ax` as `path`.png, without date or version: the same rows give the same bytes."""
     figure, path = checks.instance("ax", ax, Axes, "axes of matplotlib").figure, checks.path("path", path)
@@ -273,7 +305,6 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_pruning, ""),
     "06_bias_correction": ("06_bias_correction", accuracy_by_bits, "correction in ('none', 'mean_var')"),
     "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),
-    "06_statistics": ("06_statistics", gap_by_bits, "correction == 'mean_var'"),
     "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset, ""),
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
     "08_activation_distributions": ("08_activation_distributions", distributions, ""),
@@ -284,7 +315,6 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
-    "14_tuning": ("14_tuning", accuracy_by_lr, ""),
 }
 
 

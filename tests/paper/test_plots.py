@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 matplotlib.use("Agg")
 
@@ -17,7 +18,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from test_tables import grown, uncalibrated
 
+import emqlib as emq
 from emqlib.paper import plots
+from emqlib.train.data import normalize
 
 
 @pytest.fixture(autouse=True)
@@ -243,3 +246,19 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     assert first.startswith(b"\x89PNG") and first == again != other
     assert len(first) < 100_000 and b"matplotlib" not in first.lower()
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}  # no temporary file
+
+
+def test_answers_show_what_the_network_says_and_computes_with() -> None:
+    torch.manual_seed(0)
+    model = emq.convert(emq.models.build("resnet8", 10, width=4), emq.QuantSpec(bits=(2, 8)))
+    data = emq.load_dataset("digits").subset(40, 20)
+    figure = plots.answers(model, data, bits=2, count=4)
+    assert figure.get_suptitle() == "At 2 bits: answers, and activations with 4 levels"
+    above, below = figure.axes[:4], figure.axes[4:]
+    with emq.at_bits(model, 2), torch.no_grad():
+        classes = model(normalize(data.test.images[:4], data)).argmax(1).tolist()
+    labels = data.test.labels[:4].tolist()
+    shown = [(ax.get_title(), ax.title.get_color()) for ax in above]
+    assert shown == [(str(c), "black" if c == y else "red") for c, y in zip(classes, labels, strict=True)]
+    assert all(len(set(ax.images[0].get_array().ravel().tolist())) <= 4 for ax in below)
+    assert plots.answers(model, data, bits=1, count=1).get_suptitle().startswith("At 1 bit:")
