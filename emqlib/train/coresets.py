@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +17,7 @@ from .config import CoresetConfig
 from .data import Dataset, Streamed, integers
 from .distributed import here
 
-MAPPED_BYTES = 1 << 30  # tables larger than this live in a memory-mapped file
+LARGE = 1 << 30  # bytes: a larger table stays in the memory of the CPU
 
 
 class Recorder(nn.Module):
@@ -46,13 +44,13 @@ class _TDDS(Recorder):
     """`coreset.tdds` as a stream. It gives the same numbers as the array (T, N, C), up to half precision's rounding.
 
     Memory: N (2 C + 4 (window - 1) + 8) bytes with half-precision probabilities. That is 1.8 MB for CIFAR-10 at
-    window 3, and 2.6 GB for ImageNet at window 10, whose probabilities lie in a memory-mapped temporary file.
-    A sample that was not observed in the epoch before starts a new window.
+    window 3, and 2.6 GB for ImageNet at window 10. A sample that was not observed in the epoch before starts a new
+    window.
     """
 
     def __init__(self, n: int, num_classes: int, window: int, decay: float) -> None:
         super().__init__(
-            previous=_table(n, num_classes),
+            previous=torch.zeros(n, num_classes, dtype=torch.float16),
             ring=torch.zeros(n, window - 1),
             score=torch.zeros(n),
             last=torch.full((n,), -2, dtype=torch.int16),
@@ -76,22 +74,6 @@ class _TDDS(Recorder):
         if not bool((self.score > 0).any()):
             raise checks.invalid("window", self.window, "at most as many epochs as were observed in a row")
         return self.score.clone()
-
-
-def _table(n: int, num_classes: int) -> Tensor:
-    """Zeros (N, C) in half precision; a large table lies in a temporary file, which is gone when nobody uses it."""
-    size = 2 * n * num_classes
-    if size <= MAPPED_BYTES:
-        return torch.zeros(n, num_classes, dtype=torch.float16)
-    with tempfile.NamedTemporaryFile(prefix="emqlib-") as file:
-        try:  # to reserve space: writing to mapped pages on a full disk would kill the process
-            os.posix_fallocate(file.fileno(), 0, size)
-        except AttributeError:  # macOS
-            file.truncate(size)
-        except OSError as error:
-            text = f"{error.strerror}: a table of scores takes {size / 1e9:.1f} GB; TMPDIR names the folder"
-            raise OSError(error.errno, text, file.name) from None
-        return torch.from_file(file.name, shared=True, size=size // 2, dtype=torch.float16).view(n, num_classes)
 
 
 class _Mean(Recorder):
@@ -154,7 +136,7 @@ def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device
     """
     if config.score == "tdds":
         made = _TDDS(n, num_classes, config.window, config.decay)
-        return made if made.previous.nbytes > MAPPED_BYTES else made.to(device)
+        return made if made.previous.nbytes > LARGE else made.to(device)
     if config.score == "forgetting":
         return _Forgetting(n).to(device)
     if config.score == "moderate":
