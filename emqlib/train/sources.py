@@ -1,7 +1,6 @@
 """Where data sets are found and how their files are read: `load_dataset`."""
 
 import contextlib
-import hashlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -177,10 +176,10 @@ def transforms(size: int, flip: bool) -> tuple[Transform, Transform]:
 def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
     """The images at `paths`, (N, 3, H, W) uint8; a cache keeps what tens of thousands of files take long to decode to.
 
-    The cache lies beside the data, or else below the user's cache folder, with checksums of its pixels and of the
-    files. It is made anew if either differs. Files are read for that only if their times or inodes are not those of
-    when the cache was made, as in a copy: a file that rots on its disk is not seen, nor is one that is written twice
-    within a tick of the clock, nor, on Windows, one that is rewritten in place with its time put back.
+    The cache lies beside the data, or else below the user's cache folder, with a checksum of its pixels. It is made
+    anew if a file has another size, time or inode than when the cache was made, as in a copy. A file that rots on its
+    disk is not seen, nor is one that is written twice within a tick of the clock, nor, on Windows, one that is
+    rewritten in place with its time put back.
 
     Args:
         image_size: see `pixels`.
@@ -188,72 +187,50 @@ def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> 
     Raises:
         ValueError: a file that is no readable image, images of unequal size.
     """
-    start, stats = len(str(folder)), [path.stat() for path in paths]
-    names = [(str(path)[start:], stat.st_size) for path, stat in zip(paths, stats, strict=True)]  # copies share these
+    start, stats = len(str(folder)), [path.stat() for path in paths]  # before decoding: a later change is seen
+    names = [(str(path)[start:], stat.st_size) for path, stat in zip(paths, stats, strict=True)]
     name = files.digest(files.canonical_json([image_size, names]))
     times = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]  # each write changes one of these
-    states = files.digest(files.canonical_json(times))
+    about = {"version": VERSION, "states": files.digest(files.canonical_json(times))}
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = Path(home, "emqlib", files.digest(str(folder.resolve()))[:16])
     caches = [place / f"{name}.safetensors" for place in (folder / ".emqlib", own)]
     for cache in caches:
         with contextlib.suppress(OSError, ValueError):  # no cache, or a damaged one: make it anew
-            return _read_cache(cache, paths, states)
-    images, contents = _decode_all(paths, image_size)
+            return _read_cache(cache, len(paths), about["states"])
+    images = _decode_all(paths, image_size)
     for cache in caches:
         with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without
-            _write_cache(cache, images, states, contents)
+            files.write(cache, about, {"images": images})
             break
     return images
 
 
-def _read_cache(cache: Path, paths: Sequence[Path], states: str) -> Tensor:
-    """What `_write_cache` wrote; OSError or ValueError: it is not whole, or the files have other contents."""
-    expected = "a whole cache of these files"
-    about, tensors = files.read(cache, VERSION, expected, "cache")
-    images, same = tensors.get("images", torch.empty(0)), about.get("states") == states
-    contents = about.get("contents") if same else _in_threads(lambda i: _digest(paths[i]), len(paths))
-    whole = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(paths)
-    if not whole or contents != about.get("contents"):
-        raise checks.invalid("cache", str(cache), expected)
-    images = images.clone()  # the file is mapped: what is written to it later must not be seen
-    if not same:
-        with contextlib.suppress(OSError):  # where it cannot be written, the files are read each time
-            _write_cache(cache, images, states, contents)
-    return images
+def _read_cache(cache: Path, count: int, states: str) -> Tensor:
+    """The images (N, 3, H, W) in a cache; OSError or ValueError: it is not whole, or of files in another state."""
+    about, tensors = files.read(cache, VERSION, "a whole cache of these files", "cache")
+    images = tensors.get("images", torch.empty(0))
+    if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != count or about.get("states") != states:
+        raise checks.invalid("cache", str(cache), "a cache of these files")
+    return images.clone()  # the file is mapped: what is written to it later must not be seen
 
 
-def _write_cache(cache: Path, images: Tensor, states: str, contents: str) -> None:
-    files.write(cache, {"version": VERSION, "states": states, "contents": contents}, {"images": images})
-
-
-def _decode_all(paths: Sequence[Path], image_size: int | None) -> tuple[Tensor, str]:
-    """The images, and a digest of the contents of their files."""
+def _decode_all(paths: Sequence[Path], image_size: int | None) -> Tensor:
+    """The images, decoded in threads, with a progress bar."""
     first = decode(paths[0], image_size)
     images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
 
-    def decode_one(i: int) -> str:
-        digest = _digest(paths[i])  # before: of a file that is replaced meanwhile, it must not name the new contents
+    def decode_one(i: int) -> None:
         image = decode(paths[i], image_size)
         if image.shape != first.shape:
             sizes = f"{first.shape[:2]} in {paths[0]}, {image.shape[:2]} in {paths[i]}"
             raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
         images[i] = image.transpose(2, 0, 1)
-        return digest
 
-    return torch.from_numpy(images), _in_threads(decode_one, len(paths))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _in_threads(digest: Callable[[int], str], count: int) -> str:
-    """A digest of what `digest` returns for each number below `count`, in threads, with a progress bar."""
     with ThreadPoolExecutor(8) as pool:
-        found = tqdm(pool.map(digest, range(count)), total=count, disable=None, unit=" files")
-        return files.digest("".join(found))
+        for _ in tqdm(pool.map(decode_one, range(len(paths))), total=len(paths), disable=None, unit=" files"):
+            pass
+    return torch.from_numpy(images)
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:
