@@ -57,17 +57,10 @@ class Own(str):
 
 
 def choice_or_own(name: str, value: Any, known: Collection[str], what: str, attempt: Callable[[Any], object]) -> str:
-    """`value`, if it is one of the `known` names; a function becomes an `Own`, if `attempt` can use it.
+    """`value`, if it is one of the `known` names; a function at the top of a module becomes an `Own`.
 
-    Args:
-        name: the parameter, for the error.
-        value: a name, an `Own`, or a function that is defined at the top of a module.
-        known: the names that are allowed.
-        what: what the function takes and returns, in words.
-        attempt: is called with the function and raises anything where it does not do that.
-
-    Raises:
-        ValueError: anything else.
+    `what` says in words what the function takes and returns. `attempt` is called with it, and raises anything where it
+    does not do that. ValueError: anything else.
     """
     if isinstance(value, Own) or (isinstance(value, str) and value in known):
         return value
@@ -223,10 +216,7 @@ def fields(config: Any) -> None:
 
     An annotation is a Literal of names, bool, str, a class, `int` or `float` (with a `Range`), or any type with a
     function `check(name, value)` that returns the value to keep; `X | None` allows None. Numbers become plain int and
-    float, so that a config goes into JSON.
-
-    Raises:
-        ValueError: names the field, its value and what is allowed.
+    float, so that a config goes into JSON. ValueError: names the field, its value and what is allowed.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         object.__setattr__(config, name, _as_annotated(name, getattr(config, name), hint))

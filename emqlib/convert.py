@@ -36,9 +36,7 @@ class MultiheadAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         if type(attention) is not nn.MultiheadAttention:
-            raise invalid(
-                "net", type(attention).__name__, "nn.MultiheadAttention itself, or attention of Linear layers"
-            )
+            raise invalid("net", type(attention).__name__, "nn.MultiheadAttention itself, or one of Linear layers")
         if attention.bias_k is not None or attention.add_zero_attn:
             raise invalid("net", repr(attention), "attention without add_bias_kv and add_zero_attn")
         self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
@@ -152,16 +150,11 @@ class _Tracer(fx.Tracer):
 
 
 def trace(net: nn.Module, training: bool | None = None) -> tuple[fx.Graph, set[str]] | None:
-    """The graph of `net`, and the names of the parameters that it reads outside their modules.
+    """The graph of `net`, and the parameters that it reads outside their modules, as in `linear(x, self.qkv.weight)`.
 
-    Args:
-        net: the network, of which a copy is traced: a forward pass may store the tracer's proxies in it.
-        training: the mode to trace in; None for the mode that each module is in.
-
-    Returns:
-        The graph and the names, as in `linear(x, self.qkv.weight)`; None if torch.fx cannot trace the network.
+    It is traced in `training` or evaluation mode, or with None in that of each module. None: torch.fx cannot trace it.
     """
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(net)  # a forward pass may store the tracer's proxies in it
     net = net if training is None else net.train(training)
     try:
         graph = _Tracer().trace(net)
@@ -234,7 +227,7 @@ def _signs(graph: fx.Graph, called: dict[fx.Node, nn.Module]) -> dict[nn.Module,
 
 
 def _is_only_reader(node: fx.Node, called: dict[fx.Node, nn.Module]) -> bool:
-    """Whether nothing else can read the values that a module in place overwrites."""
+    """Whether nothing else can read what a module overwrites in place."""
     (source,) = node.all_input_nodes
     return isinstance(called.get(source), (_ConvNd, _BatchNorm, nn.Linear)) and len(source.users) == 1
 
@@ -608,14 +601,10 @@ def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
 
 
 def summary(model: nn.Module) -> pd.DataFrame:
-    """A table of all Conv2d and Linear layers, one row each.
+    """A table of all Conv2d and Linear layers of `model`, one row each, with the names that `set_bits` matches.
 
-    Args:
-        model: as for `set_bits`, whose patterns match the names in the table.
-
-    Returns:
-        Columns name, type, bits, weight, activation, signed, range, correction, note. A layer in full precision has
-        bits 32, and note says why.
+    Columns: name, type, bits, weight, activation, signed, range, correction, note. A layer in full precision has bits
+    32, and note says why.
     """
     columns = ["name", "type", "bits", "weight", "activation", "signed", "range", "correction", "note"]
     return pd.DataFrame([row for network in networks(model) for row in _rows(network)], columns=columns)

@@ -60,11 +60,7 @@ def _try(function: Callable[..., Any], outputs: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How a network is quantized.
-
-    Raises:
-        ValueError: names the field, its value and what is allowed.
-    """
+    """How a network is quantized. ValueError: names the field, its value and what is allowed."""
 
     bits: Annotated[tuple[int, ...], checks.bit_widths]  # the trained bit-widths
     # The quantizers: a name, or a function of your own. n is the number of levels above the lowest one, a float, and in
@@ -364,12 +360,9 @@ class _QuantizedLayer(nn.Module):
         return self.train(plain.training)
 
     def set_bits(self, bits: int, levels: Tensor | None = None) -> None:
-        """Run at `bits` from now on.
+        """Run at `bits` from now on; `levels`, a scalar of its number of levels, may be shared with other layers.
 
-        Args:
-            bits: the bit-width.
-            levels: a scalar of its number of levels that other layers share, None for the layer's own. By a shared one,
-                a compiled graph sees that two layers quantize the same activation alike, and does it once.
+        By a shared one, a compiled graph sees that two layers quantize the same activation alike, and does it once.
         """
         self.bits, self.known_levels, self.full = bits, quantizers.levels(bits), bits == 32
         if levels is not self.levels:

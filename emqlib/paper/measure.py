@@ -33,9 +33,8 @@ ALL = "all layers"
 def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.DataFrame:
     """What quantization does to the mean and standard deviation of each layer's weight w, as the quantizer scales it.
 
-    Returns:
-        One row a bit-width, layer and correction: layer, bits, correction; mean_shift, the root mean square over output
-        channels o of (mean_o(w_q) - mean_o(w)) / std_o(w); scale, the mean over o of std_o(w_q) / std_o(w).
+    One row a bit-width, layer and correction: layer, bits, correction; mean_shift, the root mean square over output
+    channels o of (mean_o(w_q) - mean_o(w)) / std_o(w); scale, the mean over o of std_o(w_q) / std_o(w).
     """
     rows = []
     for b in bit_widths("bits", bits):
@@ -158,10 +157,9 @@ def layer_norms(
 ) -> pd.DataFrame:
     """How far the tokens before each layer norm are from those at the highest bit-width.
 
-    Returns:
-        One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a ratio; and of
-        normalized tokens mean_shift, the root mean square over features of the shift in standard deviations, and
-        variance, the mean over features of the ratio.
+    One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a ratio; and of
+    normalized tokens mean_shift, the root mean square over features of the shift in standard deviations, and variance,
+    the mean over features of the ratio.
     """
     seen = _watch(model, data, bits, nn.LayerNorm, samples, batch_size)
     rows = []
@@ -192,11 +190,9 @@ def gradient_angles(
     """Angles between the gradients that the child models give to the weights they share, of the same cross entropy.
 
     The gradient is to the full-precision weight of each convolution and linear layer, with batch norm as in training.
-
-    Returns:
-        One row a layer and pair of bit-widths: layer (or `ALL`, all of them as one vector), depth (from 0; -1 for
-        `ALL`), bits, other_bits, other_images, angle (degrees). Where bits and other_bits are equal, the second
-        gradient is of as many other images: the angle that sampling alone makes.
+    One row a layer and pair of bit-widths: layer (or `ALL`, all of them as one vector), depth (from 0; -1 for `ALL`),
+    bits, other_bits, other_images, angle (degrees). Where bits and other_bits are equal, the second gradient is of as
+    many other images: the angle that sampling alone makes.
     """
     wanted = _checked(bits, samples, integer("batch_size", batch_size, 2))
     converted(model)
@@ -244,11 +240,8 @@ def linear_probes(
     """How much of the classes a linear classifier reads from each child model's features. Needs scikit-learn.
 
     Features are the input of the network's last linear layer, (N, D), standardized. The classifier is ridge regression
-    on one-hot classes.
-
-    Returns:
-        One row a pair of bit-widths: probe_bits, on whose features the classifier was fitted; bits, whose features of
-        the test images it reads; top1 (%).
+    on one-hot classes. One row a pair of bit-widths: probe_bits, on whose features the classifier was fitted; bits,
+    whose features of the test images it reads; top1 (%).
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline

@@ -30,8 +30,7 @@ class OutOfTime(Exception):
 class Deadline:
     """The moment at which a budget, in seconds from now, is spent; with None there is no such moment.
 
-    Raises:
-        ValueError: anything but None and a finite number > 0.
+    ValueError: anything but None and a finite number > 0.
     """
 
     def __init__(self, budget: float | None) -> None:
@@ -79,8 +78,7 @@ def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: 
 def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The history and the state that `save` was given, for a run of this `identity`.
 
-    Raises:
-        ValueError: the file is damaged, of another version, or of another run.
+    ValueError: the file is damaged, of another version, or of another run.
     """
     expected = "a whole checkpoint of this library"
     about, tensors = files.read(path, VERSION, expected, "checkpoint")

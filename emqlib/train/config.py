@@ -32,8 +32,7 @@ def _try(score: Callable[..., Any]) -> None:
 class CoresetConfig:
     """Which part of the training set each child trains on. Resampling every epoch with "random" is RS2 (2305.18424).
 
-    Raises:
-        ValueError: names the field, its value and what is allowed.
+    ValueError: names the field, its value and what is allowed.
     """
 
     score: Annotated[Score | Own, _score] = "random"  # how samples are ranked; or your own f(p, labels, features)
@@ -116,8 +115,7 @@ class TrainConfig:
     Schemes: "dedicated" trains a network with one bit-width. "joint" takes every batch at every bit-width, then makes
     one optimizer step. In "bitwise" each step trains one child model on a batch of its own coreset.
 
-    Raises:
-        ValueError: names the field, its value and what is allowed.
+    ValueError: names the field, its value and what is allowed.
     """
 
     scheme: Literal["dedicated", "joint", "bitwise"] = "bitwise"  # how the child models share steps, see above

@@ -128,11 +128,9 @@ class _Moderate(Recorder):
 
 
 def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device: torch.device) -> Recorder:
-    """The recorder of the config's score for N samples and C classes, on `device` if it fits there.
+    """The recorder of a score but "random" for N samples and C classes, on `device` if it fits there.
 
-    Args:
-        config: whose score is not "random".
-        width: inputs of the last layer, which "moderate" keeps.
+    width: inputs of the last layer, which "moderate" keeps.
     """
     if config.score == "tdds":
         made = _TDDS(n, num_classes, config.window, config.decay)

@@ -299,10 +299,8 @@ class Dataset:
     def subset(self, train: int, test: int) -> "Dataset":
         """The first samples of each class: `train` and `test` samples in all, classes equally often to within one.
 
-        The original order stays. A class with too few samples leaves its places to the others.
-
-        Raises:
-            ValueError: `train` or `test` is not between 1 and the number of samples there are.
+        The original order stays. A class with too few samples leaves its places to the others. ValueError: `train` or
+        `test` is not between 1 and the number of samples there are.
         """
         train_split = _first_of_each_class(self.train, checks.integer("train", train, 1, len(self.train)))
         low = min(1, len(self.test))  # there may be no test split
@@ -370,12 +368,10 @@ def _moments(mean: tuple[float, ...], std: tuple[float, ...], dims: int, device:
 
 
 def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Tensor:
-    """Mirror each image with probability 1/2 and shift it by up to `crop_padding` pixels, zeros moving in.
+    """Mirror each image (B, C, H, W) with probability 1/2 and shift it by up to `crop_padding` pixels, zeros moving in.
 
-    Args:
-        images: (B, C, H, W), on any device.
-        dataset: what it does not ask for is left out.
-        generator: of the CPU, so that every device sees the same draws: B flips, then 2 x B offsets.
+    What the data set does not ask for is left out. The generator is of the CPU, so that all devices see the same draws:
+    B flips, then 2 x B offsets.
     """
     return _moved(images, dataset, _moves(len(images), dataset, generator).to(images.device))
 
@@ -509,9 +505,7 @@ class StreamLoader:
         """This process's part of each of `chunks` of sample indices (B,), without samples whose files are damaged.
 
         What the dataset does at random is drawn by the generator's seed; without one, the same way each time.
-
-        Raises:
-            ValueError: too many damaged files, a chunk of nothing else, an item of another kind, unequal shapes.
+        ValueError: too many damaged files, a chunk of nothing else, an item of another kind, unequal shapes.
         """
         seed = None if generator is None else generator.initial_seed()
         self.keys[:] = [(seed, n, self.place.part(chunk).cpu().numpy()) for n, chunk in enumerate(chunks)]
@@ -544,11 +538,9 @@ class StreamLoader:
 def loader(
     data: Dataset, split: str, device: torch.device, place: Place | None = None, live: bool = True
 ) -> MemoryLoader | StreamLoader:
-    """The loader of "train" or "test".
+    """The loader of "train" or "test"; this process gets its part of each batch, by its place, if there are several.
 
-    Args:
-        place: of this process, which gets its part of each batch; None: alone.
-        live: whether worker processes are kept between epochs.
+    live: whether worker processes are kept between epochs.
     """
     if isinstance(getattr(data, split), Streamed):
         return StreamLoader(data, split, device, place or Place(), live)

@@ -96,9 +96,7 @@ def _workers() -> int:
 def list_classes(folder: Path) -> Labelled:
     """All image files below <folder>/<class>/, sorted; hidden ones and those of other types are left out.
 
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no class in it, or a class without images.
+    FileNotFoundError: no such folder. ValueError: no class in it, or a class without images.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -119,13 +117,8 @@ def _is_image(path: str) -> bool:
 def list_annotated(table: Path, folder: Path, separator: str, suffix: str = "", skip: int = 0) -> Labelled:
     """The image files in `folder` and their classes, of which `table` has a line each: name, separator, class.
 
-    Args:
-        suffix: of the files, not in the names.
-        skip: lines of a header.
-
-    Raises:
-        FileNotFoundError: no such table, or no such folder.
-        ValueError: the lines are not one for each image of the folder.
+    `skip` lines are a header; names come without the files' `suffix`. FileNotFoundError: no such table, or no such
+    folder. ValueError: the lines are not one for each image of the folder.
     """
     lines = table.read_text("utf-8", errors="replace").splitlines()[skip:]
     rows = [line.partition(separator)[::2] for line in lines if line.strip()]
@@ -179,13 +172,8 @@ def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> 
     The cache lies beside the data, or else below the user's cache folder, with a checksum of its pixels. It is made
     anew if a file has another size, time or inode than when the cache was made, as in a copy. A file that rots on its
     disk is not seen, nor is one that is written twice within a tick of the clock, nor, on Windows, one that is
-    rewritten in place with its time put back.
-
-    Args:
-        image_size: see `pixels`.
-
-    Raises:
-        ValueError: a file that is no readable image, images of unequal size.
+    rewritten in place with its time put back. image_size: see `pixels`. ValueError: a file that is no readable image,
+    images of unequal size.
     """
     start, stats = len(str(folder)), [path.stat() for path in paths]  # before decoding: a later change is seen
     names = [(str(path)[start:], stat.st_size) for path, stat in zip(paths, stats, strict=True)]
@@ -236,9 +224,8 @@ def _decode_all(paths: Sequence[Path], image_size: int | None) -> Tensor:
 def decode(path: Path, image_size: int | None) -> np.ndarray:
     """The image at `path`, see `pixels`.
 
-    Raises:
-        Damaged: the file is no readable image, is of a format that is not in `FORMATS`, whatever its name says, or
-            has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
+    Damaged: it is no readable image, is of a format that is not in `FORMATS`, whatever its name says, or has more
+    pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:  # has read no more than the file's header
@@ -253,8 +240,7 @@ def decode(path: Path, image_size: int | None) -> np.ndarray:
 def pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
     """(H, W, 3) uint8 of an image in any mode; transparency is dropped.
 
-    Args:
-        image_size: resize the shorter side to so many pixels and cut out the centre; None: leave it as it is.
+    image_size: resize the shorter side to so many pixels and cut out the centre; None: leave it as it is.
     """
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -378,11 +364,9 @@ def _of_files(
         images = load_images(folder, paths, image_size)
         return Split(images[:n], labels[:n]), Split(images[n:], labels[n:]), classes
     at_random, plain = transforms(image_size or 224, source.flip)
-    first, second = (
-        ImageFiles(folder, paths[:n], labels[:n], at_random),
-        ImageFiles(folder, paths[n:], labels[n:], plain),
-    )
-    return Streamed.of(first, workers), Streamed.of(second, workers), classes
+    first, second = ((paths[:n], labels[:n], at_random), (paths[n:], labels[n:], plain))
+    splits = (Streamed.of(ImageFiles(folder, *part), workers) for part in (first, second))
+    return *splits, classes
 
 
 _ELSEWHERE = "or point root= or the environment variable EMQ_DATA at the folder that holds it."
