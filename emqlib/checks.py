@@ -36,10 +36,10 @@ def _shown(value: object) -> str:
     return text if len(text) <= 1000 else f"{text[:800]} ... {text[-100:]}"
 
 
-def choice(name: str, value: Any, allowed: Collection[str]) -> str:
-    """`value`, if it is one of the `allowed` names; ValueError that lists them otherwise."""
-    if not isinstance(value, str) or value not in allowed:
-        raise invalid(name, value, "one of " + ", ".join(sorted(allowed)))
+def choice(name: str, value: Any, allowed: Collection[str | bool]) -> Any:
+    """`value`, if it is one of the `allowed` names, or True or False; ValueError that lists them otherwise."""
+    if not isinstance(value, (str, bool)) or value not in allowed:
+        raise invalid(name, value, "one of " + ", ".join(sorted(map(str, allowed))))
     return value
 
 

@@ -94,13 +94,6 @@ def _milestones(name: str, value: Any) -> tuple[int, ...]:
     return tuple(checks.integer(name, milestone, 1) for milestone in value)
 
 
-def _compile(name: str, value: Any) -> bool | str:
-    known = value in ("auto", "blocks", "graphs") if isinstance(value, str) else isinstance(value, bool)
-    if not known:
-        raise checks.invalid(name, value, 'True, False, "auto", "blocks" or "graphs"')
-    return value
-
-
 def _device(name: str, value: Any) -> str:
     checks.instance(name, value, str, "the name of a device, for example auto, cpu or cuda")
     if value != "auto":  # "auto" would touch a GPU, before other processes may have been forked
@@ -138,7 +131,7 @@ class TrainConfig:
     channels_last: bool = True  # memory format of images and weights, see `distributed.memory_format`
     # torch.compile; "auto": in a long run; "blocks": each residual block by itself, which starts sooner; "graphs": CUDA
     # graphs.
-    compile: Annotated[bool | str, _compile] = False
+    compile: Literal[True, False, "auto", "blocks", "graphs"] = False
     device: Annotated[str, _device] = "auto"  # "auto" takes CUDA where there is one
     seed: Annotated[int, Range(0)] = 0  # of shuffling, augmentation, dropout and coresets
     coreset: CoresetConfig | None = None  # None trains on the full data
