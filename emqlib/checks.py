@@ -4,7 +4,8 @@ import inspect
 import math
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,16 @@ def invalid(name: str, value: object, expected: str) -> ValueError:
         'bits=9: expected one of 1 to 8, or 32'
     """
     return ValueError(f"{name}={_shown(value)}: expected {expected}")
+
+
+@contextmanager
+def expecting(name: str, value: object, expected: str) -> Iterator[None]:
+    """Within the block, whatever is wrong with the contents of a file is a ValueError that says what was expected."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = error if isinstance(error, ValueError) else repr(error)  # a KeyError says no more than the key
+        raise invalid(name, value, f"{expected} ({told})") from error
 
 
 def _shown(value: object) -> str:

@@ -82,12 +82,10 @@ def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[st
     """
     expected = "a whole checkpoint of this library"
     about, tensors = files.read(path, VERSION, expected, "checkpoint")
-    try:
+    with checks.expecting("checkpoint", str(path), expected):
         theirs, history = json.loads(about["identity"]), json.loads(about["history"])
         state = files.restored(about["state"], tensors)
         missing = _STATE - set(state)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise checks.invalid("checkpoint", str(path), f"{expected} ({error!r})") from error
     if missing:
         raise checks.invalid("checkpoint", str(path), f"{expected}, which has {', '.join(sorted(missing))} too")
     _refuse_another(path, theirs, own)

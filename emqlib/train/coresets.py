@@ -225,9 +225,8 @@ class Coresets:
             name = "scheme" if self.scheme == "joint" else "scoring"
             raise checks.invalid(name, "joint", '"bitwise", where each step trains one child model')
         if min(len(indices) for _, indices in steps) < place.count:
-            raise checks.invalid(
-                "batch_size", batch_size, f"a sample in each batch for each of {place.count} processes"
-            )
+            expected = f"a sample in each batch for each of {place.count} processes"
+            raise checks.invalid("batch_size", batch_size, expected)
         return [(bits[0], place.part(indices)) for bits, indices in steps]
 
     def steps(self, epoch: int, batch_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
@@ -471,18 +470,15 @@ class Coresets:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on from `state`, which `state_dict` gave, and record scores on `device`; ValueError: it is of others."""
-        try:
-            ranks, drawn, weights = (
-                {b: x.cpu() for b, x in state[name].items()} for name in ("ranks", "subsets", "weights")
-            )
+        with checks.expecting("state", type(state).__name__, "a state of the same coresets"):
+            kept = [state[name] for name in ("ranks", "subsets", "weights")]
+            ranks, drawn, weights = ({b: x.cpu() for b, x in tables.items()} for tables in kept)
             if any(b not in self.bits or len(x) != self.n for b, x in ranks.items()):
                 raise ValueError("other bit-widths, or another number of samples")
             recorders = {b: recorder(self.config, self.n, *state["shape"], device) for b in state["recorders"]}
             for b, made in recorders.items():
                 made.load_state_dict(state["recorders"][b])
             draw, rows, epoch = state["draw"], json.loads(state["rows"]), state.get("epoch", -1)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise checks.invalid("state", type(state).__name__, f"a state of the same coresets ({error!r})") from error
         self.ranks, self.drawn, self.loss_weights, self.recorders = ranks, drawn, weights, recorders
         self.draw, self.rows, self._shape = draw, rows, state["shape"]
         self.epoch, self.next_epoch = epoch, epoch + 1
