@@ -111,7 +111,8 @@ def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
     probabilities, as logits are not. Source: Zhang et al., CVPR 2024, arXiv 2311.13613, as its published code has it.
     """
     p = _probabilities(probabilities, 3)
-    window, decay = check_window(window, decay)
+    window = checks.integer("window", window, 3, 10_000)
+    decay = checks.Range(0, 1, low_open=True).number("decay", decay, float)
     if len(p) < window:
         raise checks.invalid("window", window, f"at most the {len(p)} epochs there are")
     log_p = (p + EPS).log()
@@ -125,12 +126,6 @@ def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
 def spread(deltas: Tensor, dim: int) -> Tensor:
     """||d - mean d||_2 along `dim`, (..., J - 1, ...) to (...), known to be such: TDDS' variation in one window."""
     return (deltas - deltas.mean(dim, keepdim=True)).norm(dim=dim)
-
-
-def check_window(window: int, decay: float) -> tuple[int, float]:
-    """TDDS' parameters; ValueError that says what is allowed."""
-    decay = checks.Range(0, 1, low_open=True).number("decay", decay, float)
-    return checks.integer("window", window, 3, 10_000), decay
 
 
 def _probabilities(p: Tensor, dims: int) -> Tensor:

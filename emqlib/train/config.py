@@ -60,10 +60,8 @@ class CoresetConfig:
             raise checks.invalid("scoring_epochs", self.scoring_epochs, expected)
         if self.unscored and self.how != "sample":
             raise checks.invalid("unscored", True, 'how="sample"')
-        every_sample_has_a_chance = self.candidates == 1 or self.unscored
-        if self.unbiased and not (
-            self.how == "sample" and every_sample_has_a_chance and self.across_bits != "disjoint"
-        ):
+        every_sample_has_a_chance = self.how == "sample" and (self.candidates == 1 or self.unscored)
+        if self.unbiased and not (every_sample_has_a_chance and self.across_bits != "disjoint"):
             expected = 'how="sample", all as candidates or unscored=True, and coresets not "disjoint"'
             raise checks.invalid("unbiased", True, expected)
         if self.score == "random" and (self.scoring_epochs or self.candidates < 1):

@@ -62,13 +62,10 @@ def load_dataset(
         image_size = checks.integer("image_size", image_size, 1, 4096)
     streamed = source.stream if stream is None else checks.flag("stream", stream)
     workers = _workers() if workers is None else checks.integer("workers", workers, 0, 1024)
-    usual = os.environ.get("EMQ_DATA") or files.home() / "data"
-    try:
-        place = checks.path("root", path or (usual if root is None else root))
-    except ValueError:
-        if not path:
-            raise
-        raise checks.invalid("name", name, "imagefolder:PATH with the path of a folder") from None
+    if path:
+        place = checks.path("name", path, "imagefolder:PATH with the path of a folder")
+    else:
+        place = checks.path("root", os.environ.get("EMQ_DATA") or files.home() / "data" if root is None else root)
     top = Path(os.path.expanduser(place)).absolute()
     folder, found = _find(name, source, top, image_size)
     if isinstance(found[0], list):
