@@ -98,7 +98,7 @@ def ranks(scores: Tensor) -> Tensor:
         [2.0, 0.0, 1.0]
     """
     order = checks.tensor("scores", scores, "a tensor (N,)", dims=1).argsort(stable=True)
-    return torch.empty(len(scores)).index_copy_(0, order.cpu(), torch.arange(float(len(scores)))).to(scores.device)
+    return order.argsort().float()
 
 
 def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -399,23 +400,11 @@ def _moved(images: Tensor, dataset: Dataset, moves: Tensor) -> Tensor:
     return images
 
 
-def rank_in_class(labels: Tensor) -> Tensor:
-    """How many earlier samples have the same label: (N,) to (N,).
-
-    Examples:
-        >>> rank_in_class(torch.tensor([7, 7, 3, 7]))
-        tensor([0, 1, 0, 2])
-    """
-    ordered, order = labels.sort(stable=True)
-    position = torch.arange(len(labels), device=labels.device)
-    return torch.empty_like(labels).index_copy_(0, order, position - torch.searchsorted(ordered, ordered))
-
-
 def _first_of_each_class(split: Split | Streamed, count: int) -> Split | Streamed:
-    by_class = split.labels.argsort(stable=True)
-    ranks = rank_in_class(split.labels)[by_class]
-    by_rank = by_class[ranks.argsort(stable=True)]  # first of each, second of each, ...
-    return split.take(by_rank[:count].sort().values)
+    labels = pd.DataFrame({"label": split.labels.cpu()})
+    ranks = labels.assign(rank=labels.groupby("label").cumcount())
+    by_rank = ranks.sort_values(["rank", "label"]).index.to_numpy()  # the first of each class, the second of each, ...
+    return split.take(torch.tensor(by_rank[:count]).sort().values)
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
