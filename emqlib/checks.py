@@ -31,10 +31,15 @@ def invalid(name: str, value: object, expected: str) -> ValueError:
 
 @contextmanager
 def expecting(name: str, value: object, expected: str) -> Iterator[None]:
-    """Within the block, whatever is wrong with the contents of a file is a ValueError that says what was expected."""
+    """Within the block, whatever goes wrong but a lack of memory is a ValueError that says what was expected.
+
+    It is for what may raise anything: the contents of a file, or what somebody else has written.
+    """
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         told = error if isinstance(error, ValueError) else repr(error)  # a KeyError says no more than the key
         raise invalid(name, value, f"{expected} ({told})") from error
 
@@ -80,10 +85,8 @@ def choice_or_own(name: str, value: Any, known: Collection[str], what: str, atte
         raise invalid(name, value, expected)
     if "<" in value.__qualname__:  # two of them may have one name
         raise invalid(name, value, "a function that is defined in a module, not inside another function or by lambda")
-    try:
+    with expecting(name, value, expected):
         attempt(value)
-    except Exception as error:  # the function may raise anything
-        raise invalid(name, value, f"{expected} ({error!r})") from error
     return Own.of(value)
 
 

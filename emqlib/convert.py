@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from .checks import Own, bit_width, invalid
+from .checks import Own, bit_width, expecting, invalid
 from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last, prepare
 from .models import Record
 from .norms import MultiBitBatchNorm
@@ -406,10 +406,8 @@ def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
     _refuse_derived(net)
-    try:
+    with expecting("net", type(net).__name__, "a network that copy.deepcopy can copy"):
         model = copy.deepcopy(net)
-    except Exception as error:  # the parts of a network may raise anything
-        raise invalid("net", type(net).__name__, f"a network that copy.deepcopy can copy ({error})") from error
     return open_attention(model)
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 import torchvision
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -124,14 +124,11 @@ def read(path: Path, version: int, expected: str, name: str = "path") -> tuple[d
     ValueError: no such file, not whole, changed, or of another `version`. It calls the file `name`, and says what is
     `expected` of it.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            checksum, told = file.metadata()["emqlib"][:64], file.metadata()["emqlib"][64:]
-            about = json.loads(told)
-            names = file.keys()
-            tensors = {key: file.get_tensor(key) for key in names}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # of PyTorch: a shape
-        raise checks.invalid(name, str(path), f"{expected} ({error})") from error
+    with checks.expecting(name, str(path), expected), safe_open(path, "pt") as file:
+        checksum, told = file.metadata()["emqlib"][:64], file.metadata()["emqlib"][64:]
+        about = json.loads(told)
+        names = file.keys()
+        tensors = {key: file.get_tensor(key) for key in names}
     found = about.get("version") if isinstance(about, dict) else None
     if found != version:
         raise checks.invalid(name, str(path), f"{expected}, of version {version} of the format, not {found!r}")
