@@ -64,7 +64,8 @@ def load_dataset(
     streamed = source.stream if stream is None else checks.flag("stream", stream)
     workers = _workers() if workers is None else checks.integer("workers", workers, 0, 1024)
     if path:
-        place = checks.path("name", path, "imagefolder:PATH with the path of a folder")
+        with checks.expecting("name", name, "imagefolder:PATH with the path of a folder"):
+            place = checks.path("PATH", path)
     else:
         place = checks.path("root", os.environ.get("EMQ_DATA") or files.home() / "data" if root is None else root)
     top = Path(os.path.expanduser(place)).absolute()
