@@ -401,10 +401,14 @@ def _moved(images: Tensor, dataset: Dataset, moves: Tensor) -> Tensor:
 
 
 def _first_of_each_class(split: Split | Streamed, count: int) -> Split | Streamed:
-    labels = pd.DataFrame({"label": split.labels.cpu()})
-    ranks = labels.assign(rank=labels.groupby("label").cumcount())
-    by_rank = ranks.sort_values(["rank", "label"]).index.to_numpy()  # the first of each class, the second of each, ...
-    return split.take(torch.tensor(by_rank[:count]).sort().values)
+    return split.take(_class_by_class(split.labels)[:count].sort().values)
+
+
+def _class_by_class(labels: Tensor) -> Tensor:
+    """Sample indices (N,): the first of each class, then the second of each, and so on."""
+    table = pd.DataFrame({"label": labels.cpu()})
+    order = table.assign(rank=table.groupby("label").cumcount()).sort_values(["rank", "label"]).index
+    return torch.tensor(order.to_numpy())
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
