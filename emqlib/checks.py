@@ -4,7 +4,8 @@ import inspect
 import math
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,21 @@ def invalid(name: str, value: object, expected: str) -> ValueError:
     return ValueError(f"{name}={_shown(value)}: expected {expected}")
 
 
+@contextmanager
+def expecting(name: str, value: object, expected: str) -> Iterator[None]:
+    """Within the block, whatever goes wrong but a lack of memory is a ValueError that says what was expected.
+
+    It is for what may raise anything: the contents of a file, or what somebody else has written.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        told = error if isinstance(error, ValueError) else repr(error)  # a KeyError says no more than the key
+        raise invalid(name, value, f"{expected} ({told})") from error
+
+
 def _shown(value: object) -> str:
     try:
         text = repr(value)
@@ -36,10 +52,10 @@ def _shown(value: object) -> str:
     return text if len(text) <= 1000 else f"{text[:800]} ... {text[-100:]}"
 
 
-def choice(name: str, value: Any, allowed: Collection[str]) -> str:
-    """`value`, if it is one of the `allowed` names; ValueError that lists them otherwise."""
-    if not isinstance(value, str) or value not in allowed:
-        raise invalid(name, value, "one of " + ", ".join(sorted(allowed)))
+def choice(name: str, value: Any, allowed: Collection[str | bool]) -> Any:
+    """`value`, if it is one of the `allowed` names, or True or False; ValueError that lists them otherwise."""
+    if not isinstance(value, (str, bool)) or value not in allowed:
+        raise invalid(name, value, "one of " + ", ".join(sorted(map(str, allowed))))
     return value
 
 
@@ -57,17 +73,10 @@ class Own(str):
 
 
 def choice_or_own(name: str, value: Any, known: Collection[str], what: str, attempt: Callable[[Any], object]) -> str:
-    """`value`, if it is one of the `known` names; a function becomes an `Own`, if `attempt` can use it.
+    """`value`, if it is one of the `known` names; a function at the top of a module becomes an `Own`.
 
-    Args:
-        name: the parameter, for the error.
-        value: a name, an `Own`, or a function that is defined at the top of a module.
-        known: the names that are allowed.
-        what: what the function takes and returns, in words.
-        attempt: is called with the function and raises anything where it does not do that.
-
-    Raises:
-        ValueError: anything else.
+    `what` says in words what the function takes and returns. `attempt` is called with it, and raises anything where it
+    does not do that. ValueError: anything else.
     """
     if isinstance(value, Own) or (isinstance(value, str) and value in known):
         return value
@@ -76,10 +85,8 @@ def choice_or_own(name: str, value: Any, known: Collection[str], what: str, atte
         raise invalid(name, value, expected)
     if "<" in value.__qualname__:  # two of them may have one name
         raise invalid(name, value, "a function that is defined in a module, not inside another function or by lambda")
-    try:
+    with expecting(name, value, expected):
         attempt(value)
-    except Exception as error:  # the function may raise anything
-        raise invalid(name, value, f"{expected} ({error!r})") from error
     return Own.of(value)
 
 
@@ -223,10 +230,7 @@ def fields(config: Any) -> None:
 
     An annotation is a Literal of names, bool, str, a class, `int` or `float` (with a `Range`), or any type with a
     function `check(name, value)` that returns the value to keep; `X | None` allows None. Numbers become plain int and
-    float, so that a config goes into JSON.
-
-    Raises:
-        ValueError: names the field, its value and what is allowed.
+    float, so that a config goes into JSON. ValueError: names the field, its value and what is allowed.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         object.__setattr__(config, name, _as_annotated(name, getattr(config, name), hint))

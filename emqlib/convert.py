@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from .checks import Own, bit_width, invalid
+from .checks import Own, bit_width, expecting, invalid
 from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last, prepare
 from .models import Record
 from .norms import MultiBitBatchNorm
@@ -36,9 +36,7 @@ class MultiheadAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         if type(attention) is not nn.MultiheadAttention:
-            raise invalid(
-                "net", type(attention).__name__, "nn.MultiheadAttention itself, or attention of Linear layers"
-            )
+            raise invalid("net", type(attention).__name__, "nn.MultiheadAttention itself, or one of Linear layers")
         if attention.bias_k is not None or attention.add_zero_attn:
             raise invalid("net", repr(attention), "attention without add_bias_kv and add_zero_attn")
         self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
@@ -152,16 +150,11 @@ class _Tracer(fx.Tracer):
 
 
 def trace(net: nn.Module, training: bool | None = None) -> tuple[fx.Graph, set[str]] | None:
-    """The graph of `net`, and the names of the parameters that it reads outside their modules.
+    """The graph of `net`, and the parameters that it reads outside their modules, as in `linear(x, self.qkv.weight)`.
 
-    Args:
-        net: the network, of which a copy is traced: a forward pass may store the tracer's proxies in it.
-        training: the mode to trace in; None for the mode that each module is in.
-
-    Returns:
-        The graph and the names, as in `linear(x, self.qkv.weight)`; None if torch.fx cannot trace the network.
+    It is traced in `training` or evaluation mode, or with None in that of each module. None: torch.fx cannot trace it.
     """
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(net)  # a forward pass may store the tracer's proxies in it
     net = net if training is None else net.train(training)
     try:
         graph = _Tracer().trace(net)
@@ -234,7 +227,7 @@ def _signs(graph: fx.Graph, called: dict[fx.Node, nn.Module]) -> dict[nn.Module,
 
 
 def _is_only_reader(node: fx.Node, called: dict[fx.Node, nn.Module]) -> bool:
-    """Whether nothing else can read the values that a module in place overwrites."""
+    """Whether nothing else can read what a module overwrites in place."""
     (source,) = node.all_input_nodes
     return isinstance(called.get(source), (_ConvNd, _BatchNorm, nn.Linear)) and len(source.users) == 1
 
@@ -413,10 +406,8 @@ def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
     _refuse_derived(net)
-    try:
+    with expecting("net", type(net).__name__, "a network that copy.deepcopy can copy"):
         model = copy.deepcopy(net)
-    except Exception as error:  # the parts of a network may raise anything
-        raise invalid("net", type(net).__name__, f"a network that copy.deepcopy can copy ({error})") from error
     return open_attention(model)
 
 
@@ -608,14 +599,10 @@ def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
 
 
 def summary(model: nn.Module) -> pd.DataFrame:
-    """A table of all Conv2d and Linear layers, one row each.
+    """A table of all Conv2d and Linear layers of `model`, one row each, with the names that `set_bits` matches.
 
-    Args:
-        model: as for `set_bits`, whose patterns match the names in the table.
-
-    Returns:
-        Columns name, type, bits, weight, activation, signed, range, correction, note. A layer in full precision has
-        bits 32, and note says why.
+    Columns: name, type, bits, weight, activation, signed, range, correction, note. A layer in full precision has bits
+    32, and note says why.
     """
     columns = ["name", "type", "bits", "weight", "activation", "signed", "range", "correction", "note"]
     return pd.DataFrame([row for network in networks(model) for row in _rows(network)], columns=columns)

@@ -18,23 +18,13 @@ EPS = 1e-8  # inside TDDS' logarithms, as its authors have it
 
 def entropy(probabilities: Tensor) -> Tensor:
     """H = -sum_c p_c log p_c in nats: (N, C) to (N,); high, uncertain, is kept. Source: Coleman et al. 2020."""
-    return entropy_of(_probabilities(probabilities, 2))
-
-
-def entropy_of(p: Tensor) -> Tensor:
-    """`entropy` of (N, C) known to be probabilities: looking would make a GPU wait in every step of training."""
-    return torch.special.entr(p).sum(1)
+    return _entropy(_probabilities(probabilities, 2))
 
 
 def el2n(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Error norm ||p - e_y||_2: (N, C), (N,) to (N,); high, wrong, is kept. Source: Paul et al., arXiv 2107.07075."""
     p = _probabilities(probabilities, 2)
-    return el2n_of(p, _labels(labels, p.shape))
-
-
-def el2n_of(p: Tensor, labels: Tensor) -> Tensor:
-    """`el2n` of (N, C), (N,) known to be probabilities and labels."""
-    return p.scatter_add(1, labels[:, None], p.new_full((len(p), 1), -1)).norm(dim=1)
+    return _el2n(p, _labels(labels, p.shape))
 
 
 def grand(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
@@ -45,24 +35,26 @@ def grand(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
     Source: Paul et al., arXiv 2107.07075, of the last layer instead of all.
     """
     p = _probabilities(probabilities, 2)
-    return grand_of(p, _labels(labels, p.shape), _features(features, len(labels)))
+    return _grand(p, _labels(labels, p.shape), _features(features, len(labels)))
 
 
-def grand_of(p: Tensor, labels: Tensor, features: Tensor) -> Tensor:
-    """`grand` of (N, C), (N,), (N, D) known to be probabilities, labels and features."""
-    return el2n_of(p, labels) * (features.square().sum(1) + 1).sqrt()
+# The same of p (B, C), labels (B,) and features (B, D) or None that are known to be such: to look at their values would
+# make a GPU wait in every step of training, which averages these scores (B,) over the epochs of its scoring phase.
 
 
-# Scores of a single batch, by name: of p (B, C), labels (B,) and features (B, D) or None, known to be such, to (B,).
-# Training averages them over the epochs of its scoring phase.
-Snapshot = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+def _entropy(p: Tensor, labels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+    return torch.special.entr(p).sum(1)
 
 
-SNAPSHOTS: dict[str, Snapshot] = {
-    "entropy": lambda p, labels, features: entropy_of(p),
-    "el2n": lambda p, labels, features: el2n_of(p, labels),
-    "grand": grand_of,
-}
+def _el2n(p: Tensor, labels: Tensor, features: Tensor | None = None) -> Tensor:
+    return p.scatter_add(1, labels[:, None], p.new_full((len(p), 1), -1)).norm(dim=1)
+
+
+def _grand(p: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+    return _el2n(p, labels) * (features.square().sum(1) + 1).sqrt()
+
+
+SNAPSHOTS: dict[str, Callable[..., Tensor]] = {"entropy": _entropy, "el2n": _el2n, "grand": _grand}
 OF_FEATURES = ("grand", "moderate")  # the scores that need features
 
 
@@ -106,7 +98,7 @@ def ranks(scores: Tensor) -> Tensor:
         [2.0, 0.0, 1.0]
     """
     order = checks.tensor("scores", scores, "a tensor (N,)", dims=1).argsort(stable=True)
-    return torch.empty(len(scores)).index_copy_(0, order.cpu(), torch.arange(float(len(scores)))).to(scores.device)
+    return order.argsort().float()
 
 
 def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
@@ -119,7 +111,8 @@ def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
     probabilities, as logits are not. Source: Zhang et al., CVPR 2024, arXiv 2311.13613, as its published code has it.
     """
     p = _probabilities(probabilities, 3)
-    window, decay = check_window(window, decay)
+    window = checks.integer("window", window, 3, 10_000)
+    decay = checks.Range(0, 1, low_open=True).number("decay", decay, float)
     if len(p) < window:
         raise checks.invalid("window", window, f"at most the {len(p)} epochs there are")
     log_p = (p + EPS).log()
@@ -133,12 +126,6 @@ def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
 def spread(deltas: Tensor, dim: int) -> Tensor:
     """||d - mean d||_2 along `dim`, (..., J - 1, ...) to (...), known to be such: TDDS' variation in one window."""
     return (deltas - deltas.mean(dim, keepdim=True)).norm(dim=dim)
-
-
-def check_window(window: int, decay: float) -> tuple[int, float]:
-    """TDDS' parameters; ValueError that says what is allowed."""
-    decay = checks.Range(0, 1, low_open=True).number("decay", decay, float)
-    return checks.integer("window", window, 3, 10_000), decay
 
 
 def _probabilities(p: Tensor, dims: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 import torchvision
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -69,13 +69,7 @@ def alone(path: Path, patience: float = 0) -> Iterator[None]:
     """Within the block no other process is in such a block for `path`; a killed one is out of it, whatever it left.
 
     Parts of the file that a killed process left behind are removed. The same thread may enter again within the block.
-
-    Args:
-        path: the file.
-        patience: the seconds to wait for another process, -1 for as long as it takes.
-
-    Raises:
-        Busy: the other process has not finished by then.
+    Another process is waited for as many seconds as `patience` says, -1 for as long as it takes, and then it is Busy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
@@ -112,19 +106,12 @@ def digest(text: str | bytes) -> str:
 
 
 def write(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write tensors and what is said about them to `path`, atomically, as a safetensors file.
+    """Write tensors of any shape, and what is said about them, to `path`, atomically, as a safetensors file.
 
-    Args:
-        path: the file.
-        about: anything of JSON's types, with a "version"; the header holds it, and a checksum of it and of the tensors.
-        tensors: of any shape; each is copied, since two may be the same.
-
-    Raises:
-        OSError: the file cannot be written.
+    `about` is of JSON's types, with a "version". The header holds it, and a checksum of it and of the tensors.
     """
-    tensors = {
-        name: torch.clone(t.detach().cpu(), memory_format=torch.contiguous_format) for name, t in tensors.items()
-    }
+    form = torch.contiguous_format  # copies, since two may be the same tensor
+    tensors = {name: torch.clone(t.detach().cpu(), memory_format=form) for name, t in tensors.items()}
     told = canonical_json(about)
     # one entry alone: the library writes several in any order, and equal contents should give equal files
     whole = save(tensors, {"emqlib": _digest(told, tensors) + told})
@@ -132,28 +119,16 @@ def write(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None
 
 
 def read(path: Path, version: int, expected: str, name: str = "path") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write` wrote.
+    """What `write` wrote: `about`, and the tensors of any shape on the CPU.
 
-    Args:
-        path: the file.
-        version: the "version" that the file must have.
-        expected: what the file should be, for the error.
-        name: what the error calls the file.
-
-    Returns:
-        `about` and the tensors, on the CPU.
-
-    Raises:
-        ValueError: no such file, not whole, changed, or of another version.
+    ValueError: no such file, not whole, changed, or of another `version`. It calls the file `name`, and says what is
+    `expected` of it.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            checksum, told = file.metadata()["emqlib"][:64], file.metadata()["emqlib"][64:]
-            about = json.loads(told)
-            names = file.keys()
-            tensors = {key: file.get_tensor(key) for key in names}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # of PyTorch: a shape
-        raise checks.invalid(name, str(path), f"{expected} ({error})") from error
+    with checks.expecting(name, str(path), expected), safe_open(path, "pt") as file:
+        checksum, told = file.metadata()["emqlib"][:64], file.metadata()["emqlib"][64:]
+        about = json.loads(told)
+        names = file.keys()
+        tensors = {key: file.get_tensor(key) for key in names}
     found = about.get("version") if isinstance(about, dict) else None
     if found != version:
         raise checks.invalid(name, str(path), f"{expected}, of version {version} of the format, not {found!r}")

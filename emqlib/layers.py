@@ -60,11 +60,7 @@ def _try(function: Callable[..., Any], outputs: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How a network is quantized.
-
-    Raises:
-        ValueError: names the field, its value and what is allowed.
-    """
+    """How a network is quantized. ValueError: names the field, its value and what is allowed."""
 
     bits: Annotated[tuple[int, ...], checks.bit_widths]  # the trained bit-widths
     # The quantizers: a name, or a function of your own. n is the number of levels above the lowest one, a float, and in
@@ -167,6 +163,7 @@ class InputQuantizer(nn.Module):
         self.signed, self.started = signed, not self.starts
         self.reduce: Reduction | None = None
         self.parts = 1  # the parts of a step's batch, of which each forward pass sees one
+        self.scale: LearnedScale | None = None  # of a learned range
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.ones(()))
 
@@ -178,9 +175,10 @@ class InputQuantizer(nn.Module):
             self.started = True
         elif self.training and not again():
             self._follow(x.detach())
-        if quantizers.is_full(n):
-            return x if self.signed else x.relu()
-        return self._quantize(x, n)
+        if not quantizers.is_full(n):
+            return self._quantize(x, n)
+        y = x if self.signed else x.relu()
+        return y if self.scale is None else kernels.awaited(y, self.scale.values)
 
     def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
         return kernels.fake_quantize(x, *self.grid(n), learn_step=False)
@@ -270,20 +268,10 @@ class TrackedDoReFa(InputQuantizer):
         self.high.lerp_(high.to(self.high.dtype).clamp_min(1e-6), momentum)
 
 
-class _LearnedInputQuantizer(InputQuantizer):
-    range = "learned"
-    scale: LearnedScale
-
-    def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        """See `InputQuantizer.forward`."""
-        y = super().forward(x, n)
-        return kernels.awaited(y, self.scale.values) if quantizers.is_full(n) else y
-
-
-class PACT(_LearnedInputQuantizer):
+class PACT(InputQuantizer):
     """PACT, with a clipping level for each trained bit-width."""
 
-    method = "pact"
+    method, range = "pact", "learned"
 
     def __init__(self, bits: tuple[int, ...], signed: bool) -> None:
         super().__init__(bits, signed)
@@ -298,10 +286,10 @@ class PACT(_LearnedInputQuantizer):
         self.scale.start(torch.maximum(-low, high))
 
 
-class LSQ(_LearnedInputQuantizer):
+class LSQ(InputQuantizer):
     """LSQ, with a step for each trained bit-width."""
 
-    method = "lsq"
+    method, range = "lsq", "learned"
 
     def __init__(self, bits: tuple[int, ...], signed: bool) -> None:
         super().__init__(bits, signed)
@@ -364,12 +352,9 @@ class _QuantizedLayer(nn.Module):
         return self.train(plain.training)
 
     def set_bits(self, bits: int, levels: Tensor | None = None) -> None:
-        """Run at `bits` from now on.
+        """Run at `bits` from now on; `levels`, a scalar of its number of levels, may be shared with other layers.
 
-        Args:
-            bits: the bit-width.
-            levels: a scalar of its number of levels that other layers share, None for the layer's own. By a shared one,
-                a compiled graph sees that two layers quantize the same activation alike, and does it once.
+        By a shared one, a compiled graph sees that two layers quantize the same activation alike, and does it once.
         """
         self.bits, self.known_levels, self.full = bits, quantizers.levels(bits), bits == 32
         if levels is not self.levels:

@@ -243,17 +243,8 @@ def _timm() -> Any:
 def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     """The network of that name in `MODELS`, or "torchvision.NAME" or "timm.NAME" for one of theirs, untrained.
 
-    Args:
-        name: the name.
-        num_classes: the number of classes.
-        **kwargs: other arguments of its builder, for example `width=8`.
-
-    Returns:
-        The network.
-
-    Raises:
-        ValueError: an unknown name, an argument that the builder does not take, or a value that is not allowed.
-        ImportError: a network of timm, which is not installed.
+    Other arguments are its builder's, for example `width=8`. ValueError: an unknown name, an argument that the builder
+    does not take, or a value that is not allowed. ImportError: a network of timm, which is not installed.
 
     Examples:
         >>> build("resnet8", num_classes=100, width=4).fc

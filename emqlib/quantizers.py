@@ -58,8 +58,7 @@ def dorefa_weight(w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
     """E (2 r(n (t/2 + 1/2)) / n - 1) and E t, with t = tanh(w) / max|tanh(w)| and E = mean|w|.
 
     w is (O, ...), and so are both results. E and the maximum are of the whole tensor. E carries no gradient, and the
-    maximum does. An all-zero weight gives zeros.
-    Source: Any-Precision-DNNs, models/quan_ops.py; DoReFa, eq. 9.
+    maximum does. An all-zero weight gives zeros. Source: Any-Precision-DNNs, models/quan_ops.py; DoReFa, eq. 9.
     """
     E, tanh = w.detach().abs().mean(), w.tanh()
     t = tanh / tanh.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
@@ -69,9 +68,8 @@ def dorefa_weight(w: Tensor, n: Number) -> tuple[Tensor, Tensor]:
 def minmax_weight(w: Tensor, n: Number, zero_level: bool = False) -> tuple[Tensor, Tensor]:
     """s (2 r(n (w/(2s) + 1/2)) / n - 1) and w, with s = max|w_o| for each output channel o.
 
-    w is (O, ...), and so are both results. This grid of n + 1 levels has no zero.
-    With `zero_level` it is s r(m w/s) / m, m = (n - 1) / 2: the
-    n levels around zero that integer kernels want. s is a statistic and carries no gradient.
+    w is (O, ...), and so are both results. This grid of n + 1 levels has no zero. With `zero_level` it is
+    s r(m w/s) / m, m = (n - 1) / 2: the n levels around zero that integer kernels want. s carries no gradient.
     """
     s = _largest(w)
     if zero_level:
@@ -98,9 +96,8 @@ def lsq_weight(w: Tensor, n: Number, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dorefa_activation(x: Tensor, n: Number, high: Number = 1.0, low: Tensor | None = None) -> Tensor:
-    """r(n clip(x, 0, c) / c) c / n with c = high; with a negative `low`, n + 1 levels over [low, high].
+    """r(n clip(x, 0, c) / c) c / n, c = high, for x of any shape; with a `low` < 0, n + 1 levels over [low, high].
 
-    x may have any shape.
     No gradient reaches the range. Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
     """
     return fake_quantize(x, *dorefa_grid(n, high, low))
@@ -131,9 +128,8 @@ def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int
 def fake_quantize(
     x: Tensor, scale: Number, q_min: float, q_max: float, offset: Tensor | None = None, learn_step: bool = True
 ) -> Tensor:
-    """s r(clip((x - o) / s, q_min, q_max)) + o: the uniform quantizer that all activation methods share.
+    """s r(clip((x - o) / s, q_min, q_max)) + o: the uniform quantizer that all activation methods share. Any shape.
 
-    x may have any shape.
     With u = (x - o) / s, the gradient to x is 1 for q_min < u < q_max and 0 outside; to s it is r(u) - u inside, or 0
     without `learn_step`, and q_min or q_max outside; to o it is 0 inside and 1 outside.
     Source: LSQ, eq. 1-5; the offset is LSQ+'s (arXiv 2004.09576).

@@ -1,7 +1,6 @@
 """A trained network in one safetensors file, in which nothing can be run."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from inspect import isfunction
 from pathlib import Path
@@ -74,31 +73,22 @@ def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Ca
         raise checks.invalid("path", str(path), f"{expected}, with {', '.join(sorted(_KEYS))}")
     file = ("path", str(path))
     functions = {checks.Own.of(function): function for function in quantizers}
-    with _expecting(*file, "a QuantSpec, whose own quantizers go into load(..., quantizers=[...])"):
+    with checks.expecting(*file, "a QuantSpec, whose own quantizers go into load(..., quantizers=[...])"):
         own = {field: functions.get(about["spec"][field]) for field in ("weight", "activation")}
         spec = QuantSpec(**about["spec"] | {field: function for field, function in own.items() if function})
-    with _expecting(*file, "Decisions"):
+    with checks.expecting(*file, "Decisions"):
         decided = Decisions(**about["decided"] | {"absorbed": tuple(about["decided"]["absorbed"])})
     if net is None and about["network"] is None:
         raise checks.invalid("net", None, f"the plain network that {path} is of: it is not one of emqlib.models")
-    with _expecting(*file, "a network of emqlib.models"):
+    with checks.expecting(*file, "a network of emqlib.models"):
         plain = _network(about["network"], tensors) if net is None else net
-    with _expecting(*(file if net is None else ("net", type(net).__name__)), "the plain network that was saved"):
+    with checks.expecting(*(file if net is None else ("net", type(net).__name__)), "the plain network that was saved"):
         model = convert_as(plain, spec, decided)
         if about["packed"] is not None:
             model = _packed(model, about["packed"])
         model.load_state_dict(tensors)
     model.emq.data = about["trained_on"]
     return model.eval()
-
-
-@contextmanager
-def _expecting(name: str, value: str, expected: str) -> Iterator[None]:
-    """Raise whatever goes wrong with the contents of a file as a ValueError that says what was expected."""
-    try:
-        yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise checks.invalid(name, value, f"{expected} ({error})") from error
 
 
 def _network(recipe: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

@@ -30,56 +30,11 @@ SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either s
 ALL = "all layers"
 
 
-class Moments:
-    """Mean and variance of each of C channels over any number of batches, from sums in double precision."""
-
-    def __init__(self) -> None:
-        self.n, self.total, self.squares = 0, 0.0, 0.0
-
-    def update(self, x: Tensor) -> None:
-        """Take in a batch (N, C, ...)."""
-        flat = x.detach().double().transpose(0, 1).flatten(1)
-        self.n += flat.shape[1]
-        self.total = self.total + flat.sum(1)
-        self.squares = self.squares + flat.square().sum(1)
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean (C,)."""
-        return self.total / self.n
-
-    def var(self) -> Tensor:
-        """The biased variance (C,)."""
-        return self.squares / self.n - self.mean.square()
-
-
-class Histogram:
-    """Counts in `BINS` equal bins over [-SPAN, SPAN]; numbers beyond are counted in the outermost bins."""
-
-    def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
-
-    def update(self, z: Tensor) -> None:
-        """Take in numbers of any shape."""
-        inside = z.detach().float().clamp(-SPAN, SPAN)
-        self.counts += torch.histc(inside, BINS, -SPAN, SPAN).double().cpu()
-
-    def density(self) -> Tensor:
-        """The fraction of all numbers in each of K bins, over its width: (K,)."""
-        return self.counts / self.counts.sum() / (2 * SPAN / BINS)
-
-    def wasserstein(self, other: "Histogram") -> float:
-        """W1 = integral of |F - G| over the two distribution functions, to the width of a bin."""
-        F, G = (h.counts.cumsum(0) / h.counts.sum() for h in (self, other))
-        return float((F - G).abs().sum() * (2 * SPAN / BINS))
-
-
 def weight_shift(model: nn.Module, bits: Iterable[int] = range(1, 9)) -> pd.DataFrame:
     """What quantization does to the mean and standard deviation of each layer's weight w, as the quantizer scales it.
 
-    Returns:
-        One row a bit-width, layer and correction: layer, bits, correction; mean_shift, the root mean square over output
-        channels o of (mean_o(w_q) - mean_o(w)) / std_o(w); scale, the mean over o of std_o(w_q) / std_o(w).
+    One row a bit-width, layer and correction: layer, bits, correction; mean_shift, the root mean square over output
+    channels o of (mean_o(w_q) - mean_o(w)) / std_o(w); scale, the mean over o of std_o(w_q) / std_o(w).
     """
     rows = []
     for b in bit_widths("bits", bits):
@@ -99,11 +54,15 @@ def _change(w_q: Tensor, w: Tensor) -> dict[str, float]:
 
 
 class Watcher:
-    """The input of one norm at one bit-width, standardized: moments by channel, and a histogram."""
+    """The input of one norm at one bit-width, standardized: moments of each of C channels, and a histogram.
+
+    The histogram has `BINS` equal bins over [-SPAN, SPAN]; numbers beyond are counted in the outermost bins.
+    """
 
     def __init__(self) -> None:
-        self.moments, self.histogram = Moments(), Histogram()
-        self.size = Moments()  # of a layer norm's tokens: the standard deviation of each
+        self.n, self.total, self.squares = 0, 0.0, 0.0  # of each channel, in double precision
+        self.size = 0.0  # the sum over a layer norm's tokens of the standard deviation of each
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Take in a batch norm's x (N, C, ...), or a layer norm's tokens (N, T, C), as a hook before its forward pass.
@@ -112,13 +71,32 @@ class Watcher:
         """
         x = inputs[0].detach().float()
         if isinstance(norm, nn.LayerNorm):
-            self.size.update(x.std(-1).reshape(-1, 1))
-            z = F.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1])
+            self.size += float(x.std(-1).double().sum())
+            self.update(F.layer_norm(x, norm.normalized_shape).reshape(-1, x.shape[-1]))
         else:
             mean, var = (v.view(1, -1, *[1] * (x.dim() - 2)) for v in norm.statistics())
-            z = (x - mean) / (var + norm.eps).sqrt()
-        self.moments.update(z)
-        self.histogram.update(z)
+            self.update((x - mean) / (var + norm.eps).sqrt())
+
+    def update(self, z: Tensor) -> None:
+        """Take in a standardized batch (N, C, ...)."""
+        flat = z.double().transpose(0, 1).flatten(1)
+        self.n += flat.shape[1]
+        self.total, self.squares = self.total + flat.sum(1), self.squares + flat.square().sum(1)
+        self.counts += torch.histc(z.float().clamp(-SPAN, SPAN), BINS, -SPAN, SPAN).double().cpu()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean and the biased variance, (C,) each."""
+        mean = self.total / self.n
+        return mean, self.squares / self.n - mean.square()
+
+    def density(self) -> Tensor:
+        """The fraction of all numbers in each of K bins, over its width: (K,)."""
+        return self.counts / self.counts.sum() / (2 * SPAN / BINS)
+
+    def wasserstein(self, other: "Watcher") -> float:
+        """W1 = integral of |F - G| over the two distribution functions, to the width of a bin."""
+        F, G = (w.counts.cumsum(0) / w.counts.sum() for w in (self, other))
+        return float((F - G).abs().sum() * (2 * SPAN / BINS))
 
 
 def _checked(bits: Iterable[int], samples: int, batch_size: int) -> tuple[int, ...]:
@@ -144,7 +122,7 @@ def _watch(
                     hooks.callback(module.register_forward_pre_hook(seen[b][name]).remove)
                 for images, _ in batches(data, "train", device, batch_size, samples):
                     model(images)
-            if next(iter(seen[b].values())).moments.n == 0:
+            if next(iter(seen[b].values())).n == 0:
                 raise invalid("data", "no images", "at least one batch of images")
     return seen
 
@@ -167,10 +145,10 @@ def preactivations(
     centers = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * SPAN / BINS) - SPAN).numpy().round(6)
     for b, watchers in seen.items():
         for name, watcher in watchers.items():
-            where, moments, histogram = {"layer": name, "bits": b}, watcher.moments, watcher.histogram
-            row = {"mean_shift": float(moments.mean.square().mean().sqrt()), "variance": float(moments.var().mean())}
-            mismatch.append(where | row | {"wasserstein": histogram.wasserstein(seen[max(seen)][name].histogram)})
-            histograms.append(pd.DataFrame(where | {"z": centers, "density": histogram.density().numpy().round(6)}))
+            where, (mean, var) = {"layer": name, "bits": b}, watcher.moments()
+            row = {"mean_shift": float(mean.square().mean().sqrt()), "variance": float(var.mean())}
+            mismatch.append(where | row | {"wasserstein": watcher.wasserstein(seen[max(seen)][name])})
+            histograms.append(pd.DataFrame(where | {"z": centers, "density": watcher.density().numpy().round(6)}))
     return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)
 
 
@@ -179,20 +157,19 @@ def layer_norms(
 ) -> pd.DataFrame:
     """How far the tokens before each layer norm are from those at the highest bit-width.
 
-    Returns:
-        One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a ratio; and of
-        normalized tokens mean_shift, the root mean square over features of the shift in standard deviations, and
-        variance, the mean over features of the ratio.
+    One row a layer and bit-width: layer, bits; size, the mean standard deviation of a token, as a ratio; and of
+    normalized tokens mean_shift, the root mean square over features of the shift in standard deviations, and variance,
+    the mean over features of the ratio.
     """
     seen = _watch(model, data, bits, nn.LayerNorm, samples, batch_size)
     rows = []
     for b, watchers in seen.items():
         for name, tokens in watchers.items():
-            reference = seen[max(seen)][name]
-            var = reference.moments.var()
-            shift = ((tokens.moments.mean - reference.moments.mean) / var.sqrt()).square().mean().sqrt()
-            row = {"layer": name, "bits": b, "size": float(tokens.size.mean / reference.size.mean)}
-            rows.append(row | {"mean_shift": float(shift), "variance": float((tokens.moments.var() / var).mean())})
+            highest = seen[max(seen)][name]
+            (mean, var), (mean_there, var_there) = tokens.moments(), highest.moments()
+            shift = ((mean - mean_there) / var_there.sqrt()).square().mean().sqrt()
+            row = {"layer": name, "bits": b, "size": tokens.size / highest.size}
+            rows.append(row | {"mean_shift": float(shift), "variance": float((var / var_there).mean())})
     return pd.DataFrame(rows)
 
 
@@ -213,11 +190,9 @@ def gradient_angles(
     """Angles between the gradients that the child models give to the weights they share, of the same cross entropy.
 
     The gradient is to the full-precision weight of each convolution and linear layer, with batch norm as in training.
-
-    Returns:
-        One row a layer and pair of bit-widths: layer (or `ALL`, all of them as one vector), depth (from 0; -1 for
-        `ALL`), bits, other_bits, other_images, angle (degrees). Where bits and other_bits are equal, the second
-        gradient is of as many other images: the angle that sampling alone makes.
+    One row a layer and pair of bit-widths: layer (or `ALL`, all of them as one vector), depth (from 0; -1 for `ALL`),
+    bits, other_bits, other_images, angle (degrees). Where bits and other_bits are equal, the second gradient is of as
+    many other images: the angle that sampling alone makes.
     """
     wanted = _checked(bits, samples, integer("batch_size", batch_size, 2))
     converted(model)
@@ -265,11 +240,8 @@ def linear_probes(
     """How much of the classes a linear classifier reads from each child model's features. Needs scikit-learn.
 
     Features are the input of the network's last linear layer, (N, D), standardized. The classifier is ridge regression
-    on one-hot classes.
-
-    Returns:
-        One row a pair of bit-widths: probe_bits, on whose features the classifier was fitted; bits, whose features of
-        the test images it reads; top1 (%).
+    on one-hot classes. One row a pair of bit-widths: probe_bits, on whose features the classifier was fitted; bits,
+    whose features of the test images it reads; top1 (%).
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline

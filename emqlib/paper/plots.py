@@ -332,10 +332,8 @@ def draw(path: Path) -> Axes:
     csv, (_, function, where) = source(path), FIGURES.get(path.name, ("", accuracy_by_bits, ""))
     if not csv.exists():
         raise checks.invalid("path", str(path), f"{csv.name} beside it, which the notebook writes")
-    try:
+    with checks.expecting("path", str(path), f"a whole {csv.name} beside it"):
         rows = checks.table("rows", pd.read_csv(csv))
-    except ValueError as error:
-        raise checks.invalid("path", str(path), f"a whole {csv.name} beside it ({error})") from error
     ax = function(rows.query(where) if where else rows)
     save(ax, path)
     return ax

@@ -317,11 +317,9 @@ def derived(run: Run, name: str, results_dir: str | Path, measure: Measure, each
                 record = _measured(run, checkpoint, measure, each_epoch)
                 remove_parts(path)
                 write_text(path, json.dumps(record) + "\n")
-    try:
+    with checks.expecting("results_dir", str(path), "a whole table of a run, or none"):
         record = json.loads(path.read_text())
         return pd.DataFrame(record["table"]).assign(**record["asked"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise checks.invalid("results_dir", str(path), f"a whole table of a run, or none ({error!r})") from error
 
 
 def _measured(run: Run, checkpoint: Path, measure: Measure, each_epoch: bool) -> dict[str, Any]:
@@ -361,13 +359,11 @@ def _stored(run: Run, results_dir: Path) -> dict[str, Any] | None:
     path = rows_file(run, results_dir)
     if not path.exists():
         return None
-    try:
+    with checks.expecting("results_dir", str(path), "a whole record of a run, or none"):
         record = json.loads(path.read_text())
         _frame(run, record)  # raises where a part is missing
         configs = json.loads(canonical_json(asdict(run))), record["config"]
         now, then = (pd.json_normalize(config).to_dict("records")[0] for config in configs)
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise checks.invalid("results_dir", str(path), f"a whole record of a run, or none ({error!r})") from error
     for key, value in then.items():
         if now.get(key, value) != value and not key.endswith(".device"):
             raise checks.invalid("results_dir", str(path), f"rows of this config, but {key} was {value!r}")

@@ -23,11 +23,8 @@ def paper(table: str) -> pd.DataFrame:
     """
     checks.path("table", checks.instance("table", table, str, "the name of a table, for example table1"))
     path = home() / "results" / "paper" / f"{table}.csv"
-    return (
-        pd.read_csv(path)
-        if path.exists()
-        else pd.DataFrame(columns=["method", "pruning_rate", "metric", "value", "origin"])
-    )
+    nothing = pd.DataFrame(columns=["method", "pruning_rate", "metric", "value", "origin"])
+    return pd.read_csv(path) if path.exists() else nothing
 
 
 def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> None:

@@ -30,8 +30,7 @@ class OutOfTime(Exception):
 class Deadline:
     """The moment at which a budget, in seconds from now, is spent; with None there is no such moment.
 
-    Raises:
-        ValueError: anything but None and a finite number > 0.
+    ValueError: anything but None and a finite number > 0.
     """
 
     def __init__(self, budget: float | None) -> None:
@@ -79,17 +78,14 @@ def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: 
 def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The history and the state that `save` was given, for a run of this `identity`.
 
-    Raises:
-        ValueError: the file is damaged, of another version, or of another run.
+    ValueError: the file is damaged, of another version, or of another run.
     """
     expected = "a whole checkpoint of this library"
     about, tensors = files.read(path, VERSION, expected, "checkpoint")
-    try:
+    with checks.expecting("checkpoint", str(path), expected):
         theirs, history = json.loads(about["identity"]), json.loads(about["history"])
         state = files.restored(about["state"], tensors)
         missing = _STATE - set(state)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise checks.invalid("checkpoint", str(path), f"{expected} ({error!r})") from error
     if missing:
         raise checks.invalid("checkpoint", str(path), f"{expected}, which has {', '.join(sorted(missing))} too")
     _refuse_another(path, theirs, own)

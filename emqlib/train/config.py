@@ -33,8 +33,7 @@ def _try(score: Callable[..., Any]) -> None:
 class CoresetConfig:
     """Which part of the training set each child trains on. Resampling every epoch with "random" is RS2 (2305.18424).
 
-    Raises:
-        ValueError: names the field, its value and what is allowed.
+    ValueError: names the field, its value and what is allowed.
     """
 
     score: Annotated[Score | Own, _score] = "random"  # how samples are ranked; or your own f(p, labels, features)
@@ -62,10 +61,8 @@ class CoresetConfig:
             raise checks.invalid("scoring_epochs", self.scoring_epochs, expected)
         if self.unscored and self.how != "sample":
             raise checks.invalid("unscored", True, 'how="sample"')
-        every_sample_has_a_chance = self.candidates == 1 or self.unscored
-        if self.unbiased and not (
-            self.how == "sample" and every_sample_has_a_chance and self.across_bits != "disjoint"
-        ):
+        every_sample_has_a_chance = self.how == "sample" and (self.candidates == 1 or self.unscored)
+        if self.unbiased and not (every_sample_has_a_chance and self.across_bits != "disjoint"):
             expected = 'how="sample", all as candidates or unscored=True, and coresets not "disjoint"'
             raise checks.invalid("unbiased", True, expected)
         if self.score == "random" and (self.scoring_epochs or self.candidates < 1):
@@ -96,13 +93,6 @@ def _milestones(name: str, value: Any) -> tuple[int, ...]:
     return tuple(checks.integer(name, milestone, 1) for milestone in value)
 
 
-def _compile(name: str, value: Any) -> bool | str:
-    known = value in ("auto", "blocks", "graphs") if isinstance(value, str) else isinstance(value, bool)
-    if not known:
-        raise checks.invalid(name, value, 'True, False, "auto", "blocks" or "graphs"')
-    return value
-
-
 def _device(name: str, value: Any) -> str:
     checks.instance(name, value, str, "the name of a device, for example auto, cpu or cuda")
     if value != "auto":  # "auto" would touch a GPU, before other processes may have been forked
@@ -117,8 +107,7 @@ class TrainConfig:
     Schemes: "dedicated" trains a network with one bit-width. "joint" takes every batch at every bit-width, then makes
     one optimizer step. In "bitwise" each step trains one child model on a batch of its own coreset.
 
-    Raises:
-        ValueError: names the field, its value and what is allowed.
+    ValueError: names the field, its value and what is allowed.
     """
 
     scheme: Literal["dedicated", "joint", "bitwise"] = "bitwise"  # how the child models share steps, see above
@@ -141,7 +130,7 @@ class TrainConfig:
     channels_last: bool = True  # memory format of images and weights, see `distributed.memory_format`
     # torch.compile; "auto": in a long run; "blocks": each residual block by itself, which starts sooner; "graphs": CUDA
     # graphs.
-    compile: Annotated[bool | str, _compile] = False
+    compile: Literal[True, False, "auto", "blocks", "graphs"] = False
     device: Annotated[str, _device] = "auto"  # "auto" takes CUDA where there is one
     seed: Annotated[int, Range(0)] = 0  # of shuffling, augmentation, dropout and coresets
     coreset: CoresetConfig | None = None  # None trains on the full data

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +17,7 @@ from .config import CoresetConfig
 from .data import Dataset, Streamed, integers
 from .distributed import here
 
-MAPPED_BYTES = 1 << 30  # tables larger than this live in a memory-mapped file
+LARGE = 1 << 30  # bytes: a larger table stays in the memory of the CPU
 
 
 class Recorder(nn.Module):
@@ -46,13 +44,13 @@ class _TDDS(Recorder):
     """`coreset.tdds` as a stream. It gives the same numbers as the array (T, N, C), up to half precision's rounding.
 
     Memory: N (2 C + 4 (window - 1) + 8) bytes with half-precision probabilities. That is 1.8 MB for CIFAR-10 at
-    window 3, and 2.6 GB for ImageNet at window 10, whose probabilities lie in a memory-mapped temporary file.
-    A sample that was not observed in the epoch before starts a new window.
+    window 3, and 2.6 GB for ImageNet at window 10. A sample that was not observed in the epoch before starts a new
+    window.
     """
 
     def __init__(self, n: int, num_classes: int, window: int, decay: float) -> None:
         super().__init__(
-            previous=_table(n, num_classes),
+            previous=torch.zeros(n, num_classes, dtype=torch.float16),
             ring=torch.zeros(n, window - 1),
             score=torch.zeros(n),
             last=torch.full((n,), -2, dtype=torch.int16),
@@ -76,22 +74,6 @@ class _TDDS(Recorder):
         if not bool((self.score > 0).any()):
             raise checks.invalid("window", self.window, "at most as many epochs as were observed in a row")
         return self.score.clone()
-
-
-def _table(n: int, num_classes: int) -> Tensor:
-    """Zeros (N, C) in half precision; a large table lies in a temporary file, which is gone when nobody uses it."""
-    size = 2 * n * num_classes
-    if size <= MAPPED_BYTES:
-        return torch.zeros(n, num_classes, dtype=torch.float16)
-    with tempfile.NamedTemporaryFile(prefix="emqlib-") as file:
-        try:  # to reserve space: writing to mapped pages on a full disk would kill the process
-            os.posix_fallocate(file.fileno(), 0, size)
-        except AttributeError:  # macOS
-            file.truncate(size)
-        except OSError as error:
-            text = f"{error.strerror}: a table of scores takes {size / 1e9:.1f} GB; TMPDIR names the folder"
-            raise OSError(error.errno, text, file.name) from None
-        return torch.from_file(file.name, shared=True, size=size // 2, dtype=torch.float16).view(n, num_classes)
 
 
 class _Mean(Recorder):
@@ -146,15 +128,13 @@ class _Moderate(Recorder):
 
 
 def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device: torch.device) -> Recorder:
-    """The recorder of the config's score for N samples and C classes, on `device` if it fits there.
+    """The recorder of a score but "random" for N samples and C classes, on `device` if it fits there.
 
-    Args:
-        config: whose score is not "random".
-        width: inputs of the last layer, which "moderate" keeps.
+    width: inputs of the last layer, which "moderate" keeps.
     """
     if config.score == "tdds":
         made = _TDDS(n, num_classes, config.window, config.decay)
-        return made if made.previous.nbytes > MAPPED_BYTES else made.to(device)
+        return made if made.previous.nbytes > LARGE else made.to(device)
     if config.score == "forgetting":
         return _Forgetting(n).to(device)
     if config.score == "moderate":
@@ -245,9 +225,8 @@ class Coresets:
             name = "scheme" if self.scheme == "joint" else "scoring"
             raise checks.invalid(name, "joint", '"bitwise", where each step trains one child model')
         if min(len(indices) for _, indices in steps) < place.count:
-            raise checks.invalid(
-                "batch_size", batch_size, f"a sample in each batch for each of {place.count} processes"
-            )
+            expected = f"a sample in each batch for each of {place.count} processes"
+            raise checks.invalid("batch_size", batch_size, expected)
         return [(bits[0], place.part(indices)) for bits, indices in steps]
 
     def steps(self, epoch: int, batch_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
@@ -491,18 +470,15 @@ class Coresets:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on from `state`, which `state_dict` gave, and record scores on `device`; ValueError: it is of others."""
-        try:
-            ranks, drawn, weights = (
-                {b: x.cpu() for b, x in state[name].items()} for name in ("ranks", "subsets", "weights")
-            )
+        with checks.expecting("state", type(state).__name__, "a state of the same coresets"):
+            kept = [state[name] for name in ("ranks", "subsets", "weights")]
+            ranks, drawn, weights = ({b: x.cpu() for b, x in tables.items()} for tables in kept)
             if any(b not in self.bits or len(x) != self.n for b, x in ranks.items()):
                 raise ValueError("other bit-widths, or another number of samples")
             recorders = {b: recorder(self.config, self.n, *state["shape"], device) for b in state["recorders"]}
             for b, made in recorders.items():
                 made.load_state_dict(state["recorders"][b])
             draw, rows, epoch = state["draw"], json.loads(state["rows"]), state.get("epoch", -1)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise checks.invalid("state", type(state).__name__, f"a state of the same coresets ({error!r})") from error
         self.ranks, self.drawn, self.loss_weights, self.recorders = ranks, drawn, weights, recorders
         self.draw, self.rows, self._shape = draw, rows, state["shape"]
         self.epoch, self.next_epoch = epoch, epoch + 1

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -299,10 +300,8 @@ class Dataset:
     def subset(self, train: int, test: int) -> "Dataset":
         """The first samples of each class: `train` and `test` samples in all, classes equally often to within one.
 
-        The original order stays. A class with too few samples leaves its places to the others.
-
-        Raises:
-            ValueError: `train` or `test` is not between 1 and the number of samples there are.
+        The original order stays. A class with too few samples leaves its places to the others. ValueError: `train` or
+        `test` is not between 1 and the number of samples there are.
         """
         train_split = _first_of_each_class(self.train, checks.integer("train", train, 1, len(self.train)))
         low = min(1, len(self.test))  # there may be no test split
@@ -381,12 +380,10 @@ def _moments(mean: tuple[float, ...], std: tuple[float, ...], dims: int, device:
 
 
 def augment(images: Tensor, dataset: Dataset, generator: torch.Generator) -> Tensor:
-    """Mirror each image with probability 1/2 and shift it by up to `crop_padding` pixels, zeros moving in.
+    """Mirror each image (B, C, H, W) with probability 1/2 and shift it by up to `crop_padding` pixels, zeros moving in.
 
-    Args:
-        images: (B, C, H, W), on any device.
-        dataset: what it does not ask for is left out.
-        generator: of the CPU, so that every device sees the same draws: B flips, then 2 x B offsets.
+    What the data set does not ask for is left out. The generator is of the CPU, so that all devices see the same draws:
+    B flips, then 2 x B offsets.
     """
     return _moved(images, dataset, _moves(len(images), dataset, generator).to(images.device))
 
@@ -414,26 +411,15 @@ def _moved(images: Tensor, dataset: Dataset, moves: Tensor) -> Tensor:
     return images
 
 
-def rank_in_class(labels: Tensor) -> Tensor:
-    """How many earlier samples have the same label: (N,) to (N,).
-
-    Examples:
-        >>> rank_in_class(torch.tensor([7, 7, 3, 7]))
-        tensor([0, 1, 0, 2])
-    """
-    ordered, order = labels.sort(stable=True)
-    position = torch.arange(len(labels), device=labels.device)
-    return torch.empty_like(labels).index_copy_(0, order, position - torch.searchsorted(ordered, ordered))
-
-
 def _first_of_each_class(split: Split | Streamed, count: int) -> Split | Streamed:
     return split.take(_class_by_class(split.labels)[:count].sort().values)
 
 
 def _class_by_class(labels: Tensor) -> Tensor:
     """Sample indices (N,): the first of each class, then the second of each, and so on."""
-    by_class = labels.argsort(stable=True)
-    return by_class[rank_in_class(labels)[by_class].argsort(stable=True)]
+    table = pd.DataFrame({"label": labels.cpu()})
+    order = table.assign(rank=table.groupby("label").cumcount()).sort_values(["rank", "label"]).index
+    return torch.tensor(order.to_numpy())
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -523,9 +509,7 @@ class StreamLoader:
         """This process's part of each of `chunks` of sample indices (B,), without samples whose files are damaged.
 
         What the dataset does at random is drawn by the generator's seed; without one, the same way each time.
-
-        Raises:
-            ValueError: too many damaged files, a chunk of nothing else, an item of another kind, unequal shapes.
+        ValueError: too many damaged files, a chunk of nothing else, an item of another kind, unequal shapes.
         """
         seed = None if generator is None else generator.initial_seed()
         self.keys[:] = [(seed, n, self.place.part(chunk).cpu().numpy()) for n, chunk in enumerate(chunks)]
@@ -558,11 +542,9 @@ class StreamLoader:
 def loader(
     data: Dataset, split: str, device: torch.device, place: Place | None = None, live: bool = True
 ) -> MemoryLoader | StreamLoader:
-    """The loader of "train" or "test".
+    """The loader of "train" or "test"; this process gets its part of each batch, by its place, if there are several.
 
-    Args:
-        place: of this process, which gets its part of each batch; None: alone.
-        live: whether worker processes are kept between epochs.
+    live: whether worker processes are kept between epochs.
     """
     if isinstance(getattr(data, split), Streamed):
         return StreamLoader(data, split, device, place or Place(), live)

@@ -30,13 +30,9 @@ def batches(
 ) -> Batches:
     """Inputs (B, ...) as floats and labels (B,) on `device`: of a data set's split, or of an iterable.
 
-    Args:
-        split: "test", or "train", whose images are augmented as in training, the same way each time: statistics of
-            plain images are not what the network was trained under, and cost it points.
-        limit: at most so many samples.
-
-    Raises:
-        ValueError: an iterator, which a second bit-width would find empty; pairs that are none.
+    Images of "train" are augmented as in training, the same way each time: statistics of plain images are not what the
+    network was trained under, and cost it points. There are at most `limit` samples.
+    ValueError: an iterator, which a second bit-width would find empty; pairs that are none.
     """
     choice("split", split, ("train", "test"))
     integer("batch_size", batch_size, 1)
@@ -73,11 +69,7 @@ def _pair(given: Any) -> tuple[Tensor, Tensor]:
 def logits_of(output: Any, own: Logits | None = None) -> Tensor:
     """The logits (B, C) in a network's output: itself, its attribute or entry "logits", or the first of a tuple.
 
-    Args:
-        own: a function that finds them elsewhere.
-
-    Raises:
-        ValueError: they are not there.
+    own: a function that finds them elsewhere. ValueError: they are not there.
     """
     found = output if own is None else own(output)
     if own is None and not isinstance(found, Tensor):

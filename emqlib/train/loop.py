@@ -347,10 +347,8 @@ def _save(run: _Run, path: Path | None) -> None:
 
 def _resume(run: _Run, path: Path) -> None:
     run.history, state = checkpoints.load(path, checkpoints.identity(run.model, run.data, run.config))
-    try:
+    with checks.expecting("checkpoint", str(path), "a whole state of this run"):
         for name in ("model", "optimizer", "scaler"):
             getattr(run, name).load_state_dict(state[name])
         run.coresets.load_state_dict(state["sampler"], run.device)
         run.loader.damaged = state["damaged"]
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise checks.invalid("checkpoint", str(path), f"a whole state of this run ({error!r})") from error

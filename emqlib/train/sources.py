@@ -1,7 +1,6 @@
 """Where data sets are found and how their files are read: `load_dataset`."""
 
 import contextlib
-import hashlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from tqdm import tqdm  # not tqdm.contrib, which warns in a notebook without ipywidgets
 
 from .. import checks, files
-from .data import Damaged, Dataset, Split, Streamed, rank_in_class, sha256, statistics
+from .data import Damaged, Dataset, Split, Streamed, sha256, statistics
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
 Triple = tuple[float, float, float]
@@ -63,13 +63,11 @@ def load_dataset(
         image_size = checks.integer("image_size", image_size, 1, 4096)
     streamed = source.stream if stream is None else checks.flag("stream", stream)
     workers = _workers() if workers is None else checks.integer("workers", workers, 0, 1024)
-    usual = os.environ.get("EMQ_DATA") or files.home() / "data"
-    try:
-        place = checks.path("root", path or (usual if root is None else root))
-    except ValueError:
-        if not path:
-            raise
-        raise checks.invalid("name", name, "imagefolder:PATH with the path of a folder") from None
+    if path:
+        with checks.expecting("name", name, "imagefolder:PATH with the path of a folder"):
+            place = checks.path("PATH", path)
+    else:
+        place = checks.path("root", os.environ.get("EMQ_DATA") or files.home() / "data" if root is None else root)
     top = Path(os.path.expanduser(place)).absolute()
     folder, found = _find(name, source, top, image_size)
     if isinstance(found[0], list):
@@ -97,9 +95,7 @@ def _workers() -> int:
 def list_classes(folder: Path) -> Labelled:
     """All image files below <folder>/<class>/, sorted; hidden ones and those of other types are left out.
 
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no class in it, or a class without images.
+    FileNotFoundError: no such folder. ValueError: no class in it, or a class without images.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -120,13 +116,8 @@ def _is_image(path: str) -> bool:
 def list_annotated(table: Path, folder: Path, separator: str, suffix: str = "", skip: int = 0) -> Labelled:
     """The image files in `folder` and their classes, of which `table` has a line each: name, separator, class.
 
-    Args:
-        suffix: of the files, not in the names.
-        skip: lines of a header.
-
-    Raises:
-        FileNotFoundError: no such table, or no such folder.
-        ValueError: the lines are not one for each image of the folder.
+    `skip` lines are a header; names come without the files' `suffix`. FileNotFoundError: no such table, or no such
+    folder. ValueError: the lines are not one for each image of the folder.
     """
     lines = table.read_text("utf-8", errors="replace").splitlines()[skip:]
     rows = [line.partition(separator)[::2] for line in lines if line.strip()]
@@ -177,91 +168,63 @@ def transforms(size: int, flip: bool) -> tuple[Transform, Transform]:
 def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
     """The images at `paths`, (N, 3, H, W) uint8; a cache keeps what tens of thousands of files take long to decode to.
 
-    The cache lies beside the data, or else below the user's cache folder, with checksums of its pixels and of the
-    files. It is made anew if either differs. Files are read for that only if their times or inodes are not those of
-    when the cache was made, as in a copy: a file that rots on its disk is not seen, nor is one that is written twice
-    within a tick of the clock, nor, on Windows, one that is rewritten in place with its time put back.
-
-    Args:
-        image_size: see `pixels`.
-
-    Raises:
-        ValueError: a file that is no readable image, images of unequal size.
+    The cache lies beside the data, or else below the user's cache folder, with a checksum of its pixels. It is made
+    anew if a file has another size, time or inode than when the cache was made, as in a copy. A file that rots on its
+    disk is not seen, nor is one that is written twice within a tick of the clock, nor, on Windows, one that is
+    rewritten in place with its time put back. image_size: see `pixels`. ValueError: a file that is no readable image,
+    images of unequal size.
     """
-    start, stats = len(str(folder)), [path.stat() for path in paths]
-    names = [(str(path)[start:], stat.st_size) for path, stat in zip(paths, stats, strict=True)]  # copies share these
+    start, stats = len(str(folder)), [path.stat() for path in paths]  # before decoding: a later change is seen
+    names = [(str(path)[start:], stat.st_size) for path, stat in zip(paths, stats, strict=True)]
     name = files.digest(files.canonical_json([image_size, names]))
     times = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]  # each write changes one of these
-    states = files.digest(files.canonical_json(times))
+    about = {"version": VERSION, "states": files.digest(files.canonical_json(times))}
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = Path(home, "emqlib", files.digest(str(folder.resolve()))[:16])
     caches = [place / f"{name}.safetensors" for place in (folder / ".emqlib", own)]
     for cache in caches:
         with contextlib.suppress(OSError, ValueError):  # no cache, or a damaged one: make it anew
-            return _read_cache(cache, paths, states)
-    images, contents = _decode_all(paths, image_size)
+            return _read_cache(cache, len(paths), about["states"])
+    images = _decode_all(paths, image_size)
     for cache in caches:
         with contextlib.suppress(OSError):  # a folder that cannot be written to: try the next, or do without
-            _write_cache(cache, images, states, contents)
+            files.write(cache, about, {"images": images})
             break
     return images
 
 
-def _read_cache(cache: Path, paths: Sequence[Path], states: str) -> Tensor:
-    """What `_write_cache` wrote; OSError or ValueError: it is not whole, or the files have other contents."""
-    expected = "a whole cache of these files"
-    about, tensors = files.read(cache, VERSION, expected, "cache")
-    images, same = tensors.get("images", torch.empty(0)), about.get("states") == states
-    contents = about.get("contents") if same else _in_threads(lambda i: _digest(paths[i]), len(paths))
-    whole = images.dtype == torch.uint8 and images.dim() == 4 and len(images) == len(paths)
-    if not whole or contents != about.get("contents"):
-        raise checks.invalid("cache", str(cache), expected)
-    images = images.clone()  # the file is mapped: what is written to it later must not be seen
-    if not same:
-        with contextlib.suppress(OSError):  # where it cannot be written, the files are read each time
-            _write_cache(cache, images, states, contents)
-    return images
+def _read_cache(cache: Path, count: int, states: str) -> Tensor:
+    """The images (N, 3, H, W) in a cache; OSError or ValueError: it is not whole, or of files in another state."""
+    about, tensors = files.read(cache, VERSION, "a whole cache of these files", "cache")
+    images = tensors.get("images", torch.empty(0))
+    if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != count or about.get("states") != states:
+        raise checks.invalid("cache", str(cache), "a cache of these files")
+    return images.clone()  # the file is mapped: what is written to it later must not be seen
 
 
-def _write_cache(cache: Path, images: Tensor, states: str, contents: str) -> None:
-    files.write(cache, {"version": VERSION, "states": states, "contents": contents}, {"images": images})
-
-
-def _decode_all(paths: Sequence[Path], image_size: int | None) -> tuple[Tensor, str]:
-    """The images, and a digest of the contents of their files."""
+def _decode_all(paths: Sequence[Path], image_size: int | None) -> Tensor:
+    """The images, decoded in threads, with a progress bar."""
     first = decode(paths[0], image_size)
     images = np.empty((len(paths), 3, *first.shape[:2]), np.uint8)
 
-    def decode_one(i: int) -> str:
-        digest = _digest(paths[i])  # before: of a file that is replaced meanwhile, it must not name the new contents
+    def decode_one(i: int) -> None:
         image = decode(paths[i], image_size)
         if image.shape != first.shape:
             sizes = f"{first.shape[:2]} in {paths[0]}, {image.shape[:2]} in {paths[i]}"
             raise ValueError(f"images differ in (height, width): {sizes}; image_size= makes them equal")
         images[i] = image.transpose(2, 0, 1)
-        return digest
 
-    return torch.from_numpy(images), _in_threads(decode_one, len(paths))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _in_threads(digest: Callable[[int], str], count: int) -> str:
-    """A digest of what `digest` returns for each number below `count`, in threads, with a progress bar."""
     with ThreadPoolExecutor(8) as pool:
-        found = tqdm(pool.map(digest, range(count)), total=count, disable=None, unit=" files")
-        return files.digest("".join(found))
+        for _ in tqdm(pool.map(decode_one, range(len(paths))), total=len(paths), disable=None, unit=" files"):
+            pass
+    return torch.from_numpy(images)
 
 
 def decode(path: Path, image_size: int | None) -> np.ndarray:
     """The image at `path`, see `pixels`.
 
-    Raises:
-        Damaged: the file is no readable image, is of a format that is not in `FORMATS`, whatever its name says, or
-            has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
+    Damaged: it is no readable image, is of a format that is not in `FORMATS`, whatever its name says, or has more
+    pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or, where that is None, than 89 million.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:  # has read no more than the file's header
@@ -276,8 +239,7 @@ def decode(path: Path, image_size: int | None) -> np.ndarray:
 def pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
     """(H, W, 3) uint8 of an image in any mode; transparency is dropped.
 
-    Args:
-        image_size: resize the shorter side to so many pixels and cut out the centre; None: leave it as it is.
+    image_size: resize the shorter side to so many pixels and cut out the centre; None: leave it as it is.
     """
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -330,7 +292,7 @@ def _digits(_: Path, image_size: int | None) -> Whole:
     small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     images = F.interpolate(small, size=image_size or 32, mode="bilinear").round().byte().repeat(1, 3, 1, 1)
     labels = torch.from_numpy(digits.target).long()
-    is_test = rank_in_class(labels) % 5 == 4
+    is_test = torch.tensor(pd.Series(digits.target).groupby(digits.target).cumcount().to_numpy() % 5 == 4)
     train, test = (Split(images[rows], labels[rows]) for rows in (~is_test, is_test))
     return train, test, tuple(str(digit) for digit in digits.target_names)
 
@@ -401,11 +363,9 @@ def _of_files(
         images = load_images(folder, paths, image_size)
         return Split(images[:n], labels[:n]), Split(images[n:], labels[n:]), classes
     at_random, plain = transforms(image_size or 224, source.flip)
-    first, second = (
-        ImageFiles(folder, paths[:n], labels[:n], at_random),
-        ImageFiles(folder, paths[n:], labels[n:], plain),
-    )
-    return Streamed.of(first, workers), Streamed.of(second, workers), classes
+    first, second = ((paths[:n], labels[:n], at_random), (paths[n:], labels[n:], plain))
+    splits = (Streamed.of(ImageFiles(folder, *part), workers) for part in (first, second))
+    return *splits, classes
 
 
 _ELSEWHERE = "or point root= or the environment variable EMQ_DATA at the folder that holds it."

@@ -1,6 +1,7 @@
 """Scores against literal references; selection against a reference and against the probabilities it promises."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
@@ -221,6 +222,6 @@ def test_at_the_edges_of_what_can_be_kept() -> None:
     for weights in ([1.0, math.inf], [1.0, math.nan]):
         with pytest.raises(ValueError, match=r"^scores=.*: expected weights >= 0, at least 1 of them positive$"):
             coreset.inclusion(torch.tensor(weights), 1)
-    assert coreset.check_window(10_000, 0.5) == (10_000, 0.5)
-    with pytest.raises(ValueError, match=r"^window=10001: expected an integer in \[3, 10000\]$"):
-        coreset.check_window(10_001, 0.5)
+    for window, expected in ((10_000, "at most the 4 epochs there are"), (10_001, "an integer in [3, 10000]")):
+        with pytest.raises(ValueError, match=rf"^window={window}: expected {re.escape(expected)}$"):
+            coreset.tdds(torch.full((4, 2, 2), 0.5), window)

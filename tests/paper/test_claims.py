@@ -5,12 +5,11 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import claims
 import pandas as pd
 import pytest
+from claims import Claim, at, plain, said, seeds
 from scipy import stats
-
-from emqlib.paper import claims
-from emqlib.paper.claims import Claim, at, plain, said, seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -34,7 +33,7 @@ def used() -> set[str]:
 
 def test_the_texts_are_those_of_the_rows() -> None:
     for path, text in claims.texts(ROOT).items():
-        assert path.read_text() == text, f"{path.name}: run python -m emqlib.paper.claims"
+        assert path.read_text() == text, f"{path.name}: run python results/claims.py"
 
 
 def test_the_words_of_the_abstract_are_its_own(told: list[Claim]) -> None:

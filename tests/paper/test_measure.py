@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import models
 from emqlib.norms import MultiBitBatchNorm
-from emqlib.paper.measure import BINS, SPAN, Histogram, Moments, Watcher, layer_norms, preactivations, weight_shift
+from emqlib.paper.measure import BINS, SPAN, Watcher, layer_norms, preactivations, weight_shift
 from emqlib.train.data import Dataset, augment, normalize
 
 pytestmark = pytest.mark.processor
@@ -28,10 +28,10 @@ def normal(mean: float, std: float, n: int = 20000) -> Tensor:
     return torch.tensor([NormalDist(mean, std).inv_cdf((i + 0.5) / n) for i in range(n)])
 
 
-def histogram(*parts: Tensor) -> Histogram:
-    made = Histogram()
+def watched(*parts: Tensor) -> Watcher:
+    made = Watcher()
     for part in parts:
-        made.update(part)
+        made.update(part if part.dim() > 1 else part[:, None])
     return made
 
 
@@ -56,23 +56,22 @@ def model(data: Dataset) -> nn.Module:
 @pytest.mark.parametrize("shape", [(50, 3), (50, 3, 4), (50, 3, 2, 5)])
 def test_moments_of_parts_are_those_of_all(shape: tuple[int, ...], rng: torch.Generator) -> None:
     x = 100 + torch.randn(shape, generator=rng) * torch.tensor([0.1, 1, 30]).view(1, 3, *[1] * (len(shape) - 2))
-    moments = Moments()
-    for part in x.split([7, 30, 1, 12]):
-        moments.update(part)
+    watcher = watched(*x.split([7, 30, 1, 12]))
+    mean, var = watcher.moments()
     columns = x.double().transpose(0, 1).flatten(1).numpy()
-    np.testing.assert_allclose(moments.mean.numpy(), columns.mean(1), rtol=1e-6)
-    np.testing.assert_allclose(moments.var().numpy(), columns.var(1), rtol=1e-4)
-    assert moments.n == columns.shape[1]
+    np.testing.assert_allclose(mean.numpy(), columns.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(var.numpy(), columns.var(1), rtol=1e-4)
+    assert watcher.n == columns.shape[1]
 
 
 def test_a_histogram_is_the_density() -> None:
     """Of a normal distribution to its formula; what lies beyond the ends is in the last bins."""
     centers = (torch.arange(BINS) + 0.5) * WIDTH - SPAN
     expected = [NormalDist(0.5, 1.5).pdf(float(z)) for z in centers]
-    found = histogram(*normal(0.5, 1.5).split(777)).density()
+    found = watched(*normal(0.5, 1.5).split(777)).density()
     assert found.sum() * WIDTH == pytest.approx(1)
     torch.testing.assert_close(found[1:-1], torch.tensor(expected).double()[1:-1], atol=2e-3, rtol=0.02)
-    ends = histogram(torch.tensor([-100.0, -SPAN, 0.01, SPAN, 7.0])).counts
+    ends = watched(torch.tensor([-100.0, -SPAN, 0.01, SPAN, 7.0])).counts
     assert ends[0] == 2 and ends[-1] == 2 and ends.sum() == 5
 
 
@@ -87,7 +86,7 @@ def test_a_histogram_is_the_density() -> None:
 )
 def test_wasserstein_of_normal_distributions(one: tuple, other: tuple, expected: float) -> None:
     """|m - m'| at equal standard deviations, |s - s'| sqrt(2 / pi) at equal means."""
-    found = histogram(normal(*one)).wasserstein(histogram(normal(*other)))
+    found = watched(normal(*one)).wasserstein(watched(normal(*other)))
     assert found == pytest.approx(expected, abs=0.02 * WIDTH + 1e-3)
 
 
@@ -98,8 +97,9 @@ def test_mismatch_of_a_normal_input_is_the_closed_form() -> None:
     watcher = Watcher()
     for part in torch.stack([normal(2.0, 1.0), normal(-1.0, 1.0)], 1).split(999):
         watcher(norm, (part,))
-    torch.testing.assert_close(watcher.moments.mean, torch.tensor([0.5, 0.0]).double(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(watcher.moments.var(), torch.tensor([0.25, 4.0]).double(), atol=5e-3, rtol=0)
+    mean, var = watcher.moments()
+    torch.testing.assert_close(mean, torch.tensor([0.5, 0.0]).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(var, torch.tensor([0.25, 4.0]).double(), atol=5e-3, rtol=0)
 
 
 # Weights

@@ -222,7 +222,6 @@ TABLE += [
         {"probabilities": P.expand(4, 4, 2), "window": 3},
         {"window": [*WINDOWS, 5], "decay": DECAYS, "probabilities": LOGITS},
     ),
-    ("coreset.check_window", {"window": 3, "decay": 0.9}, {"window": WINDOWS, "decay": DECAYS}),
     ("coreset.select", SELECT, {"scores": SCORES, "pruning_rate": RATES, "how": NAMES, "generator": GENERATORS}),
     ("coreset.select", SELECT, {"scores": [-torch.ones(4), torch.zeros(4)]}),
     ("coreset.kept", {"n": 4, "pruning_rate": 0.5}, {"n": [*NUMBERS, -1], "pruning_rate": RATES}),

@@ -86,7 +86,7 @@ def test_a_wrong_value_is_told_before_any_work(case: Case, here: Path, steps: li
 UNCHECKED = {
     "quantizers": "is_full round_ste fake_quantize dorefa_grid learned_grid pact_step weight_grid"
     " dorefa_weight minmax_weight lsq_weight dorefa_activation pact_activation lsq_activation",
-    "coreset": "entropy_of el2n_of grand_of spread",
+    "coreset": "spread",
 }
 
 

@@ -269,16 +269,6 @@ def test_streaming() -> None:
     assert 190 <= now <= 230 and most >= now
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_score_tables() -> None:
-    rows = benchmark("score_tables").measure(n=1000, classes=10, window=3, epochs=2, batch=64)
-    assert list(rows.epoch) == [1, 2] and (rows.seconds > 0).all()
-    assert set(rows.table) == {1000 * 10 * 2 / 1e6} and rows.others.tolist() == pytest.approx(
-        [1000 * (4 * 2 + 8) / 1e6] * 2
-    )
-    assert list(benchmark("score_tables").summary(rows).samples) == [1000, 1000]
-
-
 def test_decoding(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     write_class_folders(emq.load_dataset("digits").subset(20, 10), tmp_path / "digits")

@@ -36,7 +36,7 @@ def length(path: Path) -> int:
 
 
 # What there is, so that no change makes it longer. The aim is 2,300, 6,800 and 13,000.
-SIZES = {"core": (CORE, 3240), "library": (LIBRARY, 9165), "tests": (TESTS, 15420)}
+SIZES = {"core": (CORE, 3165), "library": (LIBRARY, 8455), "tests": (TESTS, 15340)}
 
 
 @pytest.mark.parametrize(("paths", "most"), SIZES.values(), ids=SIZES)
@@ -46,7 +46,7 @@ def test_the_whole_is_small(paths: list[Path], most: int) -> None:
 
 def test_no_file_is_long() -> None:
     most = dict.fromkeys(LIBRARY, 600) | dict.fromkeys(TESTS, 720)
-    most |= {ROOT / "emqlib/convert.py": 640}
+    most |= {ROOT / "emqlib/convert.py": 625}
     assert not {str(path): length(path) for path in most if length(path) > most[path]}
 
 
@@ -160,7 +160,7 @@ def test_dependencies_are_bounded_explained_named_once_and_pinned() -> None:
 def test_the_library_is_imported_without_its_extras() -> None:
     extras = {"matplotlib", "seaborn", "sklearn", "tabulate", "accelerate", "onnx", "onnxscript", "onnxruntime", "timm"}
     extras |= {"papermill", "IPython", "jupyterlab", "tqdm.auto"}  # which warns in a notebook without ipywidgets
-    modules = [f"emqlib.{name}" for name in ("deploy.onnx", "paper.claims", "paper.experiments", "paper.measure")]
+    modules = [f"emqlib.{name}" for name in ("deploy.onnx", "paper.experiments", "paper.measure")]
     code = f"import sys; sys.modules |= dict.fromkeys({extras}); import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

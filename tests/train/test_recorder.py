@@ -1,14 +1,9 @@
 """Scores kept while training against those of the whole log at once, for any batches and with any gaps."""
 
 import io
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from pathlib import Path
 
 import pytest
 import reference
@@ -165,29 +160,9 @@ def nbytes(record: Recorder) -> int:
     return sum(buffer.nbytes for buffer in record.buffers())
 
 
-def mapped_file(table: Tensor) -> str | None:
-    return table.untyped_storage().filename
-
-
-def test_a_large_table_lies_in_a_file_and_scores_the_same(
-    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log, small = Log(rng).with_gaps(), made("tdds")
-    monkeypatch.setattr(recorder, "MAPPED_BYTES", 2 * N * C - 1)
-    large = made("tdds")
-    file = mapped_file(large.previous)
-    assert mapped_file(small.previous) is None and file is not None
-    assert not Path(file).exists()  # nothing to clean up
-    assert nbytes(small) == nbytes(large) and not bool(large.previous.any())
-    for record in (small, large):
-        log.into(record, shuffled=False)
-    assert torch.equal(large.scores(), small.scores())
-    assert torch.equal(large.previous, small.previous) and mapped_file(large.previous) == file
-
-
 @pytest.mark.parametrize(("limit", "device"), [(N * C * 2, "meta"), (N * C * 2 - 1, "cpu")])
 def test_only_a_table_that_fits_goes_to_the_device(limit: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "MAPPED_BYTES", limit)
+    monkeypatch.setattr(recorder, "LARGE", limit)
     record = recorder.recorder(CoresetConfig(score="tdds"), N, C, D, torch.device("meta"))
     assert {buffer.device.type for buffer in record.buffers()} == {device}
 
@@ -204,27 +179,3 @@ def test_saved_and_loaded_between_two_epochs(make: Callable[[], Recorder], atol:
         log.into(record, range(5, T))
     close(resumed.scores(), first.scores(), atol)
     assert not torch.allclose(resumed.scores(), log.into(make(), range(5, T)).scores())
-
-
-FULL = """
-import resource, signal, torch
-from emqlib import CoresetConfig
-from emqlib.train import coresets as recorder
-recorder.MAPPED_BYTES = 0
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for classes in (40, 60):
-    recorder.recorder(CoresetConfig(score="tdds"), 1000, classes, 0, torch.device("cpu")).previous.fill_(1)
-"""
-
-
-def test_a_disk_too_small_for_a_table_is_an_error_and_no_crash(tmp_path: Path) -> None:
-    """Pages of a sparse file that the disk has no room for would kill the process where they are written to."""
-    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(recorder.__file__).parents[1])}
-    result = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True)
-    assert result.returncode == 1 and "table of scores" in result.stderr, result.stderr
-    message = (
-        rf"OSError: \[Errno 27\] File too large: a table of scores takes 0.0 GB; TMPDIR names the folder: '{tmp_path}"
-    )
-    assert re.search(message, result.stderr.splitlines()[-1])
-    assert not list(tmp_path.iterdir())

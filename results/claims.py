@@ -1,7 +1,7 @@
 """What the paper claims and what this project adds, with what was measured here and a verdict that follows from it.
 
 Every number in these texts is worked out from the rows of a CSV file below `results/`, and so is every verdict. After a
-change of rows or of a text, `python -m emqlib.paper.claims` writes the tables of `results/README.md` and `README.md`.
+change of rows or of a text, `python results/claims.py` writes the tables of `results/README.md` and `README.md`.
 """
 
 import sys
@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from .. import checks
-from ..files import home, write_text
+from emqlib import checks
+from emqlib.files import write_text
 
-MARKS = ("<!-- claims: python -m emqlib.paper.claims -->", "<!-- end of claims -->")
+MARKS = ("<!-- claims: python results/claims.py -->", "<!-- end of claims -->")
 AS_TRAINED = {"trained": True, "adapted": False}  # at the trained bit-widths, without batch-norm adaptation
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # by number of seeds: the 97.5 % quantile of Student's t
 PASSES = 5 * 50_000 * 200  # of one image at one bit-width: Any-Precision's published schedule of CIFAR-10
@@ -479,4 +479,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else home())
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1])
