@@ -269,7 +269,7 @@ def answers(model: nn.Module, data: Dataset, bits: int, count: int = 10) -> Figu
     finest, maps = (x.float().cpu() for x in seen)
     between = (finest > finest.min()) & (finest < finest.max())
     channel = int(between.float().mean((0, 2, 3)).argmax())
-    figure, panels = plt.subplots(2, count, figsize=(_WIDE, 2.6), dpi=100, layout="constrained")
+    figure, panels = plt.subplots(2, count, squeeze=False, figsize=(_WIDE, 2.6), layout="constrained")
     for i, (above, below) in enumerate(panels.T):
         above.imshow(images[i].permute(1, 2, 0).cpu().numpy())
         right = classes[i] == int(data.test.labels[i])
