@@ -193,6 +193,11 @@ def _beside(rows: pd.DataFrame, bits: int, lower: int, higher: int) -> pd.Series
     return seeds(rows, bits=bits) - (seeds(rows, bits=lower) + seeds(rows, bits=higher)) / 2
 
 
+def _each(three: list[pd.Series]) -> str:
+    first, second, third = map(differs, three)
+    return f"{first}, {second} and {third}"
+
+
 def _transfer(results: Path) -> list[Claim]:
     angles = read(results, "small/09_angles", layer="all layers", epoch=8)
     pairs = [seeds(angles, "angle", bits=a, other_bits=b) for a, b in ((4, 8), (2, 4), (2, 8))]
@@ -228,9 +233,8 @@ def _transfer(results: Path) -> list[Claim]:
             "A child model gains from the steps of the others",
             "summary",
             part(steps),
-            f"The others' steps add {differs(gained[0])}, {differs(gained[1])} and {differs(gained[2])} points to its own "
-            f"at 2, 4 and 8 bits. Alone they are {differs(others_steps[0])}, {differs(others_steps[1])} and "
-            f"{differs(others_steps[2])} points from as many steps of its own.",
+            f"The others' steps add {_each(gained)} points to what its own give at 2, 4 and 8 bits. Alone they are "
+            f"{_each(others_steps)} points from as many steps of its own.",
             verdict(gained),
             "A step of another child does most of what its own would do. Whether it does less is inconclusive.",
         ),
