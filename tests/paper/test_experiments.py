@@ -42,9 +42,11 @@ def test_parameters_are_followed(table: Callable) -> None:
         assert {run.config.epochs for run in runs} == {5, 7}
 
 
-def test_names_of_methods() -> None:
+def test_names_of_methods_and_corrections() -> None:
     p = parameters(profile="small", repeats=1)
-    runs = [*table1(p), *experiments.curves(p), *bias_correction(p)]
+    runs = [*table1(p), *experiments.curves(p), *bias_correction(p), *experiments.uncalibrated(p)]
+    kinds = {run.correction for run in runs}
+    assert kinds == {"none", "mean", "mean_var", "mean_var, no gradient", "mean_var, output"}
     own = ["Ours, own statistics", "Ours, switchable norm"]
     assert list(dict.fromkeys(run.method for run in runs)) == ["Ours", "Any-Precision", "Dedicated", *own]
     assert table1(parameters(profile="small", bits=[4, 32]))[0].eval_bits == (*ALL, 32)

@@ -36,24 +36,13 @@ def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_committed_record_is_of_a_run_of_today() -> None:
     """Its name is the hash of its configuration, written with the fields and the defaults that there are now."""
-    listed = {
-        run.hash: run
-        for table in experiments.RUNS
-        if table is not experiments.imagenet
-        for run in table(parameters(profile="small"))
-    }
-    found = {path.stem.partition("-")[0] for path in (ROOT / "results/runs").glob("*.json")}
-    benchmarks = {
-        path.stem
-        for path in (ROOT / "results/runs").glob("*.json")
-        if "-" not in path.stem and json.loads(path.read_text())["config"]["profile"] != "small"
-    }
-    assert found - benchmarks == set(listed)
-    for name, run in listed.items():
-        record = json.loads((ROOT / f"results/runs/{name}.json").read_text())
-        assert _of_today(record["config"]).hash == name == record["run"] and run.hash == name
-    for name in benchmarks:
-        assert _of_today(json.loads((ROOT / f"results/runs/{name}.json").read_text())["config"]).hash == name
+    p, paths = parameters(profile="small"), sorted((ROOT / "results/runs").glob("*.json"))
+    listed = {run.hash for table in experiments.RUNS if table is not experiments.imagenet for run in table(p)}
+    records = {path.stem: json.loads(path.read_text()) for path in paths if "-" not in path.stem}
+    small = {name for name, record in records.items() if record["config"]["profile"] == "small"}  # else of a benchmark
+    assert small == listed and {path.stem.partition("-")[0] for path in paths} == set(records)
+    for name, record in records.items():
+        assert _of_today(record["config"]).hash == name == record["run"]
 
 
 def _of_today(stored: dict[str, Any]) -> Run:
@@ -308,20 +297,6 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commit_and_dirty(tmp_path / "emqlib") == ("", False)
 
 
-@pytest.mark.usefixtures("_read_alone")
-def test_rows_tell_what_is_corrected(finished: Path) -> None:
-    """Of runs that differ in that alone: read from a record that is given another name."""
-    run = tiny_runs()[1]
-    texts = {(True, False): "mean_var", (False, False): "mean_var, no gradient", (True, True): "mean_var, output"}
-    for (gradient, output), text in texts.items():
-        options = {"correction_gradient": gradient, "output_correction": output}
-        other = replace(run, spec=replace(run.spec, **options))
-        if other != run:
-            shutil.copy(rows_file(run, finished), rows_file(other, finished))
-            edit(other, finished, lambda record, options=options: record["config"]["spec"].update(options))
-        assert set(run_all([other], finished).correction) == {text}
-
-
 def test_a_derived_table_is_kept_with_what_it_is_of(finished: Path) -> None:
     run = tiny_runs()[1]
     rows_file(run, finished).unlink()  # the network is in its checkpoint
@@ -394,15 +369,6 @@ def test_a_second_call_trains_nothing(
     some = run_all(iter(tiny_runs()[2:3]), finished)
     assert set(some.method) == {"Any-Precision"}
     assert capsys.readouterr() == ("", "")  # no bar for what is only read
-
-
-def test_progress_names_the_run_on_stderr(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tiny_runs()[2]
-    rows_file(run, finished).unlink()
-    checkpoint_file(run, finished).unlink()
-    run_all([run], finished)
-    out, err = capsys.readouterr()
-    assert not out and "run 1 of 1: Any-Precision" in err  # tables are on the other stream
 
 
 @pytest.mark.parametrize("checkpoint", ["kept", "deleted"])
