@@ -15,11 +15,6 @@ from hypothesis import strategies as st
 
 from emqlib import checks
 
-anything = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.lists(st.integers())
-)
-
-
 X = torch.ones(2, 2)
 # Each check with what it takes, what it refuses, and what it says is allowed
 CHECKS: dict[str, tuple[Callable[[Any], Any], list[Any], list[Any], str]] = {
@@ -83,15 +78,6 @@ def test_what_passes_and_what_is_told_of_the_rest(name: str) -> None:
     for value in wrong:
         with pytest.raises(ValueError, match=rf"(?s)^(x|pruning_rate)=.*: expected {expected}"):
             check(value)
-
-
-@given(anything)
-def test_bit_width(value: object) -> None:
-    if type(value) is int and value in (*range(1, 9), 32):
-        assert checks.bit_width("bits", value) == value
-    else:
-        with pytest.raises(ValueError, match=r"(?s)^bits=.*: expected a bit-width: 1 to 8, or 32 for not quantized$"):
-            checks.bit_width("bits", value)
 
 
 @given(st.lists(st.sampled_from((*checks.BIT_WIDTHS, 0, 9, 16)), max_size=4))

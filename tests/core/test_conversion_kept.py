@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from test_saving import edited
 from torch import Tensor, nn
-from torch.nn.utils import (
-    parametrizations,
-    parametrize,
-    prune,
-    remove_spectral_norm,
-    remove_weight_norm,
-    spectral_norm,
-    weight_norm,
-)
+from torch.nn import utils
+from torch.nn.utils import prune
 from torchvision.models import SwinTransformer
 
 import emqlib as emq
@@ -60,14 +53,6 @@ def test_decisions_are_those_of_evaluation_mode(training: bool) -> None:
     # in training mode others read what the first two give, and negative values would be new to them
     assert [type(m) for m in (model.relu, model.act, model.last)] == [nn.ReLU] * 3
     assert model.emq.decided == emq.convert(Dropping().train(not training), SPEC).emq.decided
-
-
-def test_a_relu_that_none_else_reads_in_any_mode_is_left_to_the_quantizer() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    net[0].train()
-    model = emq.convert(net, SPEC)
-    assert [type(model[i]) for i in (1, 3)] == [nn.Identity, nn.ReLU] and model.emq.decided.absorbed == ("1",)
-    assert [m.training for m in model] == [True, False, False, False, False] and not model.training
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -274,15 +259,15 @@ def batch(net: nn.Module) -> None:
 
 
 DERIVED: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {
-    "weight_norm": (lambda net: weight_norm(net[2]), lambda net: remove_weight_norm(net[2])),
-    "spectral_norm": (lambda net: spectral_norm(net[2]), lambda net: remove_spectral_norm(net[2])),
+    "weight_norm": (lambda net: utils.weight_norm(net[2]), lambda net: utils.remove_weight_norm(net[2])),
+    "spectral_norm": (lambda net: utils.spectral_norm(net[2]), lambda net: utils.remove_spectral_norm(net[2])),
     "prune": (
         lambda net: prune.l1_unstructured(net[2], "weight", 0.5),
         lambda net: prune.remove(net[2], "weight"),
     ),
     "parametrizations": (
-        lambda net: parametrizations.weight_norm(net[2]),
-        lambda net: parametrize.remove_parametrizations(net[2], "weight"),
+        lambda net: utils.parametrizations.weight_norm(net[2]),
+        lambda net: utils.parametrize.remove_parametrizations(net[2], "weight"),
     ),
     "LazyConv2d": (lambda net: net.__setitem__(2, nn.LazyConv2d(4, 3)), batch),
     "LazyBatchNorm2d": (lambda net: net.insert(2, nn.LazyBatchNorm2d()), batch),
@@ -309,7 +294,7 @@ def test_a_derived_weight_is_refused_with_its_remedy(name: str) -> None:
 
 def test_attention_whose_weight_is_derived_is_refused() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
-    parametrizations.orthogonal(net[1], "in_proj_weight")
+    utils.parametrizations.orthogonal(net[1], "in_proj_weight")
     with pytest.raises(ValueError, match=r"^net='1': expected a layer whose weight is a parameter \(first undo"):
         emq.convert(net, SPEC)
 

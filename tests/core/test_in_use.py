@@ -109,16 +109,6 @@ def test_training_leaves_a_network_in_evaluation_mode_that_answers_the_same_agai
     assert_equal(buffers(model), before)
 
 
-@pytest.mark.parametrize("training_mode", [False, True])
-def test_what_asks_a_network_puts_back_each_module_s_mode(training_mode: bool, data: Dataset) -> None:
-    model = build().train(training_mode)
-    model.body.train(not training_mode)
-    before = [m.training for m in model.modules()]
-    emq.evaluate(model, data, bits=(2,), adapt_norm=True)
-    emq.adapt_norm(model, data, bits=(3,), samples=24)
-    assert [m.training for m in model.modules()] == before
-
-
 # Weights in use
 
 
@@ -251,8 +241,7 @@ SPECS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    "spec",
-    [*SPECS, {"activation": "pact"}, {"activation": "lsq"}, {"weight": "lsq"}, {"norm": "switchable"}],
+    "spec", [*SPECS, {"activation": "pact"}, {"activation": "lsq"}, {"weight": "lsq"}, {"norm": "switchable"}]
 )
 def test_children_s_losses_may_be_summed(spec: dict[str, Any], x: Tensor) -> None:
     found, bits = [], (1, 2, 8, 32)

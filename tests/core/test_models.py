@@ -43,12 +43,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_count(name: str) -> None:
-    """As published and as its docstring says; a ViT's is DeiT's (table 1) on 16 x 16 patches of 224 x 224 pixels."""
+    """As published and as its docstring says."""
     with torch.device("meta"):
         net = models.MODELS[name]()
         assert f"{parameters(net):,} parameters" in models.MODELS[name].__doc__
-        if "vit" in name:
-            net = models.build(name, 1000, image_size=224, patch_size=16)
     assert parameters(net) == pytest.approx(PUBLISHED[name], rel=0.01)
 
 

@@ -55,6 +55,11 @@ def switchable() -> nn.Module:
 
 
 @cache
+def with_zero() -> nn.Module:
+    return emq.convert(net(), emq.QuantSpec(bits=(2, 4), weight="minmax", zero_level=True))
+
+
+@cache
 def headless() -> nn.Module:
     layers = (nn.Conv2d(3, 3, 3) for _ in range(3))
     return emq.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), emq.QuantSpec(bits=(2, 4)))
@@ -167,11 +172,7 @@ TABLE += [
         {"name": "resnet8", "num_classes": 10},
         {"name": ARCHITECTURES, "num_classes": COUNTS, "width": ["8"], "depth": [3]},
     ),
-    (
-        "models.build",
-        {"name": "torchvision.resnet18", "num_classes": 10},
-        {"num_classes": COUNTS, "depth:kwargs": [3]},
-    ),
+    ("models.build", {"name": "torchvision.resnet18", "num_classes": 10}, {"num_classes": COUNTS, "depth:kwargs": [3]}),
 ]
 
 # Formulas
@@ -250,9 +251,18 @@ RUN_FIELDS = {
 RUN_FIELDS |= {"model_args": [None, {"width": 4}, ("width",), "width=4"], "image_size": [None, -1, 32.0]}
 RUN_FIELDS |= {"subset": [None, 5, (5,), (-1, 5), (0.5, 0.5)], "stream": FLAGS}
 TABLE += [
-    ("QuantSpec", {"bits": (2, 4)}, SPEC),
+    ("QuantSpec", {"bits": (2, 4)}, SPEC | {"zero_level": [*FLAGS, True]}),
+    ("QuantSpec", {"bits": (1, 2), "weight": "minmax"}, {"zero_level": [True]}),
     ("TrainConfig", {}, TRAIN),
-    ("CoresetConfig", {}, CHOSEN | {"across_bits": NAMES, "power": [NAN, "1"]}),
+    ("TrainConfig", {"epochs": 5}, {"distillation": [True], "momentum:nesterov": [0], "warmup_epochs": [5]}),
+    ("CoresetConfig", {}, CHOSEN | {"across_bits": NAMES, "power": [NAN, "1"], "unscored": [True], "unbiased": [True]}),
+    ("CoresetConfig", {"scoring_epochs": 1}, {"score": ["random"]}),
+    ("CoresetConfig", {"candidates": 0.5}, {"score": ["random"]}),
+    ("CoresetConfig", {"score": "tdds", "window": 5}, {"scoring_epochs": [4]}),
+    ("CoresetConfig", {"score": "forgetting"}, {"scoring_epochs": [1]}),
+    ("CoresetConfig", {"score": "el2n", "pruning_rate": 0.5}, {"candidates": [0.49]}),
+    ("CoresetConfig", {"score": "el2n", "how": "sample", "candidates": 0.5}, {"unbiased": [True]}),
+    ("CoresetConfig", {"how": "sample", "across_bits": "disjoint"}, {"unbiased": [True]}),
     ("paper.runs.Run", RUN, RUN_FIELDS),
 ]
 
@@ -269,6 +279,7 @@ TABLE += [
         {"net": [*MODELS[:-1], model, lambda: nn.Sequential(nn.ReLU())], "spec": SPECS},
     ),
     ("set_bits", {"model": model, "bits": 4}, {"model": [*MODELS, packed], "bits": ONE_WIDTH + BY_LAYER}),
+    ("set_bits", {"model": with_zero, "bits": 4}, {"bits": [1]}),
     ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
     ("summary", {}, {"model": MODELS}),
     ("pack", {"model": model, "bits": 4}, PACKED),
@@ -282,7 +293,8 @@ TABLE += [
 
 # Data, evaluation and training
 
-LOAD = {"name": [*NAMES, "imagefolder:a\0b", "imagefolder:" + "a" * 5000, 10**5000]}
+LOAD = {"name": [*NAMES, "CIFAR10", "cifar10:x", "imagefolder", "imagefolder:", "imagefolder:a\0b", 10**5000]}
+LOAD["name"] += ["imagefolder:" + "a" * 5000]
 LOAD |= {"image_size": [*GIVEN, 10**6], "workers": [-1, "2", 1.5, 10**9], "stream": [1, "yes", True]}
 MEASURE = {"model": model, "data": digits, "bits": (2, 4)}
 MEASURED = {"model": [*MODELS, packed], "data": [*PAIRS, []], "bits": BITS}
@@ -290,48 +302,17 @@ BATCHES = {"data": digits, "split": "test", "device": torch.device("cpu"), "batc
 LEARN = {"model": model, "data": digits, "config": emq.TrainConfig(epochs=1), "progress": False}
 LEARNED = {"model": MODELS, "data": [*DATA, without("train")], "config": CONFIGS, "progress": [None, 1]}
 LEARNED |= {"checkpoint": [*FILES[1:], "FILE/a"], "observe": [3, "loss"]}
-TENSORS_OF_OWN = {
-    "images": torch.ones(4, 2, 8),
-    "labels": LABELS,
-    "test_images": torch.ones(4, 2, 8),
-    "test_labels": LABELS,
-}
-INPUTS = [
-    None,
-    "digits",
-    1j,
-    torch.ones(4),
-    torch.ones(0, 2, 8),
-    torch.ones(4, 2, 8).long(),
-    {"a": 1},
-    lambda: digits().train,
-]
-INTEGERS_OF_EACH = [
-    None,
-    "digits",
-    1,
-    *CLASSES[1:],
-    LABELS[:3],
-    LABELS[None],
-    [0, 1, 0, 10**30],
-    LABELS * 1j,
-]
+SIGNALS = torch.ones(4, 2, 8)
+TENSORS_OF_OWN = {"images": SIGNALS, "labels": LABELS, "test_images": SIGNALS, "test_labels": LABELS}
+INPUTS = [None, "digits", 1j, torch.ones(4), SIGNALS[:0], SIGNALS.long(), {"a": 1}, lambda: digits().train]
+INTEGERS_OF_EACH = [None, "digits", 1, *CLASSES[1:], LABELS[:3], LABELS[None], [0, 1, 0, 10**30], LABELS * 1j]
 TENSORS_WRONG = {"images": INPUTS, "labels": INTEGERS_OF_EACH, "test_labels": INTEGERS_OF_EACH, "name": [None, 3]}
-TENSORS_WRONG |= {"test_images": [*INPUTS, torch.ones(4, 3, 8), torch.ones(4, 2, 8).byte()], "flip": FLAGS}
+TENSORS_WRONG |= {"test_images": [*INPUTS, torch.ones(4, 3, 8), SIGNALS.byte()], "flip": FLAGS}
 TENSORS_WRONG |= {"classes": ["ab", ["a"], [0, 1], {"a": 0, "b": 1}], "crop_padding": [*NUMBERS, -1]}
 TENSORS_WRONG |= {"mean": [0.5, "ab", [NAN], ["0", 1], [1, 2, 3]], "std": [1, [0], [-1.0, 1], [INF, 1], []]}
 PAIRED = [(torch.ones(2, 8), 0), (torch.ones(2, 8), 1)]
-MAPPED = [
-    None,
-    "digits",
-    3,
-    [],
-    {"train": PAIRED},
-    torch.ones(4, 2),
-    np.ones((4, 2)),
-    iter(PAIRED),
-    lambda: digits().train,
-]
+MAPPED = [None, "digits", 3, [], {"train": PAIRED}, torch.ones(4, 2), np.ones((4, 2)), iter(PAIRED)]
+MAPPED += [lambda: digits().train]
 LABELLED = [None, 3, "digits", [], [0.5], [[0]], [-1, 0], LABELS.float(), LABELS[:, None], LABELS > 0, {}, iter([0])]
 OWN = {"labels": LABELS, "bits": (2, 4), "epochs": 3, "config": emq.CoresetConfig(score="el2n", pruning_rate=0.5)}
 EPOCHS = [*NUMBERS, -1, 3]
@@ -342,6 +323,16 @@ def coresets() -> emq.Coresets:
     return emq.Coresets(**OWN)
 
 
+@cache
+def observed() -> emq.Coresets:
+    """In the scoring phase."""
+    made = emq.Coresets(**OWN | {"config": emq.CoresetConfig(score="grand")})
+    made.subsets(0)
+    return made
+
+
+SEEN = {"self": observed, "bits": 4, "indices": LABELS[:2], "logits": ONES, "labels": LABELS[:2], "features": ONES}
+UNSEEN = {"bits": [3], "indices": [LABELS[:2].float()], "logits": [ONES[0]], "features": [None]}
 OTHERS_STATE = [None, {}, "state", lambda: coresets().state_dict() | {"ranks": 3}]
 OTHERS_STATE += [lambda: coresets().state_dict() | {"recorders": {2: {}}}]
 TABLE += [
@@ -352,7 +343,10 @@ TABLE += [
     (
         "Dataset.from_dataset",
         {"train": PAIRED},
-        {"train:data": [[PAIRED], [0], ["ab"]], "train:label": [[(PAIRED[0][0], "a")]]},
+        {
+            "train:data": [[x] for x in (PAIRED, 0, "ab", (1, 2, 3), (torch.ones(1).long(), 0), {"label": 1})],
+            "train:label": [[(PAIRED[0][0], label)] for label in ("a", 0.5, -1, None, ONES)],
+        },
     ),
     ("load_dataset", {"name": "digits"}, LOAD),
     ("load_dataset", {"name": "cifar10"}, {"root": PATHS[1:]}),
@@ -374,6 +368,8 @@ TABLE += [
     ),
     ("Coresets.batches", {"self": coresets, "epoch": 0, "batch_size": 2}, {"epoch": EPOCHS, "batch_size": COUNTS}),
     ("Coresets.sampler", {"self": coresets, "batch_size": 2}, {"batch_size": COUNTS}),
+    ("Coresets.observe", SEEN, UNSEEN),
+    ("Coresets.loader", {"self": coresets, "batch_size": 2}, {"dataset": [None, [1] * 5, iter([])]}),
     ("Coresets.load_state_dict", {"self": coresets, "state": lambda: coresets().state_dict()}, {"state": OTHERS_STATE}),
     ("soft_targets", {"model": model, "x": IMAGE}, {"model": MODELS}),
 ]
