@@ -27,13 +27,6 @@ def test_an_unknown_device_is_refused(name: object) -> None:
         distributed.device_named(name)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("none", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_autocast_chooses_the_type_of_products(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "has_bfloat16", lambda: True)
-    with distributed.autocast(name, CPU):
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
-
-
 @pytest.mark.parametrize(
     ("convolution", "expected"),
     [

@@ -279,20 +279,6 @@ def test_inputs_of_unequal_shapes_in_a_batch_are_named() -> None:
         fitted(pictures(), Dataset.from_dataset(items))
 
 
-@pytest.mark.parametrize(
-    "item", [3, "ab", (1, 2, 3), (Image.new("L", (8, 8)), 0), (torch.ones(1).long(), 0), {"label": 1}]
-)
-def test_an_item_of_another_kind_is_shown(item: Any) -> None:
-    with pytest.raises(ValueError, match=r"^data=.*: expected an item \(input, label\) or"):
-        Dataset.from_dataset([item])
-
-
-@pytest.mark.parametrize("label", [0.5, -1, "cat", None, torch.ones(3)])
-def test_a_label_that_is_no_integer_is_shown(label: Any) -> None:
-    with pytest.raises(ValueError, match=r"^label=.*: expected an integer >= 0"):
-        Dataset.from_dataset([(torch.ones(1, 8, 8), label)])
-
-
 def test_labels_that_items_contradict_are_refused() -> None:
     items = Pictures()
     items.targets = [0] * 24
