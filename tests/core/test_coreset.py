@@ -153,11 +153,6 @@ def test_top_is_the_reference(rng: torch.Generator) -> None:
             assert indices.tolist() == top_reference(scores.tolist(), len(indices))
 
 
-def test_of_equal_scores_the_first_are_kept() -> None:
-    assert select(torch.zeros(1000), 0.9).tolist() == list(range(100))
-    assert select(torch.tensor([1, 2, 2, 2, 0]), 0.6).tolist() == [1, 2]
-
-
 def assert_frequencies(counts: Counter, expected: dict, draws: int = DRAWS) -> None:
     """Each within 4.5 standard deviations of a binomial: wrong once in 150,000, and the seed is fixed."""
     assert set(counts) <= {outcome for outcome, p in expected.items() if p > 0}

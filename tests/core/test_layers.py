@@ -221,7 +221,7 @@ def test_padding_modes_at_32_bits(padding_mode: str, rng: torch.Generator) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATION_METHODS)
 def test_half_precision_layers(activation: str, dtype: torch.dtype, rng: torch.Generator) -> None:
-    """A whole layer in half precision, at every bit-width, 32 included: near the float32 one, never NaN."""
+    """A whole layer, at every bit-width, 32 included: near the float32 one, and neither NaN nor a NaN gradient."""
     for weight in WEIGHT_METHODS:
         settings = spec(weight=weight, activation=activation, activation_range="tracked")
         layer = QuantLinear.from_float(nn.Linear(8, 5), settings, signed=True)
@@ -231,8 +231,11 @@ def test_half_precision_layers(activation: str, dtype: torch.dtype, rng: torch.G
         for bits in ALL_BITS:
             half.set_bits(bits)
             layer.eval().set_bits(bits)
+            half.zero_grad()
             y = half(x.to(dtype))
-            assert y.dtype == dtype and y.isfinite().all()
+            y.sum().backward()
+            assert y.dtype == half.weight.grad.dtype == dtype and y.isfinite().all()
+            assert all(p.grad.isfinite().all() for p in half.parameters() if p.grad is not None)
             if bits in (8, 32):
                 torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.1)
 

@@ -159,10 +159,3 @@ def test_networks_of_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm"):
         models.build("timm.deit_tiny_patch16_224", 7)
-
-
-def test_unknown_argument_lists_what_exists() -> None:
-    with pytest.raises(ValueError, match=r"^depth=3: expected an argument that resnet8 takes: num_classes, width"):
-        models.build("resnet8", 10, depth=3)
-    with pytest.raises(ValueError, match=r"^width=64: .*resnet50 takes: num_classes$"):
-        models.build("resnet50", 10, width=64)

@@ -121,13 +121,9 @@ def integers(w: Tensor, n: float) -> tuple[Tensor, Tensor]:
     return w.round().long(), w
 
 
-def one_argument(x: Tensor) -> Tensor:
-    return x
-
-
 WRONG = {
-    "weight": [one_output, no_gradient, integers, one_argument, lambda w, n: (w, w), "my_weight", nn.Identity()],
-    "activation": [zero_gradient, another_shape, my_weight, one_argument, functools.partial(my_activation, n=3.0), max],
+    "weight": [one_output, no_gradient, integers, lambda w, n: (w, w), "my_weight", nn.Identity()],
+    "activation": [zero_gradient, another_shape, my_weight, functools.partial(my_activation, n=3.0), max],
 }
 
 

@@ -298,33 +298,6 @@ def test_activation_properties(values: list[float], bits: int, method: str, sign
     torch.testing.assert_close(again, x_q, rtol=1e-6, atol=0)
 
 
-# Number types
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_dtype_is_kept(dtype: torch.dtype, bits: int, rng: torch.Generator) -> None:
-    x = torch.randn(4, 50, generator=rng).to(dtype)
-    for method in WEIGHTS:
-        leaf = x.clone().requires_grad_()
-        w_q = quantize_weight(leaf, bits, method)
-        w_q.sum().backward()
-        assert w_q.dtype == leaf.grad.dtype == dtype
-        assert w_q.isfinite().all() and leaf.grad.isfinite().all()
-        assert bits == 32 or max(len(channel.unique()) for channel in w_q) <= 2**bits
-    for method in ACTIVATIONS:
-        for signed in SIGNS:
-            leaf = x.clone().requires_grad_()
-            x_q = quantize_activation(leaf, bits, method, signed=signed)
-            x_q.sum().backward()
-            assert x_q.dtype == leaf.grad.dtype == dtype
-            assert leaf.grad.isfinite().all() and leaf.grad.any()
-            if bits == 32:
-                assert torch.equal(x_q, x if signed else x.relu())
-            else:
-                assert len(x_q.unique()) <= 2**bits and x_q.isfinite().all()
-
-
 # Degenerate inputs
 
 

@@ -18,7 +18,7 @@ from emqlib.paper import experiments, measure
 from emqlib.paper.experiments import bias_correction, quickstart, table1
 from emqlib.paper.measure import BINS, SPAN, gradient_angles
 from emqlib.paper.profiles import PROFILES, Parameters, parameters
-from emqlib.paper.runs import Run, build, run_all, trained
+from emqlib.paper.runs import build, run_all, trained
 
 fixtures = few_digits_on_one_thread, no_profile_from_outside  # for this module too
 
@@ -163,22 +163,6 @@ def test_a_shell_sees_the_exit_status(tmp_path: Path) -> None:
     assert out.startswith("0 of 2 runs finished, of the next one epoch 1")
     assert out.endswith("; time is up, call again to go on\n")
     assert in_a_shell(tmp_path, *command) == f"2 runs, 32 rows below {tmp_path / 'runs'}; 1 process(es)\n"
-
-
-def test_a_profile_is_a_parameter_and_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def note(runs: list[Run], *_: object, **__: object) -> pd.DataFrame:
-        asked.append(runs[0].profile)
-        return pd.DataFrame({"run": []})
-
-    monkeypatch.setattr(experiments, "run_all", note)
-    for options in (["--profile", "smoke"], ["-p", "profile", "paper", "--profile", "smoke"], ["-p", "seed", "3"]):
-        experiments.main(["quickstart", *options])
-    experiments.main(["quickstart", "--profile", "paper", "-p", "profile", "smoke"])
-    assert asked == ["smoke", "smoke", parameters().profile.name, "smoke"]
-    with pytest.raises(ValueError, match=r"^profile='tiny': expected one of auto, paper, small, smoke$"):
-        experiments.main(["quickstart", "--profile", "tiny"])
 
 
 def in_a_shell(folder: Path, *command: str, status: int = 0) -> str:

@@ -84,12 +84,6 @@ def test_results_dir_of_an_installed_package(tmp_path: Path, monkeypatch: pytest
     assert parameters(profile="smoke").results_dir == tmp_path / "build/smoke"
 
 
-def test_results_dir_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ValueError, match=r"^results_dir=.*that can be written to"):
-        parameters(profile="smoke", results_dir=tmp_path)
-
-
 def test_data_and_network() -> None:
     p = parameters(profile="smoke")
     assert (p.dataset, p.model) == ("", "")

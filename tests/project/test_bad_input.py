@@ -206,14 +206,10 @@ def test_any_parameter_of_a_notebook(name: str, value: object) -> None:
 
 HUGE = [
     {"name": "resnet8", "num_classes": 10, "width": 10**9},
-    {"name": "resnet18", "num_classes": 10, "width": 4096},
     {"name": "resnet50", "num_classes": 10**6},
-    {"name": "vit_tiny", "num_classes": 10, "depth": 10**9},
     {"name": "vit_small", "num_classes": 10, "depth": 100, "width": 4096, "heads": 1},
-    {"name": "preact_resnet20", "num_classes": 10, "width_factor": 10**30},
     {"name": "resnet8", "num_classes": 10, "no_such_argument": 1},
     {"name": "../resnet8", "num_classes": 10},
-    {"name": ["resnet8"], "num_classes": 10},
     [1, 2],
 ]
 

@@ -51,16 +51,6 @@ def test_every_benchmark_has_rows_a_table_and_a_figure_that_its_rows_give(tmp_pa
     pyplot.close("all")
 
 
-def test_ranges_show_each_value_and_the_median() -> None:
-    rows = pd.DataFrame({"way": ["b"] * 3 + ["a"] * 3, "ms": [1.0, 2, 9, 4, 5, 6]})
-    ax = benchmark("common").ranges(rows, "way", "ms", "title", "milliseconds", mark=3.0)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"] and ax.get_xlabel() == "milliseconds"
-    dots = sorted(float(x) for part in ax.collections for x, _ in part.get_offsets())
-    assert dots == [1, 2, 4, 5, 6, 9]
-    marks = [x for line in ax.get_lines() if line.get_marker() == "|" for x in line.get_xdata()]
-    assert marks == [2, 5]
-
-
 TINY = {"resnet8": {"width": 4}}
 ON_LITTLE = {  # what each is asked to measure of a few digits, and how many rows that gives
     "implementations": ((("none",), ("eager",), ("plain", "ours")), {"repeats": 2, "batch": 4}, 8),
@@ -164,9 +154,8 @@ class PreActBasicBlockQ: ...
 class PreActResNet(torch.nn.Module):
     def __init__(self, block, num_units, bit_list, num_classes, expand):
         super().__init__()
-        self.wbit, self.seen, self.fc = bit_list[-1], [], torch.nn.Linear(3 * 32 * 32, num_classes)
+        self.fc = torch.nn.Linear(3 * 32 * 32, num_classes)
     def forward(self, x):
-        self.seen.append(self.wbit)
         return self.fc(x.flatten(1))
 """,
     "models/losses.py": """
@@ -212,14 +201,6 @@ def test_any_precision(digits: emq.Dataset, checkout: Path) -> None:
     pyplot.close(module.figure(pd.concat(rows)).figure)
 
 
-def test_the_published_code_trains_every_bit_width_highest_first(digits: emq.Dataset, checkout: Path) -> None:
-    module = benchmark("any_precision")
-    code = module.published()
-    net, images = module.published_network(code), digits.train.images[:4].float()
-    module.published_gradients(code, net, images, digits.train.labels[:4], (2, 4, 8), net)
-    assert net.seen == [8, 4, 2] and net.fc.weight.grad.abs().sum() > 0
-
-
 def test_without_a_checkout(digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("EMQ_ANY_PRECISION", raising=False)
     images, code = digits.train.images[:2].float(), ("published code",)
@@ -243,14 +224,6 @@ def test_a_target_that_is_not_reached() -> None:
     assert table["times faster"]["b"] == 4 and table["best top1"]["b"] == 60 and set(table.target) == {50}
 
 
-GROWING = """
-import runpy, sys, torch
-resident = runpy.run_path(sys.argv[1], run_name="benchmark")["resident"]
-before, kept = resident("VmRSS"), torch.ones(50_000_000)
-print(resident("VmRSS") - before, resident("VmHWM") - before)
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_streaming() -> None:
     pytest.importorskip("sklearn")
@@ -261,12 +234,6 @@ def test_streaming() -> None:
     assert row["peak"] == row["before"] + row["beyond"] and row["seconds"] > 0
     assert set(streaming.summary(pd.DataFrame([row])).columns) == {"analysis", "batch", "seconds", "network", "beyond"}
     assert streaming._size(nn.Sequential(nn.Linear(999, 250), nn.BatchNorm1d(250, affine=False))) == 1.002008
-    # in a process of its own: one that has freed much takes that again, and does not grow
-    result = subprocess.run(
-        [sys.executable, "-c", GROWING, benchmark("common").__file__], capture_output=True, text=True
-    )
-    now, most = map(int, result.stdout.split())
-    assert 190 <= now <= 230 and most >= now
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
@@ -291,19 +258,6 @@ def test_decoding(tmp_path: Path) -> None:
 def test_the_papers_network_is_trained_for_about_as_many_passes_by_each_method() -> None:
     paper_network = benchmark("paper_network")
     asked = paper_network.asked()
-    assert [(run.config.seed, run.method, run.coreset, run.config.epochs) for run in asked] == [
-        (seed, *of)
-        for seed in (0, 1, 2)
-        for of in (
-            ("Any-Precision", "full data", 5),
-            ("Ours", "full data", 4),
-            ("Ours", "tdds", 26),
-            ("Ours, own statistics", "tdds, sample of all", 26),
-        )
-    ]
-    assert {(run.model, run.model_args, run.config.batch_size) for run in asked} == {
-        ("preact_resnet20", (("width_factor", 5),), 128)
-    }
     rows = pd.read_csv(FOLDER.parent / "results/benchmarks/paper_network.csv")
     collapsed = {5: (2, 4, 4), 4: (2, 3, 4)}  # how release 1.0, which made the rows, scaled (100, 150, 180) of 200
     configs = [replace(r.config, milestones=collapsed.get(r.config.epochs, r.config.milestones)) for r in asked]
