@@ -106,12 +106,6 @@ def test_ranks_and_centrality_are_the_reference(rng: torch.Generator) -> None:
         assert coreset.centrality(scores).tolist() == [-abs(rank - (n - 1) / 2) for rank in ranks]
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_spread_is_along_a_dimension(dim: int, rng: torch.Generator) -> None:
-    deltas = torch.rand(3, 4, 5, dtype=torch.float64, generator=rng)
-    close(coreset.spread(deltas, dim), deltas.numpy().std(dim) * deltas.shape[dim] ** 0.5)
-
-
 @pytest.mark.parametrize(
     ("epochs", "window", "decay"), [(3, 3, 0.9), (7, 3, 0.9), (7, 4, 0.5), (7, 7, 0.2), (6, 5, 1.0), (5, 3, 1)]
 )

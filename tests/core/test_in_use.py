@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -369,13 +368,6 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
 
 
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 WRAPPERS = [nn.DataParallel, distributed, AveragedModel, Holder, compiled, lambda m: Holder(compiled(m))]
 
 
@@ -456,20 +448,10 @@ def test_a_part_of_a_network_is_set_alone(layer: str, x: Tensor) -> None:
 # Outputs
 
 
-class Output(dict):
-    """As transformers' own: a mapping with attributes."""
-
-    @property
-    def logits(self) -> Tensor:
-        return self["logits"]
-
-
 OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "attribute": lambda y: SimpleNamespace(logits=y, loss=None),  # which cannot be traced for signs
-    "output": lambda y: Output(loss=None, logits=y),
     "entry": lambda y: {"logits": y},
     "tuple": lambda y: (y, "hidden states"),
-    "list": lambda y: [y],
 }
 
 

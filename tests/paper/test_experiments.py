@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_runs import ALL, TEST, TRAIN, few_digits_on_one_thread, no_profile_from_outside
+from test_runs import ALL, TEST, TRAIN, few_digits_on_one_thread
 
 from emqlib.paper import experiments, measure
 from emqlib.paper.experiments import bias_correction, quickstart, table1
@@ -20,7 +20,7 @@ from emqlib.paper.measure import BINS, SPAN, gradient_angles
 from emqlib.paper.profiles import PROFILES, Parameters, parameters
 from emqlib.paper.runs import build, run_all, trained
 
-fixtures = few_digits_on_one_thread, no_profile_from_outside  # for this module too
+fixture = few_digits_on_one_thread  # for this module too
 
 
 OF_PARAMETERS = [f for f in experiments.RUNS if f is not experiments.imagenet]  # whose networks are large

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -199,15 +198,3 @@ def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
     assert found == {"-": [[(0, 142), (1, 143)]], "--": [[(0, 122), (1, 123)], [(0, 144), (1, 145)]]}
     assert {"2 and 4 bits", "2 bits", "4 bits", "same images", "other images"} < set(legend(ax))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["conv1", "fc"]
-
-
-def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
-    """Also after a reading of the CSV beside the figure. Every other figure: test_figures."""
-    example().to_csv(tmp_path / "rows.csv", index=False)
-    changed = example().assign(top1=example().top1 + 1)
-    for name, rows in {"a": example(), "b": pd.read_csv(tmp_path / "rows.csv"), "other": changed}.items():
-        plots.save(plots.accuracy_by_bits(rows), tmp_path / name)
-    first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("a", "b", "other"))
-    assert first.startswith(b"\x89PNG") and first == again != other
-    assert len(first) < 100_000 and b"matplotlib" not in first.lower()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}  # no temporary file

@@ -9,11 +9,6 @@ from emqlib import files
 from emqlib.paper.profiles import PROFILES, parameters
 
 
-@pytest.fixture(autouse=True)
-def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EMQ_PROFILE", raising=False)
-
-
 @pytest.mark.parametrize(
     ("name", "given", "read"),
     [

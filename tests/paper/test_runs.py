@@ -26,11 +26,6 @@ from emqlib.train.checkpoint import OutOfTime
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EMQ_PROFILE", raising=False)
-
-
 # Runs
 
 

@@ -130,7 +130,7 @@ MODELS = [None, "resnet8", nn.Linear, net]
 DATA = [None, "digits", [], lambda: digits().train]
 PAIRS = [None, "digits", [1, 2], torch.ones(3), (torch.ones(4, 3, 8, 8), LABELS)]
 PAIRS += [lambda: iter([]), [(torch.ones(2, 3, 8, 8), LABELS)]]
-PATHS = [None, "", 3, b"a", "a\0b", "a" * 5000]
+PATHS = [None, "", 3, b"a", "a\0b", "a" * 5000, Path("a" * 300), "\ud800"]
 FILES = [*PATHS, "FOLDER"]
 FOLDERS = [*PATHS, "FILE", "FILE/a"]
 TENSORS = [None, [0.5, 0.5], np.ones(4), 0.5]
@@ -240,14 +240,8 @@ TRAIN = dict.fromkeys(("scheme", "optimizer", "schedule", "device", "autocast", 
 TRAIN |= {"epochs": COUNTS, "lr": [0, NAN, "0.1", 10**400], "coreset": [0.8, "random", emq.CoresetConfig]}
 TRAIN |= {"milestones": [None, "1", 5, np.ones(2)], "seed": NUMBERS}
 CHOSEN = {"score": NAMES, "pruning_rate": RATES, "how": NAMES, "window": WINDOWS, "decay": DECAYS, "scoring": NAMES}
-RUN_FIELDS = {
-    "eval_bits": BITS,
-    "profile": [None, 3],
-    "dataset": NAMES,
-    "model": NAMES,
-    "spec": SPECS,
-    "config": CONFIGS,
-}
+RUN_FIELDS = {"eval_bits": BITS, "profile": [None, 3], "spec": SPECS, "config": CONFIGS}
+RUN_FIELDS |= {"dataset": NAMES, "model": NAMES}
 RUN_FIELDS |= {"model_args": [None, {"width": 4}, ("width",), "width=4"], "image_size": [None, -1, 32.0]}
 RUN_FIELDS |= {"subset": [None, 5, (5,), (-1, 5), (0.5, 0.5)], "stream": FLAGS}
 TABLE += [

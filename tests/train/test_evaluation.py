@@ -2,26 +2,17 @@
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pandas as pd
 import pytest
 import torch
 from networks import assert_same_state, build, spec, state
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 import emqlib as emq
 from emqlib.layers import NORMS, InputQuantizer
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.train.data import Dataset, Split, normalize
-
-
-@pytest.fixture
-def compiler() -> Iterator[CompileCounter]:
-    torch._dynamo.reset()
-    yield CompileCounter()
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -199,13 +190,3 @@ def test_nothing_changes_on_an_exception(norm: str, data: Dataset) -> None:
             call()
         assert_same_state(state(model), before)
         assert everything(model) == others
-
-
-def test_evaluate_and_adapt_a_compiled_network(compiler: CompileCounter, data: Dataset) -> None:
-    model = emq.convert(build("twice"), spec())
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(model, backend=compiler)
-    for network in (compiled, twin):
-        emq.adapt_norm(network, data, (2, 3), batch_size=45)
-    assert_same_state(state(model), state(twin))
-    pd.testing.assert_frame_equal(emq.evaluate(compiled, data, (2, 3)), emq.evaluate(twin, data, (2, 3)))

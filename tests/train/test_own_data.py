@@ -26,15 +26,8 @@ TARGETS = np.arange(24) % 3
 
 
 def head(width: int) -> list[nn.Module]:
-    return [
-        nn.Flatten(),
-        nn.Linear(width, 8),
-        nn.BatchNorm1d(8),
-        nn.ReLU(),
-        nn.Linear(8, 8),
-        nn.ReLU(),
-        nn.Linear(8, 3),
-    ]
+    hidden = [nn.Linear(width, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+    return [nn.Flatten(), *hidden, nn.Linear(8, 3)]
 
 
 def network(*layers: nn.Module, width: int) -> nn.Module:

@@ -207,16 +207,10 @@ def broken_checkpoints(good: bytes, path: Path) -> Iterator[bytes]:
     yield from (b"", b"not a checkpoint", good[: len(good) // 2], pickle.dumps(3))  # others: core/test_container
     state = {"dict": [[name, {"dict": []}] for name in ("model", "optimizer", "scaler", "sampler")]}
     told = {"version": checkpoints.VERSION, "identity": "{}", "history": "[]", "state": state}
-    for wrong in (
-        {"identity": 3},
-        {"identity": "{"},
-        {"history": None},
-        {"state": "eval"},
-        {"state": {}},
-        {"state": {"tensor": "y"}},
-    ):
-        container.write(path, told | wrong, {"x": torch.ones(3)})
-        yield path.read_bytes()
+    for name, values in {"identity": [3, "{"], "history": [None], "state": ["eval", {}, {"tensor": "y"}]}.items():
+        for wrong in values:
+            container.write(path, told | {name: wrong}, {"x": torch.ones(3)})
+            yield path.read_bytes()
 
 
 def test_a_broken_checkpoint_is_refused(digits: Dataset, tmp_path: Path) -> None:

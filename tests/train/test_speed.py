@@ -137,12 +137,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Waits]:
     yield waits
 
 
-@pytest.fixture(scope="module")
-def digits() -> emq.Dataset:
-    pytest.importorskip("sklearn")
-    return emq.load_dataset("digits").subset(40, 10)
-
-
 CONFIGS: dict[str, dict[str, Any]] = {
     "joint": {"scheme": "joint", "distillation": True},
     "bitwise": {},

@@ -25,19 +25,11 @@ def tiny_net(classes: int = 10, dropout: float = 0.0) -> nn.Module:
 
     No bias before a batch norm: its gradient is zero but for rounding, and AdamW would make steps of that.
     """
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Conv2d(6, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(24, classes),
+    first, second = (
+        [nn.Conv2d(inputs, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()] for inputs in (3, 6)
     )
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(dropout), nn.Linear(24, classes)]
+    return nn.Sequential(*first, nn.Dropout(dropout), *second, *head)
 
 
 def tiny(bits: tuple[int, ...] = BITS, init: int = 0, dropout: float = 0.0, **spec: Any) -> nn.Module:
