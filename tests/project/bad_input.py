@@ -161,17 +161,14 @@ SIZES = {"num_classes": 10, "image_size": 32, "patch_size": 4, "width": 12, "dep
 VIT = {name: [0, "8", 10**9] for name in SIZES} | {"patch_size": [5, 0], "heads": [5, None]}
 for name in ("resnet8", "resnet18", "resnet20"):
     TABLE += [(f"models.{name}", {}, {"num_classes": COUNTS, "width": [0, "8", 10**9]})]
+SMALLEST = {"name": "resnet8", "num_classes": 10}
 TABLE += [
     ("models.preact_resnet20", {}, {"num_classes": [0], "width_factor": COUNTS}),
     ("models.resnet50", {}, {"num_classes": COUNTS}),
     ("models.vit_tiny", SIZES, VIT),
     ("models.vit_small", SIZES, VIT),
     ("models.check_name", {"parameter": "model"}, {"name:model": ARCHITECTURES}),
-    (
-        "models.build",
-        {"name": "resnet8", "num_classes": 10},
-        {"name": ARCHITECTURES, "num_classes": COUNTS, "width": ["8"], "depth": [3]},
-    ),
+    ("models.build", SMALLEST, {"name": ARCHITECTURES, "num_classes": COUNTS, "width": ["8"], "depth": [3]}),
     ("models.build", {"name": "torchvision.resnet18", "num_classes": 10}, {"num_classes": COUNTS, "depth:kwargs": [3]}),
 ]
 
@@ -182,47 +179,27 @@ SHAPES = [torch.ones(2, 4), torch.ones(2), torch.ones(0, 3)]
 SCORES = [*VECTORS, torch.ones(0), torch.ones(4) * NAN]
 SELECT = {"scores": torch.ones(4), "pruning_rate": 0.5, "how": "sample", "generator": torch.Generator()}
 CHOOSE = {"scores": torch.ones(4), "keep": 2, "how": "sample", "generator": torch.Generator()}
+QUANTIZED = {"bits": ONE_WIDTH, "method": NAMES, "scale": SCALES}
+GRAND = {"probabilities": P, "labels": LABELS, "features": torch.ones(4, 3)}
+TDDS = {"probabilities": P.expand(4, 4, 2), "window": 3}
+UNEQUAL = [*TENSORS, torch.ones(4)]
 KEEP, GENERATORS = [*NUMBERS, -1, 5], [None, 0]
 TABLE += [
     ("quantizers.levels", {}, {"bits": ONE_WIDTH}),
-    (
-        "quantizers.quantize_weight",
-        {"w": ONES, "bits": 4},
-        {"w": WEIGHTS, "bits": ONE_WIDTH, "method": NAMES, "scale": SCALES, "zero_level": FLAGS},
-    ),
+    ("quantizers.quantize_weight", {"w": ONES, "bits": 4}, QUANTIZED | {"w": WEIGHTS, "zero_level": FLAGS}),
     ("quantizers.quantize_weight", {"w": ONES, "bits": 1, "method": "minmax"}, {"zero_level": [True]}),
-    (
-        "quantizers.quantize_activation",
-        {"x": ONES, "bits": 4},
-        {"x": WEIGHTS, "bits": ONE_WIDTH, "method": NAMES, "scale": SCALES, "signed": FLAGS},
-    ),
+    ("quantizers.quantize_activation", {"x": ONES, "bits": 4}, QUANTIZED | {"x": WEIGHTS, "signed": FLAGS}),
     ("correction.correct_weight", BOTH, {"w_q": TENSORS, "w": TENSORS, "mode": NAMES, "gradient": FLAGS}),
     ("correction.correct_weight", BOTH, {"w_q:w_q, w shapes": SHAPES}),
-    (
-        "correction.output_shift",
-        BOTH | {"mean_input": torch.ones(3)},
-        {"w_q": [*TENSORS, torch.ones(4)], "w": [*TENSORS, torch.ones(2)], "mean_input": [*TENSORS, torch.ones(4)]},
-    ),
+    ("correction.output_shift", BOTH | {"mean_input": torch.ones(3)}, dict.fromkeys((*BOTH, "mean_input"), UNEQUAL)),
     ("coreset.entropy", {}, {"probabilities": LOGITS}),
     ("coreset.el2n", {"probabilities": P, "labels": LABELS}, {"probabilities": LOGITS, "labels": OF_EACH}),
-    (
-        "coreset.grand",
-        {"probabilities": P, "labels": LABELS, "features": torch.ones(4, 3)},
-        {"probabilities": LOGITS, "labels": OF_EACH, "features": FEATURES},
-    ),
+    ("coreset.grand", GRAND, {"probabilities": LOGITS, "labels": OF_EACH, "features": FEATURES}),
     ("coreset.forgetting", {}, {"correct": [*TENSORS, torch.ones(1, 4, dtype=torch.bool)]}),
-    (
-        "coreset.moderate",
-        {"features": torch.ones(4, 3), "labels": LABELS},
-        {"features": FEATURES, "labels": [None, *CLASSES]},
-    ),
+    ("coreset.moderate", {"features": ONES.repeat(2, 1), "labels": LABELS}, {"features": FEATURES, "labels": CLASSES}),
     ("coreset.centrality", {}, {"scores": VECTORS}),
     ("coreset.ranks", {}, {"scores": VECTORS}),
-    (
-        "coreset.tdds",
-        {"probabilities": P.expand(4, 4, 2), "window": 3},
-        {"window": [*WINDOWS, 5], "decay": DECAYS, "probabilities": LOGITS},
-    ),
+    ("coreset.tdds", TDDS, {"window": [*WINDOWS, 5], "decay": DECAYS, "probabilities": LOGITS}),
     ("coreset.check_window", {"window": 3, "decay": 0.9}, {"window": WINDOWS, "decay": DECAYS}),
     ("coreset.select", SELECT, {"scores": SCORES, "pruning_rate": RATES, "how": NAMES, "generator": GENERATORS}),
     ("coreset.select", SELECT, {"scores": [-torch.ones(4), torch.zeros(4)]}),
@@ -267,11 +244,8 @@ INTEGERS = {"packed": torch.zeros(1, dtype=torch.uint8), "bits": 2, "count": 4}
 CODES = [None, [1, 2], torch.ones(2), torch.tensor([4]), torch.tensor([-1])]
 ONNX = {"model": model, "path": "a.onnx", "bits": 4, "example_inputs": IMAGE}
 TABLE += [
-    (
-        "convert",
-        {"net": net, "spec": emq.QuantSpec(bits=(2, 4))},
-        {"net": [*MODELS[:-1], model, lambda: nn.Sequential(nn.ReLU())], "spec": SPECS},
-    ),
+    ("convert", {"net": net, "spec": emq.QuantSpec(bits=(2, 4))}, {"net": [*MODELS[:-1], model], "spec": SPECS}),
+    ("convert", {"spec": emq.QuantSpec(bits=(2, 4))}, {"net": [lambda: nn.Sequential(nn.ReLU())]}),
     ("set_bits", {"model": model, "bits": 4}, {"model": [*MODELS, packed], "bits": ONE_WIDTH + BY_LAYER}),
     ("set_bits", {"model": with_zero, "bits": 4}, {"bits": [1]}),
     ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
@@ -307,6 +281,8 @@ TENSORS_WRONG |= {"mean": [0.5, "ab", [NAN], ["0", 1], [1, 2, 3]], "std": [1, [0
 PAIRED = [(torch.ones(2, 8), 0), (torch.ones(2, 8), 1)]
 MAPPED = [None, "digits", 3, [], {"train": PAIRED}, torch.ones(4, 2), np.ones((4, 2)), iter(PAIRED)]
 MAPPED += [lambda: digits().train]
+UNPAIRED = [[item] for item in (PAIRED, 0, "ab", (1, 2, 3), (torch.ones(1).long(), 0), {"label": 1})]
+UNLABELLED = [[(PAIRED[0][0], label)] for label in ("a", 0.5, -1, None, ONES)]
 LABELLED = [None, 3, "digits", [], [0.5], [[0]], [-1, 0], LABELS.float(), LABELS[:, None], LABELS > 0, {}, iter([0])]
 OWN = {"labels": LABELS, "bits": (2, 4), "epochs": 3, "config": emq.CoresetConfig(score="el2n", pruning_rate=0.5)}
 EPOCHS = [*NUMBERS, -1, 3]
@@ -334,14 +310,7 @@ TABLE += [
     ("Dataset.from_tensors", TENSORS_OF_OWN, {"flip:images": [True], "crop_padding:images": [1]}),
     ("Dataset.from_dataset", {"train": PAIRED}, {"train": MAPPED, "test": MAPPED[1:], "name": [None, 3]}),
     ("Dataset.from_dataset", {"train": PAIRED}, {"classes": ["ab", ["a"]], "num_workers": [*NUMBERS, -1, 10**9]}),
-    (
-        "Dataset.from_dataset",
-        {"train": PAIRED},
-        {
-            "train:data": [[x] for x in (PAIRED, 0, "ab", (1, 2, 3), (torch.ones(1).long(), 0), {"label": 1})],
-            "train:label": [[(PAIRED[0][0], label)] for label in ("a", 0.5, -1, None, ONES)],
-        },
-    ),
+    ("Dataset.from_dataset", {}, {"train:data": UNPAIRED, "train:label": UNLABELLED}),
     ("load_dataset", {"name": "digits"}, LOAD),
     ("load_dataset", {"name": "cifar10"}, {"root": PATHS[1:]}),
     ("Dataset.subset", {"self": digits, "train": 20, "test": 10}, {"train": [*COUNTS, 41], "test": COUNTS}),
@@ -355,11 +324,8 @@ TABLE += [
     ("train.evaluate.batches", BATCHES, {"data": PAIRS, "split": NAMES, "batch_size": COUNTS, "limit": GIVEN}),
     ("train", LEARN, LEARNED),
     ("train", LEARN, {"config:scheme": [emq.TrainConfig(scheme="dedicated")]}),
-    (
-        "Coresets",
-        OWN,
-        {"labels": LABELLED, "bits": BITS, "config": [3, "tdds"], "epochs": [*COUNTS, 1], "seed": NUMBERS},
-    ),
+    ("Coresets", OWN, {"labels": LABELLED, "bits": BITS, "config": [3, "tdds"]}),
+    ("Coresets", OWN, {"epochs": [*COUNTS, 1], "seed": NUMBERS}),
     ("Coresets.batches", {"self": coresets, "epoch": 0, "batch_size": 2}, {"epoch": EPOCHS, "batch_size": COUNTS}),
     ("Coresets.sampler", {"self": coresets, "batch_size": 2}, {"batch_size": COUNTS}),
     ("Coresets.observe", SEEN, UNSEEN),
@@ -444,16 +410,13 @@ def rows(source: str) -> dict[str, Any]:
     return {"rows": lambda: table(source)}
 
 
+SAVED = {"table": FRAMES[-1], "path": Path("a")}
 BAD_COST = [None, "dollars", ["seconds"]]
 DRAWN = ["nothing", "00_quickstart"]  # no such figure, and one whose rows are not there
 TABLE += [
     ("paper.plots.angles", rows("09_angles"), {"by": ["bits", None, ["layer"]]}),
     ("paper.tables.paper", {}, {"table": [None, 3, "\0", "a" * 5000]}),
-    (
-        "paper.tables.save",
-        {"table": FRAMES[-1], "path": Path("a")},
-        {"table": [None, 3], "path": PATHS, "rows": ["a.csv"]},
-    ),
+    ("paper.tables.save", SAVED, {"table": [None, 3], "path": PATHS, "rows": ["a.csv"]}),
     ("paper.plots.accuracy_by_bits", rows("00_quickstart"), {"ax": [3, "ax"]}),
     ("paper.plots.accuracy_by_cost", rows("02_cifar100"), {"ax": [3, "ax"], "cost": BAD_COST}),
     ("paper.plots.growth", rows("11_training_cost"), {"ax": [3, "ax"], "cost": BAD_COST}),

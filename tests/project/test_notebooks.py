@@ -123,11 +123,7 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     assert {path.name for path in place.iterdir()} == expected
 
     rows = pd.read_csv(place / "01_cifar10.csv", dtype={"run": str})
-    assert set(rows.method) == {"Dedicated", "Any-Precision", "Ours"}
-    assert set(rows.bits[rows.trained]) == {2, 4, 8}
-    kinds = rows[["method", "pruning_rate", "coreset"]].drop_duplicates().itertuples(index=False, name=None)
-    full = {(method, 0.0, "full data") for method in ("Any-Precision", "Dedicated", "Ours")}
-    assert {*kinds} == full | {("Ours", rate, name) for rate in (0.5, 0.8, 0.9) for name in ("RS2", "tdds")}
+    assert set(rows.method) == {"Dedicated", "Any-Precision", "Ours"} and set(rows.bits[rows.trained]) == {2, 4, 8}
     assert "summary: top1 (%)" in (place / "01_cifar10_cost.md").read_text()
 
 
