@@ -1,11 +1,11 @@
 """Attention with open projections: PyTorch's own is the reference, and every product is watched for plain weights."""
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -171,14 +171,7 @@ def decoder() -> nn.Module:
     return Decoder()
 
 
-def timm_vit() -> nn.Module:
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    import timm
-
-    return timm.create_model("deit_tiny_patch16_224", depth=2, num_classes=5, img_size=32)
-
-
+DEIT = "deit_tiny_patch16_224"
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     # builder, shape of an input, matrices that multiply: four a self-attention, two an MLP, the first and the last
     "vit_tiny": (lambda: models.vit_tiny(5, width=24, depth=2), (2, 3, 32, 32), 2 * 6 + 2),
@@ -188,7 +181,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         (2, 3, 32, 32),
         2 * 6 + 2,
     ),
-    "timm": (timm_vit, (2, 3, 32, 32), 2 * 4 + 2),  # query, key and value are one Linear there
+    "timm": (
+        lambda: timm.create_model(DEIT, depth=2, num_classes=5, img_size=32),
+        (2, 3, 32, 32),
+        2 * 4 + 2,
+    ),  # query, key and value are one Linear there
     "nn.TransformerEncoder": (encoder, (2, 5, 6), 2 * 6 + 2),
     "nn.TransformerDecoderLayer": (decoder, (2, 5, 6), 2 * 4 + 2 + 2),
 }

@@ -206,7 +206,6 @@ def test_what_cannot_be_traced_refuses_to_compute_with_a_packed_weight(tmp_path:
     packed = emq.pack(model, 2)
     with pytest.raises(ValueError, match=f"^{message}"):
         packed(x)
-    pytest.importorskip("onnxscript")
     with pytest.raises(ValueError, match=message):
         emq.export_onnx(model, tmp_path / "net.onnx", 2, x)
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from networks import (
@@ -440,7 +441,6 @@ def test_at_bits_restores() -> None:
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnetx_002"])
 def test_activations_inside_timms_batch_norms_stay(name: str, rng: torch.Generator) -> None:
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3).eval()
     x = torch.randn(1, 3, 64, 64, generator=rng)

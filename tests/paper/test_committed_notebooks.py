@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import emqlib as emq
 from emqlib.paper import experiments, measure, plots, profiles, runs, tables
 
-nbformat = pytest.importorskip("nbformat")
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = {m.__name__.rpartition(".")[2]: m for m in (experiments, measure, plots, profiles, runs, tables)}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 import emqlib as emq
@@ -143,7 +144,6 @@ def test_preactivations_are_those_seen_by_hand(model: nn.Module, data: Dataset) 
             hook.remove()
             mean, var = norm.running_mean[-1], norm.running_var[-1]
             seen[b] = (kept[0].double() - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + norm.eps).sqrt()
-    stats = pytest.importorskip("scipy.stats")
     for b, z in seen.items():
         row = mismatch[(mismatch.layer == name) & (mismatch.bits == b)].iloc[0]
         assert row["mean_shift"] == pytest.approx(float(z.mean((0, 2, 3)).square().mean().sqrt()), rel=1e-3, abs=1e-4)

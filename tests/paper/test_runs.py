@@ -101,7 +101,6 @@ TIMED = ["seconds"]  # columns that no two runs have in common
 
 @pytest.fixture(scope="module", autouse=True)
 def few_digits_on_one_thread() -> Iterator[None]:
-    pytest.importorskip("sklearn")
     digits, threads = load_dataset("digits").subset(60, 30), torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -16,14 +16,12 @@ import torch
 from bad_input import CASES, OF_ROWS, Case, function, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import emqlib as emq
 from emqlib.paper.profiles import parameters
 
-pyplot = pytest.importorskip("matplotlib.pyplot")
-for extra in ("seaborn", "onnxruntime", "onnxscript"):
-    pytest.importorskip(extra)
 pyplot.switch_backend("agg")
 
 

@@ -34,7 +34,6 @@ def benchmark(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def digits() -> emq.Dataset:
-    pytest.importorskip("sklearn")
     return emq.load_dataset("digits").subset(40, 10)
 
 
@@ -226,7 +225,6 @@ def test_a_target_that_is_not_reached() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_streaming() -> None:
-    pytest.importorskip("sklearn")
     streaming = benchmark("streaming")
     data = streaming.enlarged(emq.load_dataset("digits").subset(32, 10), 48)
     assert data.train.images.shape == (32, 3, 48, 48)
@@ -247,7 +245,6 @@ def test_score_tables() -> None:
 
 
 def test_decoding(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     write_class_folders(emq.load_dataset("digits").subset(20, 10), tmp_path / "digits")
     decoding = benchmark("decoding")
     rows = decoding.measure(tmp_path / "digits/train", workers=(0, 1), repeats=2, batch=8)

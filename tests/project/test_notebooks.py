@@ -17,15 +17,11 @@ import matplotlib
 import nbformat
 import pandas as pd
 import pytest
-
-from emqlib.paper import experiments
-
-pytest.importorskip("papermill")
-pytest.importorskip("sklearn")
-
 from papermill.cli import _resolve_type
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+
+from emqlib.paper import experiments
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

@@ -160,7 +160,6 @@ def test_metadata(published: dict[str, Path]) -> None:
 
 
 def test_it_works_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     # -S: none of the .pth files by which a checkout is installed; -P: no folder that happens to be the current one.
     path = os.pathsep.join([str(installed), *site.getsitepackages()])
     told = json.loads(run("-B", "-P", "-S", "-c", USE, cwd=tmp_path, PYTHONPATH=path))

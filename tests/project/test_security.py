@@ -79,7 +79,6 @@ def test_an_archive_that_is_not_the_official_one_is_not_unpacked(mark: Path, tmp
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save])
 def test_no_checkpoint_and_no_network_is_unpickled(write: Callable, mark: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     path, data = tmp_path / "file", emq.load_dataset("digits").subset(20, 10)
     with path.open("wb") as file:
         write({"model": Hostile(mark)}, file)

@@ -25,7 +25,6 @@ SPECS += [{"weight": "minmax", "activation": "lsq"}, {"weight": "lsq", "activati
 
 @pytest.fixture(scope="module")
 def digits() -> emq.Dataset:
-    pytest.importorskip("sklearn")
     return emq.load_dataset("digits", image_size=32).subset(640, 320)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
 from emqlib import files
@@ -409,7 +410,6 @@ def test_data_that_cannot_be_written_to_is_cached_for_the_user_or_nowhere(tmp_pa
 
 
 def test_digits_are_whole_balanced_and_split_without_overlap():
-    pytest.importorskip("sklearn")
     data = load_dataset("digits")
     both = torch.cat([data.train.images, data.test.images])
     assert both.shape == (1797, 3, 32, 32) and both.dtype == torch.uint8 and data.train.labels.dtype == torch.int64
@@ -424,7 +424,7 @@ def test_digits_are_whole_balanced_and_split_without_overlap():
 
 
 def test_digits_are_those_of_scikit_learn():
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    digits = load_digits()
     data = load_dataset("digits", image_size=8)  # the original size: nothing is interpolated
     exact = (digits.images * 255 / 16).round().astype(np.uint8)
     theirs = {(image.tobytes(), int(label)) for image, label in zip(exact, digits.target, strict=True)}

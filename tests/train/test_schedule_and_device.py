@@ -75,7 +75,6 @@ def small_run(tmp_path: Path) -> runs.Run:
 
 
 def test_rows_tell_what_was_used_and_by_which_processor(bfloat16: bool, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     run = small_run(tmp_path)
     rows = runs.run_all([run], tmp_path, progress=False)
     assert set(rows.autocast) == {"bfloat16" if bfloat16 else "none"}
@@ -85,7 +84,6 @@ def test_rows_tell_what_was_used_and_by_which_processor(bfloat16: bool, tmp_path
 
 
 def test_rows_from_before_are_read_beside_new_ones(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     new = small_run(tmp_path)
     old = replace(new, config=replace(new.config, seed=1))
     runs.run_all([new, old], tmp_path, progress=False)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -389,7 +390,6 @@ def test_recording_changes_nothing(digits: Dataset, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("scheme", ["bitwise", "joint"])
 def test_it_learns(scheme: str) -> None:
-    pytest.importorskip("sklearn")
     data = emq.load_dataset("digits", image_size=12).subset(400, 200)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -406,7 +406,6 @@ def test_it_learns(scheme: str) -> None:
 
 def test_numpy_numbers_become_plain_ones(digits: Dataset, tmp_path: Path) -> None:
     """They cannot be written as JSON, which would fail after the first epoch."""
-    np = pytest.importorskip("numpy")
     config = quick(
         epochs=np.int64(1), batch_size=np.int32(50), seed=np.uint8(3), lr=np.float32(0.5), milestones=[np.int64(1)]
     )
