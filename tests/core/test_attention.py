@@ -152,8 +152,9 @@ def encoder(depth: int = 2) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoder(layer, depth), nn.Linear(8, 3))
 
 
-def with_a_head(net: nn.Module) -> nn.Module:
-    nn.init.normal_(net.heads.head.weight)  # torchvision's start at zero
+def torchvision_vit() -> nn.Module:
+    net = torchvision_models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=5)
+    nn.init.normal_(net.heads.head.weight)  # it starts at zero
     return net
 
 
@@ -176,16 +177,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     # builder, shape of an input, matrices that multiply: four a self-attention, two an MLP, the first and the last
     "vit_tiny": (lambda: models.vit_tiny(5, width=24, depth=2), (2, 3, 32, 32), 2 * 6 + 2),
     "vit_small": (lambda: models.vit_small(5, width=24, depth=1), (2, 3, 32, 32), 6 + 2),
-    "torchvision": (
-        lambda: with_a_head(torchvision_models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=5)),
-        (2, 3, 32, 32),
-        2 * 6 + 2,
-    ),
-    "timm": (
-        lambda: timm.create_model(DEIT, depth=2, num_classes=5, img_size=32),
-        (2, 3, 32, 32),
-        2 * 4 + 2,
-    ),  # query, key and value are one Linear there
+    "torchvision": (torchvision_vit, (2, 3, 32, 32), 2 * 6 + 2),
+    # query, key and value are one Linear there
+    "timm": (lambda: timm.create_model(DEIT, depth=2, num_classes=5, img_size=32), (2, 3, 32, 32), 2 * 4 + 2),
     "nn.TransformerEncoder": (encoder, (2, 5, 6), 2 * 6 + 2),
     "nn.TransformerDecoderLayer": (decoder, (2, 5, 6), 2 * 4 + 2 + 2),
 }
