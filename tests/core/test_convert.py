@@ -7,19 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from networks import (
-    NETWORKS,
-    Functional,
-    Untraceable,
-    assert_same_state,
-    bits_of,
-    build,
-    images_for,
-    quantized,
-    spec,
-    state,
-    uneven,
-)
+from networks import NETWORKS, assert_same_state, bits_of, build, images_for, quantized, spec, state, uneven
 from torch import Tensor, nn
 
 import emqlib as emq
@@ -88,16 +76,17 @@ def test_kept_layers() -> None:
 
 
 def test_first_and_last_are_those_called_first_and_last() -> None:
-    class Reversed(Functional):
+    class Reversed(NETWORKS["functional"]):
         def __init__(self) -> None:
             super().__init__()
             self._modules = dict(reversed(self._modules.items()))
 
-    assert emq.convert(Reversed(), spec()).emq.decided.kept == {"stem": "first", "head": "last"}
-    assert emq.convert(Untraceable(), spec()).emq.decided.kept == {"head": "first", "conv": "last"}  # as registered
-    net = build("functional")  # and one that is never called is no end
-    net.auxiliary = nn.Linear(8, 10)
-    assert emq.convert(net, spec()).emq.decided.kept == {"stem": "first", "head": "last"}
+    extended = build("functional")
+    extended.auxiliary = nn.Linear(8, 10)  # never called
+    for net in (Reversed(), extended):
+        assert emq.convert(net, spec()).emq.decided.kept == {"stem": "first", "head": "last"}
+    as_registered = {"head": "first", "conv": "last"}
+    assert emq.convert(build("untraceable"), spec()).emq.decided.kept == as_registered
 
 
 def test_a_layer_used_twice_becomes_one_twin(rng: torch.Generator) -> None:
@@ -259,7 +248,7 @@ def test_signs_of_known_networks() -> None:
         assert not any(m.input_quantizer.signed for m in quantized(emq.convert(build(name), spec())).values()), name
     signed = {n for n, m in quantized(emq.convert(build("norms1d"), spec())).items() if m.input_quantizer.signed}
     assert signed == set()
-    assert all(m.input_quantizer.signed for m in quantized(emq.convert(Untraceable(), spec())).values())
+    assert all(m.input_quantizer.signed for m in quantized(emq.convert(build("untraceable"), spec())).values())
     mobile = quantized(emq.convert(build("torchvision.mobilenet_v3_small"), spec()))
     assert mobile["features.1.block.0.0"].input_quantizer.signed  # after the stem's hardswish
     assert not mobile["features.1.block.1.fc1"].input_quantizer.signed  # the mean of a ReLU's output
