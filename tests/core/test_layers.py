@@ -117,12 +117,13 @@ def test_conv2d_against_reference(kind: str, weight: str, correction: str, rng: 
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("weight", WEIGHT_METHODS)
-def test_linear_against_reference(weight: str, correction: str, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(("weight", "zero_level"), [*((method, False) for method in WEIGHT_METHODS), ("minmax", True)])
+def test_linear_against_reference(weight: str, zero_level: bool, correction: str, rng: torch.Generator) -> None:
+    settings = spec(weight=weight, correction=correction, zero_level=zero_level)
     for bias in (True, False):
-        linear = nn.Linear(7, 5, bias=bias).eval()
-        layer = QuantLinear.from_float(linear, spec(weight=weight, correction=correction), signed=False)
-        check(layer, torch.rand(4, 7, generator=rng, dtype=torch.float64) * 1.5, rng, ALL_BITS, {})
+        layer = QuantLinear.from_float(nn.Linear(7, 5, bias=bias).eval(), settings, signed=False)
+        x = torch.rand(4, 7, generator=rng, dtype=torch.float64) * 1.5
+        check(layer, x, rng, ALL_BITS[zero_level:], {})  # a zero takes two bits
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
@@ -173,13 +174,6 @@ def test_inputs_against_reference(activation: str, signed: bool, activation_rang
     layer = QuantLinear.from_float(nn.Linear(7, 5).eval(), settings, signed)
     x = torch.randn(4, 7, generator=rng, dtype=torch.float64)
     check(layer, x if signed else x.abs(), rng, ALL_BITS, {})
-
-
-@pytest.mark.parametrize("correction", CORRECTIONS)
-def test_zero_level_against_reference(correction: str, rng: torch.Generator) -> None:
-    settings = spec(weight="minmax", zero_level=True, correction=correction)
-    layer = QuantLinear.from_float(nn.Linear(7, 5).eval(), settings, signed=False)
-    check(layer, torch.rand(4, 7, generator=rng, dtype=torch.float64), rng, ALL_BITS[1:], {})
 
 
 @pytest.mark.parametrize("weight", WEIGHT_METHODS)

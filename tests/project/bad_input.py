@@ -215,6 +215,7 @@ SPEC |= dict.fromkeys(("zero_level", "correction_gradient", "output_correction")
 SPEC |= {"bits": BITS, "full_precision": [None, "first", (1,), ("",), torch.tensor(1), range(10**9)]}
 TRAIN = dict.fromkeys(("scheme", "optimizer", "schedule", "device", "autocast", "compile"), NAMES)
 TRAIN |= {"epochs": COUNTS, "lr": [0, NAN, "0.1", 10**400], "coreset": [0.8, "random", emq.CoresetConfig]}
+TRAIN["device"] = [*NAMES, "meta", "gpu", "cuda:99"]
 TRAIN |= {"milestones": [None, "1", 5, np.ones(2)], "seed": NUMBERS}
 CHOSEN = {"score": NAMES, "pruning_rate": RATES, "how": NAMES, "window": WINDOWS, "decay": DECAYS, "scoring": NAMES}
 RUN_FIELDS = {"eval_bits": BITS, "profile": [None, 3], "spec": SPECS, "config": CONFIGS}
@@ -382,6 +383,7 @@ TABLE += [(f"paper.experiments.{name}", {"p": small}, {"dataset": DATASETS}) for
 
 OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("tables.accuracy_table", "01_cifar10", {}),
+    ("tables.correction_table", "00_quickstart", {}),
     ("tables.cost_table", "01_cifar10", {"table": "table1"}),
     ("tables.gap_table", "01_cifar10", {}),
     ("tables.comparison_table", "05_coreset_comparison", {}),

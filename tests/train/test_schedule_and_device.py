@@ -162,17 +162,6 @@ def test_on_a_cpu_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_table_of_the_demo_is_in_words() -> None:
-    rows = tables.pd.read_csv(ROOT / "results/small/00_quickstart.csv")
-    table = tables.correction_table(rows)
-    assert list(table.columns) == ["accuracy (%) by bit-width", "1", "2*", "3", "4*", "5", "6", "7", "8*"]
-    assert table.iloc[:, 0].tolist() == ["without weight bias correction", "with weight bias correction"]
-    found = rows[~rows.adapted].set_index(["correction", "bits"]).top1
-    assert table["2*"].tolist() == [f"{found[correction, 2]:.1f}" for correction in ("none", "mean_var")]
-    with pytest.raises(ValueError, match=r"^rows="):
-        tables.correction_table(rows.drop(columns="adapted"))
-
-
 def test_the_notebook_shows_the_table_that_the_demo_prints(tmp_path: Path) -> None:
     cells = json.loads((ROOT / "notebooks/00_quickstart.ipynb").read_text())["cells"]
     (shown,) = [cell for cell in cells if "tables.save(table" in "".join(cell["source"])]
