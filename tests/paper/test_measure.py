@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from scipy import stats
+from test_measure_gradients import BITS, data, trained
 from torch import Tensor, nn
 
 import emqlib as emq
@@ -20,7 +21,7 @@ from emqlib.train.data import Dataset, augment, normalize
 
 pytestmark = pytest.mark.processor
 
-BITS = (2, 4, 8)
+fixture = data  # for this module too
 WIDTH = 2 * SPAN / BINS
 
 
@@ -37,18 +38,8 @@ def histogram(*parts: Tensor) -> Histogram:
 
 
 @pytest.fixture(scope="module")
-def data() -> Dataset:
-    return emq.load_dataset("digits").subset(60, 30)
-
-
-@pytest.fixture(scope="module")
 def model(data: Dataset) -> nn.Module:
-    """Three bit-widths that took a few steps."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = emq.convert(models.resnet8(width=4), emq.QuantSpec(bits=BITS))
-    emq.train(made, data, emq.TrainConfig(epochs=2, batch_size=20), progress=False)
-    return made
+    return trained(data)
 
 
 # Streaming
