@@ -67,12 +67,6 @@ def test_kept_layers() -> None:
     assert kept("first") == {"conv1": "first"} and kept("last") == {"fc": "last"}
     assert kept("*.shortcut.*") == dict.fromkeys(["layer2.0.shortcut.0", "layer3.0.shortcut.0"], "*.shortcut.*")
     assert kept("first", "conv1", "fc") == {"conv1": "first", "fc": "fc"}
-    with pytest.raises(
-        ValueError, match=r"^full_precision='layer9.*': expected first, last, or a pattern that matches"
-    ):
-        kept("layer9.*")
-    with pytest.raises(ValueError, match=r"^net='Sequential': expected a Conv2d or Linear besides those kept"):
-        kept("*")
 
 
 def test_first_and_last_are_those_called_first_and_last() -> None:
@@ -107,8 +101,6 @@ def test_a_network_that_is_one_layer(rng: torch.Generator) -> None:
         assert torch.equal(model(x), linear(x))
     emq.set_bits(model, {"*": 4})
     assert bits_of(model) == {"": 4} and list(emq.summary(model).bits) == [4]
-    with pytest.raises(ValueError, match=r"^net='Linear': expected a Conv2d or Linear besides"):
-        emq.convert(linear, spec())
 
 
 def test_subclasses_and_unused_layers_are_left_alone() -> None:
@@ -439,15 +431,5 @@ def test_activations_inside_timms_batch_norms_stay(name: str, rng: torch.Generat
 
 
 def test_batch_norms_of_other_kinds() -> None:
-    class Own(nn.BatchNorm2d):
-        """Of nobody knows what forward."""
-
-    def net(norm: nn.Module) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
-
-    for norm in (nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4, momentum=None)):
-        with pytest.raises(ValueError, match=r"^net=.*expected batch norms with running statistics and a momentum"):
-            emq.convert(net(norm), spec())
-    with pytest.raises(ValueError, match=r"^net='Own\(4.*expected batch norms of PyTorch's own types, or timm's"):
-        emq.convert(net(Own(4)), spec())
-    assert isinstance(emq.convert(net(nn.SyncBatchNorm(4)), spec())[1], MultiBitBatchNorm)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+    assert isinstance(emq.convert(net, spec())[1], MultiBitBatchNorm)

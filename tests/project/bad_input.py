@@ -143,7 +143,7 @@ WINDOWS, DECAYS = [*COUNTS, 2, 10**9], [None, 0, 2.0, "0.9", NAN]
 WEIGHTS = [*TENSORS, torch.ones(0, 2), torch.ones(2, 2, dtype=torch.int64)]
 SCALES = [0.1, torch.tensor(0.0), torch.ones(2), torch.tensor(NAN), torch.tensor(1j), torch.tensor(INF)]
 IMAGES = [None, [1, 2], (), torch.ones(()), torch.ones(0, 3, 32, 32), torch.ones(2, 1, 32, 32), IMAGE.long()]
-ARCHITECTURES = [*NAMES, "keras.resnet50", "torchvision.nothing", 10**5000]
+ARCHITECTURES = [*NAMES, "keras.resnet50", "torchvision.nothing", "timm.nothing", 10**5000]
 SPECS = [None, (2, 4), emq.QuantSpec]
 CONFIGS = [None, {}, emq.TrainConfig]
 RUNS = [None, "table1", Run, RUN["spec"]]
@@ -240,13 +240,32 @@ TABLE += [
 
 # Networks at any bit-width, and their files
 
+
+class OwnNorm(nn.BatchNorm2d):
+    """Of nobody knows what forward."""
+
+
+class OwnAttention(nn.MultiheadAttention):
+    """Of nobody knows what forward either."""
+
+
+def among_others(layer: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+
+
+NORMS = (nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4, momentum=None), OwnNorm(4))
+ATTENTIONS = [nn.MultiheadAttention(8, 2, **{option: True}) for option in ("add_bias_kv", "add_zero_attn")]
+OTHER_NETS = [among_others(layer) for layer in (*NORMS, *ATTENTIONS, OwnAttention(8, 2))]
+OTHER_NETS += [lambda: nn.Sequential(nn.ReLU()), lambda: nn.Linear(4, 3)]
 PACKED = {"model": [*MODELS, unseen, packed], "bits": ONE_WIDTH + BY_LAYER}
 INTEGERS = {"packed": torch.zeros(1, dtype=torch.uint8), "bits": 2, "count": 4}
 CODES = [None, [1, 2], torch.ones(2), torch.tensor([4]), torch.tensor([-1])]
 ONNX = {"model": model, "path": "a.onnx", "bits": 4, "example_inputs": IMAGE}
 TABLE += [
     ("convert", {"net": net, "spec": emq.QuantSpec(bits=(2, 4))}, {"net": [*MODELS[:-1], model], "spec": SPECS}),
-    ("convert", {"spec": emq.QuantSpec(bits=(2, 4))}, {"net": [lambda: nn.Sequential(nn.ReLU())]}),
+    ("convert", {"spec": emq.QuantSpec(bits=(2, 4))}, {"net": OTHER_NETS}),
+    ("convert", {"net": net}, {"spec:net": [emq.QuantSpec(bits=(2,), full_precision=("*",))]}),
+    ("convert", {"net": net}, {"spec:full_precision": [emq.QuantSpec(bits=(2,), full_precision=("layer9.*",))]}),
     ("set_bits", {"model": model, "bits": 4}, {"model": [*MODELS, packed], "bits": ONE_WIDTH + BY_LAYER}),
     ("set_bits", {"model": with_zero, "bits": 4}, {"bits": [1]}),
     ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),

@@ -167,14 +167,6 @@ def test_adapt_norm_counts_a_norm_that_is_used_twice(data: Dataset) -> None:
     torch.testing.assert_close(model.norm.running_mean[7], torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
 
 
-def test_a_network_without_norm_cannot_adapt(data: Dataset) -> None:
-    model = emq.convert(build("remembers"), spec())
-    assert len(emq.evaluate(model, data, bits=(2, 3))) == 2
-    for call in (lambda: emq.adapt_norm(model, data, (2,)), lambda: emq.evaluate(model, data, (2,), adapt_norm=True)):
-        with pytest.raises(ValueError, match=r"^model='Remembers': expected a network with batch norm to adapt"):
-            call()
-
-
 def failing(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """The second batch has one channel too few."""
     return [pairs[0], (pairs[1][0][:, :2], pairs[1][1])]
