@@ -3,12 +3,14 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 from emqlib.train import checkpoint as checkpoints
@@ -25,6 +27,11 @@ settings.load_profile("steady")
 def rng() -> torch.Generator:
     """A seeded generator: every test draws the same numbers, whatever ran before it."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_profile_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMQ_PROFILE", raising=False)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -60,6 +67,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arguments in (["init"], ["add", "."], commit):
         subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
     return folder
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -4,21 +4,10 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from networks import (
-    NETWORKS,
-    Functional,
-    Untraceable,
-    assert_same_state,
-    bits_of,
-    build,
-    images_for,
-    quantized,
-    spec,
-    state,
-    uneven,
-)
+from networks import NETWORKS, assert_same_state, bits_of, build, images_for, quantized, spec, state, uneven
 from torch import Tensor, nn
 
 import emqlib as emq
@@ -78,28 +67,20 @@ def test_kept_layers() -> None:
     assert kept("first") == {"conv1": "first"} and kept("last") == {"fc": "last"}
     assert kept("*.shortcut.*") == dict.fromkeys(["layer2.0.shortcut.0", "layer3.0.shortcut.0"], "*.shortcut.*")
     assert kept("first", "conv1", "fc") == {"conv1": "first", "fc": "fc"}
-    with pytest.raises(
-        ValueError, match=r"^full_precision='layer9.*': expected first, last, or a pattern that matches"
-    ):
-        kept("layer9.*")
-    with pytest.raises(ValueError, match=r"^net='Sequential': expected a Conv2d or Linear besides those kept"):
-        kept("*")
 
 
 def test_first_and_last_are_those_called_first_and_last() -> None:
-    class Reversed(Functional):
+    class Reversed(NETWORKS["functional"]):
         def __init__(self) -> None:
             super().__init__()
             self._modules = dict(reversed(self._modules.items()))
 
-    assert emq.convert(Reversed(), spec()).emq.decided.kept == {"stem": "first", "head": "last"}
-    assert emq.convert(Untraceable(), spec()).emq.decided.kept == {"head": "first", "conv": "last"}  # as registered
-
-
-def test_a_layer_that_is_never_called_is_no_end() -> None:
-    net = build("functional")
-    net.auxiliary = nn.Linear(8, 10)
-    assert emq.convert(net, spec()).emq.decided.kept == {"stem": "first", "head": "last"}
+    extended = build("functional")
+    extended.auxiliary = nn.Linear(8, 10)  # never called
+    for net in (Reversed(), extended):
+        assert emq.convert(net, spec()).emq.decided.kept == {"stem": "first", "head": "last"}
+    as_registered = {"head": "first", "conv": "last"}
+    assert emq.convert(build("untraceable"), spec()).emq.decided.kept == as_registered
 
 
 def test_a_layer_used_twice_becomes_one_twin(rng: torch.Generator) -> None:
@@ -120,8 +101,6 @@ def test_a_network_that_is_one_layer(rng: torch.Generator) -> None:
         assert torch.equal(model(x), linear(x))
     emq.set_bits(model, {"*": 4})
     assert bits_of(model) == {"": 4} and list(emq.summary(model).bits) == [4]
-    with pytest.raises(ValueError, match=r"^net='Linear': expected a Conv2d or Linear besides"):
-        emq.convert(linear, spec())
 
 
 def test_subclasses_and_unused_layers_are_left_alone() -> None:
@@ -154,12 +133,7 @@ class Block(nn.Module):
 
     def __init__(self, inside: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.stem, self.relu, self.conv, self.head = (
-            nn.Conv2d(3, 4, 1),
-            nn.ReLU(),
-            nn.Conv2d(4, 4, 1),
-            nn.Conv2d(4, 4, 1),
-        )
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.inside = inside  # a module becomes part of the network, a function does not
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,7 +240,7 @@ def test_signs_of_known_networks() -> None:
         assert not any(m.input_quantizer.signed for m in quantized(emq.convert(build(name), spec())).values()), name
     signed = {n for n, m in quantized(emq.convert(build("norms1d"), spec())).items() if m.input_quantizer.signed}
     assert signed == set()
-    assert all(m.input_quantizer.signed for m in quantized(emq.convert(Untraceable(), spec())).values())
+    assert all(m.input_quantizer.signed for m in quantized(emq.convert(build("untraceable"), spec())).values())
     mobile = quantized(emq.convert(build("torchvision.mobilenet_v3_small"), spec()))
     assert mobile["features.1.block.0.0"].input_quantizer.signed  # after the stem's hardswish
     assert not mobile["features.1.block.1.fc1"].input_quantizer.signed  # the mean of a ReLU's output
@@ -384,13 +358,6 @@ def test_set_bits_is_all_or_nothing_and_says_what_is_wrong(bits: object, message
         assert bits_of(model) == before
 
 
-def test_a_grid_with_a_zero_has_two_bits() -> None:
-    model = emq.convert(build("resnet8"), spec(weight="minmax", zero_level=True))
-    with pytest.raises(ValueError, match=r"^bits=1: expected 2 or more with zero_level"):
-        emq.set_bits(model, 1)
-    assert set(bits_of(model).values()) == {8}
-
-
 def test_a_switchable_norm_refuses_what_it_was_not_built_for() -> None:
     model = emq.convert(build("resnet8"), spec(norm="switchable"))
     for bits in (3, {"layer3.0.bn1": 3, "*": 4}, 32):
@@ -401,7 +368,7 @@ def test_a_switchable_norm_refuses_what_it_was_not_built_for() -> None:
 
 
 class Twice(nn.Module):
-    """A layer used twice, and a forward pass that may fail."""
+    """A layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -409,8 +376,6 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(torch.relu(self.middle(torch.relu(self.first(x)))))
-        if x.shape[0] == 3:
-            raise RuntimeError("three")
         return self.last(torch.relu(x))
 
 
@@ -434,27 +399,6 @@ def test_a_training_step_quantizes_each_weight_once_and_all_at_its_start(
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-def test_no_weight_outlives_its_step(rng: torch.Generator) -> None:
-    model, x = emq.convert(Twice(), spec()).train(), torch.randn(5, 4, generator=rng)
-    layers, held = [m for m in model.modules() if isinstance(m, QuantLinear)], []
-    hook = model.middle.register_forward_pre_hook(lambda layer, _: held.append(layer.prepared is not None))
-    model(x)
-    with step_weights(model):
-        model(x).sum().backward()
-        assert copy.deepcopy(layers[0]).prepared is None
-    with pytest.raises(RuntimeError, match="three"), step_weights(model):
-        model(x[:3])
-    assert [layer.prepared for layer in layers] == [None]
-    model(x)
-    assert held == [False] * 2 + [True] * 4 + [False] * 2
-    hook.remove()
-    y = torch.randn(5, 8, generator=rng)
-    before = model.middle(y)
-    with torch.no_grad():
-        model.middle.weight.mul_(-1)
-    assert not torch.allclose(model.middle(y), before)
-
-
 def test_at_bits_restores() -> None:
     model = emq.convert(build("resnet8"), spec())
     emq.set_bits(model, {"layer3.*": 2, "*": 4})
@@ -473,26 +417,11 @@ def test_at_bits_restores() -> None:
     assert bits_of(model) == before
 
 
-def test_bit_widths_differ_and_come_back(rng: torch.Generator) -> None:
-    model = emq.convert(build("resnet8"), spec()).eval()
-    images = images_for("resnet8", rng)
-    with torch.no_grad():
-        outputs = {}
-        for bits in (1, 2, 4, 8, 32):
-            emq.set_bits(model, bits)
-            outputs[bits] = model(images)
-        assert len({float(y.sum()) for y in outputs.values()}) == 5
-        for bits, expected in outputs.items():
-            emq.set_bits(model, bits)
-            assert torch.equal(model(images), expected)
-
-
-# Compilation, and devices that are not here
+# Batch norms of other libraries and kinds
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnetx_002"])
 def test_activations_inside_timms_batch_norms_stay(name: str, rng: torch.Generator) -> None:
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3).eval()
     x = torch.randn(1, 3, 64, 64, generator=rng)
@@ -502,15 +431,5 @@ def test_activations_inside_timms_batch_norms_stay(name: str, rng: torch.Generat
 
 
 def test_batch_norms_of_other_kinds() -> None:
-    class Own(nn.BatchNorm2d):
-        """Of nobody knows what forward."""
-
-    def net(norm: nn.Module) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
-
-    for norm in (nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4, momentum=None)):
-        with pytest.raises(ValueError, match=r"^net=.*expected batch norms with running statistics and a momentum"):
-            emq.convert(net(norm), spec())
-    with pytest.raises(ValueError, match=r"^net='Own\(4.*expected batch norms of PyTorch's own types, or timm's"):
-        emq.convert(net(Own(4)), spec())
-    assert isinstance(emq.convert(net(nn.SyncBatchNorm(4)), spec())[1], MultiBitBatchNorm)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+    assert isinstance(emq.convert(net, spec())[1], MultiBitBatchNorm)

@@ -107,12 +107,6 @@ def test_ranks_and_centrality_are_the_reference(rng: torch.Generator) -> None:
         assert coreset.centrality(scores).tolist() == [-abs(rank - (n - 1) / 2) for rank in ranks]
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_spread_is_along_a_dimension(dim: int, rng: torch.Generator) -> None:
-    deltas = torch.rand(3, 4, 5, dtype=torch.float64, generator=rng)
-    close(coreset.spread(deltas, dim), deltas.numpy().std(dim) * deltas.shape[dim] ** 0.5)
-
-
 @pytest.mark.parametrize(
     ("epochs", "window", "decay"), [(3, 3, 0.9), (7, 3, 0.9), (7, 4, 0.5), (7, 7, 0.2), (6, 5, 1.0), (5, 3, 1)]
 )
@@ -152,11 +146,6 @@ def test_top_is_the_reference(rng: torch.Generator) -> None:
         for rate in (0.0, 0.3, 0.5, 0.8):
             indices = select(scores, rate)
             assert indices.tolist() == top_reference(scores.tolist(), len(indices))
-
-
-def test_of_equal_scores_the_first_are_kept() -> None:
-    assert select(torch.zeros(1000), 0.9).tolist() == list(range(100))
-    assert select(torch.tensor([1, 2, 2, 2, 0]), 0.6).tolist() == [1, 2]
 
 
 def assert_frequencies(counts: Counter, expected: dict, draws: int = DRAWS) -> None:

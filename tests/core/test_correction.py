@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emqlib.correction import CORRECTIONS, correct_weight, output_shift
+from emqlib.correction import CORRECTIONS, correct_weight
 from emqlib.quantizers import WEIGHT_METHODS, quantize_weight
 
 pytestmark = pytest.mark.processor
@@ -112,17 +112,3 @@ def test_never_nan(values: list[float], bits: int, method: str, gradient: bool) 
     corrected.sum().backward()
     assert corrected.isfinite().all() and w.grad.isfinite().all()
     torch.testing.assert_close(corrected.mean(1), full.mean(1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("shape", "groups"), [((5, 7), 1), ((4, 3, 3, 2), 1), ((6, 2, 3, 3), 3), ((8, 1, 3, 3), 4)])
-def test_output_shift_is_what_a_layer_adds_to_the_mean(
-    shape: tuple[int, ...], groups: int, rng: torch.Generator
-) -> None:
-    """A layer is linear: its mean output is its output for the mean input, here without padding."""
-    w_q, w = pair(shape, 2, "minmax", rng)
-    mean = torch.rand(shape[1] * groups, generator=rng, dtype=torch.float64)
-    image = mean.view(1, -1, *[1] * (len(shape) - 2)).expand(1, -1, *shape[2:])
-    layer = torch.nn.functional.linear if len(shape) == 2 else torch.nn.functional.conv2d
-    options = {} if len(shape) == 2 else {"groups": groups}
-    expected = (layer(image, w_q, **options) - layer(image, w, **options)).flatten()
-    torch.testing.assert_close(output_shift(w_q, w, mean), expected, rtol=1e-12, atol=1e-12)

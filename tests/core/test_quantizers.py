@@ -56,18 +56,15 @@ def scalar(value: float | list[float], **kwargs: object) -> Tensor:
 def test_weight(method: str, bits: int, rng: torch.Generator) -> None:
     for shape in ((5, 3, 3, 3), (4, 1, 3, 3), (6, 7)):
         w = inputs(rng, *shape, spread=0.3)
-        expected = WEIGHTS[method](w.numpy(), bits)
+        expected, before = WEIGHTS[method](w.numpy(), bits), w.clone()
         on_its_grid(quantize_weight(w, bits, method), expected, rtol=1e-12)
         on_its_grid(quantize_weight(w.float(), bits, method), expected, rtol=1e-6)
+        assert torch.equal(w, before)
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("bits", ALL_BITS[1:])
 def test_minmax_with_a_zero_level(bits: int, rng: torch.Generator) -> None:
     w = inputs(rng, 5, 3, 3, 3)
-    if bits == 1:
-        with pytest.raises(ValueError, match=r"^zero_level=True: expected at least 2 bits"):
-            quantize_weight(w, bits, "minmax", zero_level=True)
-        return
     w_q = quantize_weight(w, bits, "minmax", zero_level=True)
     on_its_grid(w_q, reference.minmax_weight(w.numpy(), bits, zero_level=True), rtol=1e-12)
     assert len(w_q[0].unique()) <= 2**bits - 1
@@ -80,9 +77,10 @@ def test_minmax_with_a_zero_level(bits: int, rng: torch.Generator) -> None:
 def test_activation(method: str, bits: int, signed: bool, rng: torch.Generator) -> None:
     x = inputs(rng, 2, 5, 6, 6)
     scale = 1.7 if method != "lsq" else reference.lsq_initial_scale(x.numpy(), bits, signed)
-    expected = ACTIVATIONS[method](x.numpy(), bits, scale, signed)
+    expected, before = ACTIVATIONS[method](x.numpy(), bits, scale, signed), x.clone()
     on_its_grid(quantize_activation(x, bits, method, scalar(scale), signed), expected, rtol=1e-12)
     on_its_grid(quantize_activation(x.float(), bits, method, torch.tensor(scale), signed), expected, rtol=1e-6)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -156,17 +154,6 @@ def test_32_bit_activations_are_untouched(method: str, rng: torch.Generator) -> 
         assert torch.equal(x.grad, torch.ones_like(x) if signed else (x > 0).float())
 
 
-def test_32_bit_weights_are_untouched_or_the_domain(rng: torch.Generator) -> None:
-    w = torch.randn(8, 4, 3, 3, generator=rng)
-    for method in ("minmax", "lsq"):
-        leaf = w.clone().requires_grad_()
-        assert torch.equal(quantize_weight(leaf, 32, method), w)
-        quantize_weight(leaf, 32, method).sum().backward()
-        assert torch.equal(leaf.grad, torch.ones_like(w))
-    domain = w.abs().mean() * w.tanh() / w.tanh().abs().max()
-    torch.testing.assert_close(quantize_weight(w, 32, "dorefa"), domain)
-
-
 # Gradients: against finite differences where the formula is smooth, else against the stated rule
 
 
@@ -195,13 +182,13 @@ def test_dorefa_weight_gradient(bits: int, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("zero_level", SIGNS)
-def test_minmax_weight_gradient_is_one(bits: int, zero_level: bool, rng: torch.Generator) -> None:
-    if zero_level and bits == 1:
-        return
-    leaf, grad = inputs(rng, 3, 5).requires_grad_(), inputs(rng, 3, 5)
-    quantize_weight(leaf, bits, "minmax", zero_level=zero_level).backward(grad)
-    torch.testing.assert_close(leaf.grad, grad, rtol=1e-12, atol=1e-12)
+def test_minmax_weight_gradient_is_one(bits: int, rng: torch.Generator) -> None:
+    """As LSQ's is at 32 bits."""
+    cases = [("minmax", False)] + [("minmax", True)] * (bits > 1) + [("lsq", False)] * (bits == 32)
+    for method, zero_level in cases:
+        leaf, grad = inputs(rng, 3, 5).requires_grad_(), inputs(rng, 3, 5)
+        quantize_weight(leaf, bits, method, zero_level=zero_level).backward(grad)
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-12, atol=1e-12)
 
 
 def lsq_rule(x: Tensor, grad: Tensor, bits: int, s: float, signed: bool) -> tuple[Tensor, float]:
@@ -245,12 +232,13 @@ def test_parts_of_a_batch_add_up_to_its_gradient(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("bits", LOW_BITS)
-def test_pact_gradients(bits: int, rng: torch.Generator) -> None:
-    """PACT, eq. 3: to alpha, 1 where x >= alpha and 0 elsewhere; to x, 1 between 0 and alpha."""
+@pytest.mark.parametrize("method", ["pact", "dorefa"])
+def test_gradients_of_a_clipped_range(method: str, bits: int, rng: torch.Generator) -> None:
+    """PACT, eq. 3: to alpha, 1 where x >= alpha and 0 elsewhere; to x, 1 between 0 and alpha, also of DoReFa."""
     values, grad = inputs(rng, 200), inputs(rng, 200)
     x, alpha = values.clone().requires_grad_(), scalar(0.8, requires_grad=True)
-    quantize_activation(x, bits, "pact", alpha).backward(grad)
-    assert alpha.grad.item() == pytest.approx(grad[values >= 0.8].sum().item(), rel=1e-9)
+    quantize_activation(x, bits, method, alpha if method == "pact" else alpha.detach()).backward(grad)
+    assert method == "dorefa" or alpha.grad.item() == pytest.approx(grad[values >= 0.8].sum().item(), rel=1e-9)
     torch.testing.assert_close(x.grad, torch.where((values > 0) & (values < 0.8), grad, 0), rtol=1e-12, atol=0)
 
 
@@ -266,14 +254,6 @@ def test_signed_pact_gradients(bits: int, rng: torch.Generator) -> None:
     expected = (grad * x_q.detach() / 0.8)[outside].sum().item()
     assert alpha.grad.item() == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(x.grad, torch.where(outside, 0.0, grad), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("bits", LOW_BITS)
-def test_dorefa_activation_gradient(bits: int, rng: torch.Generator) -> None:
-    values, grad = inputs(rng, 200), inputs(rng, 200)
-    x = values.clone().requires_grad_()
-    quantize_activation(x, bits, "dorefa").backward(grad)
-    torch.testing.assert_close(x.grad, torch.where((values > 0) & (values < 1), grad, 0), rtol=1e-12, atol=0)
 
 
 # Properties
@@ -312,44 +292,6 @@ def test_activation_properties(values: list[float], bits: int, method: str, sign
     assert signed or (x_q >= 0).all()
     again = quantize_activation(x_q, bits, method, s, signed)  # on the grid already: nothing moves
     torch.testing.assert_close(again, x_q, rtol=1e-6, atol=0)
-
-
-def test_nothing_is_written_in_place(rng: torch.Generator) -> None:
-    w = torch.randn(4, 9, generator=rng)
-    before = w.clone()
-    for bits in ALL_BITS:
-        for method in WEIGHTS:
-            quantize_weight(w, bits, method)
-        for method in ACTIVATIONS:
-            quantize_activation(w, bits, method, signed=True)
-    assert torch.equal(w, before)
-
-
-# Number types
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_dtype_is_kept(dtype: torch.dtype, bits: int, rng: torch.Generator) -> None:
-    x = torch.randn(4, 50, generator=rng).to(dtype)
-    for method in WEIGHTS:
-        leaf = x.clone().requires_grad_()
-        w_q = quantize_weight(leaf, bits, method)
-        w_q.sum().backward()
-        assert w_q.dtype == leaf.grad.dtype == dtype
-        assert w_q.isfinite().all() and leaf.grad.isfinite().all()
-        assert bits == 32 or max(len(channel.unique()) for channel in w_q) <= 2**bits
-    for method in ACTIVATIONS:
-        for signed in SIGNS:
-            leaf = x.clone().requires_grad_()
-            x_q = quantize_activation(leaf, bits, method, signed=signed)
-            x_q.sum().backward()
-            assert x_q.dtype == leaf.grad.dtype == dtype
-            assert leaf.grad.isfinite().all() and leaf.grad.any()
-            if bits == 32:
-                assert torch.equal(x_q, x if signed else x.relu())
-            else:
-                assert len(x_q.unique()) <= 2**bits and x_q.isfinite().all()
 
 
 # Degenerate inputs

@@ -4,8 +4,6 @@ The table of docs/recipes.md says the same; each of its cells is a test here.
 """
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,20 +67,14 @@ def equal(first: nn.Module, second: nn.Module, **tolerance: float) -> bool:
 
 
 @of_specs
-def test_a_state_dict_loads_strictly_into_a_network_converted_alike(spec: dict[str, Any]) -> None:
-    model, other = trained(converted(spec)), converted(spec).eval()
-    assert not equal(other, model)
-    other.load_state_dict(model.state_dict(), strict=True)
-    assert equal(other, model)
-
-
-@of_specs
-def test_a_deep_copy_answers_alike_and_lives_on_its_own(spec: dict[str, Any]) -> None:
-    model = trained(converted(spec))
-    other = copy.deepcopy(model)
-    assert equal(other, model)
+def test_a_state_dict_and_a_deep_copy_answer_alike_and_live_on_their_own(spec: dict[str, Any]) -> None:
+    model, loaded = trained(converted(spec)), converted(spec).eval()
+    assert not equal(loaded, model)
+    loaded.load_state_dict(model.state_dict(), strict=True)
+    for other in (loaded, copy.deepcopy(model)):
+        assert equal(other, model)
     trained(model)
-    assert not equal(other, model)
+    assert not equal(other, model) and equal(other, loaded)
 
 
 @of_specs
@@ -126,23 +118,15 @@ def test_a_compiled_network_trains_like_an_eager_one(spec: dict[str, Any]) -> No
     assert equal(model, eager, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store: Path = tmp_path_factory.mktemp("processes") / "store"
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(store), 1), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @of_specs
-def test_ddp_trains_the_same_network(spec: dict[str, Any], one_process: None) -> None:
+def test_ddp_trains_the_same_network(spec: dict[str, Any], process_group: None) -> None:
     model = converted(spec)
     trained(nn.parallel.DistributedDataParallel(model), model)
     assert equal(model, trained(converted(spec)))
 
 
 @of_specs
-def test_fsdp2_trains_the_same_network_once_its_ranges_have_started(spec: dict[str, Any], one_process: None) -> None:
+def test_fsdp2_trains_the_same_network_once_its_ranges_have_started(spec: dict[str, Any], process_group: None) -> None:
     model = trained(converted(spec), steps=1)
     alone = trained(copy.deepcopy(model))
     fully_shard(model[1])
@@ -154,7 +138,7 @@ def test_fsdp2_trains_the_same_network_once_its_ranges_have_started(spec: dict[s
 
 
 @pytest.mark.parametrize("spec", [{"activation": "pact"}, {"activation": "lsq"}], ids=["PACT", "LSQ"])
-def test_fsdp2_refuses_ranges_that_start_with_the_first_batch(spec: dict[str, Any], one_process: None) -> None:
+def test_fsdp2_refuses_ranges_that_start_with_the_first_batch(spec: dict[str, Any], process_group: None) -> None:
     """Written to a gathered parameter, the first range would be lost when it is sharded again."""
     model = fully_shard(converted(spec))
     with pytest.raises(ValueError, match="seen one batch through the converted network before fully_shard"):

@@ -8,17 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import emqlib as emq
 from emqlib.paper import experiments, measure, plots, profiles, runs, tables
 
-nbformat = pytest.importorskip("nbformat")
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = {m.__name__.rpartition(".")[2]: m for m in (experiments, measure, plots, profiles, runs, tables)} | {
-    "emq": emq
-}
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (experiments, measure, plots, profiles, runs, tables)}
+MODULES |= {"emq": emq}
 
 
 def is_typed_with_comment(line: str) -> bool:
@@ -29,8 +28,8 @@ def is_typed_with_comment(line: str) -> bool:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_committed_notebook_is_thin(path: Path) -> None:
-    """It opens with a title and closes with what was seen; its code calls the library and defines nothing."""
+def test_a_committed_notebook_is_thin_and_holds_results_alone(path: Path) -> None:
+    """It opens with a title, closes with what was seen, calls what there is, and was executed from first to last."""
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     first, *_, last = notebook.cells
@@ -39,32 +38,20 @@ def test_a_committed_notebook_is_thin(path: Path) -> None:
     assert all(len(cell.source.splitlines()) <= 20 for cell in code)
     nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
     assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    called = re.findall(rf"\b({'|'.join(MODULES)})\.(\w+)", "\n".join(cell.source for cell in code))
+    assert called and all(hasattr(MODULES[module], name) for module, name in called)
     (parameters,) = (cell for cell in code if "parameters" in cell.metadata.get("tags", []))
     assert all(map(is_typed_with_comment, parameters.source.splitlines()))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_committed_notebook_holds_results_alone(path: Path) -> None:
-    """Executed from the first cell to the last, without times, progress bars and errors."""
-    notebook = nbformat.read(path, 4)
     assert path.stat().st_size <= 300_000 and notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     tags = {tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
     assert {"parameters"} <= tags <= {"parameters", "nbval-ignore-output"}  # a widget is another in each kernel
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [out for cell in code for out in cell.outputs]
     assert {out.output_type for out in outputs} <= {"execute_result", "display_data", "stream"}
     printed = "".join(out.text for out in outputs if out.output_type == "stream")
     assert {out.name for out in outputs if out.output_type == "stream"} <= {"stdout"} and "\r" not in printed
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_a_notebook_calls_is_there(path: Path) -> None:
-    code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
-    called = re.findall(rf"\b({'|'.join(MODULES)})\.(\w+)", code)
-    assert called and all(hasattr(MODULES[module], name) for module, name in called)
 
 
 def test_every_experiment_has_a_notebook_and_every_figure_is_drawn() -> None:

@@ -5,55 +5,52 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from test_runs import (
-    ALL,
-    TEST,
-    TRAIN,
-    few_digits_on_one_thread,
-    no_profile_from_outside,
-)
+from test_runs import ALL, TEST, TRAIN, few_digits_on_one_thread
 
 from emqlib import Coresets
 from emqlib.paper import experiments, measure
 from emqlib.paper.experiments import bias_correction, quickstart, table1
 from emqlib.paper.measure import BINS, SPAN, gradient_angles
 from emqlib.paper.profiles import PROFILES, Parameters, parameters
-from emqlib.paper.runs import Run, build, run_all, trained
+from emqlib.paper.runs import build, run_all, trained
 
-fixtures = few_digits_on_one_thread, no_profile_from_outside  # for this module too
+fixture = few_digits_on_one_thread  # for this module too
 
 
-def test_table1() -> None:
-    runs = table1(parameters(profile="small", bits="[2,4]", repeats=2, pruning_rates="[0.8, 0]"))
-    expected = [
-        ("Ours", "bitwise", "none", "shared", 0.0, (2, 4), ALL),
-        ("Ours", "bitwise", "mean", "shared", 0.0, (2, 4), ALL),
-        ("Ours", "bitwise", "mean_var", "shared", 0.0, (2, 4), ALL),
-        ("Ours", "bitwise", "mean_var", "shared", 0.8, (2, 4), ALL),
-        ("Any-Precision", "joint", "none", "switchable", 0.0, (2, 4), ALL),
-        ("Dedicated", "dedicated", "none", "shared", 0.0, (2,), (2,)),
-        ("Dedicated", "dedicated", "none", "shared", 0.0, (4,), (4,)),
-        ("Ours", "bitwise", "mean_var", "shared", 0.8, (2, 4), ALL),  # without gradient, at the middle one of the rates
-        ("Ours", "bitwise", "mean_var", "shared", 0.8, (2, 4), ALL),  # by importance
-    ]
-    settings = [(r.method, r.config.scheme, r.spec.correction, r.spec.norm, r.pruning_rate) for r in runs]
-    found = [(*setting, r.spec.bits, r.eval_bits) for setting, r in zip(settings, runs, strict=True)]
-    assert found == expected * 2
-    assert [r.config.seed for r in runs] == [0] * 9 + [1] * 9
-    assert [r.spec.correction_gradient for r in runs] == [*[True] * 7, False, True] * 2
-    assert [r.coreset for r in runs if r.pruning_rate] == ["RS2", "RS2", "tdds"] * 2
-    assert {r.config.distillation for r in runs if r.method == "Any-Precision"} == {True}
-    assert {r.config.distillation for r in runs if r.method != "Any-Precision"} == {False}
-    assert {(r.dataset, r.model, r.model_args) for r in runs} == {("cifar10", "resnet8", (("width", 16),))}
-    rates = [run.pruning_rate for run in table1(parameters(profile="small", repeats=1))]
-    assert rates == [0, 0, 0, 0.5, 0.8, 0.9, 0, 0, 0, 0, 0.8, 0.5, 0.8, 0.9]
+OF_PARAMETERS = [f for f in experiments.RUNS if f is not experiments.imagenet]  # whose networks are large
+OWN = {"bits": (2, 8), "pruning_rates": [0.6], "lengths": [5, 7], "seed": 3, "repeats": 2}
+
+
+@pytest.mark.parametrize("table", OF_PARAMETERS)
+def test_parameters_are_followed(table: Callable) -> None:
+    """Which runs a table has is told by those that are committed: test_every_committed_record_is_of_a_run_of_today."""
+    name, runs = table.__name__, table(parameters(profile="small", **OWN))
+    assert len({run.hash for run in runs}) == len(runs) or name == "growth"  # where widths share dedicated networks
+    assert {run.config.seed for run in runs} == ({3} if name in ("quickstart", "growth") else {3, 4})
+    more = {"deployed": {32}, "growth": {*ALL}}.get(name, set())  # full precision, and more and more bit-widths
+    assert {b for run in runs for b in run.spec.bits} == {2, 8} | more
+    assert all(set(run.spec.bits) <= set(run.eval_bits) for run in runs)
+    asked = {0.8} if name in ("equal_epochs", "scoring_ablation", "growth") else {0.6}
+    assert {run.pruning_rate for run in runs} - {0} <= asked
+    if name in ("curves", "equal_epochs"):
+        assert {run.config.epochs for run in runs} == {5, 7}
+
+
+def test_names_of_methods_and_corrections() -> None:
+    p = parameters(profile="small", repeats=1)
+    runs = [*table1(p), *experiments.curves(p), *bias_correction(p), *experiments.uncalibrated(p)]
+    kinds = {run.correction for run in runs}
+    assert kinds == {"none", "mean", "mean_var", "mean_var, no gradient", "mean_var, output"}
+    own = ["Ours, own statistics", "Ours, switchable norm"]
+    assert list(dict.fromkeys(run.method for run in runs)) == ["Ours", "Any-Precision", "Dedicated", *own]
+    assert table1(parameters(profile="small", bits=[4, 32]))[0].eval_bits == (*ALL, 32)
 
 
 def test_a_notebooks_coresets() -> None:
@@ -63,109 +60,6 @@ def test_a_notebooks_coresets() -> None:
     assert (coreset.score, coreset.how, coreset.pruning_rate, coreset.warmup) == ("tdds", "sample", 0.8, 3)
     assert coreset.candidates == pytest.approx(0.8 / 3) and experiments.bitwise_coreset(0.1).candidates == 1
     assert experiments.bitwise_coreset(0.8, candidates=1.0).candidates == 1
-
-
-def test_curves_share_their_first_runs_with_table_1() -> None:
-    """At other lengths only trained bit-widths are evaluated."""
-    p = parameters(profile="small", pruning_rates=[0.8], lengths=[4, 6], repeats=2)
-    runs = experiments.curves(p)
-    asked = [(run.config.epochs, run.config.seed, run.method, run.pruning_rate, run.eval_bits) for run in runs]
-    methods = [("Any-Precision", 0), ("Ours", 0), ("Ours", 0.8), ("Ours, own statistics", 0.8)]
-    expected = [(epochs, seed, *method) for epochs, seed in ((4, 0), (4, 1), (6, 0), (6, 1)) for method in methods]
-    assert asked == [(*setting, ALL if setting[0] == 4 else (2, 4, 8)) for setting in expected]
-    paper = {run.hash for run in runs if run.config.epochs == 4 and run.spec.norm != "shared_affine"}
-    assert paper <= {run.hash for run in table1(p)}
-
-
-def test_what_is_tried_against_the_loss_at_equal_epochs() -> None:
-    p = parameters(profile="small", lengths=[4, 6], repeats=2)
-    runs = experiments.equal_epochs(p)
-    assert len({run.hash for run in runs}) == len(runs)
-    assert [(run.config.seed, run.dataset) for run in runs] == [(seed, "cifar10") for seed in (0, 1) for _ in range(11)]
-    assert [run.config.epochs for run in runs] == [*[6] * 6, *[4] * 5] * 2
-    asked = [(run.method, run.coreset, run.pruning_rate, run.config.batch_size) for run in runs]
-    own, drawn = "Ours, own statistics", "tdds, sample of all"
-    assert (
-        asked
-        == [
-            ("Any-Precision", "full data", 0, 128),
-            *(("Ours", "tdds", 0.8, size) for size in (128, 32)),
-            *((own, name, 0.8, 64) for name in (drawn, "el2n, how=sample", "RS2")),
-            ("Any-Precision", "full data", 0, 128),
-            *((own, name, 0.8, 64) for name in (drawn, "el2n, how=sample")),
-            ("Any-Precision", "full data", 0, 64),
-            (own, "el2n, how=sample, power=0.0", 0.8, 64),
-        ]
-        * 2
-    )
-    assert {runs[i].hash for i in (0, 1, 3, 6, 7)} <= {run.hash for run in experiments.curves(p)}
-
-
-def test_every_score_is_compared_at_the_middle_rate() -> None:
-    p = parameters(profile="small", pruning_rates=[0.5, 0.8, 0.9], seed=3, repeats=1)
-    runs = experiments.comparison(p)
-    always = {"random", "RS2", "tdds", "el2n", "tdds, how=sample"}
-    names = {rate: {run.coreset for run in runs if run.pruning_rate == rate} for rate in p.pruning_rates}
-    assert names == {0.5: always, 0.8: always | {"entropy", "forgetting", "grand", "moderate"}, 0.9: always}
-    assert {(run.subset, run.eval_bits) for run in runs} == {((10000, 5000), (2, 4, 8))}
-    longer = [run for run in runs if run.config.epochs != 8]
-    assert [(run.config.epochs, run.coreset, run.pruning_rate) for run in longer] == [(9, "RS2", r) for r in names]
-    assert len({run.hash for run in runs}) == len(runs) and {run.config.seed for run in runs} == {3}
-
-
-def test_the_ablation_changes_one_thing_at_a_time() -> None:
-    """From the first run; those across bit-widths and by joint scoring, from the one with all candidates."""
-    runs = experiments.scoring_ablation(parameters(profile="small", repeats=1))
-    differences = [_differing(runs[0], run) for run in runs]
-    assert len({run.hash for run in runs}) == len(runs) and differences[0] == set()
-    alone = [names for names in differences if len(names) == 1]
-    changed = ("how", "candidates", "batch_size", "lr", "weight_decay")
-    assert sorted(name for names in alone for name in names) == sorted(changed)
-    whole = next(run for run in runs if _differing(runs[0], run) == {"candidates"})
-    ways = [run for run in runs if run.config.coreset.score == "tdds" and run.config.coreset.candidates == 1]
-    assert [_differing(whole, run) for run in ways] == [
-        {"how", "unbiased"},
-        {"scoring"},
-        {"across_bits"},
-        set(),
-        {"across_bits"},
-    ]
-
-
-def _differing(run: Run, other: Run) -> set[str]:
-    parts = [(run.config, other.config), (run.config.coreset, other.config.coreset)]
-    names = {f.name for a, b in parts for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
-    return names - {"coreset"}
-
-
-def test_table2() -> None:
-    runs = experiments.table2(parameters(profile="small", pruning_rates=[0.6], seed=1, repeats=1))
-    methods = [("Any-Precision", 0), ("Ours", 0.6)]
-    expected = [(name, *method) for name in ("cifar100", "tinyimagenet") for method in methods]
-    assert [(run.dataset, run.method, run.pruning_rate) for run in runs] == expected
-
-
-def test_growth_is_over_the_bit_widths_asked_for_first() -> None:
-    runs = experiments.growth(parameters(profile="smoke", bits=(3, 5)))
-    shared = [(run.spec.bits, run.method, run.coreset) for run in runs if run.method != "Dedicated"]
-    kinds = [("Any-Precision", "full data"), ("Ours", "full data"), ("Ours", "tdds")]
-    assert shared == [(bits, *kind) for bits in ((3, 5), (2, 3, 5)) for kind in kinds]
-    assert [run.spec.bits for run in runs if run.method == "Dedicated"] == [(3,), (5,), (2,), (3,), (5,)]
-    assert {run.eval_bits for run in runs if run.method != "Dedicated"} == {ALL}
-
-
-def test_a_trained_bit_width_is_evaluated() -> None:
-    runs = table1(parameters(profile="smoke", bits=[4, 32]))
-    assert {run.eval_bits for run in runs if run.method != "Dedicated"} == {(*ALL, 32)}
-
-
-def test_quickstart() -> None:
-    runs = quickstart(parameters(profile="small", seed=3, repeats=2))
-    assert [run.spec.correction for run in runs] == ["none", "mean_var"]
-    assert {(run.dataset, run.method, run.config.seed) for run in runs} == {("digits", "Ours", 3)}
-
-
-OF_PARAMETERS = [f for f in experiments.RUNS if f is not experiments.imagenet]  # whose networks are large
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -190,9 +84,7 @@ def test_a_build_depends_on_its_seed_alone() -> None:
 
 
 def test_distributions_are_of_networks_without_and_with_correction(tmp_path: Path) -> None:
-    p = parameters(profile="smoke", bits=(2, 4), results_dir=tmp_path)
-    first = replace(p.profile.training, epochs=1)
-    p = replace(p, profile=replace(p.profile, training=first, subset=(TRAIN, TEST)))
+    p = small_parameters(tmp_path, bits=(2, 4))
     weights, mismatch, histograms = measure.distributions(p)
     assert set(weights.trained_with) == {"none"} and set(weights.bits) == set(range(1, 9))
     for table in (mismatch, histograms):
@@ -212,39 +104,6 @@ def small_parameters(folder: Path, **options: Any) -> Parameters:
     p = parameters(profile="smoke", results_dir=folder, **options)
     sizes = {"subset": (TRAIN, TEST), "coreset_subset": (TRAIN, TEST), "coreset_epochs": 2}
     return replace(p, profile=replace(p.profile, training=replace(p.profile.training, epochs=1), **sizes))
-
-
-def test_bias_correction_crosses_corrections_and_norms() -> None:
-    runs = bias_correction(parameters(profile="small", repeats=2))
-    pairs = [("none", "shared"), ("mean", "shared"), ("mean_var", "shared"), ("none", "switchable")]
-    pairs.append(("mean_var", "switchable"))
-    assert [(r.config.seed, r.spec.correction, r.spec.norm) for r in runs] == [(s, *p) for s in (0, 1) for p in pairs]
-    assert {(r.config.scheme, r.pruning_rate, r.eval_bits) for r in runs} == {("bitwise", 0.0, ALL)}
-    assert runs[:3] == table1(parameters(profile="small", repeats=2))[:3]
-    assert [r.method for r in runs[2:4]] == ["Ours", "Ours, switchable norm"]
-
-
-def test_untrained_trains_all_and_then_the_ends() -> None:
-    runs = experiments.untrained(parameters(profile="small", bits=(2, 4, 8), repeats=1))
-    kinds = ["Any-Precision", "Ours", "Ours, own statistics"]
-    assert [(r.spec.bits, r.method) for r in runs] == [(b, k) for b in ((2, 4, 8), (2, 8)) for k in kinds]
-    assert [r.spec.output_correction for r in runs] == [False, False, True] * 2
-    assert {r.eval_bits for r in runs} == {ALL}
-    for bits, sets in ([2, 8], [(2, 8)]), ([4], [(4,)]):
-        runs = experiments.untrained(parameters(profile="small", bits=bits, repeats=1))
-        assert [r.spec.bits for r in runs] == sets * 3
-
-
-def test_transfer_leaves_each_child_out_once() -> None:
-    runs = experiments.transfer(parameters(profile="small", bits=(2, 4, 8), repeats=1))
-    assert [r.spec.bits for r in runs] == [(2, 4, 8), (4, 8), (2, 8), (2, 4), *[(2,), (4,), (8,)] * 2]
-    assert [r.method for r in runs] == ["Ours, own statistics"] * 4 + ["Dedicated"] * 6
-    assert [r.config.epochs for r in runs] == [8] * 7 + [16] * 3
-    pair = experiments.transfer(parameters(profile="small", bits=(2, 8), repeats=1))
-    assert [r.spec.bits for r in pair] == [(2, 8), (8,), (2,), (2,), (8,)]
-    assert {r.eval_bits for r in runs[:4]} == {(2, 4, 8)}
-    with pytest.raises(ValueError, match=r"^bits=\(4,\): expected two bit-widths at least$"):
-        experiments.transfer(parameters(profile="small", bits=[4]))
 
 
 def test_every_method_is_tuned_on_held_out_images() -> None:
@@ -288,14 +147,6 @@ def test_scores_and_their_twins_take_the_same_passes() -> None:
     assert passes == {6000}
 
 
-def test_what_is_compared_without_calibration() -> None:
-    runs = experiments.uncalibrated(parameters(profile="small", repeats=2))
-    kinds = [("shared", False), ("shared", True), ("shared_affine", False), ("shared_affine", True)]
-    asked = [(r.config.seed, r.spec.norm, r.spec.output_correction) for r in runs]
-    assert asked == [(seed, *kind) for seed in (0, 1) for kind in kinds]
-    assert {(r.spec.correction, r.pruning_rate, r.eval_bits) for r in runs} == {("mean_var", 0.0, ALL)}
-
-
 def test_alignment_follows_the_first_run_of_transfer(tmp_path: Path) -> None:
     p = small_parameters(tmp_path, bits=(2, 8))
     angles, probes = measure.alignment(p)
@@ -307,27 +158,9 @@ def test_alignment_follows_the_first_run_of_transfer(tmp_path: Path) -> None:
     assert last.angle.tolist() == expected.angle.tolist() and last.layer.tolist() == expected.layer.tolist()
     untrained = gradient_angles(build(experiments.transfer(p)[0], 10), data, (2, 8), TRAIN // 4)
     assert angles[angles.epoch == 0].angle.tolist() == untrained.angle.tolist()
-    shutil.rmtree(tmp_path / "checkpoints")
-    for table, again in zip((angles, probes), measure.alignment(p), strict=True):
-        pd.testing.assert_frame_equal(table, again, check_exact=True)
-    assert not (tmp_path / "checkpoints").exists()
 
 
 # Transformers and streamed images
-
-
-def test_vit_compares_the_methods_on_both_data_sets() -> None:
-    runs = experiments.vit(parameters(profile="small", repeats=2))
-    assert len(runs) == 4 * 7 and {run.model for run in runs} == {"vit_tiny"}
-    assert [run.dataset for run in runs] == ["cifar10"] * 14 + ["tinyimagenet"] * 14
-    assert [run.config.seed for run in runs] == ([0] * 7 + [1] * 7) * 2
-    one = [(run.method, run.spec.correction, run.pruning_rate, run.spec.bits) for run in runs[:7]]
-    full, alone = (2, 4, 8), [("Dedicated", "none", 0.0, (b,)) for b in (2, 4, 8)]
-    expected = [("Ours", "none", 0.0, full), ("Ours", "mean_var", 0.0, full), ("Ours", "mean_var", 0.8, full)]
-    assert one == [*expected, ("Any-Precision", "none", 0.0, full), *alone]
-    assert {(run.spec.weight, run.spec.activation) for run in runs} == {("minmax", "lsq")}
-    sizes = {run.dataset: dict(run.model_args) for run in runs}
-    assert sizes["tinyimagenet"] == sizes["cifar10"] | {"image_size": 64, "patch_size": 16}
 
 
 def test_without_batch_norm_every_bit_width_is_served_and_none_adapted(tmp_path: Path) -> None:
@@ -366,22 +199,6 @@ def test_a_shell_sees_the_exit_status(tmp_path: Path) -> None:
     assert out.startswith("0 of 2 runs finished, of the next one epoch 1")
     assert out.endswith("; time is up, call again to go on\n")
     assert in_a_shell(tmp_path, *command) == f"2 runs, 32 rows below {tmp_path / 'runs'}; 1 process(es)\n"
-
-
-def test_a_profile_is_a_parameter_and_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def note(runs: list[Run], *_: object, **__: object) -> pd.DataFrame:
-        asked.append(runs[0].profile)
-        return pd.DataFrame({"run": []})
-
-    monkeypatch.setattr(experiments, "run_all", note)
-    for options in (["--profile", "smoke"], ["-p", "profile", "paper", "--profile", "smoke"], ["-p", "seed", "3"]):
-        experiments.main(["quickstart", *options])
-    experiments.main(["quickstart", "--profile", "paper", "-p", "profile", "smoke"])
-    assert asked == ["smoke", "smoke", parameters().profile.name, "smoke"]
-    with pytest.raises(ValueError, match=r"^profile='tiny': expected one of auto, paper, small, smoke$"):
-        experiments.main(["quickstart", "--profile", "tiny"])
 
 
 def in_a_shell(folder: Path, *command: str, status: int = 0) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import reference
 import torch
+from scipy import stats
+from test_measure_gradients import BITS, data, trained
 from torch import Tensor, nn
 
 import emqlib as emq
@@ -19,7 +21,7 @@ from emqlib.train.data import Dataset, augment, normalize
 
 pytestmark = pytest.mark.processor
 
-BITS = (2, 4, 8)
+fixture = data  # for this module too
 WIDTH = 2 * SPAN / BINS
 
 
@@ -36,18 +38,8 @@ def watched(*parts: Tensor) -> Watcher:
 
 
 @pytest.fixture(scope="module")
-def data() -> Dataset:
-    return emq.load_dataset("digits").subset(60, 30)
-
-
-@pytest.fixture(scope="module")
 def model(data: Dataset) -> nn.Module:
-    """Three bit-widths that took a few steps."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = emq.convert(models.resnet8(width=4), emq.QuantSpec(bits=BITS))
-    emq.train(made, data, emq.TrainConfig(epochs=2, batch_size=20), progress=False)
-    return made
+    return trained(data)
 
 
 # Streaming
@@ -143,7 +135,6 @@ def test_preactivations_are_those_seen_by_hand(model: nn.Module, data: Dataset) 
             hook.remove()
             mean, var = norm.running_mean[-1], norm.running_var[-1]
             seen[b] = (kept[0].double() - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + norm.eps).sqrt()
-    stats = pytest.importorskip("scipy.stats")
     for b, z in seen.items():
         row = mismatch[(mismatch.layer == name) & (mismatch.bits == b)].iloc[0]
         assert row["mean_shift"] == pytest.approx(float(z.mean((0, 2, 3)).square().mean().sqrt()), rel=1e-3, abs=1e-4)

@@ -1,8 +1,7 @@
-"""Figures, read back from their axes: what is drawn is what the rows say."""
+"""Figures, read back from their axes: what is drawn is what the rows say. Those that are committed: test_figures."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -16,7 +15,6 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
-from test_tables import grown, uncalibrated
 
 import emqlib as emq
 from emqlib.paper import plots
@@ -82,13 +80,6 @@ def test_accuracy_by_bits_draws_the_rows() -> None:
     assert len({to_rgba(line.get_color()) for line in lines(ax)}) == 3
 
 
-def test_corrections_have_lines_of_their_own() -> None:
-    rows = example()[lambda t: t.method.eq("Ours") & t.pruning_rate.eq(0)]
-    corrections = ("none", "mean", "mean_var, no gradient")
-    ax = plots.accuracy_by_bits(pd.concat([rows.assign(correction=name) for name in corrections]))
-    assert {f"Ours, correction {name}" for name in corrections} < set(legend(ax)) and len(lines(ax)) == 6
-
-
 def test_accuracy_by_cost_draws_the_rows() -> None:
     """Without adaptation and over the trained 2 and 4 bits; the passes of Dedicated are those of its two networks."""
     ax = plots.accuracy_by_cost(example())
@@ -141,15 +132,6 @@ def test_accuracy_by_coreset_draws_the_rows() -> None:
     assert [label.get_text() for label in ax.get_yticklabels()] == ["tdds, own statistics", "Any-Precision"]
 
 
-def test_growth_draws_the_costs() -> None:
-    rows = grown().assign(dataset="cifar10", model="resnet8", profile="small")
-    ax = plots.growth(rows.assign(seconds=rows.seconds * 60), "seconds")
-    assert [points(line) for line in lines(ax)] == [[(2, 2 * s), (3, 3 * s)] for s in (9, 10, 10, 3)]
-    assert legend(ax) == ["Dedicated", "Ours, full data", "Any-Precision", "Ours, tdds"]
-    assert ax.get_title() == "Training cost by number of bit-widths\ncifar10, resnet8, profile small, 1 seed(s)"
-    assert ax.get_xlabel() == "number of bit-widths" and ax.get_ylabel() == "training time (minutes)"
-
-
 @pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])
 def test_axes_of_the_reader_are_used(plot: Callable[..., Axes]) -> None:
     figure, axes = pyplot.subplots(1, 2)
@@ -198,15 +180,6 @@ def test_distributions_draw_the_histograms() -> None:
         plots.distributions(mismatched().assign(z=0.0, density=1.0))
 
 
-def test_gaps_are_drawn_from_two_bits_up() -> None:
-    asked = {"dataset": "cifar10", "model": "resnet8", "profile": "small"}
-    ax = plots.gap_by_bits(uncalibrated().assign(**asked))
-    drawn = [line.get_ydata().tolist() for line in lines(ax) if line.get_marker() in "os"]
-    assert drawn == [[-1, -1.5], [-12, 1]]
-    assert legend(ax) == ["own statistics, output correction", "shared statistics"]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["2*", "3"] and "2 seed(s)" in ax.get_title()
-
-
 def angles() -> pd.DataFrame:
     """Two layers and all of them, before and after an epoch: bits + 10 other_bits + 100 epoch + depth."""
     pairs = [(2, 4, False), (2, 2, True), (4, 4, True)]
@@ -228,24 +201,6 @@ def test_angles_by_layer_are_those_of_the_last_epoch() -> None:
     assert found == {"-": [[(0, 142), (1, 143)]], "--": [[(0, 122), (1, 123)], [(0, 144), (1, 145)]]}
     assert {"2 and 4 bits", "2 bits", "4 bits", "same images", "other images"} < set(legend(ax))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["conv1", "fc"]
-
-
-def test_angles_by_epoch_are_those_of_all_layers_and_means_over_seeds() -> None:
-    rows = angles()
-    ax = plots.angles(pd.concat([rows.assign(seed=k, angle=rows.angle + k - 1) for k in range(3)]), "epoch")
-    assert sorted(points(line) for line in lines(ax)) == [[(0, a), (1, a + 100)] for a in (21, 41, 43)]
-
-
-def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
-    """Also after a reading of the CSV beside the figure. Every other figure: test_figures."""
-    example().to_csv(tmp_path / "rows.csv", index=False)
-    changed = example().assign(top1=example().top1 + 1)
-    for name, rows in {"a": example(), "b": pd.read_csv(tmp_path / "rows.csv"), "other": changed}.items():
-        plots.save(plots.accuracy_by_bits(rows), tmp_path / name)
-    first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("a", "b", "other"))
-    assert first.startswith(b"\x89PNG") and first == again != other
-    assert len(first) < 100_000 and b"matplotlib" not in first.lower()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}  # no temporary file
 
 
 def test_answers_show_what_the_network_says_and_computes_with() -> None:

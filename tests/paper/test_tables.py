@@ -131,17 +131,6 @@ def test_cost_table() -> None:
     assert columns(results.with_cost(rows, "seconds"), "top1", "seconds") == [(60, 3)]
 
 
-def test_cost_table_rounds() -> None:
-    """Means over four seeds: passes to one of them, shares to a tenth of a percent, seconds to whole ones."""
-    shared = {"scored": 41_152_263, "accuracy": {2: (1, 1), 3: (None, 1)}}
-    seconds = enumerate((10.2, 10.4, 10.6, 10.4))
-    runs = [run("Any-Precision", seed=k, passes=123_456_789 + k, seconds=s, **shared) for k, s in seconds]
-    rows = together(*runs).assign(calibration_passes=lambda t: t.adapted * (123_456_789 + t.seed))
-    table = results.cost_table(rows, "table1")
-    names = ("passes (M)", "scoring (%)", "calibration (M)", "steps", "seconds")
-    assert columns(table, *names) == [(123.456790, 33.3, 123.456790, 100, 10)]  # 123,456,790.5, ties to even
-
-
 def test_what_is_saved_is_against_the_first_any_precision() -> None:
     """A second one of as many epochs, as with other batches, is compared too."""
     first = run("Any-Precision", {2: (60, 0)}, passes=800, seconds=100)
@@ -222,16 +211,6 @@ def test_names_tell_apart_all_that_differs() -> None:
     longer = rows.assign(epochs=rows.epochs + rows.coreset.eq("random"))
     assert set(results.named(longer, "epochs").coreset) - set(names) == {f"random, epochs={longer.epochs.max()}"}
     pd.testing.assert_frame_equal(rows, options().assign(run=rows.run))  # the rows themselves are left as they were
-
-
-def test_cost_table_of_named_coresets() -> None:
-    table = results.cost_table(results.named(options()), "table1")
-    assert columns(table, "coreset", "top1 (%)", "adapted top1 (%)", "passes (M)") == [
-        ("tdds", "56.0 ± 1.4", "57.0 ± 0.0", 0.0015),
-        ("tdds, all candidates", "41.0", "42.0", 0.00304),
-        ("tdds, batch_size=64, lr=0.2", "45.0", "46.0", 1.0),
-        ("random", "31.0", "32.0", 1.0),
-    ]
 
 
 def test_coreset_table() -> None:

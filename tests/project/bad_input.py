@@ -55,6 +55,11 @@ def switchable() -> nn.Module:
 
 
 @cache
+def with_zero() -> nn.Module:
+    return emq.convert(net(), emq.QuantSpec(bits=(2, 4), weight="minmax", zero_level=True))
+
+
+@cache
 def headless() -> nn.Module:
     layers = (nn.Conv2d(3, 3, 3) for _ in range(3))
     return emq.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), emq.QuantSpec(bits=(2, 4)))
@@ -125,7 +130,7 @@ MODELS = [None, "resnet8", nn.Linear, net]
 DATA = [None, "digits", [], lambda: digits().train]
 PAIRS = [None, "digits", [1, 2], torch.ones(3), (torch.ones(4, 3, 8, 8), LABELS)]
 PAIRS += [lambda: iter([]), [(torch.ones(2, 3, 8, 8), LABELS)]]
-PATHS = [None, "", 3, b"a", "a\0b", "a" * 5000]
+PATHS = [None, "", 3, b"a", "a\0b", "a" * 5000, Path("a" * 300), "\ud800"]
 FILES = [*PATHS, "FOLDER"]
 FOLDERS = [*PATHS, "FILE", "FILE/a"]
 TENSORS = [None, [0.5, 0.5], np.ones(4), 0.5]
@@ -138,7 +143,7 @@ WINDOWS, DECAYS = [*COUNTS, 2, 10**9], [None, 0, 2.0, "0.9", NAN]
 WEIGHTS = [*TENSORS, torch.ones(0, 2), torch.ones(2, 2, dtype=torch.int64)]
 SCALES = [0.1, torch.tensor(0.0), torch.ones(2), torch.tensor(NAN), torch.tensor(1j), torch.tensor(INF)]
 IMAGES = [None, [1, 2], (), torch.ones(()), torch.ones(0, 3, 32, 32), torch.ones(2, 1, 32, 32), IMAGE.long()]
-ARCHITECTURES = [*NAMES, "keras.resnet50", "torchvision.nothing", 10**5000]
+ARCHITECTURES = [*NAMES, "keras.resnet50", "torchvision.nothing", "timm.nothing", 10**5000]
 SPECS = [None, (2, 4), emq.QuantSpec]
 CONFIGS = [None, {}, emq.TrainConfig]
 RUNS = [None, "table1", Run, RUN["spec"]]
@@ -156,22 +161,15 @@ SIZES = {"num_classes": 10, "image_size": 32, "patch_size": 4, "width": 12, "dep
 VIT = {name: [0, "8", 10**9] for name in SIZES} | {"patch_size": [5, 0], "heads": [5, None]}
 for name in ("resnet8", "resnet18", "resnet20"):
     TABLE += [(f"models.{name}", {}, {"num_classes": COUNTS, "width": [0, "8", 10**9]})]
+SMALLEST = {"name": "resnet8", "num_classes": 10}
 TABLE += [
     ("models.preact_resnet20", {}, {"num_classes": [0], "width_factor": COUNTS}),
     ("models.resnet50", {}, {"num_classes": COUNTS}),
     ("models.vit_tiny", SIZES, VIT),
     ("models.vit_small", SIZES, VIT),
     ("models.check_name", {"parameter": "model"}, {"name:model": ARCHITECTURES}),
-    (
-        "models.build",
-        {"name": "resnet8", "num_classes": 10},
-        {"name": ARCHITECTURES, "num_classes": COUNTS, "width": ["8"], "depth": [3]},
-    ),
-    (
-        "models.build",
-        {"name": "torchvision.resnet18", "num_classes": 10},
-        {"num_classes": COUNTS, "depth:kwargs": [3]},
-    ),
+    ("models.build", SMALLEST, {"name": ARCHITECTURES, "num_classes": COUNTS, "width": ["8"], "depth": [3]}),
+    ("models.build", {"name": "torchvision.resnet18", "num_classes": 10}, {"num_classes": COUNTS, "depth:kwargs": [3]}),
 ]
 
 # Formulas
@@ -181,47 +179,27 @@ SHAPES = [torch.ones(2, 4), torch.ones(2), torch.ones(0, 3)]
 SCORES = [*VECTORS, torch.ones(0), torch.ones(4) * NAN]
 SELECT = {"scores": torch.ones(4), "pruning_rate": 0.5, "how": "sample", "generator": torch.Generator()}
 CHOOSE = {"scores": torch.ones(4), "keep": 2, "how": "sample", "generator": torch.Generator()}
+QUANTIZED = {"bits": ONE_WIDTH, "method": NAMES, "scale": SCALES}
+GRAND = {"probabilities": P, "labels": LABELS, "features": torch.ones(4, 3)}
+TDDS = {"probabilities": P.expand(4, 4, 2), "window": 3}
+UNEQUAL = [*TENSORS, torch.ones(4)]
 KEEP, GENERATORS = [*NUMBERS, -1, 5], [None, 0]
 TABLE += [
     ("quantizers.levels", {}, {"bits": ONE_WIDTH}),
-    (
-        "quantizers.quantize_weight",
-        {"w": ONES, "bits": 4},
-        {"w": WEIGHTS, "bits": ONE_WIDTH, "method": NAMES, "scale": SCALES, "zero_level": FLAGS},
-    ),
+    ("quantizers.quantize_weight", {"w": ONES, "bits": 4}, QUANTIZED | {"w": WEIGHTS, "zero_level": FLAGS}),
     ("quantizers.quantize_weight", {"w": ONES, "bits": 1, "method": "minmax"}, {"zero_level": [True]}),
-    (
-        "quantizers.quantize_activation",
-        {"x": ONES, "bits": 4},
-        {"x": WEIGHTS, "bits": ONE_WIDTH, "method": NAMES, "scale": SCALES, "signed": FLAGS},
-    ),
+    ("quantizers.quantize_activation", {"x": ONES, "bits": 4}, QUANTIZED | {"x": WEIGHTS, "signed": FLAGS}),
     ("correction.correct_weight", BOTH, {"w_q": TENSORS, "w": TENSORS, "mode": NAMES, "gradient": FLAGS}),
     ("correction.correct_weight", BOTH, {"w_q:w_q, w shapes": SHAPES}),
-    (
-        "correction.output_shift",
-        BOTH | {"mean_input": torch.ones(3)},
-        {"w_q": [*TENSORS, torch.ones(4)], "w": [*TENSORS, torch.ones(2)], "mean_input": [*TENSORS, torch.ones(4)]},
-    ),
+    ("correction.output_shift", BOTH | {"mean_input": torch.ones(3)}, dict.fromkeys((*BOTH, "mean_input"), UNEQUAL)),
     ("coreset.entropy", {}, {"probabilities": LOGITS}),
     ("coreset.el2n", {"probabilities": P, "labels": LABELS}, {"probabilities": LOGITS, "labels": OF_EACH}),
-    (
-        "coreset.grand",
-        {"probabilities": P, "labels": LABELS, "features": torch.ones(4, 3)},
-        {"probabilities": LOGITS, "labels": OF_EACH, "features": FEATURES},
-    ),
+    ("coreset.grand", GRAND, {"probabilities": LOGITS, "labels": OF_EACH, "features": FEATURES}),
     ("coreset.forgetting", {}, {"correct": [*TENSORS, torch.ones(1, 4, dtype=torch.bool)]}),
-    (
-        "coreset.moderate",
-        {"features": torch.ones(4, 3), "labels": LABELS},
-        {"features": FEATURES, "labels": [None, *CLASSES]},
-    ),
+    ("coreset.moderate", {"features": ONES.repeat(2, 1), "labels": LABELS}, {"features": FEATURES, "labels": CLASSES}),
     ("coreset.centrality", {}, {"scores": VECTORS}),
     ("coreset.ranks", {}, {"scores": VECTORS}),
-    (
-        "coreset.tdds",
-        {"probabilities": P.expand(4, 4, 2), "window": 3},
-        {"window": [*WINDOWS, 5], "decay": DECAYS, "probabilities": LOGITS},
-    ),
+    ("coreset.tdds", TDDS, {"window": [*WINDOWS, 5], "decay": DECAYS, "probabilities": LOGITS}),
     ("coreset.select", SELECT, {"scores": SCORES, "pruning_rate": RATES, "how": NAMES, "generator": GENERATORS}),
     ("coreset.select", SELECT, {"scores": [-torch.ones(4), torch.zeros(4)]}),
     ("coreset.kept", {"n": 4, "pruning_rate": 0.5}, {"n": [*NUMBERS, -1], "pruning_rate": RATES}),
@@ -236,39 +214,60 @@ SPEC |= dict.fromkeys(("zero_level", "correction_gradient", "output_correction")
 SPEC |= {"bits": BITS, "full_precision": [None, "first", (1,), ("",), torch.tensor(1), range(10**9)]}
 TRAIN = dict.fromkeys(("scheme", "optimizer", "schedule", "device", "autocast", "compile"), NAMES)
 TRAIN |= {"epochs": COUNTS, "lr": [0, NAN, "0.1", 10**400], "coreset": [0.8, "random", emq.CoresetConfig]}
+TRAIN["device"] = [*NAMES, "meta", "gpu", "cuda:99"]
 TRAIN |= {"milestones": [None, "1", 5, np.ones(2)], "seed": NUMBERS}
 CHOSEN = {"score": NAMES, "pruning_rate": RATES, "how": NAMES, "window": WINDOWS, "decay": DECAYS, "scoring": NAMES}
-RUN_FIELDS = {
-    "eval_bits": BITS,
-    "profile": [None, 3],
-    "dataset": NAMES,
-    "model": NAMES,
-    "spec": SPECS,
-    "config": CONFIGS,
-}
+RUN_FIELDS = {"eval_bits": BITS, "profile": [None, 3], "spec": SPECS, "config": CONFIGS}
+RUN_FIELDS |= {"dataset": NAMES, "model": NAMES}
 RUN_FIELDS |= {"model_args": [None, {"width": 4}, ("width",), "width=4"], "image_size": [None, -1, 32.0]}
 RUN_FIELDS |= {"subset": [None, 5, (5,), (-1, 5), (0.5, 0.5)], "stream": FLAGS}
 RUN_FIELDS |= {"every_statistics": FLAGS, "held_out": [-1, 0.5, None]}
 TABLE += [
-    ("QuantSpec", {"bits": (2, 4)}, SPEC),
+    ("QuantSpec", {"bits": (2, 4)}, SPEC | {"zero_level": [*FLAGS, True]}),
+    ("QuantSpec", {"bits": (1, 2), "weight": "minmax"}, {"zero_level": [True]}),
     ("TrainConfig", {}, TRAIN),
-    ("CoresetConfig", {}, CHOSEN | {"across_bits": NAMES, "power": [NAN, "1"]}),
+    ("TrainConfig", {"epochs": 5}, {"distillation": [True], "momentum:nesterov": [0], "warmup_epochs": [5]}),
+    ("CoresetConfig", {}, CHOSEN | {"across_bits": NAMES, "power": [NAN, "1"], "unscored": [True], "unbiased": [True]}),
+    ("CoresetConfig", {"scoring_epochs": 1}, {"score": ["random"]}),
+    ("CoresetConfig", {"candidates": 0.5}, {"score": ["random"]}),
+    ("CoresetConfig", {"score": "tdds", "window": 5}, {"scoring_epochs": [4]}),
+    ("CoresetConfig", {"score": "forgetting"}, {"scoring_epochs": [1]}),
+    ("CoresetConfig", {"score": "el2n", "pruning_rate": 0.5}, {"candidates": [0.49]}),
+    ("CoresetConfig", {"score": "el2n", "how": "sample", "candidates": 0.5}, {"unbiased": [True]}),
+    ("CoresetConfig", {"how": "sample", "across_bits": "disjoint"}, {"unbiased": [True]}),
     ("paper.runs.Run", RUN, RUN_FIELDS),
 ]
 
 # Networks at any bit-width, and their files
 
+
+class OwnNorm(nn.BatchNorm2d):
+    """Of nobody knows what forward."""
+
+
+class OwnAttention(nn.MultiheadAttention):
+    """Of nobody knows what forward either."""
+
+
+def among_others(layer: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+
+
+NORMS = (nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4, momentum=None), OwnNorm(4))
+ATTENTIONS = [nn.MultiheadAttention(8, 2, **{option: True}) for option in ("add_bias_kv", "add_zero_attn")]
+OTHER_NETS = [among_others(layer) for layer in (*NORMS, *ATTENTIONS, OwnAttention(8, 2))]
+OTHER_NETS += [lambda: nn.Sequential(nn.ReLU()), lambda: nn.Linear(4, 3)]
 PACKED = {"model": [*MODELS, unseen, packed], "bits": ONE_WIDTH + BY_LAYER}
 INTEGERS = {"packed": torch.zeros(1, dtype=torch.uint8), "bits": 2, "count": 4}
 CODES = [None, [1, 2], torch.ones(2), torch.tensor([4]), torch.tensor([-1])]
 ONNX = {"model": model, "path": "a.onnx", "bits": 4, "example_inputs": IMAGE}
 TABLE += [
-    (
-        "convert",
-        {"net": net, "spec": emq.QuantSpec(bits=(2, 4))},
-        {"net": [*MODELS[:-1], model, lambda: nn.Sequential(nn.ReLU())], "spec": SPECS},
-    ),
+    ("convert", {"net": net, "spec": emq.QuantSpec(bits=(2, 4))}, {"net": [*MODELS[:-1], model], "spec": SPECS}),
+    ("convert", {"spec": emq.QuantSpec(bits=(2, 4))}, {"net": OTHER_NETS}),
+    ("convert", {"net": net}, {"spec:net": [emq.QuantSpec(bits=(2,), full_precision=("*",))]}),
+    ("convert", {"net": net}, {"spec:full_precision": [emq.QuantSpec(bits=(2,), full_precision=("layer9.*",))]}),
     ("set_bits", {"model": model, "bits": 4}, {"model": [*MODELS, packed], "bits": ONE_WIDTH + BY_LAYER}),
+    ("set_bits", {"model": with_zero, "bits": 4}, {"bits": [1]}),
     ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
     ("summary", {}, {"model": MODELS}),
     ("pack", {"model": model, "bits": 4}, PACKED),
@@ -282,7 +281,8 @@ TABLE += [
 
 # Data, evaluation and training
 
-LOAD = {"name": [*NAMES, "imagefolder:a\0b", "imagefolder:" + "a" * 5000, 10**5000]}
+LOAD = {"name": [*NAMES, "CIFAR10", "cifar10:x", "imagefolder", "imagefolder:", "imagefolder:a\0b", 10**5000]}
+LOAD["name"] += ["imagefolder:" + "a" * 5000]
 LOAD |= {"image_size": [*GIVEN, 10**6], "workers": [-1, "2", 1.5, 10**9], "stream": [1, "yes", True]}
 MEASURE = {"model": model, "data": digits, "bits": (2, 4)}
 MEASURED = {"model": [*MODELS, packed], "data": [*PAIRS, []], "bits": BITS}
@@ -290,48 +290,19 @@ BATCHES = {"data": digits, "split": "test", "device": torch.device("cpu"), "batc
 LEARN = {"model": model, "data": digits, "config": emq.TrainConfig(epochs=1), "progress": False}
 LEARNED = {"model": MODELS, "data": [*DATA, without("train")], "config": CONFIGS, "progress": [None, 1]}
 LEARNED |= {"checkpoint": [*FILES[1:], "FILE/a"], "observe": [3, "loss"]}
-TENSORS_OF_OWN = {
-    "images": torch.ones(4, 2, 8),
-    "labels": LABELS,
-    "test_images": torch.ones(4, 2, 8),
-    "test_labels": LABELS,
-}
-INPUTS = [
-    None,
-    "digits",
-    1j,
-    torch.ones(4),
-    torch.ones(0, 2, 8),
-    torch.ones(4, 2, 8).long(),
-    {"a": 1},
-    lambda: digits().train,
-]
-INTEGERS_OF_EACH = [
-    None,
-    "digits",
-    1,
-    *CLASSES[1:],
-    LABELS[:3],
-    LABELS[None],
-    [0, 1, 0, 10**30],
-    LABELS * 1j,
-]
+SIGNALS = torch.ones(4, 2, 8)
+TENSORS_OF_OWN = {"images": SIGNALS, "labels": LABELS, "test_images": SIGNALS, "test_labels": LABELS}
+INPUTS = [None, "digits", 1j, torch.ones(4), SIGNALS[:0], SIGNALS.long(), {"a": 1}, lambda: digits().train]
+INTEGERS_OF_EACH = [None, "digits", 1, *CLASSES[1:], LABELS[:3], LABELS[None], [0, 1, 0, 10**30], LABELS * 1j]
 TENSORS_WRONG = {"images": INPUTS, "labels": INTEGERS_OF_EACH, "test_labels": INTEGERS_OF_EACH, "name": [None, 3]}
-TENSORS_WRONG |= {"test_images": [*INPUTS, torch.ones(4, 3, 8), torch.ones(4, 2, 8).byte()], "flip": FLAGS}
+TENSORS_WRONG |= {"test_images": [*INPUTS, torch.ones(4, 3, 8), SIGNALS.byte()], "flip": FLAGS}
 TENSORS_WRONG |= {"classes": ["ab", ["a"], [0, 1], {"a": 0, "b": 1}], "crop_padding": [*NUMBERS, -1]}
 TENSORS_WRONG |= {"mean": [0.5, "ab", [NAN], ["0", 1], [1, 2, 3]], "std": [1, [0], [-1.0, 1], [INF, 1], []]}
 PAIRED = [(torch.ones(2, 8), 0), (torch.ones(2, 8), 1)]
-MAPPED = [
-    None,
-    "digits",
-    3,
-    [],
-    {"train": PAIRED},
-    torch.ones(4, 2),
-    np.ones((4, 2)),
-    iter(PAIRED),
-    lambda: digits().train,
-]
+MAPPED = [None, "digits", 3, [], {"train": PAIRED}, torch.ones(4, 2), np.ones((4, 2)), iter(PAIRED)]
+MAPPED += [lambda: digits().train]
+UNPAIRED = [[item] for item in (PAIRED, 0, "ab", (1, 2, 3), (torch.ones(1).long(), 0), {"label": 1})]
+UNLABELLED = [[(PAIRED[0][0], label)] for label in ("a", 0.5, -1, None, ONES)]
 LABELLED = [None, 3, "digits", [], [0.5], [[0]], [-1, 0], LABELS.float(), LABELS[:, None], LABELS > 0, {}, iter([0])]
 OWN = {"labels": LABELS, "bits": (2, 4), "epochs": 3, "config": emq.CoresetConfig(score="el2n", pruning_rate=0.5)}
 EPOCHS = [*NUMBERS, -1, 3]
@@ -342,6 +313,16 @@ def coresets() -> emq.Coresets:
     return emq.Coresets(**OWN)
 
 
+@cache
+def observed() -> emq.Coresets:
+    """In the scoring phase."""
+    made = emq.Coresets(**OWN | {"config": emq.CoresetConfig(score="grand")})
+    made.subsets(0)
+    return made
+
+
+SEEN = {"self": observed, "bits": 4, "indices": LABELS[:2], "logits": ONES, "labels": LABELS[:2], "features": ONES}
+UNSEEN = {"bits": [3], "indices": [LABELS[:2].float()], "logits": [ONES[0]], "features": [None]}
 OTHERS_STATE = [None, {}, "state", lambda: coresets().state_dict() | {"ranks": 3}]
 OTHERS_STATE += [lambda: coresets().state_dict() | {"recorders": {2: {}}}]
 TABLE += [
@@ -349,11 +330,7 @@ TABLE += [
     ("Dataset.from_tensors", TENSORS_OF_OWN, {"flip:images": [True], "crop_padding:images": [1]}),
     ("Dataset.from_dataset", {"train": PAIRED}, {"train": MAPPED, "test": MAPPED[1:], "name": [None, 3]}),
     ("Dataset.from_dataset", {"train": PAIRED}, {"classes": ["ab", ["a"]], "num_workers": [*NUMBERS, -1, 10**9]}),
-    (
-        "Dataset.from_dataset",
-        {"train": PAIRED},
-        {"train:data": [[PAIRED], [0], ["ab"]], "train:label": [[(PAIRED[0][0], "a")]]},
-    ),
+    ("Dataset.from_dataset", {}, {"train:data": UNPAIRED, "train:label": UNLABELLED}),
     ("load_dataset", {"name": "digits"}, LOAD),
     ("load_dataset", {"name": "cifar10"}, {"root": PATHS[1:]}),
     ("Dataset.subset", {"self": digits, "train": 20, "test": 10}, {"train": [*COUNTS, 41], "test": COUNTS}),
@@ -369,13 +346,12 @@ TABLE += [
     ("train.evaluate.batches", BATCHES, {"data": PAIRS, "split": NAMES, "batch_size": COUNTS, "limit": GIVEN}),
     ("train", LEARN, LEARNED),
     ("train", LEARN, {"config:scheme": [emq.TrainConfig(scheme="dedicated")]}),
-    (
-        "Coresets",
-        OWN,
-        {"labels": LABELLED, "bits": BITS, "config": [3, "tdds"], "epochs": [*COUNTS, 1], "seed": NUMBERS},
-    ),
+    ("Coresets", OWN, {"labels": LABELLED, "bits": BITS, "config": [3, "tdds"]}),
+    ("Coresets", OWN, {"epochs": [*COUNTS, 1], "seed": NUMBERS}),
     ("Coresets.batches", {"self": coresets, "epoch": 0, "batch_size": 2}, {"epoch": EPOCHS, "batch_size": COUNTS}),
     ("Coresets.sampler", {"self": coresets, "batch_size": 2}, {"batch_size": COUNTS}),
+    ("Coresets.observe", SEEN, UNSEEN),
+    ("Coresets.loader", {"self": coresets, "batch_size": 2}, {"dataset": [None, [1] * 5, iter([])]}),
     ("Coresets.load_state_dict", {"self": coresets, "state": lambda: coresets().state_dict()}, {"state": OTHERS_STATE}),
     ("soft_targets", {"model": model, "x": IMAGE}, {"model": MODELS}),
 ]
@@ -428,6 +404,7 @@ TABLE += [(f"paper.experiments.{name}", {"p": small}, {"dataset": DATASETS}) for
 
 OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("tables.accuracy_table", "01_cifar10", {}),
+    ("tables.correction_table", "00_quickstart", {}),
     ("tables.cost_table", "01_cifar10", {"table": "table1"}),
     ("tables.gap_table", "01_cifar10", {}),
     ("tables.comparison_table", "05_coreset_comparison", {}),
@@ -456,16 +433,13 @@ def rows(source: str) -> dict[str, Any]:
     return {"rows": lambda: table(source)}
 
 
+SAVED = {"table": FRAMES[-1], "path": Path("a")}
 BAD_COST = [None, "dollars", ["seconds"]]
 DRAWN = ["nothing", "00_quickstart"]  # no such figure, and one whose rows are not there
 TABLE += [
     ("paper.plots.angles", rows("09_angles"), {"by": ["bits", None, ["layer"]]}),
     ("paper.tables.paper", {}, {"table": [None, 3, "\0", "a" * 5000]}),
-    (
-        "paper.tables.save",
-        {"table": FRAMES[-1], "path": Path("a")},
-        {"table": [None, 3], "path": PATHS, "rows": ["a.csv"]},
-    ),
+    ("paper.tables.save", SAVED, {"table": [None, 3], "path": PATHS, "rows": ["a.csv"]}),
     ("paper.plots.accuracy_by_bits", rows("00_quickstart"), {"ax": [3, "ax"]}),
     ("paper.plots.accuracy_by_cost", rows("02_cifar100"), {"ax": [3, "ax"], "cost": BAD_COST}),
     ("paper.plots.growth", rows("11_training_cost"), {"ax": [3, "ax"], "cost": BAD_COST}),

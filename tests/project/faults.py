@@ -36,11 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def at_call(
-    owner: Any,
-    name: str,
-    number: int,
-    act: Callable[..., Any],
-    counts: Callable[..., bool] = lambda *_: True,
+    owner: Any, name: str, number: int, act: Callable[..., Any], counts: Callable[..., bool] = lambda *_: True
 ) -> None:
     """Let `act` take the place of one call of a function, which it gets first: the one of this number, from 0.
 

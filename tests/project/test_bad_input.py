@@ -16,14 +16,12 @@ import torch
 from bad_input import CASES, OF_ROWS, Case, function, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import emqlib as emq
 from emqlib.paper.profiles import parameters
 
-pyplot = pytest.importorskip("matplotlib.pyplot")
-for extra in ("seaborn", "onnxruntime", "onnxscript"):
-    pytest.importorskip(extra)
 pyplot.switch_backend("agg")
 
 
@@ -41,7 +39,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory, and the place of temporary files, with a file and a folder in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.delenv("EMQ_PROFILE", raising=False)
     (tmp_path / "FILE").write_text("old")
     (tmp_path / "FOLDER").mkdir()
     return tmp_path
@@ -142,19 +139,7 @@ class Hostile:
 
 SHAPES = st.lists(st.integers(0, 2), max_size=3)
 DTYPES = st.sampled_from([torch.float32, torch.int64, torch.bool, torch.complex64, torch.bfloat16])
-WORDS = [
-    "auto",
-    "top",
-    "sample",
-    "joint",
-    "tdds",
-    "none",
-    "first",
-    torch.bfloat16,
-    emq.TrainConfig,
-    range(9),
-    Path("here"),
-]
+WORDS = ["auto", "top", "sample", "joint", "tdds", "none", "first", torch.bfloat16, emq.TrainConfig, range(9)]
 LEAVES = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.integers(-4, 40), st.floats(), st.text(), st.binary()),
     *(st.complex_numbers(), st.fractions(), st.decimals(), st.just(10**5000), st.builds(Hostile)),
@@ -206,14 +191,10 @@ def test_any_parameter_of_a_notebook(name: str, value: object) -> None:
 
 HUGE = [
     {"name": "resnet8", "num_classes": 10, "width": 10**9},
-    {"name": "resnet18", "num_classes": 10, "width": 4096},
     {"name": "resnet50", "num_classes": 10**6},
-    {"name": "vit_tiny", "num_classes": 10, "depth": 10**9},
     {"name": "vit_small", "num_classes": 10, "depth": 100, "width": 4096, "heads": 1},
-    {"name": "preact_resnet20", "num_classes": 10, "width_factor": 10**30},
     {"name": "resnet8", "num_classes": 10, "no_such_argument": 1},
     {"name": "../resnet8", "num_classes": 10},
-    {"name": ["resnet8"], "num_classes": 10},
     [1, 2],
 ]
 

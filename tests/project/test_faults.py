@@ -11,8 +11,6 @@ import pytest
 from disturbed import Judge, Try, call, job
 from faults import FAULTS, STREAMED
 
-pytest.importorskip("sklearn")
-
 ROOT = Path(__file__).resolve().parents[2]
 # One for each thing that can go wrong with what is kept: in work, half written, written and not told, no room, several
 # at work, not a number, damaged, interrupted.

@@ -55,8 +55,6 @@ def executed(block: str, names: dict[str, Any]) -> int:
 def test_your_own_network_in_ten_lines_and_to_an_onnx_file_in_ten_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     digits = emq.load_dataset("digits").subset(1000, 200)
@@ -101,8 +99,6 @@ def test_every_other_command_is_run_or_another_test_runs_it(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """`make test` runs this file; GPUs and ImageNet are not everywhere."""
-    pytest.importorskip("papermill")
-    pytest.importorskip("sklearn")
     left = [command for command in COMMANDS if command != "cd notebooks"]
     for command in ("make demo", "make results PROFILE=smoke", "make test"):  # the second: tests/test_suite.py
         left.remove(command)

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10
 
 import emqlib as emq
 from emqlib.layers import QuantSpec
-from emqlib.paper import experiments, profiles, runs
+from emqlib.paper import experiments, profiles
 from emqlib.train.config import TrainConfig
 
 
@@ -79,7 +79,6 @@ def test_an_archive_that_is_not_the_official_one_is_not_unpacked(mark: Path, tmp
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save])
 def test_no_checkpoint_and_no_network_is_unpickled(write: Callable, mark: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     path, data = tmp_path / "file", emq.load_dataset("digits").subset(20, 10)
     with path.open("wb") as file:
         write({"model": Hostile(mark)}, file)
@@ -90,17 +89,6 @@ def test_no_checkpoint_and_no_network_is_unpickled(write: Callable, mark: Path, 
     with pytest.raises(ValueError, match=r"^checkpoint=.*: expected a whole checkpoint of this library"):
         emq.train(model, data, TrainConfig(epochs=1, batch_size=10), checkpoint=path, progress=False)
     assert not mark.exists()
-
-
-# Results
-
-
-@pytest.mark.parametrize("profile", ["../../outside", "/outside"])
-def test_a_run_is_named_by_its_hash_alone(profile: str, tmp_path: Path) -> None:
-    config = TrainConfig(epochs=1)
-    run = runs.Run(profile=profile, dataset="digits", model="resnet8", spec=QuantSpec(bits=(2, 4)), config=config)
-    names = [runs.rows_file(run, tmp_path), runs.checkpoint_file(run, tmp_path)]
-    assert [p.parent.parent for p in names] == [tmp_path] * 2 and all(p.stem.isalnum() for p in names)
 
 
 # Parameters of a notebook, and of the command

@@ -8,5 +8,4 @@ from emqlib import Dataset
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    pytest.importorskip("sklearn")
     return emq.load_dataset("digits", image_size=8).subset(100, 50)

@@ -32,18 +32,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def network(dropout: float = 0.0, **spec: Any) -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=4),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        *([nn.Dropout(dropout)] if dropout else []),
-        nn.Linear(8, 10),
-    )
+    first = [nn.Conv2d(3, 6, 3, stride=4), nn.BatchNorm2d(6), nn.ReLU()]
+    second = [nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*first, *second, *([nn.Dropout(dropout)] if dropout else []), nn.Linear(8, 10))
     return emq.convert(net, emq.QuantSpec(**{"bits": (2, 8)} | spec))
 
 
@@ -53,9 +44,7 @@ def run(
     """History, coresets and weights of one training run."""
     spec, fields = CASES[case]
     data = emq.load_dataset("digits").subset(120, 60)
-    model = network(
-        dropout, **spec
-    ).double()  # in float32 a rounding error could lift a weight over a quantization step
+    model = network(dropout, **spec).double()  # in float32 rounding could lift a weight over a quantization step
     single, loading.normalize = loading.normalize, lambda *x: normalize(*x).double()
     config = emq.TrainConfig(**{"epochs": 4, "batch_size": 30, "lr": 0.02, "device": "cpu"} | fields)
     try:

@@ -11,8 +11,6 @@ from torch import nn
 import emqlib as emq
 from emqlib import TrainConfig, models
 from emqlib.paper import experiments, measure, profiles
-from emqlib.paper import measure as analysis
-from emqlib.paper import measure as transfer
 from emqlib.train import distributed
 from emqlib.train.checkpoint import OutOfTime
 from emqlib.train.config import SCORES
@@ -27,7 +25,6 @@ SPECS += [{"weight": "minmax", "activation": "lsq"}, {"weight": "lsq", "activati
 
 @pytest.fixture(scope="module")
 def digits() -> emq.Dataset:
-    pytest.importorskip("sklearn")
     return emq.load_dataset("digits", image_size=32).subset(640, 320)
 
 
@@ -67,6 +64,13 @@ def test_logits_and_gradients_are_the_cpus(name: str, spec: dict[str, Any]) -> N
         assert slopes.keys() == theirs.keys() and len(slopes) > 10
         for key, slope in slopes.items():
             torch.testing.assert_close(theirs[key], slope, rtol=1e-6, atol=1e-8, msg=key)
+
+
+def assert_same_gradients(net: nn.Module, plain: nn.Module) -> None:
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=name)
 
 
 CONFIGS = {
@@ -111,10 +115,7 @@ def test_one_compiled_graph_serves_every_bit_width(spec: dict[str, Any]) -> None
         plain.zero_grad()
         for forward in (compiled, plain):
             forward(images).square().mean().backward()
-        for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
-            assert (p.grad is None) == (q.grad is None), name
-            if q.grad is not None:
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=f"{name}, {bits} bits")
+        assert_same_gradients(net, plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -136,10 +137,7 @@ def test_a_graph_of_each_bit_width_is_the_network(spec: dict[str, Any]) -> None:
             found.append(forward(x))
             found[-1].square().mean().backward()
         torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
-        for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
-            assert (p.grad is None) == (q.grad is None), name
-            if q.grad is not None:
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=f"{name}, {bits} bits")
+        assert_same_gradients(net, plain)
         for (name, b), c in zip(net.named_buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(b, c, rtol=1e-8, atol=1e-9, msg=f"{name}, {bits} bits")
     assert sum(graph is not None for graph in graphed.known.values()) == 3
@@ -193,10 +191,10 @@ def test_a_network_of_the_gpu_is_saved_packed_exported_and_analysed(
     emq.export_onnx(net, tmp_path / "net.onnx", bits=4, example_inputs=torch.rand(2, 3, 32, 32))
     assert (tmp_path / "net.onnx").stat().st_size > 1000
     for table in (
-        analysis.weight_shift(net),
-        analysis.preactivations(net, digits, BITS)[0],
-        transfer.gradient_angles(net, digits, BITS, 100),
-        transfer.linear_probes(net, digits, BITS),
+        measure.weight_shift(net),
+        measure.preactivations(net, digits, BITS)[0],
+        measure.gradient_angles(net, digits, BITS, 100),
+        measure.linear_probes(net, digits, BITS),
     ):
         assert len(table) > 0 and table.notna().all(axis=None)
 
@@ -207,13 +205,10 @@ def test_too_little_memory_says_what_to_try(digits: emq.Dataset) -> None:
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 50e6) / total)
     try:
         with pytest.raises(MemoryError, match=r"^batch_size=640: .*try batch_size=320"):
-            trained(digits, models_of_width(64), batch_size=640)
+            wide = emq.convert(models.resnet8(10, width=64), emq.QuantSpec(bits=BITS))
+            trained(digits, wide, batch_size=640)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def models_of_width(width: int) -> nn.Module:
-    return emq.convert(models.resnet8(10, width=width), emq.QuantSpec(bits=BITS))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_some_steps_late(digits: emq.Dataset) -> None:

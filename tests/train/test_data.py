@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, cifar
 
 from emqlib import files
@@ -38,19 +39,6 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.delenv("EMQ_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "CHECKOUT", tmp_path)  # no pyproject.toml there: data/ is the working directory's
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The paths of all image files opened so far."""
-    paths, original = [], Image.open
-
-    def counting(path, *args, **kwargs):
-        paths.append(Path(path))
-        return original(path, *args, **kwargs)
-
-    monkeypatch.setattr(Image, "open", counting)
-    return paths
 
 
 def pixels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -133,14 +121,6 @@ def as_tensor(images: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["mnist", "CIFAR10", "imagefolder", "imagefolder:", "cifar10:", "cifar10:x", ["digits"]]
-)
-def test_unknown_names_list_what_exists(name):
-    with pytest.raises(ValueError, match="cifar10, cifar100, digits, imagefolder:PATH, imagenet, tinyimagenet"):
-        load_dataset(name)
-
-
-@pytest.mark.parametrize(
     ("name", "places"),
     [
         ("cifar10", ["cifar-10-batches-py", "cifar10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"]),
@@ -203,18 +183,6 @@ def test_cifar100_has_its_fine_labels(tmp_path, monkeypatch):
     assert torch.equal(data.train.images, as_tensor(images)) and data.mean == (0.5071, 0.4865, 0.4409)
 
 
-def test_official_files_and_class_folders_give_the_same_images_and_labels(tmp_path, monkeypatch):
-    written = write_cifar10(tmp_path / "official", monkeypatch)
-    for split, (images, labels) in written.items():
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            save(tmp_path / "folders" / "cifar10" / split / NAMES[label] / f"{i:04}.png", image)
-    official, folders = (load_dataset("cifar10", tmp_path / place) for place in ("official", "folders"))
-    assert official.classes == folders.classes
-    for a, b in ((official.train, folders.train), (official.test, folders.test)):
-        for label in range(10):
-            assert torch.equal(a.images[a.labels == label], b.images[b.labels == label])
-
-
 def test_official_files_come_before_class_folders_unless_they_are_damaged(tmp_path, monkeypatch):
     official = write_cifar10(tmp_path, monkeypatch)["train"][0]
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
@@ -246,16 +214,12 @@ def test_download_is_the_last_resort(tmp_path, monkeypatch):
 
 
 def test_tinyimagenet_official_layout(tmp_path):
-    _, wnids = write_tiny_imagenet(tmp_path)
+    folder, wnids = write_tiny_imagenet(tmp_path)
     data = load_dataset("tinyimagenet", tmp_path)
     assert data.classes == tuple(wnids) and (len(data.train), len(data.test)) == (200, 5)
     assert data.train.labels.tolist() == list(range(200)) and data.test.labels.tolist() == [199, 198, 197, 196, 195]
     assert data.train.images[:, :, 4, 4].tolist() == [[i] * 3 for i in range(200)]
     assert data.test.images[:, 0, 4, 4].tolist() == [0, 10, 20, 30, 40]
-
-
-def test_tinyimagenet_without_annotations_is_not_the_data(tmp_path):
-    folder, _ = write_tiny_imagenet(tmp_path)
     (folder / "val" / "val_annotations.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"No such file .*val_annotations\.txt"):
         load_dataset("tinyimagenet", tmp_path)
@@ -265,14 +229,9 @@ def test_tinyimagenet_without_annotations_is_not_the_data(tmp_path):
     ("line", "found"),
     [
         ("../../../secret.png\tn00000001", "'../../../secret.png' on one side alone"),
-        ("..\tn00000001", "'..' on one side"),
-        ("/etc/passwd\tn00000001", "'/etc/passwd' on one side"),
         ("a\0b.JPEG\tn00000001", "b.JPEG' on one side"),
-        ("\tn00000001", "'' on one side"),
-        ("missing.JPEG\tn00000001\t0\t0", "'missing.JPEG' on one side"),
         ("val_0.JPEG\tn00000001", "an image twice"),
         ("val_5.JPEG", "an image twice, or a line without a class"),
-        ("val_0.JPEG\t ", "an image twice, or a line without a class"),
         ("\xff\xfe garbage\ta", "garbage' on one side"),
         (None, "'val_4.JPEG' on one side"),  # the table was cut short
     ],
@@ -430,23 +389,23 @@ def test_two_folders_of_equal_names_lengths_and_times_are_not_mixed_up(tmp_path)
         assert torch.equal(load_dataset(f"imagefolder:{name}").train.images, as_tensor(images))
 
 
-def test_data_that_cannot_be_written_to_is_cached_for_the_user_or_nowhere(tmp_path, decoded):
+def test_data_that_cannot_be_written_to_is_cached_for_the_user_or_nowhere(tmp_path, monkeypatch):
     written = write_folders(tmp_path / "data")
     (tmp_path / "data" / ".emqlib").write_text("a file where the cache would be")  # holds for root too
     load_dataset("imagefolder:data")
-    decoded.clear()
-    load_dataset("imagefolder:data")
-    assert not decoded and any((tmp_path / "user-cache" / "emqlib").rglob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)
+        load_dataset("imagefolder:data")
+    assert any((tmp_path / "user-cache" / "emqlib").rglob("*.safetensors"))
     (tmp_path / "user-cache").rename(tmp_path / "gone")
     (tmp_path / "user-cache").write_text("")
-    assert torch.equal(load_dataset("imagefolder:data").train.images, as_tensor(written["train"])) and decoded
+    assert torch.equal(load_dataset("imagefolder:data").train.images, as_tensor(written["train"]))
 
 
 # Digits
 
 
 def test_digits_are_whole_balanced_and_split_without_overlap():
-    pytest.importorskip("sklearn")
     data = load_dataset("digits")
     both = torch.cat([data.train.images, data.test.images])
     assert both.shape == (1797, 3, 32, 32) and both.dtype == torch.uint8 and data.train.labels.dtype == torch.int64
@@ -461,7 +420,7 @@ def test_digits_are_whole_balanced_and_split_without_overlap():
 
 
 def test_digits_are_those_of_scikit_learn():
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    digits = load_digits()
     data = load_dataset("digits", image_size=8)  # the original size: nothing is interpolated
     exact = (digits.images * 255 / 16).round().astype(np.uint8)
     theirs = {(image.tobytes(), int(label)) for image, label in zip(exact, digits.target, strict=True)}
@@ -489,11 +448,7 @@ def test_subset_takes_the_first_of_each_class_in_the_original_order():
     assert small.sha256 == data.subset(6, 4).sha256 != data.subset(6, 5).sha256
     assert (small.mean, small.classes, small.name) == (data.mean, data.classes, data.name)
     assert torch.equal(data.subset(10, 10).train.images, images)
-
-
-def test_subset_fills_up_where_a_class_is_short():
-    labels = torch.tensor([0, 0, 0, 0, 0, 1])
-    split = Split(torch.zeros(6, 3, 2, 2, dtype=torch.uint8), labels)
+    split = Split(images[:6], torch.tensor([0, 0, 0, 0, 0, 1]))  # a class is short
     assert replace(made_up(), train=split, test=split).subset(4, 1).train.labels.tolist() == [0, 0, 0, 1]
 
 

@@ -21,19 +21,6 @@ def test_auto_is_cuda_where_there_is_one() -> None:
     assert distributed.device_named("cpu") == CPU
 
 
-@pytest.mark.parametrize("name", ["meta", "gpu", "cuda:99", 0, None, ""])
-def test_an_unknown_device_is_refused(name: object) -> None:
-    with pytest.raises(ValueError, match=r"^device=.*expected one of .*auto.*cpu"):
-        distributed.device_named(name)
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("none", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_autocast_chooses_the_type_of_products(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "has_bfloat16", lambda: True)
-    with distributed.autocast(name, CPU):
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
-
-
 @pytest.mark.parametrize(
     ("convolution", "expected"),
     [

@@ -2,26 +2,17 @@
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pandas as pd
 import pytest
 import torch
 from networks import assert_same_state, build, spec, state
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 import emqlib as emq
 from emqlib.layers import NORMS, InputQuantizer
 from emqlib.norms import MultiBitBatchNorm
 from emqlib.train.data import Dataset, Split, normalize
-
-
-@pytest.fixture
-def compiler() -> Iterator[CompileCounter]:
-    torch._dynamo.reset()
-    yield CompileCounter()
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -176,14 +167,6 @@ def test_adapt_norm_counts_a_norm_that_is_used_twice(data: Dataset) -> None:
     torch.testing.assert_close(model.norm.running_mean[7], torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
 
 
-def test_a_network_without_norm_cannot_adapt(data: Dataset) -> None:
-    model = emq.convert(build("remembers"), spec())
-    assert len(emq.evaluate(model, data, bits=(2, 3))) == 2
-    for call in (lambda: emq.adapt_norm(model, data, (2,)), lambda: emq.evaluate(model, data, (2,), adapt_norm=True)):
-        with pytest.raises(ValueError, match=r"^model='Remembers': expected a network with batch norm to adapt"):
-            call()
-
-
 def failing(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """The second batch has one channel too few."""
     return [pairs[0], (pairs[1][0][:, :2], pairs[1][1])]
@@ -199,13 +182,3 @@ def test_nothing_changes_on_an_exception(norm: str, data: Dataset) -> None:
             call()
         assert_same_state(state(model), before)
         assert everything(model) == others
-
-
-def test_evaluate_and_adapt_a_compiled_network(compiler: CompileCounter, data: Dataset) -> None:
-    model = emq.convert(build("twice"), spec())
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(model, backend=compiler)
-    for network in (compiled, twin):
-        emq.adapt_norm(network, data, (2, 3), batch_size=45)
-    assert_same_state(state(model), state(twin))
-    pd.testing.assert_frame_equal(emq.evaluate(compiled, data, (2, 3)), emq.evaluate(twin, data, (2, 3)))

@@ -1,7 +1,6 @@
 """Streamed class folders: real files, decoded by real worker processes, against Pillow and torchvision by hand."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torchvision.transforms import v2
 
 import emqlib as emq
 from emqlib import Dataset, QuantSpec, TrainConfig
-from emqlib.train.data import MemoryLoader, Streamed, StreamLoader, loader, normalize
+from emqlib.train.data import Streamed, StreamLoader, loader, normalize
 from emqlib.train.distributed import Place
 from emqlib.train.evaluate import batches
 
@@ -121,20 +120,6 @@ def test_workers_live_as_long_as_their_loader(folder: Path) -> None:
         pids.append([worker.pid for worker in live.batches._iterator._workers])
     assert pids[0] == pids[1] and len(pids[0]) == 1
     assert len(list(live.epoch(chunks(60)[:3]))) == 3  # an epoch of another length
-
-
-def test_memory_and_files_are_one_interface(folder: Path) -> None:
-    same = write(folder.parent / "same", 30, 30)
-    for file in same.rglob("*.*"):
-        Image.open(file).convert("RGB").resize((16, 16)).save(file)
-    held = emq.load_dataset(f"imagefolder:{same}", image_size=16)
-    held = replace(held, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    files = streamed(same)
-    assert isinstance(loader(held, "test", CPU), MemoryLoader) and held.classes == files.classes
-    both = [loader(data, "test", CPU).epoch(chunks(30)) for data in (held, files)]
-    for ours, theirs in zip(*both, strict=True):  # Resize(18) and CenterCrop(16) of a 16 x 16 image keep its middle
-        assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2]) and ours[0].shape == theirs[0].shape
-        assert torch.corrcoef(torch.stack([ours[0].flatten(), theirs[0].flatten()]))[0, 1] > 0.6
 
 
 def test_a_damaged_image_is_named_skipped_and_counted(many: Path, damage: list[Path]) -> None:
@@ -247,11 +232,6 @@ def test_the_checksum_tells_names_sizes_and_labels(tmp_path: Path) -> None:
     assert streamed(folder).sha256 == first
     file.rename(file.with_name("other.png"))
     assert streamed(folder).sha256 != first
-
-
-def test_what_cannot_be_streamed_is_said() -> None:
-    with pytest.raises(ValueError, match=r"^stream=True: expected False for 'digits'"):
-        emq.load_dataset("digits", stream=True)
 
 
 def imagenet(root: Path, flat: bool) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Scores kept while training against those of the whole log at once, for any batches and with any gaps."""
 
-import io
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -165,17 +164,3 @@ def test_only_a_table_that_fits_goes_to_the_device(limit: int, device: str, monk
     monkeypatch.setattr(recorder, "LARGE", limit)
     record = recorder.recorder(CoresetConfig(score="tdds"), N, C, D, torch.device("meta"))
     assert {buffer.device.type for buffer in record.buffers()} == {device}
-
-
-@each_kind
-def test_saved_and_loaded_between_two_epochs(make: Callable[[], Recorder], atol: float, rng: torch.Generator) -> None:
-    log, file = Log(rng).with_gaps(), io.BytesIO()
-    log.seen[5:, :9] = False
-    first = log.into(make(), range(5))
-    torch.save(first.state_dict(), file)
-    resumed = make()
-    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    for record in (first, resumed):
-        log.into(record, range(5, T))
-    close(resumed.scores(), first.scores(), atol)
-    assert not torch.allclose(resumed.scores(), log.into(make(), range(5, T)).scores())

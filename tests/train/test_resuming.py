@@ -13,19 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import nn
-from training_cases import (
-    BITS,
-    Stop,
-    assert_same_history,
-    assert_same_state,
-    kept,
-    quick,
-    same_state,
-    spoil,
-    stopped_at,
-    tiny,
-    train,
-)
+from training_cases import BITS, Stop, assert_same_history, assert_same_state, kept, quick, stopped_at, tiny, train
 
 import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig
@@ -207,16 +195,10 @@ def broken_checkpoints(good: bytes, path: Path) -> Iterator[bytes]:
     yield from (b"", b"not a checkpoint", good[: len(good) // 2], pickle.dumps(3))  # others: core/test_container
     state = {"dict": [[name, {"dict": []}] for name in ("model", "optimizer", "scaler", "sampler")]}
     told = {"version": checkpoints.VERSION, "identity": "{}", "history": "[]", "state": state}
-    for wrong in (
-        {"identity": 3},
-        {"identity": "{"},
-        {"history": None},
-        {"state": "eval"},
-        {"state": {}},
-        {"state": {"tensor": "y"}},
-    ):
-        container.write(path, told | wrong, {"x": torch.ones(3)})
-        yield path.read_bytes()
+    for name, values in {"identity": [3, "{"], "history": [None], "state": ["eval", {}, {"tensor": "y"}]}.items():
+        for wrong in values:
+            container.write(path, told | {name: wrong}, {"x": torch.ones(3)})
+            yield path.read_bytes()
 
 
 def test_a_broken_checkpoint_is_refused(digits: Dataset, tmp_path: Path) -> None:
@@ -246,7 +228,8 @@ def test_a_checkpoint_that_another_process_writes_is_left_to_it(digits: Dataset,
     path, model = tmp_path / "run.pt", tiny()
     with FileLock(tmp_path / ".run.pt.lock"), pytest.raises(Busy, match=r"run\.pt: another process is at work on it$"):
         train(model, digits, quick(), path)
-    assert same_state(model, tiny()) and not path.exists()
+    assert_same_state(model, tiny())
+    assert not path.exists()
     assert len(train(model, digits, quick(), path)) == 2
 
 
@@ -349,7 +332,7 @@ def test_weights_that_break_in_the_last_step_do_not_reach_the_checkpoint(
     def broken(run: Any, *args: Any) -> None:
         step(run, *args)
         if args[-1] == "epoch 2, step 12":
-            spoil(run)
+            run.model[4].weight.data[0, 0, 0, 0] = torch.nan
 
     monkeypatch.setattr(training, "_step", broken)
     message = r"^4\.weight is not finite after epoch 2, step 12, \(2,\) bits, lr "

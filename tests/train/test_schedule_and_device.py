@@ -1,8 +1,6 @@
 """Schedules of short runs, what is used where a processor has no bfloat16, and what `make demo` prints."""
 
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,12 +27,6 @@ def test_short_runs_keep_the_decays_apart_and_an_epoch_after_each(epochs: int) -
     own = p.profile.training.milestones
     assert len(scaled) == len(own) or epochs < 6
     assert all(abs(m - n * epochs / 200) <= 1 for m, n in zip(scaled, own, strict=False))
-
-
-def test_milestones_of_a_run_of_the_profiles_own_length_stay() -> None:
-    p = profiles.parameters(profile="paper")
-    p = replace(p, profile=replace(p.profile, training=replace(p.profile.training, epochs=4, milestones=(1, 2, 3))))
-    assert experiments.base(p, 0, "cifar10").config.milestones == (1, 2, 3)
 
 
 # A processor without bfloat16
@@ -83,7 +75,6 @@ def small_run(tmp_path: Path) -> runs.Run:
 
 
 def test_rows_tell_what_was_used_and_by_which_processor(bfloat16: bool, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     run = small_run(tmp_path)
     rows = runs.run_all([run], tmp_path, progress=False)
     assert set(rows.autocast) == {"bfloat16" if bfloat16 else "none"}
@@ -93,7 +84,6 @@ def test_rows_tell_what_was_used_and_by_which_processor(bfloat16: bool, tmp_path
 
 
 def test_rows_from_before_are_read_beside_new_ones(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
     new = small_run(tmp_path)
     old = replace(new, config=replace(new.config, seed=1))
     runs.run_all([new, old], tmp_path, progress=False)
@@ -105,18 +95,6 @@ def test_rows_from_before_are_read_beside_new_ones(tmp_path: Path) -> None:
     rows = runs.run_all([new, old], tmp_path, progress=False)
     assert list(rows.processor.isna()) == list(rows.seed == 1)
     assert "processor" not in runs.run_all([old], tmp_path, progress=False)
-
-
-def test_the_processor_is_named_where_the_system_has_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    from emqlib.paper.runs import _processor
-
-    for text, expected in (("model name\t: A B @ 2 GHz\nmodel name\t: other\n", "A B @ 2 GHz"), ("", "x86_64")):
-        _processor.cache_clear()
-        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
-        monkeypatch.setattr("platform.processor", lambda: "")
-        monkeypatch.setattr("platform.machine", lambda: "x86_64")
-        assert _processor() == expected
-    _processor.cache_clear()
 
 
 # The convolution whose gradient fails channels-last
@@ -168,29 +146,6 @@ def test_convert_makes_it_safe_whether_it_is_quantized_or_kept() -> None:
         torch.testing.assert_close(emq.pack(model, 4)(x), model.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-def test_no_format_of_weights_and_images_crashes_a_loop_of_ones_own() -> None:
-    """In a process of its own, which the fault would take along: it is seen with 4 channels under AVX2."""
-    script = """
-import itertools, torch
-import emqlib as emq
-from torch import nn
-torch.set_num_threads(1)
-x = torch.randn(63, 4, 16, 16).contiguous(memory_format=torch.channels_last)
-found = []
-for kept, last in itertools.product(((), ("0",)), (False, True)):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2, bias=False), nn.Conv2d(8, 2, 3), nn.Flatten())
-    spec = emq.QuantSpec(bits=(32,), full_precision=kept, weight="minmax", activation="none", correction="none")
-    model = emq.convert(net, spec).to(memory_format=torch.channels_last if last else torch.contiguous_format)
-    model(x).square().mean().backward()
-    found.append(model[0].weight.grad.clone())
-    net(x.contiguous()).square().mean().backward()
-    assert torch.allclose(found[-1], net[0].weight.grad, rtol=1e-3, atol=1e-5)
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-
-
 def test_on_a_cpu_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler takes channels-last by itself."""
     asked = []
@@ -207,17 +162,6 @@ def test_on_a_cpu_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_table_of_the_demo_is_in_words() -> None:
-    rows = tables.pd.read_csv(ROOT / "results/small/00_quickstart.csv")
-    table = tables.correction_table(rows)
-    assert list(table.columns) == ["accuracy (%) by bit-width", "1", "2*", "3", "4*", "5", "6", "7", "8*"]
-    assert table.iloc[:, 0].tolist() == ["without weight bias correction", "with weight bias correction"]
-    found = rows[~rows.adapted].set_index(["correction", "bits"]).top1
-    assert table["2*"].tolist() == [f"{found[correction, 2]:.1f}" for correction in ("none", "mean_var")]
-    with pytest.raises(ValueError, match=r"^rows="):
-        tables.correction_table(rows.drop(columns="adapted"))
-
-
 def test_the_notebook_shows_the_table_that_the_demo_prints(tmp_path: Path) -> None:
     cells = json.loads((ROOT / "notebooks/00_quickstart.ipynb").read_text())["cells"]
     (shown,) = [cell for cell in cells if "tables.save(table" in "".join(cell["source"])]
@@ -227,9 +171,3 @@ def test_the_notebook_shows_the_table_that_the_demo_prints(tmp_path: Path) -> No
         assert "".join(shown["outputs"][0]["data"]["text/plain"]) == repr(table)
     tables.save(table, tmp_path / "a")
     assert (tmp_path / "a.md").read_text() == (ROOT / "results/small/00_quickstart.md").read_text()
-
-
-def test_an_install_is_told_of_first_and_quiet() -> None:
-    recipe = (ROOT / "Makefile").read_text().split("$(STAMP):")[1].split("\n\n")[0].splitlines()[1:]
-    assert recipe[0].startswith('\t@echo "Installing') and "GB" in recipe[0]
-    assert all(line.startswith("\t@") for line in recipe) and sum("pip install -q " in line for line in recipe) == 1

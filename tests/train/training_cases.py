@@ -20,30 +20,19 @@ from emqlib.train import loop as training
 BITS = (2, 4, 8)
 
 
-def tiny_net(classes: int = 10, dropout: float = 0.0) -> nn.Module:
+def tiny(bits: tuple[int, ...] = BITS, init: int = 0, dropout: float = 0.0, **spec: Any) -> nn.Module:
     """First, quantized and last layer, batch norms, and dropout if wanted.
 
     No bias before a batch norm: its gradient is zero but for rounding, and AdamW would make steps of that.
     """
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Conv2d(6, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(24, classes),
-    )
-
-
-def tiny(bits: tuple[int, ...] = BITS, init: int = 0, dropout: float = 0.0, **spec: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init)
-        return emq.convert(tiny_net(dropout=dropout), QuantSpec(bits=bits, **spec))
+        first, second = (
+            [nn.Conv2d(inputs, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()] for inputs in (3, 6)
+        )
+        head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(dropout), nn.Linear(24, 10)]
+        net = nn.Sequential(*first, nn.Dropout(dropout), *second, *head)
+        return emq.convert(net, QuantSpec(bits=bits, **spec))
 
 
 def quick(**fields: Any) -> TrainConfig:
@@ -95,7 +84,3 @@ def stopped_at(
     with monkeypatch.context() as patch:
         patch.setattr(training, "_step", disturbed)
         yield
-
-
-def spoil(run: Any) -> None:
-    run.model[4].weight.data[0, 0, 0, 0] = torch.nan
