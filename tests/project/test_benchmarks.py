@@ -282,10 +282,16 @@ def test_score_tables() -> None:
 def test_decoding(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     write_class_folders(emq.load_dataset("digits").subset(20, 10), tmp_path / "digits")
-    decoding = benchmark("decoding")
+    decoding, found = benchmark("decoding"), []
     rows = decoding.measure(tmp_path / "digits/train", workers=(0, 1), repeats=2, batch=8)
-    assert list(zip(rows.repeat, rows.workers, strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert set(rows.images) == {20} and list(decoding.summary(rows).workers) == [0, 1]
+    cases = [("now", 0), ("now", 1), ("with copies", 0)]
+    assert list(zip(rows.way, rows.workers, strict=True)) == cases * 2 and list(rows.repeat) == [0] * 3 + [1] * 3
+    assert set(rows.images) == {20} and list(decoding.summary(rows).workers) == [0, 1, 0]
+    files = decoding.listed(tmp_path / "digits/train", 0).train.items
+    for get in (decoding.copied, type(files).__getitem__):
+        torch.manual_seed(0)
+        found.append(get(files, 3)[0])
+    assert torch.equal(*found)
 
 
 def test_the_papers_network_is_trained_for_about_as_many_passes_by_each_method() -> None:
