@@ -287,7 +287,7 @@ def test_decoding(tmp_path: Path) -> None:
     cases = [("now", 0), ("now", 1), ("with copies", 0)]
     assert list(zip(rows.way, rows.workers, strict=True)) == cases * 2 and list(rows.repeat) == [0] * 3 + [1] * 3
     assert set(rows.images) == {20} and list(decoding.summary(rows).workers) == [0, 1, 0]
-    files = decoding.listed(tmp_path / "digits/train", 0).train.items
+    files = decoding.listed(decoding.enlarged(tmp_path / "digits/train", tmp_path / "large", 12), 0).train.items
     for get in (decoding.copied, type(files).__getitem__):
         torch.manual_seed(0)
         found.append(get(files, 3)[0])
