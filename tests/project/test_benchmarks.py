@@ -82,6 +82,20 @@ def test_a_step_on_a_gpu_launches_less_than_a_third_of_what_it_did() -> None:
     pyplot.close("all")
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="asks for the compiler's inside, as of PyTorch 2.14")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler would keep what it is told of another GPU")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_compiled_block_applies_a_batch_norm_clips_and_rounds_in_one_kernel() -> None:
+    pytest.importorskip("triton")
+    gpu_blocks = benchmark("gpu_blocks")
+    rows = gpu_blocks.measure(width_factor=1, batch=64)
+    found = rows[rows.direction.eq("forward") & rows.images]
+    assert found.kernel.str.contains("batch_norm.*maximum_minimum.*round").sum() == 2  # two norms
+    assert found.kernel.str.contains("batch_norm|round").sum() == 4  # besides, the first sums of their statistics
+    assert gpu_blocks.summary(rows).launches.sum() == len(rows)
+    pyplot.close(gpu_blocks.figure(rows).figure)
+
+
 def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, str(FOLDER / "gpu.py"), str(tmp_path), "--dry"]
