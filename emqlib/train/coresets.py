@@ -20,7 +20,7 @@ from .data import Dataset, Streamed, integers
 from .distributed import here
 
 MAPPED_BYTES = 1 << 30  # tables larger than this live in a memory-mapped file
-WAITING = 1 << 18  # batches times numbers a sample, of which processes put scores together before an epoch's end
+WAITING = 1 << 16  # batches times numbers a sample, of which processes put scores together before an epoch's end
 
 
 class Recorder(nn.Module):
@@ -462,7 +462,8 @@ class Coresets:
         """Record the scores of a batch that child model `bits` has just seen. Outside the scoring phase: do nothing.
 
         The samples `indices` (B,) have these logits (B, C), labels (B,) and, for the scores that need them, features
-        (B, D): the last layer's input, see also `watching`.
+        (B, D): the last layer's input, see also `watching`. Of several processes the main one has the scores when all
+        batches of the epoch were observed, or the next epoch begins.
         """
         if not self.scoring:
             return
