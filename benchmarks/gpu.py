@@ -1,17 +1,20 @@
 """What a GPU makes of it, in one run of at most nine minutes: `python benchmarks/gpu.py [FOLDER] [--dry]`.
 
 It checks the Triton kernels against the formulas, and measures training steps of the paper's network in several ways,
-and those of larger networks against plain ones. FOLDER/gpu.csv, .md and .png (by default in results/benchmarks) are
-written after each part, the most important first. Without a GPU the rows say "not run", unless there are measured ones.
-With --dry everything runs small on a CPU, for which the kernels need TRITON_INTERPRET=1.
+and those of larger networks against plain ones. In the time that is left it trains the paper's network with and without
+correction, three seeds of each, and another call goes on with that; their rows are in FOLDER/runs (or results/runs).
+FOLDER/gpu.csv, .md and .png, by default in results/benchmarks, are written after each part, the most important first.
+Without a GPU the rows say "not run", unless there are measured ones. With --dry everything runs small on a CPU, for
+which the kernels need TRITON_INTERPRET=1.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from unittest import mock
@@ -27,11 +30,14 @@ from torch import Tensor
 
 import emqlib as emq
 from emqlib import correction, kernels, models, quantizers
-from emqlib.paper import plots, tables
+from emqlib.paper import experiments, plots, runs, tables
+from emqlib.paper.profiles import parameters
 from emqlib.train import distributed, loop
+from emqlib.train.checkpoint import OutOfTime
 from emqlib.train.distributed import Place
 
 LIMIT = 520.0  # seconds, after which nothing new is started
+LAST = 30.0  # seconds before that, an epoch of training must have ended
 # Ways to train: the value of `compile`, and whether kernels, optimizer and convolutions are as they are now.
 WAYS = {
     "graphs, before": ("graphs", False),
@@ -53,6 +59,16 @@ class Size:
     steps: int = 50
     larger: tuple[str, ...] = LARGER
     pixels: int = 224  # a side of the images of the larger networks
+    profile: str = "paper"  # of the runs that are trained
+    seeds: int = 3
+    epochs: int = 20
+    results: Path = RESULTS.parent  # where their rows go
+    start: float = field(default_factory=perf_counter)
+
+    @property
+    def left(self) -> float:
+        """The seconds in which something new may be started."""
+        return self.start + LIMIT - perf_counter()
 
     @property
     def dry(self) -> bool:
@@ -135,6 +151,16 @@ def larger_step(size: Size, name: str, bits: int) -> dict[str, float]:
     return {"speed, plain = 1": seconds[0] / seconds[1]}
 
 
+def top1(size: Size, corrected: str, seed: int, bits: int) -> dict[str, float]:
+    """The accuracy of the paper's network at `bits`, not calibrated; the first call trains it, or goes on with it."""
+    if size.left < LAST:
+        raise OutOfTime("no time is left to train")
+    p = parameters(profile=size.profile, seed=seed, repeats=1, results_dir=size.results)
+    run = experiments.ours(experiments.of_length(p, seed, "cifar10", size.epochs), correction=corrected)
+    rows = runs.run_all([run], size.results, progress=False, budget=size.left - LAST)
+    return {"top-1, %": float(rows[rows.bits.eq(bits) & ~rows.adapted].top1.iloc[0])}
+
+
 def cases(size: Size) -> list[tuple[str, str, int, Callable[[], dict[str, float]], tuple[str, ...]]]:
     """What is measured: part, name, bits, function and what that returns."""
     found = [
@@ -148,19 +174,21 @@ def cases(size: Size) -> list[tuple[str, str, int, Callable[[], dict[str, float]
         found += [
             ("larger", name, b, partial(larger_step, size, name, b), ("speed, plain = 1",)) for name in size.larger
         ]
+    for seed, corrected, b in product(range(size.seeds), ("none", "mean_var"), (2, 4, 8)):
+        trained = partial(top1, size, corrected, seed, b)
+        found.append(("trained", f"correction {corrected}, seed {seed}", b, trained, ("top-1, %",)))
     return found
 
 
 def measured(size: Size | None) -> Iterator[pd.DataFrame]:
     """Rows: part, name, bits, what, value and a note, all of them after each part; without a size none is run."""
-    start, rows, last = perf_counter(), [], ""
+    rows, last = [], ""
     for part, name, bits, function, kinds in cases(size or Size(torch.device("cuda"))):
         if rows and part != last:
             yield pd.DataFrame(rows)
         last, values = part, dict.fromkeys(kinds)
-        left = size is not None and perf_counter() - start < LIMIT
-        note = "" if left else "not run"
-        if left:
+        note = "" if size and size.left > 0 else "not run"
+        if not note:
             try:
                 values = function()
             except Exception as error:  # the other rows are worth having
@@ -168,7 +196,7 @@ def measured(size: Size | None) -> Iterator[pd.DataFrame]:
         here = {"part": part, "name": name, "bits": bits}
         rows += [here | {"what": what, "value": value, "note": note} for what, value in values.items()]
         if size:
-            print(f"{perf_counter() - start:5.0f} s", part, name, f"{bits} bits", values, note, flush=True)
+            print(f"{LIMIT - size.left:5.0f} s", part, name, f"{bits} bits", values, note, flush=True)
     device = torch.cuda.get_device_name() if size and not size.dry else "none"
     yield pd.DataFrame(rows).assign(device=device, torch=torch.__version__)
 
@@ -191,9 +219,12 @@ def figure(rows: pd.DataFrame) -> Axes:
 
 def main(folder: Path, dry: bool) -> None:
     """Measure, and write after each part."""
-    size = Size(torch.device("cuda")) if torch.cuda.is_available() else None
+    results = RESULTS.parent if folder == RESULTS else folder
+    size = Size(torch.device("cuda"), results=results) if torch.cuda.is_available() else None
     if dry:
-        size = Size(torch.device("cpu"), width_factor=1, batch=4, steps=2, larger=("resnet8",), pixels=32)
+        small = {"width_factor": 1, "batch": 4, "steps": 2, "larger": ("resnet8",), "pixels": 32}
+        trained = {"profile": "smoke", "seeds": 1, "epochs": 4, "results": results}
+        size = Size(torch.device("cpu"), **small, **trained)
     if size is None and (folder / "gpu.csv").exists():
         print("no GPU here: the rows stay as they are")
         return

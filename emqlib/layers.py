@@ -112,7 +112,8 @@ class Reduction:
     A training loop sets it as the attribute `reduce` of every layer that has one; None means a single process.
     """
 
-    total: Callable[[Tensor], Tensor]  # the sum over all processes, differentiable
+    gather: Callable[[Tensor], Tensor]  # the tensors (...) of all processes, stacked: (P, ...)
+    total: Callable[[Tensor], Tensor]  # the sum over all processes
     mean: Callable[[Tensor], Tensor]  # the mean over all processes
     lowest: Callable[[Tensor], Tensor]  # the minimum over all processes
 

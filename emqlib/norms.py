@@ -1,8 +1,12 @@
 """Batch norm at any bit-width: one affine or several, and running statistics by bit-width."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import quantizers
 from .checks import BIT_WIDTHS
@@ -25,6 +29,46 @@ def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
     at_low, at, at_high = (quantizers.levels(b) ** -2 for b in (low, bits, high))
     share = (at_low - at) / (at_low - at_high)
     return {low: 1 - share, high: share}
+
+
+class _OverProcesses(Function):
+    """`F.batch_norm` in training mode by the statistics of a batch of which several processes have a part each.
+
+    They exchange numbers once forward and once backward. mean and var (C,) are updated in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *how: Any
+    ) -> Tensor:
+        momentum, ctx.eps, ctx.reduce = how
+        local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        own_var, own_mean = torch.var_mean(local, [0, *range(2, x.dim())], correction=0)
+        size = own_var.new_full((1,), x.numel() // x.shape[1])
+        parts = ctx.reduce.gather(torch.cat([own_mean, own_var, size]))
+        means, variances, sizes = parts.split([len(mean), len(mean), 1], dim=1)
+        n = sizes.sum()
+        batch_mean = (sizes / n * means).sum(0)  # sums of squares would lose digits where the mean is large
+        batch_var = (sizes / n * (variances + (means - batch_mean).square())).sum(0)
+        mean.lerp_(batch_mean.to(mean.dtype), momentum)
+        var.lerp_((batch_var * (n / (n - 1))).to(var.dtype), momentum)
+        batch_mean, batch_var = batch_mean.to(mean.dtype), batch_var.to(var.dtype)
+        ctx.save_for_backward(x, weight, batch_mean, batch_var, n)
+        return F.batch_norm(x, batch_mean, batch_var, weight, bias, False, 0.0, ctx.eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, n = ctx.saved_tensors
+        slope = torch.ones_like(mean) if weight is None else weight
+        fixed = (slope, mean, var, None, None, False, ctx.eps, [True, True, True])  # as if statistics were constants
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)
+        along, level = ctx.reduce.total(torch.stack([grad_weight, grad_bias])) / n  # what they add through statistics
+        rate, shape = (var + ctx.eps).rsqrt(), (1, -1, *[1] * (x.dim() - 2))
+        through = (x - mean.view(shape)) * (along * rate).view(shape) + level.view(shape)
+        grad_x = (grad_x - (slope * rate).view(shape) * through).to(x.dtype)
+        affine = (None, None) if weight is None else (grad_weight, grad_bias)
+        return grad_x, None, None, *affine, None, None, None  # momentum, eps and reduce have none
 
 
 class MultiBitBatchNorm(nn.Module):
@@ -118,7 +162,7 @@ class MultiBitBatchNorm(nn.Module):
         weight, bias = self.affine()
         momentum = 0.0 if again() else self.momentum
         if self.training and self.reduce:
-            y = self._over_processes(x, mean, var, weight, bias, momentum)
+            y = _OverProcesses.apply(x, mean, var, weight, bias, momentum, self.eps, self.reduce)
         else:
             y = F.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
         if self.training and not in_place:
@@ -134,24 +178,6 @@ class MultiBitBatchNorm(nn.Module):
         # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
         pick = self.affine_pick.clone()  # the next `set_bits` overwrites it, maybe before this pass's gradient is due
         return tuple(None if p is None else (p * pick).sum(0) for p in pairs)
-
-    def _over_processes(
-        self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float
-    ) -> Tensor:
-        """`F.batch_norm` in training mode by statistics of the whole batch; mean and var (C,) are updated in place."""
-        dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-        local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        sums = torch.cat([local.sum(dims), local.new_tensor([x.numel() / x.shape[1]])])
-        *_, n = sums = self.reduce.total(sums)
-        batch_mean = sums[:-1] / n
-        deviation = local - batch_mean.view(shape)
-        batch_var = self.reduce.total(deviation.square().sum(dims)) / n
-        with torch.no_grad():
-            mean.lerp_(batch_mean.to(mean.dtype), momentum)
-            var.lerp_((batch_var * n / (n - 1)).to(var.dtype), momentum)
-        y = deviation * (batch_var + self.eps).rsqrt().view(shape)
-        y = y if weight is None else y * weight.view(shape) + bias.view(shape)
-        return y.to(x.dtype)
 
     def get_extra_state(self) -> Tensor:
         """The K bit-widths that have statistics of their own, a tensor (K,): checkpoints hold no pickled objects."""

@@ -18,6 +18,7 @@ from .data import Dataset, Streamed, integers
 from .distributed import here
 
 LARGE = 1 << 30  # bytes: a larger table stays in the memory of the CPU
+WAITING = 1 << 16  # batches times numbers a sample, of which processes put scores together before an epoch's end
 
 
 class Recorder(nn.Module):
@@ -212,6 +213,9 @@ class Coresets:
         self.rows: list[dict[str, Any]] = []
         self._shape = (0, 0)  # classes and features of what is recorded
         self._features: Tensor | None = None
+        # what is not recorded yet (epoch, bits and a batch), and how many samples this process has yet to observe
+        self._waiting: list[tuple[Any, ...]] = []
+        self._due = 0
 
     def batches(self, epoch: int, batch_size: int) -> list[tuple[int, Tensor]]:
         """The steps of `epoch` (from 0), each (bits, sample indices (B,)); bit-widths take turns, the highest first.
@@ -232,11 +236,14 @@ class Coresets:
     def steps(self, epoch: int, batch_size: int) -> list[tuple[tuple[int, ...], Tensor]]:
         """As `batches`, with all bit-widths of a step, the highest first, and its samples (B,) of all processes."""
         checks.integer("batch_size", batch_size, 1)
-        subsets, bits = self.subsets(epoch), self.bits[::-1]
+        subsets, bits, place = self.subsets(epoch), self.bits[::-1], here()
         if self.scheme_of(epoch) == "joint":
-            return [(bits, chunk) for chunk in self._chunks(subsets[bits[0]], batch_size, epoch)]
-        queues = [self._chunks(subsets[b], batch_size, epoch, b) for b in bits]
-        return [((b,), chunk) for turn in zip(*queues, strict=True) for b, chunk in zip(bits, turn, strict=True)]
+            steps = [(bits, chunk) for chunk in self._chunks(subsets[bits[0]], batch_size, epoch)]
+        else:
+            queues = [self._chunks(subsets[b], batch_size, epoch, b) for b in bits]
+            steps = [((b,), chunk) for turn in zip(*queues, strict=True) for b, chunk in zip(bits, turn, strict=True)]
+        self._due = sum(len(group) * len(place.part(indices)) for group, indices in steps)
+        return steps
 
     def _chunks(self, indices: Tensor, batch_size: int, *purpose: int) -> tuple[Tensor, ...]:
         """`indices`, shuffled, in parts of near-equal size: batch norm cannot take a last part of one image."""
@@ -267,6 +274,8 @@ class Coresets:
     def subsets(self, epoch: int) -> dict[int, Tensor]:
         """What each child model trains on in `epoch`, by bit-width: sorted sample indices (K,). See `batches`."""
         epoch = checks.integer("epoch", epoch, 0, self.epochs - 1)
+        if self._waiting and epoch != self.epoch:
+            self._record()
         if self.config.pruning_rate == 0:
             found = dict.fromkeys(self.bits, torch.arange(self.n))
         elif epoch < self.config.warmup:
@@ -403,7 +412,8 @@ class Coresets:
         both = (self.ranks[b] >= 0) & (self.ranks[other] >= 0)
         if int(both.sum()) < 3:
             return None
-        pair = torch.stack([coreset.ranks(self.ranks[x][both]) for x in (b, other)])
+        every = bool(both.all())  # then what would be ranked is ranks already, and sorting takes most of a draw's time
+        pair = torch.stack([self.ranks[x] if every else coreset.ranks(self.ranks[x][both]) for x in (b, other)])
         return round(float(torch.corrcoef(pair)[0, 1]), 4)
 
     @contextmanager
@@ -431,23 +441,34 @@ class Coresets:
         """Record the scores of a batch that child model `bits` has just seen. Outside the scoring phase: do nothing.
 
         The samples `indices` (B,) have these logits (B, C), labels (B,) and, for the scores that need them, features
-        (B, D): the last layer's input, see also `watching`.
+        (B, D): the last layer's input, see also `watching`. Of several processes the main one has the scores when all
+        batches of the epoch were observed, or the next epoch begins.
         """
         if not self.scoring:
             return
         features = self._features if features is None else features
         self._check(bits, indices, logits, labels, features)
-        place, device, p = here(), logits.device, logits.detach().float().softmax(1)
         features = None if features is None else features.detach().float()
-        indices, p, labels, features = place.gather(indices, p, labels, features)
-        if not place.main:
-            return
-        if bits not in self.recorders:
-            self._shape = (p.shape[1], 0 if features is None else features.shape[1])
-            self.recorders[bits] = recorder(self.config, self.n, *self._shape, device)
-        device = next(self.recorders[bits].buffers()).device
-        moved = (None if x is None else x.to(device) for x in (indices, p, labels, features))
-        self.recorders[bits].observe(self.epoch, *moved)
+        p = logits.detach().float().softmax(1)
+        self._waiting.append((self.epoch, bits, indices, p, labels, features))
+        self._due -= len(indices)
+        numbers = p.shape[1] + (0 if features is None else features[0].numel())
+        if here().count == 1 or self._due <= 0 or len(self._waiting) * numbers > WAITING:
+            self._record()
+
+    def _record(self) -> None:
+        """The main process takes in what all have observed, batch by batch, as if no batch had been shared out."""
+        waiting, self._waiting = self._waiting, []
+        for (epoch, bits, *batch), *others in zip(*here().gather(waiting), strict=True):
+            if others:
+                columns = zip(batch, *(part for _, _, *part in others), strict=True)
+                batch = [None if x[0] is None else torch.cat(x) for x in columns]
+            if bits not in self.recorders:
+                _, p, _, features = batch
+                self._shape = (p.shape[1], 0 if features is None else features.shape[1])
+                self.recorders[bits] = recorder(self.config, self.n, *self._shape, waiting[0][3].device)
+            device = next(self.recorders[bits].buffers()).device
+            self.recorders[bits].observe(epoch, *(None if x is None else x.to(device) for x in batch))
 
     def _check(self, bits: int, indices: Tensor, logits: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """The arguments of `observe`, by their shapes: looking at values would make a GPU wait."""

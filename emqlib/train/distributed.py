@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 from .. import checks, kernels
 from ..convert import quantized_layers
@@ -262,12 +260,13 @@ class Place:
             dist.all_gather_object(values, value)
         return values
 
-    def gather(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Tensors (B, ...) of all processes, put together, on the CPU; a missing tensor stays None."""
+    def gather(self, batches: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
+        """The `batches` of each process, in the main process, with tensors on the CPU; in the others nothing."""
         if self.count == 1:
-            return tensors
-        found = self.collect([None if t is None else t.cpu() for t in tensors])
-        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True))
+            return [batches]
+        found = [None] * self.count if self.main else None
+        dist.gather_object([tuple(x.cpu() if isinstance(x, Tensor) else x for x in batch) for batch in batches], found)
+        return found or []
 
     def sums(self, *values: float) -> list[float]:
         """Each of `values` summed over processes."""
@@ -316,21 +315,18 @@ def accelerate() -> ModuleType:
     return accelerate
 
 
-class _Total(Function):  # PyTorch's own, in torch.distributed.nn, is deprecated from 2.14 on
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return kernels.returned(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        return _Total.apply(grad)  # each process's loss depends on every process's x
+def gather(x: Tensor) -> Tensor:
+    """The tensors x (...) of all processes, stacked: (P, ...)."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.stack(parts)
 
 
 def total(x: Tensor) -> Tensor:
-    """x (any shape) summed over processes; differentiable."""
-    return _Total.apply(x)
+    """x (any shape) summed over processes."""
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
 
 
 def lowest(x: Tensor) -> Tensor:
@@ -349,7 +345,7 @@ def synchronized(model: nn.Module, place: Place, accumulate: int = 1) -> Iterato
     """
     layers = [m for m in model.modules() if hasattr(m, "reduce")]
     for layer in layers:
-        layer.reduce = Reduction(total, lambda x: total(x) / place.count, lowest) if place.count > 1 else None
+        layer.reduce = Reduction(gather, total, lambda x: total(x) / place.count, lowest) if place.count > 1 else None
         layer.parts = place.count * accumulate
     try:
         yield

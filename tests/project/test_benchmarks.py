@@ -71,6 +71,20 @@ def test_a_step_on_a_gpu_launches_less_than_a_third_of_what_it_did() -> None:
     pyplot.close("all")
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="asks for the compiler's inside, as of PyTorch 2.14")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler would keep what it is told of another GPU")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_compiled_block_applies_a_batch_norm_clips_and_rounds_in_one_kernel() -> None:
+    pytest.importorskip("triton")
+    gpu_blocks = benchmark("gpu_blocks")
+    rows = gpu_blocks.measure(width_factor=1, batch=64)
+    found = rows[rows.direction.eq("forward") & rows.images]
+    assert found.kernel.str.contains("batch_norm.*maximum_minimum.*round").sum() == 2  # two norms
+    assert found.kernel.str.contains("batch_norm|round").sum() == 4  # besides, the first sums of their statistics
+    assert gpu_blocks.summary(rows).launches.sum() == len(rows)
+    pyplot.close(gpu_blocks.figure(rows).figure)
+
+
 def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, str(FOLDER / "gpu.py"), str(tmp_path), "--dry"]
@@ -189,10 +203,16 @@ def test_streaming() -> None:
 
 def test_decoding(tmp_path: Path) -> None:
     write_class_folders(emq.load_dataset("digits").subset(20, 10), tmp_path / "digits")
-    decoding = benchmark("decoding")
+    decoding, found = benchmark("decoding"), []
     rows = decoding.measure(tmp_path / "digits/train", workers=(0, 1), repeats=2, batch=8)
-    assert list(zip(rows.repeat, rows.workers, strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert set(rows.images) == {20} and list(decoding.summary(rows).workers) == [0, 1]
+    cases = [("now", 0), ("now", 1), ("with copies", 0)]
+    assert list(zip(rows.way, rows.workers, strict=True)) == cases * 2 and list(rows.repeat) == [0] * 3 + [1] * 3
+    assert set(rows.images) == {20} and list(decoding.summary(rows).workers) == [0, 1, 0]
+    files = decoding.listed(decoding.enlarged(tmp_path / "digits/train", tmp_path / "large", 12), 0).train.items
+    for get in (decoding.copied, type(files).__getitem__):
+        torch.manual_seed(0)
+        found.append(get(files, 3)[0])
+    assert torch.equal(*found)
 
 
 def test_the_papers_network_is_trained_for_about_as_many_passes_by_each_method() -> None:

@@ -6,15 +6,20 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import emqlib as emq
+from emqlib.norms import MultiBitBatchNorm
+from emqlib.train import coresets as sampling
 from emqlib.train import data as loading
+from emqlib.train import distributed
 from emqlib.train.checkpoint import OutOfTime
 from emqlib.train.data import normalize
-from emqlib.train.distributed import current
+from emqlib.train.distributed import Place, current
 
 SCORED = {"score": "el2n", "pruning_rate": 0.5, "scoring_epochs": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -55,19 +60,64 @@ def run(
     return {"loss": history.loss.tolist(), "coresets": history.attrs["coresets"], "state": found}
 
 
-def own_loop() -> dict[str, Any]:
-    """The coresets that a loop of one's own draws, after this process has observed its part of every batch."""
+def own_loop(whole: bool = True) -> dict[str, Any]:
+    """The coresets that a loop of one's own draws, after this process has observed its part of every batch.
+
+    whole: whether it is; else the last batch of an epoch is not observed, and nothing is saved between epochs.
+    """
     labels, logits = torch.arange(50) % 3, torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
     config = emq.CoresetConfig(score="grand", pruning_rate=0.5, how="sample")
-    coresets, seen = emq.Coresets(labels, (2, 8), config, epochs=3), []
+    coresets, seen, exchange, counts = emq.Coresets(labels, (2, 8), config, epochs=3), [], mock.Mock(), []
     for epoch in range(3):
-        for bits, i in coresets.batches(epoch, 9):
+        before = exchange.call_count
+        batches = coresets.batches(epoch, 9)
+        for bits, i in batches if whole else batches[:-1]:
             seen.append([bits, *i.tolist()])
-            coresets.observe(bits, i, logits[bits // 8, i], labels[i], logits[0, i])
+            with mock.patch.multiple(dist, **exchanges(exchange)):
+                coresets.observe(bits, i, logits[bits // 8, i], labels[i], logits[0, i])
+        counts.append(exchange.call_count - before)
+        if not whole:
+            continue
         state = coresets.state_dict()  # a process that goes on has no scores of its own but the main one's
         coresets = emq.Coresets(labels, (2, 8), config, epochs=3)
         coresets.load_state_dict(state)
-    return {"seen": seen, "rows": coresets.rows, "recorders": len(state["recorders"])}
+    return {"seen": seen, "rows": coresets.rows, "exchanges": counts}
+
+
+def norm_in_parts(place: Place) -> dict[str, Any]:
+    """How often batch norm exchanges numbers each way, and its largest relative errors against that of the whole."""
+    calls, found = [], {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        full = torch.float64 if dtype == torch.float64 else torch.float32
+        x, grad = (torch.randn(9, 5, 4, 3, dtype=full).add(3).to(dtype) for _ in range(2))
+        whole = nn.BatchNorm2d(5).to(full)
+        norm = MultiBitBatchNorm(whole, emq.QuantSpec(bits=(2, 8)))
+        xs = [x.clone().requires_grad_(), place.part(x).clone().requires_grad_()]
+        y = whole(xs[0])
+        y.backward(grad)
+        exchange = mock.Mock()
+        with distributed.synchronized(norm, place), mock.patch.multiple(dist, **exchanges(exchange)):
+            ours = norm(xs[1])
+            calls.append(exchange.call_count)
+            ours.backward(place.part(grad))
+            calls.append(exchange.call_count)
+        pairs = [(ours, place.part(y)), (xs[1].grad, place.part(xs[0].grad))]
+        pairs += zip(norm.statistics(), (whole.running_mean, whole.running_var), strict=True)
+        for ours, theirs in zip((norm.weight, norm.bias), whole.parameters(), strict=True):
+            pairs.append((distributed.total(ours.grad[0]), theirs.grad))
+        found[str(dtype)] = [float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs]
+    return {"calls": calls, "errors": found}
+
+
+def exchanges(seen: mock.Mock) -> dict[str, Any]:
+    """Every collective operation that `distributed` uses, each counted by `seen` before it does its work."""
+
+    def counted(operation: Any) -> Any:
+        return lambda *args, **kwargs: (seen(), operation(*args, **kwargs))[1]
+
+    names = ("all_reduce", "all_gather", "all_gather_object", "gather_object", "broadcast_object_list")
+    return {name: counted(getattr(dist, name)) for name in names}
 
 
 def in_slices(index: int, checkpoint: Path) -> dict[str, Any]:
@@ -97,6 +147,13 @@ def main(folder: Path, *cases: str) -> None:
             found = in_slices(place.index, folder / "sliced.pt")
         elif case == "own loop":
             found = own_loop()
+        elif case == "often":
+            with mock.patch.object(sampling, "WAITING", 9):  # two batches of six numbers a sample are more
+                found = own_loop()
+        elif case == "not whole":
+            found = own_loop(whole=False)
+        elif case == "norm":
+            found = norm_in_parts(place)
         else:
             found = run("bitwise", checkpoint) if case == "resumed" else run(case)
         found |= {"index": place.index, "count": place.count}

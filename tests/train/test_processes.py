@@ -61,7 +61,7 @@ def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found in every case, trained one after the other."""
     folder = tmp_path_factory.mktemp("processes")
-    done = launch(folder, *process_worker.CASES, "sliced", "own loop")
+    done = launch(folder, *process_worker.CASES, "sliced", "own loop", "often", "not whole", "norm")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -83,10 +83,20 @@ def test_two_processes_train_as_one(case: str, together: Path) -> None:
 
 
 def test_a_loop_of_ones_own_shares_batches_and_draws_the_same_coresets(together: Path) -> None:
-    alone, (first, second) = process_worker.own_loop(), found(together, "own loop")
+    alone, (first, second), often = process_worker.own_loop(), found(together, "own loop"), found(together, "often")
+    assert often[0]["rows"] == alone["rows"] and often[0]["exchanges"] == often[1]["exchanges"] == [6, 0, 0]
     assert first["rows"] == second["rows"] == alone["rows"] and len(alone["rows"]) == 4
     for whole, (bits, *left), (other, *right) in zip(alone["seen"], first["seen"], second["seen"], strict=True):
         assert whole == [bits, *left, *right] and bits == other and len(left) - len(right) in (0, 1)
+    assert first["exchanges"] == second["exchanges"] == [1, 0, 0]  # once an epoch that is scored
+    assert found(together, "not whole")[0]["rows"] == process_worker.own_loop(whole=False)["rows"] != alone["rows"]
+
+
+def test_batch_norm_in_parts_exchanges_numbers_once_each_way(together: Path) -> None:
+    for place in found(together, "norm"):
+        assert place["calls"] == [1, 2] * 3
+        assert max(place["errors"]["torch.float64"]) < 1e-12 and max(place["errors"]["torch.float32"]) < 1e-4
+        assert max(place["errors"]["torch.bfloat16"]) < 0.008  # a step of bfloat16
 
 
 def test_processes_stop_together_when_time_is_up_and_end_as_if_they_had_not(together: Path) -> None:
@@ -117,8 +127,6 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place == Place(0, 1) and place.main
     x = torch.arange(5.0)
     assert place.part(x) is not None and torch.equal(place.part(x), x)
-    indices, p, nothing = place.gather(torch.tensor([3, 1]), x[:2], None)
-    assert indices.tolist() == [3, 1] and torch.equal(p, x[:2]) and nothing is None
     net = torch.nn.Linear(2, 2)
     assert place.wrap(net) is net and place.sums(1.5, 2.0) == [1.5, 2.0] and place.share({"a": 1}) == {"a": 1}
     with pytest.raises(RuntimeError, match=r"^gloo: its own$"), place.joined("here"), place.alone(net):
