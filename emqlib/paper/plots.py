@@ -21,11 +21,13 @@ from .. import checks
 from ..convert import at_bits, quantized_layers, trained_bits
 from ..files import home, write_atomic
 from ..train.data import Dataset, normalize
-from .tables import SETTING, adaptation_gaps, growth_table, seed_means, with_cost
+from .tables import SETTING, adaptation_gaps, growth_table, in_words, seed_means, with_cost
 
 _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
 _BITS = "bit-width of weights and activations (*: trained)"
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
+_KINDS = {"none": "not corrected", "mean": "means corrected", "mean_var": "corrected"}
+_KINDS |= {"output": "outputs too", "no gradient": "no gradient through it"}
 _WIDE = 10.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
@@ -61,8 +63,9 @@ def _setting(rows: pd.DataFrame, title: str, *columns: str) -> str:
 def _label(row: pd.Series) -> str:
     if not row.method.startswith("Ours"):
         return row.method
-    pruned = f", {row.pruning_rate:.0%} pruned, {row.coreset}" if row.pruning_rate else ""
-    return f"{row.method}, correction {row.correction}{pruned}"
+    pruned = [f"{row.pruning_rate:.0%} pruned", in_words(row.coreset)] if row.pruning_rate else []
+    corrections = [_KINDS[kind] for kind in row.correction.split(", ")]
+    return ", ".join([row.method, *pruned, *(corrections if corrections != ["corrected"] or not pruned else [])])
 
 
 def _widths(rows: pd.DataFrame) -> dict[int, str]:
@@ -111,6 +114,7 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each kind of coreset."""
     ax = axes(ax, _setting(rows, "Accuracy by pruning rate"))
     seeds = seed_means(rows, ["coreset", "pruning_rate"])
+    seeds["coreset"] = seeds.coreset.map(in_words)
     _side_by_side(ax, seeds.assign(rate=(100 * seeds.pruning_rate).round().astype(int)), "rate", "top1", "coreset")
     return _finish(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
 
@@ -130,7 +134,7 @@ def accuracy_by_coreset(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes(ax, _setting(rows, "Accuracy by coreset"))
     seeds = seed_means(rows, ["method", "coreset"])
     ours = seeds.method.str.startswith("Ours")
-    names = seeds.coreset + seeds.method.str.removeprefix("Ours")
+    names = seeds.coreset.map(in_words) + seeds.method.str.removeprefix("Ours")
     seeds = seeds.assign(coreset=names.where(ours, seeds.method))
     order = list(seeds.groupby("coreset").top1.mean().sort_values(ascending=False).index)
     shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0], "ax": ax}

@@ -16,6 +16,28 @@ COST = ["sample_passes", "scoring_passes", "calibration", "steps", "seconds"]
 SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
 
 
+# Kinds of coresets as rows name them, part by part, in words.
+_WORDS = {"random": "random, drawn once", "RS2": "random, each epoch (RS2)"}
+_WORDS |= {"tdds": "TDDS", "el2n": "EL2N", "grand": "GraNd", "moderate": "Moderate"}
+_WORDS |= {"how=sample": "drawn by rank", "sample of all": "drawn by rank from all data", "resample_every=0": "once"}
+_WORDS |= {"power=0.0": "equal chances", "unbiased=True": "weighted losses", "all candidates": "all data scored"}
+_WORDS |= {"scoring=joint": "joint scoring", "across_bits=identical": "the same for all bit-widths"}
+_WORDS |= {"across_bits=disjoint": "without overlap", "batch_size": "batches of {}", "lr": "learning rate {}"}
+_WORDS |= {"weight_decay": "weight decay {}", "epochs": "{} epochs"}
+
+
+def in_words(coreset: str) -> str:
+    """A kind of coreset, as rows name it, in words.
+
+    Examples:
+        >>> in_words("tdds, how=sample, batch_size=64")
+        'TDDS, drawn by rank, batches of 64'
+    """
+    parts = checks.instance("coreset", coreset, str, "the name of a kind of coreset, as in rows").split(", ")
+    known = [(part, *part.split("=")) for part in parts]
+    return ", ".join(_WORDS.get(part, _WORDS.get(name, part).format(*value)) for part, name, *value in known)
+
+
 def paper(table: str) -> pd.DataFrame:
     """What the paper is known to report: one row a number, maybe none.
 
@@ -78,7 +100,12 @@ def _mean_over_bits(rows: pd.DataFrame, by: list[str]) -> pd.Series:
 
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a method, setting and adaptation, one column a bit-width: top-1 (%), mean ± std over seeds."""
-    return _by_bits(rows, [*SETTING, "adapted"])
+    return _told(_by_bits(rows, [*SETTING, "adapted"]))
+
+
+def _told(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with its kinds of coresets in words."""
+    return table.assign(coreset=table.coreset.map(in_words)) if "coreset" in table else table
 
 
 def correction_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +165,7 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
         "faster": _times_less(cost.seconds),
     }
     wide = pd.DataFrame(columns, index=cost.index).reset_index()
-    return wide.assign(**_paper_columns(wide, paper(table)))
+    return _told(wide.assign(**_paper_columns(wide, paper(table))))
 
 
 def _times_less(cost: pd.Series) -> pd.Series:
@@ -185,7 +212,7 @@ def comparison_table(
     rows: pd.DataFrame, columns: str = "pruning_rate", index: Sequence[str] = ("coreset",)
 ) -> pd.DataFrame:
     """One row a kind of coreset, one column a pruning rate: mean top-1 (%) over the trained bit-widths, not adapted."""
-    return _wide(seed_means(rows, [*index, columns]), list(index), columns).reset_index()
+    return _told(_wide(seed_means(rows, [*index, columns]), list(index), columns).reset_index())
 
 
 def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
@@ -199,7 +226,7 @@ def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     values = ["size", "union", "overlap", "drift", "rank_correlation", "clipped", "rarest_class", "commonest_class"]
     by = ["pruning_rate", "coreset", "candidates"]
     means = checks.table("draws", draws, [*by, *values]).groupby(by, sort=False)[values].mean()
-    return means.round(3).reset_index()
+    return _told(means.round(3).reset_index())
 
 
 def equal_time_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -310,7 +337,7 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
         shared = runs[(runs.method != "Dedicated") & (runs.trained_bits == widths)]
         for part in [singles, *(group for _, group in shared.groupby(SETTING, sort=False))]:
             first = part.iloc[0]
-            label = f"Ours, {first.coreset}" if first.method == "Ours" else first.method
+            label = f"Ours, {in_words(first.coreset)}" if first.method == "Ours" else first.method
             sums = training_cost(rows[rows.run.isin(part.run)], COST).sum().to_dict()
             table.append({"scheme": label, "bit-widths": len(widths.split()), "bits": widths} | sums)
     return pd.DataFrame(table)

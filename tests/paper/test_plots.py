@@ -62,7 +62,7 @@ def legend(ax: Axes) -> list[str]:
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-LABELS = ["Ours, correction mean_var", "Ours, correction mean_var, 80% pruned, tdds", "Dedicated"]
+LABELS = ["Ours, corrected", "Ours, 80% pruned, TDDS", "Dedicated"]
 
 
 def test_accuracy_by_bits_draws_the_rows() -> None:
@@ -113,7 +113,10 @@ def test_accuracy_by_pruning_draws_the_rows() -> None:
     """Lines by selection, a little beside one another: the mean over 2 and 4 bits, 21 % at 80 % pruning."""
     ax = plots.accuracy_by_pruning(pruned())
     drawn = [points(line) for line in lines(ax) if len(line.get_xydata()) == 2 and line.get_marker() in "os"]
-    assert [[y for _, y in part] for part in drawn] == [[31, 21], [26, 16]] and legend(ax) == ["tdds", "RS2"]
+    assert [[y for _, y in part] for part in drawn] == [[31, 21], [26, 16]] and legend(ax) == [
+        "TDDS",
+        "random, each epoch (RS2)",
+    ]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["50", "80"]
     assert ax.get_xlabel() == "pruning rate (%)" and ax.get_ylabel() == "mean top-1 accuracy (%)"
 
@@ -121,7 +124,7 @@ def test_accuracy_by_pruning_draws_the_rows() -> None:
 def test_accuracy_by_coreset_draws_the_rows() -> None:
     """The best at the top: a diamond at each mean, a dot at each seed."""
     ax = plots.accuracy_by_coreset(pruned()[lambda t: t.pruning_rate.eq(0.8)])
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["tdds", "RS2"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["TDDS", "random, each epoch (RS2)"]
     means = [(float(x), float(y)) for line in ax.get_lines() if line.get_marker() == "D" for x, y in line.get_xydata()]
     assert means == [(21, 0), (16, 1)]
     dots = sorted((float(x), round(float(y), 3)) for dots in ax.collections for x, y in dots.get_offsets())
@@ -129,7 +132,7 @@ def test_accuracy_by_coreset_draws_the_rows() -> None:
     rows = pruned()[lambda t: t.pruning_rate.eq(0.8)].assign(method="Ours, own statistics")
     rows.loc[rows.coreset.eq("RS2"), "method"] = "Any-Precision"
     ax = plots.accuracy_by_coreset(rows)  # which tells methods apart
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["tdds, own statistics", "Any-Precision"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["TDDS, own statistics", "Any-Precision"]
 
 
 @pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])

@@ -160,7 +160,7 @@ def test_comparison_of_run_lengths() -> None:
     assert columns(table, "method", "pruning_rate", "coreset", 4, 8) == [
         ("Any-Precision", 0, "full data", "65.5 ± 0.7", "75.0"),
         ("Ours", 0, "full data", "68.0", "82.0"),
-        ("Ours", 0.8, "tdds", "50.0", "59.0"),
+        ("Ours", 0.8, "TDDS", "50.0", "59.0"),
     ]
 
 
@@ -186,7 +186,7 @@ def test_comparison_table() -> None:
         run("Ours", {2: (30, 0), 4: (40, 0)}, rate=0.8).assign(coreset="RS2"),
     )
     table = results.comparison_table(rows)
-    assert columns(table, *table.columns) == [("tdds", "55.5 ± 0.7", ""), ("RS2", "", "35.0")]
+    assert columns(table, *table.columns) == [("TDDS", "55.5 ± 0.7", ""), ("random, each epoch (RS2)", "", "35.0")]
     assert list(table.columns) == ["coreset", 0.5, 0.8]
 
 
@@ -226,8 +226,8 @@ def test_coreset_table() -> None:
         pd.DataFrame(draws, columns=names).astype({"drift": float, "rank_correlation": float})
     )
     assert columns(table, *names) == [
-        (0.8, "tdds", 1, 20, 0.45, 0.3, 0.3, 0.6, 0.05, 0.06, 0.25),
-        (0.8, "random", 1, 20, 0.5, 0.2, None, None, 0, 0.1, 0.1),
+        (0.8, "TDDS", 1, 20, 0.45, 0.3, 0.3, 0.6, 0.05, 0.06, 0.25),
+        (0.8, "random, drawn once", 1, 20, 0.5, 0.2, None, None, 0, 0.1, 0.1),
     ]
 
 
@@ -257,7 +257,7 @@ def test_growth_table() -> None:
             ("Dedicated", b, bits, full, 0, 9 * b),
             ("Ours, full data", b, bits, full, 0, 10 * b),
             ("Any-Precision", b, bits, full, 500_000, 10 * b),
-            ("Ours, tdds", b, bits, pruned, 0, 3 * b),
+            ("Ours, TDDS", b, bits, pruned, 0, 3 * b),
         ]
     assert columns(table, *names) == expected
 
