@@ -1,36 +1,56 @@
 """Puts integers into the graph of a network that was exported without any."""
 
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .integers import Grid, byte_codes, int8_weight, largest_weight
 from .pack import FixedQuantizer, PackedConv2d, PackedLinear
 
 Layer = PackedConv2d | PackedLinear
-Range = tuple[float, float]
 
 
-def with_integers(model: Any, layers: dict[str, Layer], ranges: dict[Layer, Range]) -> None:
+@dataclass(frozen=True)
+class Seen:
+    """What passed through a layer: the ends of its output, the sum (I,) of its quantized input and of how many."""
+
+    low: float
+    high: float
+    total: Tensor
+    count: int
+
+    def joined(self, other: "Seen") -> "Seen":
+        """Both together."""
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        return Seen(low, high, self.total + other.total, self.count + other.count)
+
+    def shift(self, error: Tensor, groups: int) -> Tensor:
+        """By how much an error (O, I / groups, ...) of the weight raises the mean output of each channel: (O,)."""
+        mean = (self.total / self.count).view(groups, -1, 1)
+        return (error.reshape(*error.shape[:2], -1).sum(2).unflatten(0, (groups, -1)) @ mean).flatten()
+
+
+def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen]) -> None:
     """Change a graph in place: packed layers become what runtimes compute in integers.
 
     Args:
         model: the model of `onnx_ir`.
         layers: the packed layers, by the names of their weights in the graph.
-        ranges: the smallest and the largest output of each.
+        seen: what passed through each of them, from which ranges and biases follow.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    editor = _Editor(model.graph)
-    convolutions = []
+    editor, convolutions = _Editor(model.graph), []
     for node in list(model.graph):
         name = node.inputs[1].name if node.op_type in ("Conv", "MatMul") else None
-        if name in layers and editor.quantize(node, layers[name], name) and node.op_type == "Conv":
-            convolutions.append((node, ranges[layers[name]]))
-    for node, reached in convolutions:
-        editor.quantize_output(node, *reached)
+        if name in layers and editor.quantize(node, name, layers[name], seen[layers[name]]) and node.op_type == "Conv":
+            convolutions.append((node, seen[layers[name]]))
+    for node, found in convolutions:
+        editor.quantize_output(node, found.low, found.high)
     editor.clip()
     RemoveUnusedNodesPass()(model)
 
@@ -42,7 +62,7 @@ class _Editor:
         self.graph = graph
         self.constants: dict[str, Any] = {}
         self.inputs: dict[tuple[Any, Grid], Any] = {}  # what was quantized on each grid
-        self.weights: dict[str, list[Any]] = {}  # weight and, of a convolution, bias
+        self.operands: dict[str, tuple[Any, Any]] = {}  # weight and bias of each layer
         self.codes: dict[Any, tuple[Grid, int, int]] = {}  # for each QuantizeLinear, the codes that it may give
 
     def constant(self, name: str, array: Any) -> Any:
@@ -74,64 +94,84 @@ class _Editor:
         self.codes[q.producer()] = grid, 0, grid.most
         return self.put(before, "DequantizeLinear", q, *operands)
 
-    def quantize(self, node: Any, layer: Layer, name: str) -> bool:
+    def quantize(self, node: Any, name: str, layer: Layer, seen: Seen) -> bool:
         """Give a node the weight of `layer`, and input and bias; returns whether they are integers."""
         fixed = layer.input_quantizer
-        if not isinstance(fixed, FixedQuantizer):
-            if name not in self.weights:
-                self.weights[name] = [self.floating(node, layer, name)]
-            node.replace_input_with(1, *self.weights[name])
-            return False
-        grid, x = Grid.of(fixed), node.inputs[0]
+        grid = Grid.of(fixed) if isinstance(fixed, FixedQuantizer) else None
+        if name not in self.operands:
+            self.operands[name] = (
+                self.integers(node, name, layer, seen, grid) if grid else self.floating(node, name, layer)
+            )
+        weight, bias = self.operands[name]
+        node.replace_input_with(1, weight)
+        if node.op_type == "Conv" and bias is not None:
+            node.resize_inputs(3)
+            node.replace_input_with(2, bias)
+        elif node.op_type == "MatMul":  # its bias is added after it
+            ((sum_, place),) = node.outputs[0].uses()
+            sum_.replace_input_with(1 - place, bias)
+        if grid:
+            node.replace_input_with(0, self.on_grid(node, grid))
+        return grid is not None
+
+    def on_grid(self, node: Any, grid: Grid) -> Any:
+        """The input of a node, through QuantizeLinear and DequantizeLinear."""
+        x = node.inputs[0]
         if (x, grid) not in self.inputs:
             y = x
             if grid.offset is not None:
                 offset = self.number(np.float32, grid.offset)
                 y = self.put(node, "Add", self.round_trip(node, self.put(node, "Sub", y, offset), grid), offset)
             self.inputs[x, grid] = self.round_trip(node, y, grid.with_zero())
-        if name not in self.weights:
-            self.weights[name] = self.integers(node, layer, name, grid.with_zero())
-        for i, value in enumerate([self.inputs[x, grid], *self.weights[name]]):
-            node.replace_input_with(i, value)
-        return True
+        return self.inputs[x, grid]
 
-    def integers(self, node: Any, layer: Layer, name: str, grid: Grid) -> list[Any]:
+    def integers(self, node: Any, name: str, layer: Layer, seen: Seen, grid: Grid) -> tuple[Any, Any]:
         """Weight, int8, and of a convolution the bias, int32, through DequantizeLinear."""
-        codes, bits = (layer.integers() + 2 ** (layer.bits - 1)).flatten(1), layer.bits
-        scale, offset, *bias = layer.affine.double()
-        levels = scale.unsqueeze(1) * (torch.arange(2.0**bits) - 2 ** (bits - 1) + 0.5) + offset.unsqueeze(1)
+        grid, bits, axis = grid.with_zero(), layer.bits, int(isinstance(layer, PackedLinear))
+        codes = (layer.integers() + 2 ** (bits - 1)).flatten(1)
+        scale, offset = layer.affine[:2].double().unsqueeze(2)
+        levels = scale * (torch.arange(2.0**bits) - 2 ** (bits - 1) + 0.5) + offset
         counts = torch.zeros_like(levels).scatter_add_(1, codes, torch.ones_like(codes, dtype=levels.dtype))
-        least = torch.full_like(scale, 1e-20)
-        for b in bias:  # has to fit 32 bits, in steps of the products
-            least = torch.maximum(b.abs() / (grid.scale * 2**30), least)
+        bias = torch.zeros_like(scale[:, 0]) if layer.bias is None else layer.affine[2].double()
+        least = (bias.abs() / (grid.scale * 2**30)).clamp_min(1e-20)  # the bias has to fit 32 bits
         table, step = int8_weight(levels, counts, largest_weight(grid.most), least)
-        w, (rows, count) = None, codes.shape
-        if rows * 2**bits + byte_codes(codes, bits)[0].numel() < codes.numel():
-            first = self.constant(f"rows_{rows}_{bits}", np.arange(rows, dtype=np.int32)[:, None] * 2**bits)
-            place = self.put(node, "Add", self.unpacked(node, codes, bits, name), first)
+        error = (table * step.unsqueeze(1) - levels).gather(1, codes).view(layer.shape)
+        bias = bias - seen.shift(error, getattr(layer, "groups", 1))
+        if table.numel() + byte_codes(codes, bits)[0].numel() < codes.numel():
+            place = self.put(node, "Add", self.unpacked(node, codes, bits, name), self.rows(len(codes), 2**bits))
             w = self.put(node, "Gather", self.constant(f"{name}.levels", table.to(torch.int8).flatten()), place)
             w = self.shaped(node, w, layer)
         else:
             q = table.gather(1, codes).to(torch.int8).view(layer.shape)
-            w = self.constant(f"{name}.integers", q if isinstance(layer, PackedConv2d) else q.T.contiguous())
-        axis = 0 if isinstance(layer, PackedConv2d) else 1
-        step_constant = self.constant(f"{name}.step", step.float())
-        found = [self.put(node, "DequantizeLinear", w, step_constant, axis=axis)]
-        if bias and isinstance(layer, PackedConv2d):
-            product = step * grid.scale
-            integers = self.constant(f"{name}.bias", (bias[0] / product).round().to(torch.int32))
-            product = self.constant(f"{name}.bias.step", product.float())
-            found.append(self.put(node, "DequantizeLinear", integers, product, axis=0))
-        return found
+            w = self.constant(f"{name}.integers", q.T.contiguous() if axis else q)
+        w = self.put(node, "DequantizeLinear", w, self.constant(f"{name}.step", step.float()), axis=axis)
+        if axis:
+            return w, self.added(node, name, bias)
+        step = step * grid.scale
+        integers = self.constant(f"{name}.bias", (bias / step).round().to(torch.int32))
+        step = self.constant(f"{name}.bias.step", step.float())
+        return w, self.put(node, "DequantizeLinear", integers, step, axis=0)
 
-    def floating(self, node: Any, layer: Layer, name: str) -> Any:
-        """The weight in floating point: scale (integers + 1/2) + offset."""
+    def rows(self, count: int, length: int) -> Any:
+        """Where each of `count` rows begins in a flat table: (count, 1)."""
+        return self.constant(f"rows_{count}_{length}", np.arange(count, dtype=np.int32)[:, None] * length)
+
+    def floating(self, node: Any, name: str, layer: Layer) -> tuple[Any, Any]:
+        """Weight, scale (integers + 1/2) + offset, and bias in floating point."""
         codes, half = (layer.integers() + 2 ** (layer.bits - 1)).flatten(1), 2 ** (layer.bits - 1) - 0.5
-        scale, offset = layer.affine.double()[:2].unsqueeze(2)
+        scale, offset = layer.affine[:2].double().unsqueeze(2)
         w = self.put(node, "Cast", self.unpacked(node, codes, layer.bits, name), to=1)
         w = self.put(node, "Mul", w, self.constant(f"{name}.scale", scale.float()))
         w = self.put(node, "Add", w, self.constant(f"{name}.offset", (offset - half * scale).float()))
-        return self.shaped(node, w, layer)
+        bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.float()
+        if isinstance(layer, PackedLinear):
+            return self.shaped(node, w, layer), self.added(node, name, bias)
+        return self.shaped(node, w, layer), self.constant(f"{name}.bias", bias)
+
+    def added(self, node: Any, name: str, bias: Tensor) -> Any:
+        """The constant that is added after a MatMul, or subtracted."""
+        ((reader, _),) = node.outputs[0].uses()
+        return self.constant(f"{name}.bias", (-bias if reader.op_type == "Sub" else bias).float())
 
     def unpacked(self, node: Any, codes: torch.Tensor, bits: int, name: str) -> Any:
         """Codes (O, K), of which the file holds several in a byte."""
@@ -172,7 +212,7 @@ class _Editor:
         for node, i in uses:
             node.replace_input_with(i, rounded)
 
-    def limits(self, y: Any) -> Range | None:
+    def limits(self, y: Any) -> tuple[float, float] | None:
         """The bounds between which the only reader of y cuts off; None if it is anything else."""
         uses = list(y.uses())
         node = uses[0].node if len(uses) == 1 and not y.is_graph_output() else None

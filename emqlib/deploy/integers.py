@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .pack import FixedQuantizer
 
-STEPS = 128  # the candidates among which `int8_weight` finds a channel's step
+STEPS = torch.linspace(1, 2, 128, dtype=torch.float64).tolist()  # a channel's candidates, in units of the finest one
+TOGETHER = 0.25  # how far the inputs of an output vary together, as a share of their variance
 
 
 def largest_weight(most: int) -> int:
@@ -29,12 +30,12 @@ def largest_weight(most: int) -> int:
 def int8_weight(levels: Tensor, counts: Tensor, largest: int, least: Tensor) -> tuple[Tensor, Tensor]:
     """Integers, times a step for each channel, for the levels of a weight, which have an offset for each channel.
 
-    A finer grid takes the offset up: of the steps from max|w| / largest to twice that, each channel takes the one with
-    the smallest (sum of e)^2 + sum of e^2, where e are the errors of its weights. That is in proportion to the expected
-    square of the output's error where inputs are as large as they vary. No error is larger than max|w| / largest.
+    A finer grid takes the offset up. Of steps from max|w| / largest to twice that, and of those by which the distance
+    of two levels can be divided, each channel takes the one with the least sum of e^2 + (sum of e)^2 TOGETHER, where e
+    are the errors of its weights: the expected square of the output's error. No error is above max|w| / largest.
 
     Args:
-        levels: the values (O, L) that the weights of an output channel can have.
+        levels: the values (O, L) that the weights of an output channel can have, at equal distances.
         counts: how many of its weights have each of them, (O, L).
         largest: the largest integer.
         least: the smallest step that each channel may have, (O,).
@@ -42,15 +43,15 @@ def int8_weight(levels: Tensor, counts: Tensor, largest: int, least: Tensor) -> 
     Returns:
         The integer of each level (O, L) and the steps (O,).
     """
-    used = levels * (counts > 0)
+    used, distance = levels * (counts > 0), levels[:, 1] - levels[:, 0]
     finest = torch.maximum(used.abs().amax(1) / largest, least)
+    divided = [distance / k for k in range(1, 2 * largest + 1)] if levels.shape[1] < 2 * largest else []
     best, step = torch.full_like(finest, math.inf), finest.clone()
-    for ratio in torch.linspace(1, 2, STEPS, dtype=torch.float64).tolist():
-        grid = (ratio * finest).unsqueeze(1)
-        error = (used / grid).round() * grid - used
-        total = (counts * error).sum(1).square() + (counts * error.square()).sum(1)
-        step = torch.where(total < best, ratio * finest, step)
-        best = torch.minimum(total, best)
+    for candidate in [finest * ratio for ratio in STEPS] + divided:
+        grid = torch.where((candidate >= finest) & (candidate <= 2 * finest), candidate, finest)
+        error = (used / grid.unsqueeze(1)).round() * grid.unsqueeze(1) - used
+        total = (counts * error.square()).sum(1) + TOGETHER * (counts * error).sum(1).square()
+        step, best = torch.where(total < best, grid, step), torch.minimum(total, best)
     return (used / step.unsqueeze(1)).round().long(), step
 
 

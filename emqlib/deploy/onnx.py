@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import file_name, invalid
 from ..convert import Bits, replaced
 from ..files import write_atomic
-from .graph import with_integers
+from .graph import Seen, with_integers
 from .pack import PackedConv2d, PackedLinear, pack
 
 OPSET = 20
@@ -44,27 +44,28 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
         ValueError: as `pack`; the path is a folder; the network does not take these inputs.
         ImportError: onnx or onnxscript is missing; the message says what to install.
     """
-    onnx = _library()
+    onnx, onnx_ir = _libraries()
     path, inputs = file_name("path", path), _batches(example_inputs)
     network = pack(model, bits).cpu()
-    ranges = _measured(network, inputs)
-    layers = {f"{name}.dense".removeprefix("."): m for name, m in network.named_modules() if m in ranges}
-    program = _exported(network, tuple(x[:1].expand(2, *x.shape[1:]) for x in inputs))
-    with_integers(program.model, layers, ranges)
-    proto = program.model_proto
+    seen = _measured(network, inputs)
+    layers = {f"{name}.dense".removeprefix("."): m for name, m in network.named_modules() if m in seen}
+    graph = _exported(network, tuple(x[:1].expand(2, *x.shape[1:]) for x in inputs))
+    with_integers(graph, layers, seen)
+    proto = onnx_ir.to_proto(graph)
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     _strip(proto)
     onnx.checker.check_model(proto, full_check=True)
     write_atomic(path, lambda file: file.write(proto.SerializeToString(deterministic=True)))
 
 
-def _library() -> Any:
+def _libraries() -> tuple[Any, Any]:
     try:
         import onnx
+        import onnx_ir
         import onnxscript  # noqa: F401, what torch.onnx.export is built on
     except ImportError as error:
         raise ImportError('ONNX files need more libraries: pip install "emqlib[deploy]"') from error
-    return onnx
+    return onnx, onnx_ir
 
 
 def _batches(inputs: Any) -> tuple[Tensor, ...]:
@@ -77,15 +78,17 @@ def _batches(inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x.cpu() for x in given)
 
 
-def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, tuple[float, float]]:
-    """The smallest and the largest output of each packed layer of `network` on `inputs`."""
-    found = {m: (0.0, 0.0) for m in network.modules() if isinstance(m, (PackedConv2d, PackedLinear))}
+def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, Seen]:
+    """What passes through each packed layer of `network` on `inputs`."""
+    found: dict[nn.Module, Seen] = {}
 
-    def measure(layer: nn.Module, _: object, y: Tensor) -> None:
-        low, high = found[layer]
-        found[layer] = min(low, float(y.amin())), max(high, float(y.amax()))
+    def measure(layer: nn.Module, given: tuple[Tensor], y: Tensor) -> None:
+        x = layer.input_quantizer(given[0])
+        x = x.transpose(1, -1) if isinstance(layer, PackedConv2d) else x
+        new = Seen(float(y.amin()), float(y.amax()), x.flatten(0, -2).double().sum(0), x[..., 0].numel())
+        found[layer] = new.joined(found[layer]) if layer in found else new
 
-    hooks = [layer.register_forward_hook(measure) for layer in found]
+    hooks = [m.register_forward_hook(measure) for m in network.modules() if isinstance(m, (PackedConv2d, PackedLinear))]
     try:
         with torch.no_grad():
             for part in zip(*(x.split(PART) for x in inputs), strict=True):
@@ -100,12 +103,12 @@ def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
 
 
 class _Product(nn.Module):
-    """A packed Linear whose weight is (I, O), as MatMul takes it."""
+    """A packed Linear whose weight is (I, O), as MatMul takes it, always with a bias, whose numbers are others."""
 
     def __init__(self, packed: PackedLinear) -> None:
         super().__init__()
         self.register_buffer("dense", packed.dense.T.contiguous())
-        self.register_buffer("bias", packed.bias)
+        self.register_buffer("bias", torch.full_like(packed.dense[:, 0], float(packed.dense[0, 0])))
         self.packed = packed
 
     @property
@@ -115,8 +118,8 @@ class _Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        x = x @ self.dense
-        return x if self.bias is None else x + self.bias
+        product = x @ self.dense
+        return product + self.bias if x.dim() > 2 else product - self.bias  # onnxruntime makes a Gemm of x W + b
 
 
 def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -141,7 +144,7 @@ def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         dynamic_shapes=tuple({0: size} for size in (batch, *others)),
         dynamo=True,
         verbose=False,
-    )
+    ).model
 
 
 def _strip(proto: Any) -> None:
