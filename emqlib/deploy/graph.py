@@ -1,6 +1,6 @@
 """Puts integers into the graph of a network that was exported without any."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -16,22 +16,26 @@ Layer = PackedConv2d | PackedLinear
 
 @dataclass(frozen=True)
 class Seen:
-    """What passed through a layer: the ends of its output, the sum (I,) of its quantized input and of how many."""
+    """What passed through a layer: the ends of its output, and its quantized input, of how many samples the sum."""
 
     low: float
     high: float
-    total: Tensor
+    total: Tensor  # (I, H, W), or (..., I) of a Linear
     count: int
 
     def joined(self, other: "Seen") -> "Seen":
         """Both together."""
         low, high = min(self.low, other.low), max(self.high, other.high)
+        if self.total.shape != other.total.shape:  # a layer that is called twice
+            return replace(self, low=low, high=high)
         return Seen(low, high, self.total + other.total, self.count + other.count)
 
-    def shift(self, error: Tensor, groups: int) -> Tensor:
-        """By how much an error (O, I / groups, ...) of the weight raises the mean output of each channel: (O,)."""
-        mean = (self.total / self.count).view(groups, -1, 1)
-        return (error.reshape(*error.shape[:2], -1).sum(2).unflatten(0, (groups, -1)) @ mean).flatten()
+    def shift(self, layer: Layer, error: Tensor) -> Tensor:
+        """By how much an error (O, ...) of a layer's weight raises the mean output of each channel: (O,)."""
+        mean = (self.total / self.count).unsqueeze(0)
+        if isinstance(layer, PackedConv2d):
+            return layer._conv_forward(mean, error, None).mean((0, 2, 3))
+        return (mean @ error.T).flatten(0, -2).mean(0)
 
 
 def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen]) -> None:
@@ -136,7 +140,7 @@ class _Editor:
         least = (bias.abs() / (grid.scale * 2**30)).clamp_min(1e-20)  # the bias has to fit 32 bits
         table, step = int8_weight(levels, counts, largest_weight(grid.most), least)
         error = (table * step.unsqueeze(1) - levels).gather(1, codes).view(layer.shape)
-        bias = bias - seen.shift(error, getattr(layer, "groups", 1))
+        bias = bias - seen.shift(layer, error)
         if table.numel() + byte_codes(codes, bits)[0].numel() < codes.numel():
             place = self.put(node, "Add", self.unpacked(node, codes, bits, name), self.rows(len(codes), 2**bits))
             w = self.put(node, "Gather", self.constant(f"{name}.levels", table.to(torch.int8).flatten()), place)

@@ -1,6 +1,7 @@
 """ONNX files: one child model in integers, for runtimes other than PyTorch."""
 
 import copy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import file_name, invalid
-from ..convert import Bits, replaced
-from ..files import write_atomic
+from ..convert import Bits, converted, replaced
+from ..files import canonical_json, write_atomic
 from .graph import Seen, with_integers
 from .pack import PackedConv2d, PackedLinear, pack
 
@@ -28,6 +29,9 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
     layer's grid; where another operation reads it, such as an addition, it is rounded to the uint8 that covers what
     it reached on `example_inputs`. All the rest, such as additions, stays in floating point, as does a layer whose
     inputs are not quantized.
+
+    The file says in its metadata, as JSON under "emqlib", which network it is of, at which bit-width, trained on which
+    data of which mean and deviation. `python -m emqlib.deploy FILE IMAGES...` answers from it.
 
     Up to 4 bits, weights take as few bits in the file as fit a byte without rest, so 4 at 3 bits; above that they
     take 8. The runtime unpacks them once, when it loads the file.
@@ -54,6 +58,7 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
     proto = onnx_ir.to_proto(graph)
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     _strip(proto)
+    onnx.helper.set_model_props(proto, {"emqlib": canonical_json(_about(model, network, bits))})
     onnx.checker.check_model(proto, full_check=True)
     write_atomic(path, lambda file: file.write(proto.SerializeToString(deterministic=True)))
 
@@ -66,6 +71,19 @@ def _libraries() -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError('ONNX files need more libraries: pip install "emqlib[deploy]"') from error
     return onnx, onnx_ir
+
+
+def _about(model: nn.Module, network: nn.Module, bits: Bits) -> dict[str, Any]:
+    """What a file says of itself."""
+    known = network.emq
+    name = (known.network or {}).get("name", type(converted(model)).__name__)
+    width = bits if isinstance(bits, int) else " ".join(map(str, sorted(set(known.packed.values()))))
+    return {
+        "network": name,
+        "bits": width,
+        "data": known.data,
+        "version": sys.modules["emqlib"].__version__,
+    }  # which imports this
 
 
 def _batches(inputs: Any) -> tuple[Tensor, ...]:
@@ -84,8 +102,7 @@ def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
 
     def measure(layer: nn.Module, given: tuple[Tensor], y: Tensor) -> None:
         x = layer.input_quantizer(given[0])
-        x = x.transpose(1, -1) if isinstance(layer, PackedConv2d) else x
-        new = Seen(float(y.amin()), float(y.amax()), x.flatten(0, -2).double().sum(0), x[..., 0].numel())
+        new = Seen(float(y.amin()), float(y.amax()), x.double().sum(0), len(x))
         found[layer] = new.joined(found[layer]) if layer in found else new
 
     hooks = [m.register_forward_hook(measure) for m in network.modules() if isinstance(m, (PackedConv2d, PackedLinear))]
