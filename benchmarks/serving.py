@@ -20,7 +20,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torchvision
-from common import RESULTS, write
+from common import write
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     """Accuracy against the time of one image, a point a bit-width and runtime; and how much faster files are."""
     table = summary(rows)
     with sns.axes_style("whitegrid"):
-        canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=100, layout="constrained")
+        _, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), dpi=100, layout="constrained")
     points = table[table.top1.notna()]
     shared = {"hue": "runtime", "hue_order": list(dict.fromkeys(table.runtime)), "palette": "colorblind"}
     sns.scatterplot(points, x="latency", y="top1", style="runtime", s=40, ax=left, **shared)
