@@ -120,8 +120,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     found = rows.groupby(CASE, sort=False)
     table = found.agg({"file": "first", "latency": "min", "images_a_second": "max", "top1": "first"})
     table = table.join(found[["trained_top1", "agreement"]].first()).reset_index()
-    full = table[table.bits == 32].set_index(CASE[:3])[["latency", "images_a_second"]]
-    beside = table.join(full, on=CASE[:3], rsuffix="_32")
+    full = table.loc[table.bits == 32, [*CASE[:3], "latency", "images_a_second"]]
+    beside = table.merge(full, on=CASE[:3], suffixes=("", "_32"))
     table["faster, one"] = (beside.latency_32 / beside.latency).round(2)
     table["faster, batch"] = (beside.images_a_second / beside.images_a_second_32).round(2)
     table = table.assign(file=(table.file / 1e3).round(1), latency=(1e3 * table.latency).round(3))
