@@ -33,7 +33,7 @@ from emqlib.train.evaluate import batches
 CPU = torch.device("cpu")
 ALL_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
 SOME_BITS = (2, 4, 8, 32)
-BATCH = 16  # images at a time where images a second are measured
+BATCH = 16  # images at a time where images a second are measured; a quarter of it at 224 pixels
 CALIBRATION = 200  # training images from which the files take their ranges
 CASE = ["network", "size", "runtime", "bits"]
 Network = Callable[[np.ndarray], np.ndarray]
@@ -162,7 +162,8 @@ def trained_resnet8() -> tuple[nn.Module, emq.Dataset]:
 
 def untrained(net: nn.Module, size: int) -> tuple[nn.Module, Tensor]:
     """A converted network whose batch norms and ranges have seen images of noise, and such images."""
-    model, images = emq.convert(net, emq.QuantSpec(bits=(2, 4, 8))), torch.randn(BATCH, 3, size, size)
+    count = BATCH if size == 32 else BATCH // 4
+    model, images = emq.convert(net, emq.QuantSpec(bits=(2, 4, 8))), torch.randn(count, 3, size, size)
     with torch.no_grad():
         model.train()(images)
     return model.eval(), images
@@ -173,11 +174,11 @@ if __name__ == "__main__":
     model, data = trained_resnet8()
     test = tuple(map(torch.cat, zip(*batches(data, "test", CPU, 500), strict=True)))
     some = torch.cat([x for x, _ in batches(data, "train", CPU, 100, CALIBRATION)])
-    measured = [measure("resnet8", model, ALL_BITS, some, 5, test)]
+    measured = [measure("resnet8", model, ALL_BITS, some, 3, test)]
     builders = {"resnet20": emq.models.resnet20, "resnet18": torchvision.models.resnet18}
     for name, build in (builders | {"mobilenet_v2": torchvision.models.mobilenet_v2}).items():
         torch.manual_seed(0)
         noisy, images = untrained(build(num_classes=1000), 32 if name == "resnet20" else 224)
-        measured.append(measure(name, noisy, SOME_BITS, images, 5, None))
+        measured.append(measure(name, noisy, SOME_BITS, images, 3, None))
     rows = pd.concat(measured, ignore_index=True).assign(seed=0, **provenance(data, CPU))
     write("serving", rows, summary(rows), figure(rows))
