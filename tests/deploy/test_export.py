@@ -114,9 +114,9 @@ def compare(
 
 def alike(case: str, bits: Any, same: float, right: float, off: float) -> bool:
     """The narrow and deep ones of these networks, hardly trained, pass any rounding on to many answers."""
-    least = {"resnet20": 0.5, "mobilenet": 0.7}.get(case, 0.85)
+    least = {"resnet20": 0.5, "mobilenet": 0.65, "pre-activation": 0.7}.get(case, 0.85)
     if not isinstance(bits, int) or bits < 5:  # a level is a large part of the range
-        return abs(right) < 0.2
+        return case not in ("resnet8", "vit") or abs(right) < 0.2
     return abs(right) < 0.06 and same > least and off < 0.2 * (1 - least) + 0.1
 
 
