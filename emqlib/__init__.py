@@ -8,6 +8,7 @@ Letters in shapes: B batch, N samples, C classes or channels, T observed epochs,
 
 from . import coreset, correction, models, quantizers
 from .convert import at_bits, convert, set_bits, summary
+from .deploy.freeze import freeze
 from .deploy.io import load, save
 from .deploy.onnx import export_onnx
 from .deploy.pack import pack
@@ -34,6 +35,7 @@ __all__ = [
     "correction",
     "evaluate",
     "export_onnx",
+    "freeze",
     "load",
     "load_dataset",
     "models",

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import mobilenet_v2
 
 import emqlib as emq
 from emqlib import models
 from emqlib.deploy import onnx as export
+from emqlib.deploy.integers import int8_weight
 from emqlib.deploy.pack import PackedConv2d, PackedLinear
 from emqlib.train.evaluate import batches
 
@@ -21,23 +24,22 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-TYPES = {2: "INT2", 3: "INT4", 8: "INT8"}
 MIXTURE = {"*1.*": 2, "*": 4}
 Export = Callable[[int | dict[str, int]], Path]
-CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
-    "quickstart": ("resnet8", {"width": 8}, {}),
-    "pre-activation": ("preact_resnet20", {"width_factor": 1}, {"norm": "shared_affine", "output_correction": True}),
-    "vit": (
-        "vit_tiny",
-        {"image_size": 8, "patch_size": 2, "width": 32, "depth": 2, "heads": 2},
-        {"weight": "minmax", "activation": "lsq"},
-    ),
+BLOCKS = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 1, 2]]  # of MobileNet: expansion, channels, repeats, stride
+VIT = {"image_size": 8, "patch_size": 2, "width": 32, "depth": 2, "heads": 2}
+PREACT = {"norm": "shared_affine", "output_correction": True}
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "resnet8": (lambda: models.resnet8(10, width=8), {}),
+    "resnet20": (lambda: models.resnet20(10, width=4), {}),
+    "pre-activation": (lambda: models.preact_resnet20(10, width_factor=1), PREACT),
+    "mobilenet": (lambda: mobilenet_v2(num_classes=10, width_mult=0.25, inverted_residual_setting=BLOCKS), {}),
+    "vit": (lambda: models.vit_tiny(10, **VIT), {"weight": "minmax", "activation": "lsq"}),
 }
-# How integers are packed depends on the bit-width, which operations there are on the network: not each at each.
-ASKED: dict[str, tuple[int | dict[str, int], ...]] = {
-    "quickstart": (1, 2, 3, 4, 5, 8, 32, MIXTURE),
-    "pre-activation": (3,),
-    "vit": (1, 4),
+ASKED = (1, 2, 3, 4, 5, 6, 7, 8, 32, MIXTURE)
+FLOATING = {
+    "vit": {"Conv": 1, "MatMul": 2, "FusedMatMul": 2, "Gemm": 1},  # attention has products of its own
+    "pre-activation": {"Conv": 2, "Gemm": 1},  # onnxruntime scales channels by a convolution
 }
 
 
@@ -60,84 +62,168 @@ def case(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(case: str, digits: emq.Dataset) -> nn.Module:
     """Trained for two epochs: logits of a network that knows nothing lie too close together to be told apart."""
-    name, arguments, spec = CASES[case]
+    build, spec = CASES[case]
     torch.manual_seed(0)
-    model = emq.convert(models.build(name, 10, **arguments), emq.QuantSpec(**{"bits": (2, 4, 8)} | spec))
-    config = emq.TrainConfig(epochs=2, batch_size=64, optimizer="adamw", lr=2e-3)
+    model = emq.convert(build(), emq.QuantSpec(bits=(2, 4, 8), **spec))
+    config = emq.TrainConfig(epochs=2, batch_size=64, optimizer="adamw", lr=4e-3)
     emq.train(model, digits, config, progress=False)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
 def exported(model: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """The file of `model` at a bit-width, written once."""
-    folder, files = tmp_path_factory.mktemp("exported"), {}
+    """The file of `model` at a bit-width, written once; PyTorch's exporter, which sees no bit-width, is asked once."""
+    folder, files, graphs, whole = tmp_path_factory.mktemp("exported"), {}, [], export._exported
 
-    def export(bits: int | dict[str, int]) -> Path:
+    def once(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        graphs.append(graphs[0] if graphs else whole(network, inputs))
+        return graphs[0].clone()
+
+    def write(bits: int | dict[str, int]) -> Path:
         path = folder / f"{len(files)}.onnx"
         if str(bits) not in files:
-            emq.export_onnx(model, path, bits, images[:1])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(export, "_exported", whole if bits == 32 else once)
+                emq.export_onnx(model, path, bits, images)
             files[str(bits)] = path
         return files[str(bits)]
 
-    return export
+    return write
 
 
-def answers(path: Path, *inputs: Tensor) -> np.ndarray:
-    """The logits that onnxruntime gives, with weights dequantized once, as the guide says."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def answers(path: Path, *inputs: Tensor, **options: Any) -> np.ndarray:
+    """The logits that onnxruntime gives; options: attributes of its session's options."""
+    chosen = onnxruntime.SessionOptions()
+    for name, value in ({"intra_op_num_threads": 1, "log_severity_level": 3} | options).items():
+        setattr(chosen, name, value)
+    session = onnxruntime.InferenceSession(path, chosen, providers=["CPUExecutionProvider"])
     named = zip(session.get_inputs(), inputs, strict=True)
     return session.run(None, {given.name: x.numpy() for given, x in named})[0]
 
 
-def test_the_runtime_answers_as_the_network_does(case: str, model: nn.Module, images: Tensor, exported: Export) -> None:
-    """At most one answer of the 355 to a file differs, over the files of a network.
+def compare(
+    found: np.ndarray, model: nn.Module, bits: Any, images: Tensor, labels: np.ndarray
+) -> tuple[float, float, float]:
+    """How often answers are the same, how much more often they are right, and how far the median image's logits are."""
+    with emq.at_bits(model, bits), torch.no_grad():
+        expected = model(images).numpy()
+    off = np.abs(found - expected).max(1) / np.abs(expected).max()
+    right = (found.argmax(1) == labels).mean() - (expected.argmax(1) == labels).mean()
+    return (found.argmax(1) == expected.argmax(1)).mean(), right, float(np.median(off))
 
-    A logit may be off where an activation lies on the edge between two levels, and rounding tips it over; at 2 bits the
-    levels lie far apart. How many do depends on what was trained, and so on the release of PyTorch.
-    """
-    same, off = [], []
-    for bits in ASKED[case]:
+
+def alike(case: str, bits: Any, same: float, right: float, off: float) -> bool:
+    """The narrow and deep ones of these networks, hardly trained, pass any rounding on to many answers."""
+    least = {"resnet20": 0.5, "mobilenet": 0.65, "pre-activation": 0.7}.get(case, 0.85)
+    if not isinstance(bits, int) or bits < 5:  # a level is a large part of the range
+        return case not in ("resnet8", "vit") or abs(right) < 0.2
+    return abs(right) < 0.06 and same > least and off < 0.2 * (1 - least) + 0.1
+
+
+def test_the_runtime_answers_as_the_network_does(
+    case: str, model: nn.Module, digits: emq.Dataset, images: Tensor, exported: Export
+) -> None:
+    """Weights and sums are rounded, which tips activations over, at low bit-widths by a large part of their range."""
+    labels = digits.test.labels.numpy()
+    for bits in ASKED:
         found = answers(exported(bits), images)
-        with emq.at_bits(model, bits), torch.no_grad():
-            expected = model(images).numpy()
-        same.append(found.argmax(1) == expected.argmax(1))
-        off.append(np.abs(found - expected).max(1) / np.abs(expected).max())
-    assert np.size(same) == 355 * len(ASKED[case]) and np.mean(same) >= 0.997
-    assert np.median(off) < 1e-6 and np.quantile(off, 0.9) < 1e-3 and np.quantile(off, 0.999) < 0.05
+        same, right, off = compare(found, model, bits, images, labels)
+        assert same == 1 and off < 1e-5 if bits == 32 else alike(case, bits, same, right, off)
 
 
-def test_what_is_in_a_file(case: str, model: nn.Module, exported: Export) -> None:
-    for bits in ASKED[case]:
-        if isinstance(bits, int) and bits in TYPES:
-            holds_the_packed_integers(exported(bits), model, bits)
+def test_integer_kernels_are_chosen(case: str, images: Tensor, exported: Export, tmp_path: Path) -> None:
+    """No float convolution but the first in what onnxruntime makes of the file, and no product but the last."""
+    for bits in (1, 4, 8):
+        answers(exported(bits), images[:2], optimized_model_filepath=str(tmp_path / "optimized.onnx"))
+        proto = onnx.load(tmp_path / "optimized.onnx")
+        kinds = Counter(node.op_type for node in proto.graph.node)
+        floating = {
+            k: kinds[k] for k in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul") if kinds[k]
+        }
+        assert floating == FLOATING.get(case, {"Conv": 1, "Gemm": 1})
+        layers = sum(
+            t.name.endswith(".step") and ".bias" not in t.name for t in onnx.load(exported(bits)).graph.initializer
+        )
+        assert kinds["QLinearConv"] + kinds["MatMulIntegerToFloat"] == layers > 5
 
 
-def holds_the_packed_integers(path: Path, model: nn.Module, bits: int) -> None:
+def test_integer_kernels_compute_what_the_file_says(case: str, images: Tensor, exported: Export) -> None:
+    """Without its optimizations onnxruntime computes each node as ONNX defines it, in floating point."""
+    plain = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for bits in (2, 8):
+        found, expected = (answers(exported(bits), images, **o) for o in ({}, {"graph_optimization_level": plain}))
+        assert np.quantile(np.abs(found - expected).max(1) / np.abs(expected).max(), 0.95) < 1e-3
+
+
+def test_openvino_runs_the_same_file(
+    case: str, model: nn.Module, digits: emq.Dataset, images: Tensor, exported: Export
+) -> None:
+    """It does not round what is added, and so answers a little closer to the network."""
+    openvino = pytest.importorskip("openvino")
+    for bits in (2, 5, 8):
+        precise = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        found = openvino.compile_model(exported(bits), "CPU", precise)(images.numpy())[0]
+        assert alike(case, bits, *compare(found, model, bits, images, digits.test.labels.numpy()))
+
+
+def weights_in(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The weights (O, ...) of the quantized layers of a file as its graph computes them, and their integers."""
     proto = onnx.load(path)
-    onnx.checker.check_model(proto, full_check=True)
-    layers = {n: m for n, m in emq.pack(model, bits).named_modules() if isinstance(m, (PackedConv2d, PackedLinear))}
-    found = {t.name.removesuffix(".codes"): t for t in proto.graph.initializer if t.name.endswith(".codes")}
-    assert found.keys() == layers.keys()
-    for name, layer in layers.items():
-        assert onnx.TensorProto.DataType.Name(found[name].data_type) == TYPES[bits]
-        values = onnx.numpy_helper.to_array(found[name]).astype(np.int64)
-        expected = layer.integers().numpy()
-        assert np.array_equal(values, expected if isinstance(layer, PackedConv2d) else expected.T)
-        assert len(found[name].raw_data) == -(-layer.weight.numel() * export.native(bits) // 8)  # rounded up
-    kinds = [node.op_type for node in proto.graph.node]
-    inputs = kinds.count("QuantizeLinear")  # layers that read one activation quantize it once
-    assert len(layers) / 2 < inputs <= len(layers) and kinds.count("DequantizeLinear") == inputs + len(layers)
-    assert "BatchNormalization" not in kinds
-    (given,), (answer,) = proto.graph.input, proto.graph.output
-    assert (given.name, answer.name) == ("images", "logits")
-    assert given.type.tensor_type.shape.dim[0].dim_param and answer.type.tensor_type.shape.dim[0].dim_param
-    assert str(Path.cwd()).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+    nodes = {n.output[0]: n for n in proto.graph.node}
+    found = [n for n in nodes.values() if n.op_type == "DequantizeLinear" and n.input[1].endswith(".dense.step")]
+    names = [n.input[1].removesuffix(".dense.step") for n in found]
+    for n in found:
+        proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in (n.output[0], n.input[0]))
+        proto.graph.output[-2].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        proto.graph.output[-1].type.tensor_type.elem_type = onnx.TensorProto.INT8
+    del proto.graph.output[0]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = session.run(None, {"images": np.zeros((1, 3, 8, 8), np.float32)})
+    values = [v.T if v.ndim == 2 else v for v in values]
+    return dict(zip(names, values[::2], strict=True)), dict(zip(names, values[1::2], strict=True))
 
 
+def test_no_weight_is_far_off_and_no_kernel_overflows(case: str, model: nn.Module, exported: Export) -> None:
+    """Two products of the largest activation and the largest weight fit the 16 bits that AVX2 adds them in."""
+    for bits in ASKED[:8]:
+        layers = {n: m for n, m in emq.pack(model, bits).named_modules() if isinstance(m, (PackedConv2d, PackedLinear))}
+        found, integers = weights_in(exported(bits))
+        assert found.keys() == layers.keys()
+        for name, layer in layers.items():
+            expected, largest = layer.weight.numpy(), 64 if bits == 8 else 127
+            assert np.abs(integers[name].astype(int)).max() <= largest and 2 * (2**bits - 1) * largest <= 32767
+            bound = np.abs(expected).reshape(len(expected), -1).max(1) / largest
+            off = np.abs(found[name] - expected).reshape(len(expected), -1).max(1)
+            assert (off <= 1.001 * bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("case", ["resnet8"], indirect=True)
+def test_what_is_in_a_file(model: nn.Module, exported: Export) -> None:
+    sizes = []
+    for bits in ASKED[:8]:
+        proto = onnx.load(exported(bits))
+        onnx.checker.check_model(proto, full_check=True)
+        kinds = Counter(node.op_type for node in proto.graph.node)
+        assert "BatchNormalization" not in kinds and not any(t.name.endswith(".dense") for t in proto.graph.initializer)
+        codes = {t.name.removesuffix(".dense.codes"): t for t in proto.graph.initializer if t.name.endswith(".codes")}
+        for name, tensor in codes.items():
+            layer, each = emq.pack(model, bits).get_submodule(name), 8 // bits
+            octets = onnx.numpy_helper.to_array(tensor)[:, 0].astype(int)
+            unpacked = (octets[:, None] >> bits * np.arange(each) & (2**bits - 1)).ravel()[: layer.weight.numel()]
+            assert np.array_equal(unpacked, layer.integers().flatten() + 2 ** (bits - 1))
+        assert len(codes) >= 6 if bits <= 4 else not codes  # small layers would gain nothing
+        (given,), (answer,) = proto.graph.input, proto.graph.output
+        assert (given.name, answer.name) == ("images", "logits")
+        assert given.type.tensor_type.shape.dim[0].dim_param and answer.type.tensor_type.shape.dim[0].dim_param
+        assert str(Path.cwd()).encode() not in exported(bits).read_bytes()
+        assert b"site-packages" not in exported(bits).read_bytes()
+        sizes.append(exported(bits).stat().st_size)
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[4] and sizes[7] <= sizes[4]
+
+
+@pytest.mark.parametrize("case", ["resnet8", "vit"], indirect=True)
 def test_any_size_of_batch(images: Tensor, exported: Export) -> None:
     whole = answers(exported(4), images[:8])
     for size in (1, 3, 8):
@@ -145,11 +231,43 @@ def test_any_size_of_batch(images: Tensor, exported: Export) -> None:
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
-def test_the_same_network_gives_the_same_bytes(
-    model: nn.Module, images: Tensor, exported: Export, tmp_path: Path
-) -> None:
-    emq.export_onnx(model, tmp_path / "again", 1, images[:7])
-    assert (tmp_path / "again").read_bytes() == exported(1).read_bytes()
+def test_the_same_network_gives_the_same_bytes(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    for name in ("one", "again"):
+        emq.export_onnx(model, tmp_path / name, 1, images)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "again").read_bytes()
+
+
+def test_integers_of_a_weight_against_all_steps_tried(rng: torch.Generator) -> None:
+    """The step found is nearly as good as the best of 20,000."""
+    levels = 0.1 * torch.arange(4.0).sub(1.5).repeat(3, 1).double() + torch.tensor([[0.013], [-0.04], [0.0]])
+    counts = torch.tensor([[5.0, 9, 9, 5], [0, 3, 3, 0], [1, 0, 0, 1]]).double()
+    table, step = int8_weight(levels, counts, 127, torch.full((3,), 1e-20).double())
+    off = (table * step[:, None] - levels) * (counts > 0)
+    assert (off.abs() <= (levels.abs() * (counts > 0)).amax(1, keepdim=True) / 127).all()
+    for o in range(3):
+        largest = (levels[o].abs() * (counts[o] > 0)).max() / 127
+        tried = largest * torch.linspace(1, 2, 20_000).double()[:, None]
+        errors = ((levels[o] / tried).round() * tried - levels[o]) * (counts[o] > 0)
+        costs = (counts[o] * errors**2).sum(1) + 0.25 * (counts[o] * errors).sum(1) ** 2
+        own = (counts[o] * off[o] ** 2).sum() + 0.25 * (counts[o] * off[o]).sum() ** 2
+        assert own <= 25 * costs.min() + 1e-12 and own < costs.median() / 10
+
+
+def test_a_weight_without_spread_and_a_bias_that_must_fit() -> None:
+    zero, least = torch.zeros(2, 4).double(), torch.tensor([1e-20, 0.5]).double()
+    table, step = int8_weight(zero, zero + 1, 127, least)
+    assert not table.any() and torch.equal(step, least)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_layers_whose_inputs_are_not_quantized_keep_their_weights(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(180, 3, bias=False))
+    model = emq.convert(net, emq.QuantSpec(bits=(2, 4), activation="none", full_precision=())).eval()
+    emq.export_onnx(model, tmp_path / "net", bits, x)
+    with emq.at_bits(model, bits), torch.no_grad():
+        np.testing.assert_allclose(answers(tmp_path / "net", x), model(x).numpy(), rtol=1e-4, atol=1e-5)
 
 
 class TwoInputs(nn.Module):
@@ -168,8 +286,10 @@ def test_a_network_of_several_inputs(tmp_path: Path) -> None:
     model(*inputs)
     emq.export_onnx(model.eval(), tmp_path / "net.onnx", 4, inputs)
     assert [i.name for i in onnx.load(tmp_path / "net.onnx").graph.input] == ["input_0", "input_1"]
-    found = answers(tmp_path / "net.onnx", *inputs)
-    np.testing.assert_allclose(found, model(*inputs).detach().numpy(), rtol=1e-5, atol=1e-5)
+    found, expected = answers(tmp_path / "net.onnx", *inputs), model(*inputs).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
+    answers(tmp_path / "net.onnx", *inputs, optimized_model_filepath=str(tmp_path / "optimized.onnx"))
+    assert "MatMulIntegerToFloat" in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
 def test_nothing_is_written_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

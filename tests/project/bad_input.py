@@ -271,6 +271,7 @@ TABLE += [
     ("at_bits", {"model": model, "bits": 4}, {"model": MODELS, "bits": ONE_WIDTH + BY_LAYER}),
     ("summary", {}, {"model": MODELS}),
     ("pack", {"model": model, "bits": 4}, PACKED),
+    ("freeze", {"model": model, "bits": 4}, PACKED),
     ("deploy.pack.pack_integers", {"codes": torch.tensor([1, 2]), "bits": 2}, {"codes": CODES, "bits": COUNTS}),
     ("deploy.pack.unpack_integers", INTEGERS, {"packed": TENSORS, "bits": COUNTS, "count": [*NUMBERS, 5]}),
     ("export_onnx", ONNX, PACKED | {"path": FILES, "example_inputs": IMAGES}),
