@@ -65,14 +65,18 @@ def model(case: str, digits: emq.Dataset) -> nn.Module:
     build, spec = CASES[case]
     torch.manual_seed(0)
     model = emq.convert(build(), emq.QuantSpec(bits=(2, 4, 8), **spec))
-    config = emq.TrainConfig(epochs=2, batch_size=64, optimizer="adamw", lr=4e-3)
+    config = emq.TrainConfig(epochs=8, batch_size=32, optimizer="adamw", lr=4e-3)
     emq.train(model, digits, config, progress=False)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def exported(model: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """The file of `model` at a bit-width, written once; PyTorch's exporter, which sees no bit-width, is asked once."""
+def exported(case: str, model: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The file of `model` at a bit-width, written once.
+
+    PyTorch's exporter is asked once, since it sees no bit-width, but where norms that are not folded have statistics of
+    each bit-width's own.
+    """
     folder, files, graphs, whole = tmp_path_factory.mktemp("exported"), {}, [], export._exported
 
     def once(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -83,7 +87,7 @@ def exported(model: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPath
         path = folder / f"{len(files)}.onnx"
         if str(bits) not in files:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(export, "_exported", whole if bits == 32 else once)
+                patch.setattr(export, "_exported", whole if bits == 32 or case == "pre-activation" else once)
                 emq.export_onnx(model, path, bits, images)
             files[str(bits)] = path
         return files[str(bits)]
@@ -101,34 +105,21 @@ def answers(path: Path, *inputs: Tensor, **options: Any) -> np.ndarray:
     return session.run(None, {given.name: x.numpy() for given, x in named})[0]
 
 
-def compare(
-    found: np.ndarray, model: nn.Module, bits: Any, images: Tensor, labels: np.ndarray
-) -> tuple[float, float, float]:
-    """How often answers are the same, how much more often they are right, and how far the median image's logits are."""
+def off(found: np.ndarray, model: nn.Module, bits: Any, images: Tensor) -> float:
+    """The root mean square of how far logits are off, in standard deviations of the network's."""
     with emq.at_bits(model, bits), torch.no_grad():
         expected = model(images).numpy()
-    off = np.abs(found - expected).max(1) / np.abs(expected).max()
-    right = (found.argmax(1) == labels).mean() - (expected.argmax(1) == labels).mean()
-    return (found.argmax(1) == expected.argmax(1)).mean(), right, float(np.median(off))
+    return float(np.sqrt(np.square(found - expected).mean()) / expected.std())
 
 
-def alike(case: str, bits: Any, same: float, right: float, off: float) -> bool:
-    """The narrow and deep ones of these networks, hardly trained, pass any rounding on to many answers."""
-    least = {"resnet20": 0.5, "mobilenet": 0.65, "pre-activation": 0.7}.get(case, 0.85)
-    if not isinstance(bits, int) or bits < 5:  # a level is a large part of the range
-        return case not in ("resnet8", "vit") or abs(right) < 0.2
-    return abs(right) < 0.06 and same > least and off < 0.2 * (1 - least) + 0.1
+# What rounding of weights and sums may do to logits: it tips activations over, by a level of their bit-width.
+ROUNDING = {1: 1.5, 2: 1.0, 3: 0.65, 4: 0.45, 5: 0.3, 6: 0.3, 7: 0.3, 8: 0.3, 32: 1e-5}
 
 
-def test_the_runtime_answers_as_the_network_does(
-    case: str, model: nn.Module, digits: emq.Dataset, images: Tensor, exported: Export
-) -> None:
-    """Weights and sums are rounded, which tips activations over, at low bit-widths by a large part of their range."""
-    labels = digits.test.labels.numpy()
-    for bits in ASKED:
-        found = answers(exported(bits), images)
-        same, right, off = compare(found, model, bits, images, labels)
-        assert same == 1 and off < 1e-5 if bits == 32 else alike(case, bits, same, right, off)
+def test_the_runtime_answers_as_the_network_does(case: str, model: nn.Module, images: Tensor, exported: Export) -> None:
+    """It rounds weights and sums to 8 bits, which these networks, hardly trained, pass on from layer to layer."""
+    found = {str(bits): off(answers(exported(bits), images), model, bits, images) for bits in ASKED}
+    assert all(found[str(bits)] < most for bits, most in ROUNDING.items()), found
 
 
 def test_integer_kernels_are_chosen(case: str, images: Tensor, exported: Export, tmp_path: Path) -> None:
@@ -155,15 +146,14 @@ def test_integer_kernels_compute_what_the_file_says(case: str, images: Tensor, e
         assert np.quantile(np.abs(found - expected).max(1) / np.abs(expected).max(), 0.95) < 1e-3
 
 
-def test_openvino_runs_the_same_file(
-    case: str, model: nn.Module, digits: emq.Dataset, images: Tensor, exported: Export
-) -> None:
+def test_openvino_runs_the_same_file(case: str, model: nn.Module, images: Tensor, exported: Export) -> None:
     """It does not round what is added, and so answers a little closer to the network."""
     openvino = pytest.importorskip("openvino")
     for bits in (2, 5, 8):
         precise = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
         found = openvino.compile_model(exported(bits), "CPU", precise)(images.numpy())[0]
-        assert alike(case, bits, *compare(found, model, bits, images, digits.test.labels.numpy()))
+        # its own rounding of the sums of pre-activation blocks goes further than what the file says: see the guide
+        assert off(found, model, bits, images) < (1.0 if case == "pre-activation" else ROUNDING[bits])
 
 
 def weights_in(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
