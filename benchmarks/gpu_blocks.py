@@ -61,6 +61,8 @@ def pretended() -> Iterator[None]:
                 held.enter_context(mock.patch.object(place, name, of_class(answer(value))))
         for name in ("torch.utils._triton.triton_hash_with_backend", "torch.utils._triton.triton_backend"):
             held.enter_context(mock.patch(name, answer("")))
+        # its answer is kept for the life of a process, which may have asked before
+        held.enter_context(mock.patch("torch._inductor.scheduler.has_triton", answer(True)))
         held.enter_context(mock.patch.object(type(triton.runtime.driver), "active", mock.Mock()))
         held.enter_context(mock.patch.object(async_compile.AsyncCompile, "triton", answer(None)))
         yield

@@ -106,7 +106,7 @@ def test_on_little_data(name: str, digits: emq.Dataset) -> None:
     assert len(rows) == count and set(rows.repeat) == {0, 1}
     cases = rows[rows.columns.intersection(["network", "score", "scheme", "implementation", "phase", "precision"])]
     assert cases[rows.repeat == 0].to_numpy().tolist() == cases[rows.repeat == 1].to_numpy().tolist()
-    times = rows[rows.columns.intersection(["seconds", "plain", "ours", "scored", "batch", "step"])]
+    times = rows[rows.columns.intersection(["seconds", "plain", "ours", "recording", "batch", "step"])]
     assert not times.empty and (times > 0).all(axis=None)
     assert not module.summary(rows).empty
     pyplot.close(module.figure(rows).figure)
