@@ -67,7 +67,7 @@ def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
 
 def in_setting(base: Run, setting: Setting) -> Run:
     """`base` with the network, the training and the images of `setting`; only the seed of its training is kept."""
-    own = {name: getattr(setting, name) for name in ("model", "model_args", "subset", "image_size")}
+    own = {name: getattr(setting, name) for name in ("model", "model_args", "subset", "image_size", "held_out")}
     return replace(base, **own, config=replace(setting.training, seed=base.config.seed))
 
 
@@ -337,19 +337,50 @@ def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """What a child model gains from the others' steps: trained all together, all but one, and each alone.
 
-    ValueError: a single bit-width.
+    Alone it is also trained for as many steps as the others have together. ValueError: a single bit-width.
     """
     if len(p.bits) < 2:
         raise checks.invalid("bits", p.bits, "two bit-widths at least")
     children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
     runs = []
     for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
+        longer = replace(start.config, epochs=(len(p.bits) - 1) * start.config.epochs)
         runs += [*(ours(start, bits=bits, **UNCALIBRATED) for bits in children), *dedicated(start)]
+        runs += dedicated(replace(start, config=longer))
+    return list(dict.fromkeys(runs))  # of two bit-widths the others are one
+
+
+def fair_base(p: Parameters, seed: int, dataset: str = "cifar10") -> Run:
+    """What runs of a comparison share in which each method is tuned; only the trained bit-widths are evaluated."""
+    return replace(in_setting(base(p, seed, dataset), p.profile.fair), eval_bits=p.bits)
+
+
+def tuning(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """What each method trains best with, on validation images and the full data, of one seed.
+
+    Any-Precision with and without distillation, and ours: learning rates 0.5, 1 and 2 times the usual one, each in
+    whole batches and in batches of a third, in which ours takes as many steps as Any-Precision in whole ones.
+    """
+    start, runs = fair_base(p, p.seeds[0], dataset), []
+    for parts, factor in product((1, 3), (1.0, 2.0, 0.5)):
+        shared = in_parts(start, parts)
+        shared = replace(shared, config=replace(shared.config, lr=factor * start.config.lr))
+        joint = any_precision(shared)
+        runs += [joint, replace(joint, config=replace(joint.config, distillation=False)), ours(shared)]
+    return runs
+
+
+def statistics_kinds(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Which running statistics serve a shared norm, without and with correction: for `statistics.KINDS`."""
+    runs = []
+    for seed, correction in product(p.seeds, ("none", "mean_var")):
+        run = ours(fair_base(p, seed, dataset), norm="shared_affine", correction=correction)
+        runs.append(replace(run, every_statistics=True))
     return runs
 
 
 RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
-RUNS += [corrected_or_not, bias_correction, uncalibrated, untrained, transfer, deployed]
+RUNS += [tuning, statistics_kinds, corrected_or_not, bias_correction, uncalibrated, untrained, transfer, deployed]
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h
 
 

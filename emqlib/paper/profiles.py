@@ -26,6 +26,7 @@ class Setting:
     model_args: tuple[tuple[str, int], ...] = ()  # keyword arguments of `models.build`
     subset: tuple[int, int] = (0, 0)  # training and test images, 0 for all
     image_size: int = 0  # pixels a side, 0 for the data set's own
+    held_out: int = 0  # training images that are evaluated in place of test images, see `Dataset.validation`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Profile(Setting):
     coreset_subset: tuple[int, int]  # training and test images of those runs, 0 for all
     vit: Setting
     imagenet: Setting
+    fair: Setting  # of comparisons in which each method is tuned, on a validation split
     cost_subset: tuple[int, int] = (1280, 500)  # images of runs that measure cost alone
     bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
     dataset: str = ""  # in place of every experiment's own
@@ -55,6 +57,12 @@ _STEPS = replace(_GPU, schedule="step")
 _SMOKE_VIT = replace(_SMOKE, epochs=5, optimizer="adamw", lr=1e-3)
 _SMALL_VIT = TrainConfig(epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=1, clip_grad_norm=1.0)
 _SMALL_IMAGENET = replace(_CPU, epochs=5, batch_size=32, lr=0.05, warmup_epochs=1)
+_FAIR = Setting(
+    model="preact_resnet20",
+    model_args=(("width_factor", 1),),
+    training=replace(_CPU, epochs=4, warmup_epochs=0.5),
+    held_out=5000,
+)
 # what Any-Precision publishes for CIFAR-10 (SHI-Labs/Any-Precision-DNNs, train_cifar10.sh)
 _PAPER = replace(_STEPS, epochs=200, optimizer="adamw", lr=1e-3, weight_decay=0, milestones=(100, 150, 180))
 # DeiT's schedule (arXiv 2012.12877, table 9), its learning rate of 1e-3 for batches of 1,024 scaled to 128
@@ -77,6 +85,7 @@ PROFILES = {
         coreset_subset=(96, 48),
         vit=Setting(model="vit_tiny", model_args=_TINY_VIT, training=_SMOKE_VIT, subset=(96, 48)),
         imagenet=Setting(model="resnet8", model_args=_TINY_RESNET, training=_SMOKE, image_size=32),
+        fair=Setting(model="resnet8", model_args=_TINY_RESNET, training=_SMOKE, subset=(96, 48), held_out=24),
         cost_subset=(96, 48),
         bit_counts=(2, 3),
     ),
@@ -92,6 +101,7 @@ PROFILES = {
         coreset_subset=(10000, 5000),
         vit=Setting(model="vit_tiny", model_args=_VIT, training=_SMALL_VIT, subset=(10000, 5000)),
         imagenet=Setting(model="torchvision.resnet18", training=_SMALL_IMAGENET, image_size=224),
+        fair=_FAIR,
     ),
     "paper": Profile(
         name="paper",
@@ -104,6 +114,7 @@ PROFILES = {
         coreset_subset=(0, 0),
         vit=Setting(model="vit_tiny", model_args=(("patch_size", 4),), training=replace(_DEIT, label_smoothing=0.1)),
         imagenet=Setting(model="torchvision.resnet50", training=_IMAGENET, image_size=224),
+        fair=replace(_FAIR, model_args=(("width_factor", 5),), training=replace(_GPU, epochs=20, compile="graphs")),
     ),
 }
 

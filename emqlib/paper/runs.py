@@ -29,6 +29,7 @@ from ..train.evaluate import ADAPTATION_SAMPLES, batch_norms, evaluate
 from ..train.loop import train
 from ..train.sources import check_name as check_data
 from ..train.sources import load_dataset
+from .statistics import evaluate_each, track
 
 Records = list[dict[str, Any] | None]  # of runs, None for what is not finished
 COST = ("sample_passes", "scoring_passes", "steps", "seconds")  # columns of a training's history, summed over epochs
@@ -47,6 +48,8 @@ class Run:
     subset: tuple[int, int] = (0, 0)  # training and test images, 0 for all
     eval_bits: Annotated[tuple[int, ...], checks.bit_widths] = tuple(range(1, 9))  # to evaluate, trained or not
     image_size: Annotated[int, checks.Range(0)] = 0  # pixels a side, 0 for the data set's own
+    held_out: Annotated[int, checks.Range(0)] = 0  # training images that are evaluated in place of test images
+    every_statistics: bool = False  # whether it is evaluated with each of `statistics.KINDS`
     stream: bool = False  # whether images are read from files while training, see `load_dataset`
 
     def __post_init__(self) -> None:
@@ -210,7 +213,8 @@ def _execute(
     model = build(run, data.num_classes)
     history = train(model, data, run.config, checkpoint_file(run, results_dir), progress, budget=deadline)
     switchable = run.spec.norm == "switchable" and batch_norms(model)  # which knows the trained bit-widths alone
-    rows = evaluate(model, data, bits=run.spec.bits if switchable else run.eval_bits).assign(adapted=False)
+    evaluated = evaluate_each if run.every_statistics else evaluate
+    rows = evaluated(model, data, run.spec.bits if switchable else run.eval_bits).assign(adapted=False)
     if batch_norms(model):
         adapted = evaluate(model, data, bits=run.eval_bits, adapt_norm=True)
         rows = pd.concat([rows, adapted.assign(adapted=True)])
@@ -252,7 +256,7 @@ def _processor() -> str:
 
 
 def _data_key(run: Run) -> tuple:
-    return run.dataset, run.image_size, run.stream, run.subset
+    return run.dataset, run.image_size, run.stream, run.subset, run.held_out
 
 
 def data_of(run: Run, loaded: dict[tuple, Dataset] | None = None) -> Dataset:
@@ -260,7 +264,8 @@ def data_of(run: Run, loaded: dict[tuple, Dataset] | None = None) -> Dataset:
     key, loaded = _data_key(run), {} if loaded is None else loaded
     if key not in loaded:
         data = load_dataset(run.dataset, image_size=run.image_size or None, stream=run.stream or None)
-        loaded[key] = data.subset(*run.subset) if any(run.subset) else data
+        data = data.subset(*run.subset) if any(run.subset) else data
+        loaded[key] = data.validation(run.held_out) if run.held_out else data
     return loaded[key]
 
 
@@ -269,7 +274,10 @@ def build(run: Run, num_classes: int) -> nn.Module:
     checks.instance("run", run, Run, "a Run")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator(run.config.seed, "init").initial_seed())
-        return convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
+        model = convert(models.build(run.model, num_classes, **dict(run.model_args)), run.spec)
+    if run.every_statistics:
+        track(model)
+    return model
 
 
 def trained(run: Run, results_dir: str | Path, progress: bool = True) -> tuple[nn.Module, Dataset]:

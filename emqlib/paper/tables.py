@@ -277,18 +277,20 @@ def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a child model: top-1 (%) after all steps, after its own alone, after the others' alone.
 
     All are after batch-norm adaptation, so that weights are compared. "gained" is what the others' steps add to its
-    own. rows: of `experiments.transfer`.
+    own; "as many own steps" are as many as the others' alone. rows: of `experiments.transfer`.
     """
-    checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "top1"))
+    checks.table("rows", rows, ("adapted", "trained", "trained_bits", "scheme", "bits", "seed", "epochs", "top1"))
     adapted = rows[rows.adapted]
-    every = max(adapted.trained_bits, key=len)
-    kinds = adapted.trained_bits.map({every: "all steps"}).where(adapted.scheme != "dedicated", "own steps alone")
+    every, alone = max(adapted.trained_bits, key=len), adapted.scheme == "dedicated"
+    kinds = adapted.trained_bits.map({every: "all steps"}).where(~alone, "own steps alone")
+    kinds = kinds.where(~alone | adapted.epochs.eq(adapted.epochs.min()), "as many own steps")
     kinds = kinds.where(kinds.notna() | adapted.trained, "others' steps alone")
     seeds = adapted.assign(kind=kinds).pivot_table(index=["bits", "seed"], columns="kind", values="top1", sort=False)
     seeds["gained"] = seeds["all steps"] - seeds["own steps alone"]
     tidy = seeds.melt(ignore_index=False, var_name="kind", value_name="top1").dropna().reset_index()
-    order = ["own steps alone", "others' steps alone", "all steps", "gained"]
-    return _wide(tidy, ["bits"], "kind").sort_index()[order].reset_index()
+    order = ["own steps alone", "others' steps alone", "as many own steps", "all steps", "gained"]
+    wide = _wide(tidy, ["bits"], "kind").sort_index()
+    return wide[[name for name in order if name in wide]].reset_index()
 
 
 def growth_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -309,6 +309,17 @@ class Dataset:
         test_split = _first_of_each_class(self.test, checks.integer("test", test, low, len(self.test)))
         return replace(self, train=train_split, test=test_split, sha256=sha256(train_split, test_split))
 
+    def validation(self, count: int) -> "Dataset":
+        """Hold out `count` training samples, the last of each class, in place of the test split.
+
+        What is chosen by them, such as a learning rate, is not chosen on test images. ValueError: `count` is not
+        between 1 and one less than the number of training samples.
+        """
+        checks.integer("count", count, 1, len(self.train) - 1)
+        order = _class_by_class(self.train.labels)
+        train_split, held_out = (self.train.take(part.sort().values) for part in (order[:-count], order[-count:]))
+        return replace(self, train=train_split, test=held_out, sha256=sha256(train_split, held_out))
+
 
 def as_dataset(data: Any) -> Any:
     """A map-style dataset as a `Dataset`, whose items are to train on and to test on; anything else as it is."""
@@ -416,10 +427,13 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 
 def _first_of_each_class(split: Split | Streamed, count: int) -> Split | Streamed:
-    by_class = split.labels.argsort(stable=True)
-    ranks = rank_in_class(split.labels)[by_class]
-    by_rank = by_class[ranks.argsort(stable=True)]  # first of each, second of each, ...
-    return split.take(by_rank[:count].sort().values)
+    return split.take(_class_by_class(split.labels)[:count].sort().values)
+
+
+def _class_by_class(labels: Tensor) -> Tensor:
+    """Sample indices (N,): the first of each class, then the second of each, and so on."""
+    by_class = labels.argsort(stable=True)
+    return by_class[rank_in_class(labels)[by_class].argsort(stable=True)]
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
