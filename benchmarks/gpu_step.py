@@ -29,10 +29,11 @@ from emqlib.train.distributed import Place
 
 # What the change before brought is kept in the next one.
 STAGES = {
-    "before": (False, False, False),
-    "optimizer fused": (True, False, False),
-    "and weights in Triton": (True, True, False),
-    "and activations": (True, True, True),
+    "before": (False, False, False, False),
+    "optimizer fused": (True, False, False, False),
+    "and weights in Triton": (True, True, False, False),
+    "and activations": (True, True, True, False),
+    "one graph for all bit-widths": (True, True, True, True),
 }
 KINDS = ["products", "batch norm", "activations", "weights", "optimizer"]
 # What a H200 does: products in bfloat16 (60 % of the highest rate, as large convolutions reach), memory, and launches
@@ -40,7 +41,16 @@ KINDS = ["products", "batch norm", "activations", "weights", "optimizer"]
 PRODUCTS, MEMORY, GRAPH, LAUNCH = 0.6 * 989e12, 4.8e12, 2e-6, 5e-6
 PRODUCT = ("convolution", "mm", "addmm", "convolution_backward")
 # These launch nothing, nor do views; the host has the number of an optimizer's step, which it reads.
-FREE = ("empty", "detach", "as_strided", "lift_fresh", "device", "_record_function", "_local_scalar_dense")
+FREE = (
+    "empty",
+    "detach",
+    "as_strided",
+    "lift_fresh",
+    "device",
+    "_record_function",
+    "_local_scalar_dense",
+    "promote_types",
+)
 
 
 class Counter(TorchDispatchMode):
@@ -88,7 +98,7 @@ def faked(model: nn.Module) -> Iterator[None]:
 
 
 def traced(
-    model: nn.Module, batch: int, bits: int, fused: bool, weights: bool, activations: bool, size: int = 32
+    model: nn.Module, batch: int, bits: int, fused: bool, weights: bool, activations: bool, alike: bool, size: int = 32
 ) -> pd.DataFrame:
     """The kernels of a training step at `bits` of a converted network, on images (batch, 3, size, size).
 
@@ -96,6 +106,7 @@ def traced(
         fused: whether the optimizer is fused; else it goes over lists of tensors, as PyTorch does by default on a GPU.
         weights: whether `triton_kernels` quantizes weights.
         activations: whether they quantize activations.
+        alike: whether the step reads the bit-width from tensors, as in a captured graph.
     """
     data = emq.Dataset.from_tensors(torch.zeros(batch, 3, size, size), torch.arange(batch) % 10)
     config = emq.TrainConfig(optimizer="adamw", autocast="bfloat16", batch_size=batch, device="cpu")
@@ -116,7 +127,9 @@ def traced(
             counter.phase = ""
 
         run.optimizer.step = optimize
-        with joint, each, mock.patch.object(triton_kernels, "launch", counter.launch), counter:
+        parts = [m for m in model.modules() if hasattr(m, "one_graph")] if alike else []
+        reads = distributed.for_every_bit_width(parts)
+        with joint, each, reads, mock.patch.object(triton_kernels, "launch", counter.launch), counter:
             for _ in range(2):  # the first step makes the optimizer's state
                 counter.rows.clear()
                 loop._step(run, (bits,), batch, (images, labels, labels), 0.1, watch, "")

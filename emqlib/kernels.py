@@ -89,12 +89,14 @@ class _FakeQuantize(Function):
         q_min: Number,
         q_max: Number,
         learn_step: bool,
+        unit: bool,
     ) -> Tensor:
         grid = (scale, offset, q_min, q_max)
         ctx.save_for_backward(x, *(v if isinstance(v, Tensor) else None for v in grid))
-        ctx.known, ctx.learn_step = tuple(None if isinstance(v, Tensor) else v for v in grid), learn_step
+        ctx.known, ctx.how = tuple(None if isinstance(v, Tensor) else v for v in grid), (learn_step, unit)
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if dense and x.dtype != torch.float64 and not any(isinstance(v, Tensor) for v in grid) and runs_triton(x):
+        alike = offset is None and len({isinstance(v, Tensor) for v in (scale, q_min, q_max)}) == 1
+        if dense and x.dtype != torch.float64 and alike and runs_triton(x):
             from . import triton_kernels  # Triton takes long to load, and only few need it
 
             return triton_kernels.fake_quantize(x, scale, q_min, q_max)
@@ -113,7 +115,8 @@ class _FakeQuantize(Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         scale, offset, q_min, q_max = (v if k is None else k for v, k in zip(saved, ctx.known, strict=True))
-        place = _place(x, scale, offset, q_min, q_max)
+        learn_step, unit = ctx.how
+        place = x if unit else _place(x, scale, offset, q_min, q_max)
         if torch.compiler.is_compiling() and not x.is_cuda:  # there, to keep a mask takes longer than all the rest
             c = place.clamp(0, 1)
             grad_x = grad * (c.ceil() - c.floor())
@@ -123,30 +126,37 @@ class _FakeQuantize(Function):
         if ctx.needs_input_grad[1]:
             u = x / scale if offset is None else (x - offset) / scale
             q, inside = u.round().clamp(q_min, q_max), (place > 0) & (place < 1)
-            rule = torch.where(inside, q - u if ctx.learn_step else 0.0, q)
+            rule = torch.where(inside, q - u if learn_step else 0.0, q)
             grad_scale = (grad * rule).sum().to(scale.dtype)
         if offset is not None and ctx.needs_input_grad[2]:
             grad_offset = (grad - grad_x).sum().to(offset.dtype)
-        return grad_x, grad_scale, grad_offset, None, None, None
+        return grad_x, grad_scale, grad_offset, None, None, None, None
 
 
 def _place(x: Tensor, scale: Number, offset: Tensor | None, q_min: Number, q_max: Number) -> Tensor:
     """The place of x in its range, 0 at the lower end and 1 at the upper: hardtanh's fused backward masks by it."""
     from_zero = offset is None and not isinstance(q_min, Tensor) and q_min == 0
-    if from_zero and not isinstance(scale, Tensor) and abs(q_max * scale - 1) < 1e-9:  # the range is [0, 1]
-        return x
     low = q_min * scale if offset is None else q_min * scale + offset
     whole = 1 / ((q_max - q_min) * scale)
     return x * whole if from_zero else (x - low).mul_(whole)
 
 
 def fake_quantize(
-    x: Tensor, scale: Number, q_min: Number, q_max: Number, offset: Tensor | None = None, learn_step: bool = True
+    x: Tensor,
+    scale: Number,
+    q_min: Number,
+    q_max: Number,
+    offset: Tensor | None = None,
+    learn_step: bool = True,
+    unit: bool = False,
 ) -> Tensor:
-    """The twin of `quantizers.fake_quantize`; q_min and q_max are both floats or both scalar tensors."""
+    """The twin of `quantizers.fake_quantize`; q_min and q_max are both floats or both scalar tensors.
+
+    unit: whether the range is known to be [0, 1], which saves operations.
+    """
     if x.dtype == torch.float16:  # whose largest number, 65504, a range may pass on the way
-        return _FakeQuantize.apply(x.float(), scale, offset, q_min, q_max, learn_step).to(x.dtype)
-    return _FakeQuantize.apply(x, scale, offset, q_min, q_max, learn_step)
+        return _FakeQuantize.apply(x.float(), scale, offset, q_min, q_max, learn_step, unit).to(x.dtype)
+    return _FakeQuantize.apply(x, scale, offset, q_min, q_max, learn_step, unit)
 
 
 def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int = 1) -> Tensor:

@@ -245,6 +245,9 @@ class UnitDoReFa(InputQuantizer):
 
     method, range, starts = "dorefa", "unit", False
 
+    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
+        return kernels.fake_quantize(x, *self.grid(n), learn_step=False, unit=True)
+
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
         """See `InputQuantizer.grid`."""
         return quantizers.dorefa_grid(n, 1.0)
@@ -329,6 +332,7 @@ class _QuantizedLayer(nn.Module):
 
     weight: nn.Parameter
     levels: Tensor
+    one_graph = False  # whether a CUDA graph is being made that is to serve every bit-width
     # The weight of the training step at hand and its domain, and the lock that is held as long as they hold.
     prepared: tuple[tuple[Tensor, Tensor], Lock] | None = None
     # Weight and bias in evaluation mode, what they depend on, and the tensors in that: while they live, no others can
@@ -365,8 +369,8 @@ class _QuantizedLayer(nn.Module):
                 module.set_bits(bits)
 
     def _n(self) -> quantizers.Number:
-        """The levels in force: a tensor in a compiled graph, which would else be compiled for each bit-width."""
-        if self.full or not torch.compiler.is_compiling():
+        """The levels in force: a tensor in a compiled or captured graph, which would else serve one bit-width alone."""
+        if self.full or not (self.one_graph or torch.compiler.is_compiling()):
             return self.known_levels
         return self.levels.to(torch.promote_types(self.levels.dtype, torch.float32))
 
@@ -489,10 +493,10 @@ def prepare(layers: Iterable[_QuantizedLayer], step: Lock) -> None:
             joint.setdefault(layer.known_levels, []).append(layer)
         else:
             layer.prepare(step)
-    for n, group in joint.items():
+    for group in joint.values():
         from .triton_kernels import correct_dorefa_weights
 
-        weights = correct_dorefa_weights([layer.weight for layer in group], n)
+        weights = correct_dorefa_weights([layer.weight for layer in group], group[0]._n())
         for layer, weight in zip(group, weights, strict=True):
             layer.prepared = (weight, layer.weight), step
 

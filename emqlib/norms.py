@@ -103,6 +103,7 @@ class MultiBitBatchNorm(nn.Module):
         self.register_buffer("stats_pick", torch.zeros(self.SHARED + 1, 1, device=device), persistent=False)
         self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
         self.picked: tuple[int, int, dict[int, float]] | None = None
+        self.one_graph = False  # whether a CUDA graph is being made that is to serve every bit-width
         self.set_bits(self.bits)
 
     @property
@@ -154,7 +155,8 @@ class MultiBitBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
-        in_place = not torch.compiler.is_compiling() and self.row is not None
+        for_all = torch.compiler.is_compiling() or (self.one_graph and self.own)
+        in_place = not for_all and self.row is not None
         if in_place:  # views of the table, which the norm updates: the same numbers with fewer operations
             mean, var = self.running_mean[self.row], self.running_var[self.row]
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .quantizers import is_full
+from .quantizers import Number, is_full
 
 COLUMNS = tl.constexpr(4)  # of the table of channels, see `_table`
 ROUND = tl.constexpr(1.5 * 2**23)  # adding it to a float32 of few levels rounds half to even, as torch.round does
@@ -40,14 +40,15 @@ def _over_layer(values, first, end, PEAK: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _weights(tanh, size, peak, places, mine, K, first, end, half, step, FULL: tl.constexpr, CHANNELS: tl.constexpr):
+def _weights(tanh, size, peak, places, mine, K, first, end, levels, FULL: tl.constexpr, CHANNELS: tl.constexpr):
     """E, M and tanh of the weight, and of domain and quantized weight each channel's deviation, mean and variance."""
+    n = tl.load(levels).to(tl.float32)
     E = _over_layer(size, first, end, False, CHANNELS) / ((end - first).to(tl.float32) * K)
     M = tl.maximum(_over_layer(peak, first, end, True, CHANNELS), 1.1754943508222875e-38)
     th = tl.load(tanh + places, mask=mine, other=0.0)
     t = tl.div_rn(th, M)
     domain = E * t
-    q = domain if FULL else E * (step * ((half * (t + 1) + ROUND) - ROUND) - 1)
+    q = domain if FULL else E * (tl.div_rn(2.0, n) * ((n / 2 * (t + 1) + ROUND) - ROUND) - 1)
     m_q, m_w = tl.sum(tl.where(mine, q, 0.0), 0) / K, tl.sum(domain, 0) / K
     d_q, d_w = tl.where(mine, q - m_q, 0.0), tl.where(mine, domain - m_w, 0.0)
     v_q, v_w = tl.sum(d_q * d_q, 0) / K, tl.sum(d_w * d_w, 0) / K
@@ -67,11 +68,11 @@ def statistics(w, tanh, table, size, peak, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def values(tanh, table, size, peak, out, half, step, FULL: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
+def values(tanh, table, size, peak, out, levels, FULL: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
     """The quantized and corrected weight; at 32 bits the weight in the quantizer's domain."""
     places, mine, K, first, end = _channel(table, BLOCK)
     _, _, _, domain, d_q, _, m_w, R, _, _ = _weights(
-        tanh, size, peak, places, mine, K, first, end, half, step, FULL, CHANNELS
+        tanh, size, peak, places, mine, K, first, end, levels, FULL, CHANNELS
     )
     tl.store(out + places, domain if FULL else m_w + R * d_q, mask=mine)
 
@@ -86,8 +87,7 @@ def slopes(
     g,
     total,
     peaks,
-    half,
-    step,
+    levels,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -95,7 +95,7 @@ def slopes(
     """g of `kernels._DoReFaWeight`, from the gradient as in `kernels._Correct`; and what each channel adds to g_M."""
     places, mine, K, first, end = _channel(table, BLOCK)
     E, M, th, _, d_q, d_w, _, R, v_q, v_w = _weights(
-        tanh, size, peak, places, mine, K, first, end, half, step, FULL, CHANNELS
+        tanh, size, peak, places, mine, K, first, end, levels, FULL, CHANNELS
     )
     G = tl.load(grad + places, mask=mine, other=0.0).to(tl.float32)
     if not FULL:
@@ -121,8 +121,10 @@ def gradients(tanh, table, peak, g, total, peaks, BLOCK: tl.constexpr, CHANNELS:
 
 
 @triton.jit
-def quantize(x, out, size, scale, q_min, q_max, BLOCK: tl.constexpr):
-    """The levels of x times their distance; what is not a number stays so."""
+def quantize(x, out, size, scale, q_min, q_max, LOADED: tl.constexpr, BLOCK: tl.constexpr):
+    """The levels of x times their distance; what is not a number stays so. LOADED: the grid is in tensors."""
+    if LOADED:
+        scale, q_min, q_max = tl.load(scale), tl.load(q_min), tl.load(q_max)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     q = tl.div_rn(tl.load(x + o, mask=o < size, other=0.0).to(tl.float32), scale)
     q = tl.where(q < q_min, q_min, tl.where(q > q_max, q_max, q))
@@ -159,10 +161,14 @@ def launch(kernel: triton.JITFunction, programs: int, *tensors: Tensor | float, 
         kernel[(programs,)](*tensors, **sizes, num_warps=8, enable_fp_fusion=False)
 
 
-def fake_quantize(x: Tensor, scale: float, q_min: float, q_max: float) -> Tensor:
-    """The values of `quantizers.fake_quantize` for x (any shape), which is dense and stays in its memory format."""
-    out = torch.empty_like(x)
-    launch(quantize, triton.cdiv(x.numel(), 2048), x, out, x.numel(), scale, q_min, q_max, BLOCK=2048)
+def fake_quantize(x: Tensor, scale: Number, q_min: Number, q_max: Number) -> Tensor:
+    """The values of `quantizers.fake_quantize` for x (any shape), which is dense and stays in its memory format.
+
+    The grid is of floats, or of scalar tensors.
+    """
+    out, grid = torch.empty_like(x), (scale, q_min, q_max)
+    loaded = isinstance(scale, Tensor)
+    launch(quantize, triton.cdiv(x.numel(), 2048), x, out, x.numel(), *grid, LOADED=loaded, BLOCK=2048)
     return out
 
 
@@ -170,35 +176,37 @@ class _CorrectedWeights(Function):
     """The gradients are in closed form, see `kernels`."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, n: float, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, n: Number, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         last = [not w.is_contiguous() and w.dim() == 4 for w in weights]
         flat = torch.cat([_in_order(w, how) for w, how in zip(weights, last, strict=True)])
         tanh, table = flat.tanh(), _table(tuple((len(w), w[0].numel()) for w in weights), flat.device)
         size, peak = flat.new_empty(2, len(table))
         block = triton.next_power_of_2(max(w[0].numel() for w in weights))
-        ctx.sizes = {"BLOCK": block, "CHANNELS": triton.next_power_of_2(max(map(len, weights)))}
-        ctx.grid, ctx.layout = (n / 2, 2 / n, is_full(n)), ([w.shape for w in weights], last)
+        ctx.sizes = {"FULL": is_full(n), "BLOCK": block, "CHANNELS": triton.next_power_of_2(max(map(len, weights)))}
+        ctx.layout = [w.shape for w in weights], last
+        levels = n.clone() if isinstance(n, Tensor) else torch.full((), n, device=flat.device)
         out = torch.empty_like(flat, dtype=dtype)
         launch(statistics, len(table), flat, tanh, table, size, peak, BLOCK=block)
-        launch(values, len(table), tanh, table, size, peak, out, *ctx.grid, **ctx.sizes)
-        ctx.save_for_backward(tanh, table, size, peak)
+        launch(values, len(table), tanh, table, size, peak, out, levels, **ctx.sizes)
+        ctx.save_for_backward(tanh, table, size, peak, levels)
         return tuple(_apart(out, *ctx.layout))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tanh, table, size, peak = ctx.saved_tensors
+        tanh, table, size, peak, levels = ctx.saved_tensors
         given = [tanh.new_zeros(s) if x is None else x for x, s in zip(grads, ctx.layout[0], strict=True)]
         grad = torch.cat([_in_order(x, last) for x, last in zip(given, ctx.layout[1], strict=True)])
         g, (total, peaks) = torch.empty_like(tanh), tanh.new_empty(2, len(table))
-        launch(slopes, len(table), tanh, table, size, peak, grad, g, total, peaks, *ctx.grid, **ctx.sizes)
-        launch(gradients, len(table), tanh, table, peak, g, total, peaks, **ctx.sizes)
+        launch(slopes, len(table), tanh, table, size, peak, grad, g, total, peaks, levels, **ctx.sizes)
+        sizes = {name: ctx.sizes[name] for name in ("BLOCK", "CHANNELS")}
+        launch(gradients, len(table), tanh, table, peak, g, total, peaks, **sizes)
         found = _apart(g, *ctx.layout)
         return None, None, *(None if x is None else y for x, y in zip(grads, found, strict=True))
 
 
-def correct_dorefa_weights(weights: Sequence[Tensor], n: float) -> tuple[Tensor, ...]:
+def correct_dorefa_weights(weights: Sequence[Tensor], n: Number) -> tuple[Tensor, ...]:
     """The twin of `correct_weight(*dorefa_weight(w, n))` for many weights (O, ...) at once; at 32 bits of the domain.
 
     Under autocast they come in its type, to which each product would cast them.

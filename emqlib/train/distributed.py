@@ -5,7 +5,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import checks, kernels
 from ..convert import quantized_layers
 from ..layers import Reduction, fails_channels_last, prepare
+from ..norms import MultiBitBatchNorm
 
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
@@ -129,16 +130,31 @@ class _Prepared(nn.Module):
         return self.model(x)
 
 
-class Graphed:
-    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch and each `state()`.
+@contextmanager
+def for_every_bit_width(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, passes of quantized layers and batch norms read the bit-width from tensors alone."""
+    parts = list(parts)
+    for part in parts:
+        part.one_graph = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.one_graph = False
 
-    A network of small kernels spends most of a step on launching them one by one; a graph launches all at once. The
-    first call of each kind runs the network itself, and so do all calls while a submodule has a hook. `state` gives
-    what the passes depend on besides their input and tensors that are changed in place: the bit-width.
+
+class Graphed:
+    """Training passes of `model` on a GPU as CUDA graphs, one for each shape of a batch, and another for 32 bits.
+
+    A network of small kernels spends most of a step on launching them one by one; a graph launches all at once. It
+    reads the bit-width from tensors that `set_bits` changes in place. The first call of each kind runs the network
+    itself, and so do all calls while a submodule has a hook.
     """
 
-    def __init__(self, model: nn.Module, state: Callable[[], Hashable]) -> None:
-        self.model, self.state, self.pool = model, state, torch.cuda.graph_pool_handle()
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.pool = model, torch.cuda.graph_pool_handle()
+        self.layers = list(quantized_layers(model).values())
+        self.norms = [m for m in model.modules() if isinstance(m, MultiBitBatchNorm)]
         self.known: dict[Hashable, Callable[[Tensor], Tensor] | None] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -146,7 +162,7 @@ class Graphed:
         _, *parts = self.model.modules()
         if any(part._forward_pre_hooks or part._forward_hooks for part in parts):
             return self.model(x)
-        kind = (self.state(), x.shape, x.stride(), x.dtype)
+        kind = (self._state(), x.shape, x.stride(), x.dtype)
         if kind not in self.known:  # what is made at first sight, such as the ranges of inputs, is not for a graph
             self.known[kind] = None
             return self.model(x)
@@ -154,19 +170,24 @@ class Graphed:
             self.known[kind] = self._captured(x)
         return self.known[kind](x)
 
+    def _state(self) -> Hashable:
+        """What passes depend on besides their input and the numbers in tensors."""
+        rounding = tuple((layer.full, layer.levels.data_ptr()) for layer in self.layers)
+        return rounding, tuple(frozenset(norm.own) for norm in self.norms)
+
     def _captured(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Capturing runs passes to warm up; what they change, such as running statistics, is put back."""
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        step, layers = Lock(), quantized_layers(self.model).values()
+        step = Lock()
         without_hooks = _Prepared(self.model, step).train()
         collecting = gc.isenabled()
         gc.disable()  # an earlier network's graphs, collected during a capture, would spoil it
         try:
             own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all: no two are ever at work
-            with step:
+            with step, for_every_bit_width([*self.layers, *self.norms]):
                 graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
         finally:
-            for layer in layers:
+            for layer in self.layers:
                 layer.prepared = None
             if collecting:
                 gc.enable()

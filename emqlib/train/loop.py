@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
 from .. import checks
-from ..convert import converted, quantized_layers, set_bits, step_weights
+from ..convert import converted, set_bits, step_weights
 from ..files import alone
 from . import checkpoint as checkpoints
 from . import distributed
@@ -109,8 +109,7 @@ class _Run:
         passes = len(bits) * sum(-(-self.coresets.size(e) // config.batch_size) for e in range(config.epochs))
         self.forward = distributed.compiled(self.wrapped, config.compile, passes)
         if config.compile == "graphs" and self.device.type == "cuda" and self.place.count == 1:
-            layer = next(iter(quantized_layers(model).values()))
-            self.forward = distributed.Graphed(model, lambda: layer.bits)
+            self.forward = distributed.Graphed(model)
         self.loader = loader(self.data, "train", self.device, self.place)
         self.optimizer = optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "float16")

@@ -19,7 +19,8 @@ from emqlib.convert import quantized_layers, step_weights
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test starts")
-BITS = (*range(1, 9), 32)
+# bit-widths, and whether the number of levels is a tensor
+CASES = [(32, False), *((b, b % 2 == 0) for b in range(1, 9)), (1, True)]
 
 
 def weights() -> list[Tensor]:
@@ -40,14 +41,19 @@ def formula(w: Tensor, bits: int) -> Tensor:
     return domain if bits == 32 else correction.correct_weight(w_q, domain)
 
 
+def number(n: float, tensor: bool) -> quantizers.Number:
+    """n as Python knows it, or as a captured graph reads it."""
+    return torch.tensor(n) if tensor else n
+
+
 @interpreted
-@pytest.mark.parametrize("bits", BITS)
-def test_values_and_gradients_are_the_formulas(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "tensor"), CASES)
+def test_values_and_gradients_are_the_formulas(bits: int, tensor: bool) -> None:
     from emqlib.triton_kernels import correct_dorefa_weights
 
     given = weights()
     twins = [w.detach().double().requires_grad_() for w in given]
-    found = correct_dorefa_weights(given, quantizers.levels(bits))
+    found = correct_dorefa_weights(given, number(quantizers.levels(bits), tensor))
     expected = [formula(w, bits) for w in twins]
     upstream = [torch.randn_like(w) for w in given]
     torch.autograd.backward(found[:-1], upstream[:-1])  # the gradient of weights that are all zero is anything
@@ -113,12 +119,14 @@ def test_other_weights_are_quantized_one_by_one(spec: dict, monkeypatch: pytest.
 @interpreted
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_the_formulas(bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tensor", [False, True])
+def test_activations_are_the_formulas(bits: int, dtype: torch.dtype, tensor: bool) -> None:
     n = quantizers.levels(bits)
     x = (torch.randn(3, 5, 7, 3) + 0.5).to(dtype).contiguous(memory_format=torch.channels_last)
     x[0, 0, :, 0] = (torch.arange(7) - 2) / (2 * n)  # ends, and half levels
     given, twin = x.clone().requires_grad_(), x.double().requires_grad_()
-    found = kernels.fake_quantize(given, *quantizers.dorefa_grid(n, 1.0), learn_step=False)
+    grid = quantizers.dorefa_grid(number(n, tensor), 1.0)
+    found = kernels.fake_quantize(given, *grid, learn_step=False, unit=True)
     expected = quantizers.dorefa_activation(x.float(), n)
     quantizers.dorefa_activation(twin, n).sum().backward()
     found.sum().backward()
@@ -160,8 +168,8 @@ def test_kernels_that_a_device_gets_wrong_are_not_used_there(gives: str, monkeyp
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
-@pytest.mark.parametrize("full", [False, True])
-def test_kernels_compile_for_a_gpu(full: bool) -> None:
+@pytest.mark.parametrize("flag", [False, True])
+def test_kernels_compile_for_a_gpu(flag: bool) -> None:
     """For compute capability 9.0, the H100's; without fused products and sums, as they are launched."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -170,10 +178,14 @@ def test_kernels_compile_for_a_gpu(full: bool) -> None:
     from emqlib import triton_kernels
 
     known = {"table": "*i64", "out": "*bf16", "grad": "*bf16"}
-    known |= dict.fromkeys(("half", "step", "scale", "q_min", "q_max"), "fp32")
+    known |= dict.fromkeys(("scale", "q_min", "q_max"), "*fp32" if flag else "fp32")
     for name in ("statistics", "values", "slopes", "gradients", "quantize"):
         kernel = getattr(triton_kernels, name)
-        fixed = {k: v for k, v in {"BLOCK": 1024, "CHANNELS": 64, "FULL": full}.items() if k in kernel.arg_names}
+        fixed = {
+            k: v
+            for k, v in {"BLOCK": 1024, "CHANNELS": 64, "FULL": flag, "LOADED": flag}.items()
+            if k in kernel.arg_names
+        }
         known["size"] = "i32" if name == "quantize" else "*fp32"
         kinds = {k: "constexpr" if k in fixed else known.get(k, "*fp32") for k in kernel.arg_names}
         source = ASTSource(kernel, kinds, {(kernel.arg_names.index(k),): v for k, v in fixed.items()})
@@ -187,4 +199,4 @@ def test_the_interpreted_tests_pass() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
-    assert f"{len(BITS) + 2 + 1 + 4 + 8 + 1} passed" in ran.stdout
+    assert f"{len(CASES) + 2 + 1 + 4 + 16 + 1} passed" in ran.stdout

@@ -120,16 +120,15 @@ def test_one_compiled_graph_serves_every_bit_width(spec: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_graph_of_each_bit_width_is_the_network(spec: dict[str, Any]) -> None:
+def test_one_captured_graph_is_the_network_at_every_bit_width(spec: dict[str, Any]) -> None:
     """Outputs, gradients and what the network keeps of a batch, over and over, in any order of bit-widths."""
     net = network(**spec).double().cuda().to(memory_format=torch.channels_last)
     images = torch.rand(5, 16, 3, 32, 32, dtype=torch.float64).cuda()
     emq.set_bits(net, 8)
     net(images[0])
     plain = copy.deepcopy(net)
-    layer = net.layer1[0].conv1
-    graphed = distributed.Graphed(net, lambda: layer.bits)
-    for k, bits in enumerate((2, 4, 2, 8, 2, 4, 8, 4, 2, 8)):
+    graphed = distributed.Graphed(net)
+    for k, bits in enumerate((2, 4, 32, 8, 2, 4, 32, 4, 2, 32, 8)):
         x, found = images[k % 5].contiguous(memory_format=torch.channels_last), []
         for model, forward in ((net, graphed), (plain, plain)):
             emq.set_bits(model, bits)
@@ -140,7 +139,7 @@ def test_a_graph_of_each_bit_width_is_the_network(spec: dict[str, Any]) -> None:
         assert_same_gradients(net, plain)
         for (name, b), c in zip(net.named_buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(b, c, rtol=1e-8, atol=1e-9, msg=f"{name}, {bits} bits")
-    assert sum(graph is not None for graph in graphed.known.values()) == 3
+    assert [graph is not None for graph in graphed.known.values()] == [True, True]  # with rounding, and at 32 bits
 
 
 @pytest.mark.parametrize("autocast", ["none", "float16"])

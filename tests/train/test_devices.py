@@ -1,15 +1,21 @@
 """Devices, autocast types and memory formats."""
 
+import copy
 import gc
 import weakref
+from threading import Lock
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import emqlib as emq
 from emqlib import models
 from emqlib.convert import quantized_layers
+from emqlib.layers import prepare
+from emqlib.norms import MultiBitBatchNorm
 from emqlib.train import distributed
 
 CPU = torch.device("cpu")
@@ -80,7 +86,7 @@ def test_a_captured_pass_quantizes_weights_first_and_leaves_none_behind(monkeypa
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
-    distributed.Graphed(net, lambda: 4)._captured(x)
+    distributed.Graphed(net)._captured(x)
     gradients = [p.grad.clone() for p in net.parameters()]
     assert prepared and all(prepared) and all(layer.prepared is None for layer in layers)
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
@@ -88,6 +94,43 @@ def test_a_captured_pass_quantizes_weights_first_and_leaves_none_behind(monkeypa
     net(x).square().sum().backward()
     for found, p in zip(gradients, net.parameters(), strict=True):
         torch.testing.assert_close(found, p.grad)
+
+
+SPECS = [{}, {"norm": "switchable", "correction": "none"}, {"norm": "shared_affine", "output_correction": True}]
+SPECS += [{"weight": "minmax", "activation": "lsq"}, {"weight": "lsq", "activation": "pact", "correction": "mean"}]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_operations_recorded_at_one_bit_width_serve_every_other(spec: dict[str, Any]) -> None:
+    """As a CUDA graph records them: numbers that Python knew stay what they were, tensors are read again."""
+    torch.manual_seed(0)
+    net = emq.convert(models.build("resnet8", 10, width=4), emq.QuantSpec(bits=(2, 4, 8), **spec)).double().train()
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    net(images)  # ranges start from a first batch
+    plain, step = copy.deepcopy(net), Lock()
+    layers = list(quantized_layers(net).values())
+
+    def passes(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        with step:
+            prepare(quantized_layers(model).values(), step)
+            logits = model(x)
+            return [logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))]
+
+    emq.set_bits(net, 4)
+    norms = [m for m in net.modules() if isinstance(m, MultiBitBatchNorm)]
+    kept = [buffer.clone() for buffer in net.buffers()]
+    with distributed.for_every_bit_width([*layers, *norms]):
+        recorded = make_fx(lambda x: passes(net, x))(images)
+    for buffer, before in zip(net.buffers(), kept, strict=True):
+        buffer.copy_(before)
+    for bits in (4, 2, 8, 2):
+        emq.set_bits(net, bits)
+        emq.set_bits(plain, bits)
+        with torch.no_grad():  # the backward pass was recorded too
+            found = recorded(images)
+        torch.testing.assert_close(found, passes(plain, images), rtol=1e-8, atol=1e-10)
+        for (name, found), expected in zip(net.named_buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=f"{name}, {bits} bits")
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -101,7 +144,7 @@ def test_no_garbage_is_collected_while_a_graph_is_captured(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
-    graphed = distributed.Graphed(nn.Linear(2, 2), lambda: 8)
+    graphed = distributed.Graphed(nn.Linear(2, 2))
     (gc.enable if on else gc.disable)()
     try:
         for _ in range(3):
