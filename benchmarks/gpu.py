@@ -1,8 +1,8 @@
 """What a GPU makes of it, in one run of at most nine minutes: `python benchmarks/gpu.py [FOLDER] [--dry]`.
 
 It checks the Triton kernels against the formulas, and measures training steps of the paper's network in several ways,
-and those of larger networks against plain ones. In the time that is left it trains the paper's network with and without
-correction, three seeds of each, and another call goes on with that; their rows are in FOLDER/runs (or results/runs).
+and those of larger networks against plain ones. In the time that is left it trains `experiments.gpu_slices`, the most
+important first, and another call goes on with that; their rows are in FOLDER/runs (or results/runs).
 FOLDER/gpu.csv, .md and .png, by default in results/benchmarks, are written after each part, the most important first.
 Without a GPU the rows say "not run", unless there are measured ones. With --dry everything runs small on a CPU, for
 which the kernels need TRITON_INTERPRET=1.
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from pathlib import Path
 from time import perf_counter
 from unittest import mock
@@ -61,7 +60,6 @@ class Size:
     pixels: int = 224  # a side of the images of the larger networks
     profile: str = "paper"  # of the runs that are trained
     seeds: int = 3
-    epochs: int = 20
     results: Path = RESULTS.parent  # where their rows go
     start: float = field(default_factory=perf_counter)
 
@@ -151,14 +149,13 @@ def larger_step(size: Size, name: str, bits: int) -> dict[str, float]:
     return {"speed, plain = 1": seconds[0] / seconds[1]}
 
 
-def top1(size: Size, corrected: str, seed: int, bits: int) -> dict[str, float]:
-    """The accuracy of the paper's network at `bits`, not calibrated; the first call trains it, or goes on with it."""
+def top1(size: Size, run: runs.Run, bits: int) -> dict[str, float]:
+    """The accuracy of a network at `bits`; the first call trains it, or goes on with it."""
     if size.left < LAST:
         raise OutOfTime("no time is left to train")
-    p = parameters(profile=size.profile, seed=seed, repeats=1, results_dir=size.results)
-    run = experiments.ours(experiments.of_length(p, seed, "cifar10", size.epochs), correction=corrected)
     rows = runs.run_all([run], size.results, progress=False, budget=size.left - LAST)
-    return {"top-1, %": float(rows[rows.bits.eq(bits) & ~rows.adapted].top1.iloc[0])}
+    there = rows[rows.bits == bits]
+    return dict(zip(there.adapted.map({False: "top-1, %", True: "adapted top-1, %"}), there.top1, strict=True))
 
 
 def cases(size: Size) -> list[tuple[str, str, int, Callable[[], dict[str, float]], tuple[str, ...]]]:
@@ -174,9 +171,12 @@ def cases(size: Size) -> list[tuple[str, str, int, Callable[[], dict[str, float]
         found += [
             ("larger", name, b, partial(larger_step, size, name, b), ("speed, plain = 1",)) for name in size.larger
         ]
-    for seed, corrected, b in product(range(size.seeds), ("none", "mean_var"), (2, 4, 8)):
-        trained = partial(top1, size, corrected, seed, b)
-        found.append(("trained", f"correction {corrected}, seed {seed}", b, trained, ("top-1, %",)))
+    p = parameters(profile=size.profile, repeats=size.seeds, results_dir=size.results)
+    for run in experiments.gpu_slices(p):
+        name = f"{run.method}, correction {run.correction}, {run.coreset}, {run.config.epochs} epochs, seed"
+        for b in run.spec.bits:
+            trained = partial(top1, size, run, b)
+            found.append(("trained", f"{name} {run.config.seed}", b, trained, ("top-1, %", "adapted top-1, %")))
     return found
 
 
@@ -223,7 +223,7 @@ def main(folder: Path, dry: bool) -> None:
     size = Size(torch.device("cuda"), results=results) if torch.cuda.is_available() else None
     if dry:
         small = {"width_factor": 1, "batch": 4, "steps": 2, "larger": ("resnet8",), "pixels": 32}
-        trained = {"profile": "smoke", "seeds": 1, "epochs": 4, "results": results}
+        trained = {"profile": "smoke", "seeds": 1, "results": results}
         size = Size(torch.device("cpu"), **small, **trained)
     if size is None and (folder / "gpu.csv").exists():
         print("no GPU here: the rows stay as they are")

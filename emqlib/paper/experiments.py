@@ -17,7 +17,7 @@ from PIL import Image
 from .. import checks
 from ..layers import QuantSpec
 from ..train.checkpoint import Deadline, OutOfTime
-from ..train.config import SCORES, CoresetConfig, TrainConfig
+from ..train.config import SCORES, CoresetConfig, TrainConfig, recipe
 from ..train.data import Dataset
 from ..train.distributed import current
 from ..train.sources import check_name, load_dataset
@@ -26,6 +26,12 @@ from .runs import Run, run_all
 
 # Beyond the paper: what serves every bit-width, trained or not, without a calibration pass.
 UNCALIBRATED = {"norm": "shared_affine", "output_correction": True}
+
+
+# What `tuning` found best, as a test compares with its rows: of each scheme the learning rate, in times the usual one,
+# and in how many parts batches are cut; and whether Any-Precision distils.
+TUNED = {"joint": (2.0, 1), "bitwise": (1.0, 1)}
+DISTILLATION = False
 
 
 def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
@@ -370,6 +376,66 @@ def tuning(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
+def tuned(start: Run, scheme: str) -> Run:
+    """`start` with the learning rate and the batches that `tuning` found best for a scheme, see TUNED."""
+    factor, parts = TUNED[scheme]
+    run = in_parts(start, parts)
+    return replace(run, config=replace(run.config, lr=factor * start.config.lr))
+
+
+def tuned_any_precision(start: Run, epochs: int) -> Run:
+    """Any-Precision as `tuning` found it best, for so many epochs."""
+    run = any_precision(tuned(start, "joint"))
+    return replace(run, config=replace(run.config, epochs=epochs, distillation=DISTILLATION))
+
+
+def recommended(start: Run, epochs: int, pruning_rate: float = 0.8) -> Run:
+    """`config.recipe` as `tuning` found it best, for as many passes as so many epochs on all data take."""
+    spec, config = recipe(start.spec.bits, pruning_rate=pruning_rate)
+    first = config.coreset.warmup
+    length = first + round((epochs - first) / (1 - pruning_rate))
+    run = tuned(start, "bitwise")
+    return replace(run, spec=spec, config=replace(run.config, epochs=length, coreset=config.coreset))
+
+
+def headline(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """Any-Precision, tuned, against the recipe at as many passes, on test images, by number of passes.
+
+    The fewest passes also compare two changes of the recipe: distillation, for which all bit-widths share batches and
+    steps, and a fourth bit-width of 1 bit.
+    """
+    runs = []
+    for epochs, seed in product(p.profile.fair_lengths, p.seeds):
+        start = replace(fair_base(p, seed, dataset), held_out=0)
+        runs += [tuned_any_precision(start, epochs), recommended(start, epochs)]
+    for seed in p.seeds:
+        start = replace(fair_base(p, seed, dataset), held_out=0)
+        ours = recommended(start, p.profile.fair_lengths[0])
+        taught = replace(ours.config, scheme="joint", distillation=True)
+        taught = replace(taught, coreset=replace(taught.coreset, across_bits="identical"))
+        bits = (1, *(b for b in p.bits if b > 1))
+        runs += [replace(ours, config=taught), replace(ours, spec=replace(ours.spec, bits=bits), eval_bits=bits)]
+    return runs
+
+
+def gpu_slices(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+    """What a GPU is to train of the paper's network, the most important first; a budget stops it and it goes on later.
+
+    First ours on the full data without and with correction, for a tenth of the schedule and three seeds. Then at 1, 2,
+    4 and 8 bits, of one seed each: the paper's setting as far as it is known (80 % pruning by TDDS of 20 epochs, in
+    windows of 10, for 200 epochs), and at as many passes the recipe and Any-Precision as `tuning` found them best.
+    """
+    whole = p.profile.training.epochs
+    seeds = range(p.seed, p.seed + (p.repeats or 3))
+    short = [of_length(p, seed, dataset, max(whole // 10, 1)) for seed in seeds]
+    runs = [ours(start, correction=name) for start in short for name in ("none", "mean_var")]
+    four, scoring = replace(p, bits=(1, 2, 4, 8)), max(whole // 10, 3)
+    tdds = CoresetConfig(score="tdds", scoring_epochs=scoring, window=max(scoring // 2, 3))
+    runs.append(ours(base(four, p.seed, dataset), tdds))
+    start, epochs = replace(fair_base(four, p.seed, dataset), held_out=0), scoring + round((whole - scoring) / 5)
+    return [*runs, recommended(start, epochs), tuned_any_precision(start, epochs)]
+
+
 def statistics_kinds(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Which running statistics serve a shared norm, without and with correction: for `statistics.KINDS`."""
     runs = []
@@ -420,7 +486,8 @@ def importance(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
 RUNS += [corrected_or_not, bias_correction, uncalibrated, untrained, transfer, deployed]
-UNDER_WAY = [tuning, statistics_kinds, pruned_factors, importance]  # made in several goes, and in no notebook yet
+# made in several goes, and in no notebook yet
+UNDER_WAY = [tuning, statistics_kinds, pruned_factors, importance, headline, gpu_slices]
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h
 
 

@@ -119,6 +119,23 @@ def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return _finish(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
 
 
+def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Mean top-1 accuracy (%) over the trained bit-widths against learning rate, a line for each method and batch size.
+
+    rows: of `experiments.tuning`.
+    """
+    ax = axes(ax, _setting(rows, "What each method trains best with, on validation images", "lr", "batch_size"))
+    means = seed_means(rows, ["method", "batch_size", "lr"])
+    tidy = means.assign(batches=means.batch_size.map("batches of {}".format))
+    look = {"hue": "method", "style": "batches", "markers": True, "palette": "colorblind"}
+    sns.lineplot(tidy, x="lr", y="top1", **look, ax=ax)
+    ax.set_xscale("log")
+    rates = sorted(set(tidy.lr))
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    return _finish(ax, "highest learning rate, logarithmic", "mean top-1 accuracy (%)")
+
+
 def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> None:
     """Means and standard deviations, a line for each `hue`, moved sideways so that bars do not hide each other."""
     look = {"markers": list("osD^vP*Xhd<>")[: rows[hue].nunique()], "markersize": 5, "lw": 1, "palette": "colorblind"}
