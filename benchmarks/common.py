@@ -12,28 +12,32 @@ RESULTS = Path(__file__).parents[1] / "results/benchmarks"
 
 
 def write(name: str, rows: pd.DataFrame, table: pd.DataFrame, ax: Axes) -> None:
-    """Write results/benchmarks/NAME.csv, .md and .png, and print the table."""
+    """Write results/benchmarks/NAME.csv, .md, .png and .svg, and print the table."""
     tables.save(table, RESULTS / name, rows)
     plots.save(ax, RESULTS / name)
     print(table.to_string(index=False))
 
 
-def ranges(rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: float | None = None) -> Axes:
+def ranges(
+    rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: tuple[float, str] | None = None
+) -> Axes:
     """Repeated measurements, a line for each `label` in the order of `rows`: a dot each, and a bar at their median.
 
-    label, value: columns; unit: of `value`; mark: where a dashed line shows what is claimed.
+    label, value: columns; unit: of `value`; mark: where a dashed line is, and what it shows.
     """
-    ax, (dots, bar, *_) = plots.axes(None, title), sns.color_palette("colorblind")
+    ax, (dots, bar, *_) = plots.axes(None, title, plots.WIDE), sns.color_palette("colorblind")
     shared = {"x": value, "y": label, "order": list(dict.fromkeys(rows[label])), "ax": ax}
     sns.stripplot(rows, **shared, orient="h", size=4, alpha=0.5, jitter=False, color=dots)
     line = {"linestyle": "none", "marker": "|", "markersize": 16, "markeredgewidth": 2, "color": bar}
     sns.pointplot(rows, **shared, orient="h", estimator="median", errorbar=None, **line)
+    ax.collections[0].set_label("one measurement")
+    ax.lines[0].set_label("median")
     if mark is not None:
-        ax.axvline(mark, ls="--", lw=1, color="0.3")
-    ax.tick_params(axis="y", labelsize=7)
+        ax.axvline(mark[0], **plots.NAMED, label=mark[1])
+    ax.legend()
+    ax.tick_params(axis="y", labelsize=8)
     ax.set_xlim(left=0)
-    ax.set(xlabel=unit, ylabel="")
-    return ax
+    return plots.finish(ax, unit, "")
 
 
 def resident(key: str) -> int:

@@ -139,11 +139,12 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure(rows: pd.DataFrame) -> Axes:
     """Launches of the block by direction: of the compiler's kernels on images, of its others, and of convolutions."""
-    ax = plots.axes(None, "Kernels of a compiled residual block")
+    title = f"A compiled residual block launches {rows.images.sum()} kernels on images, of {len(rows)} in all"
     kind = rows.images.map({True: "on images", False: "on weights and sums"}).where(rows["size"].notna(), "products")
-    sns.histplot(rows.assign(kind=kind), y="kind", hue="direction", multiple="dodge", shrink=0.8, ax=ax)
-    ax.set(xlabel="kernels", ylabel="")
-    return ax
+    counts = rows.assign(kind=kind).groupby(["kind", "direction"], sort=False).size().rename("kernels").reset_index()
+    ax = plots.axes(None, title, plots.WIDE)
+    sns.barplot(counts, x="kernels", y="kind", hue="direction", palette="colorblind", ax=ax)
+    return plots.finish(ax, "launches of kernels", "")
 
 
 if __name__ == "__main__":

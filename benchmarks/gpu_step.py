@@ -181,10 +181,12 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure(rows: pd.DataFrame) -> Axes:
     """Kernels of a step by what they touch, a bar a stage."""
-    ax = plots.axes(None, "Kernels of a training step")
-    sns.barplot(rows, x="kernels", y="kind", hue="stage", order=KINDS, hue_order=list(STAGES), ax=ax)
-    ax.set(xlabel="kernels", ylabel="")
-    return ax
+    counts = rows.groupby("stage").kernels.sum()[list(STAGES)]
+    title = f"A training step launches {counts.iloc[-1]:,} kernels, {counts.iloc[0]:,} before"
+    ax = plots.axes(None, title, plots.WIDE)
+    look = {"order": KINDS, "hue_order": list(STAGES), "palette": "colorblind"}
+    sns.barplot(rows, x="kernels", y="kind", hue="stage", **look, ax=ax)
+    return plots.finish(ax, "launches of kernels", "")
 
 
 if __name__ == "__main__":

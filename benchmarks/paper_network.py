@@ -44,7 +44,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure(rows: pd.DataFrame) -> Axes:
     """Top-1 by bit-width, as served: Any-Precision calibrated where it was not trained, ours nowhere."""
-    return plots.accuracy_by_bits(tables.served(rows[rows.bits.gt(1)]).assign(adapted=False))
+    return plots.accuracy_by_bits(rows[~rows.adapted | rows.method.eq("Any-Precision")])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ Without rows, or with a column missing, each function raises a ValueError.
 
 import math
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import seaborn as sns
@@ -21,16 +24,19 @@ from .. import checks
 from ..convert import at_bits, quantized_layers, trained_bits
 from ..files import home, write_atomic
 from ..train.data import Dataset, normalize
-from .tables import SETTING, adaptation_gaps, growth_table, in_words, seed_means, with_cost
+from .tables import SETTING, adaptation_gaps, growth_table, in_words, paper, seed_means, served, with_cost
 
-_COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
+_COSTS = {"sample_passes": (1e6, "sample passes", " (millions)"), "seconds": (60, "training time", " (minutes)")}
 _BITS = "bit-width of weights and activations (*: trained)"
-_CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
+_ACCURACY = "mean top-1 accuracy (%)"  # over the trained bit-widths
+_CORRECTIONS = {"none": "without", "mean_var": "with weight bias correction"}
 _KINDS = {"none": "not corrected", "mean": "means corrected", "mean_var": "corrected"}
-_KINDS |= {"output": "outputs too", "no gradient": "no gradient through it"}
-_WIDE = 10.0  # inches, of a figure with its legend beside it
+_KINDS |= {"output": "outputs corrected too", "no gradient": "no gradient through the correction"}
+WIDE = 10.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
+_BARS = "bars: standard deviation"
+NAMED = {"ls": "--", "lw": 1, "color": "0.3"}  # a line that the legend names
 
 
 def axes(ax: Axes | None, title: str, width: float = 7.2) -> Axes:
@@ -43,21 +49,32 @@ def axes(ax: Axes | None, title: str, width: float = 7.2) -> Axes:
     return ax
 
 
-def _finish(ax: Axes, x: str, y: str, beside: bool = False) -> Axes:
-    """`ax` with the names of its axes and a small legend: inside, or beside them where it has many lines."""
+def finish(ax: Axes, x: str, y: str) -> Axes:
+    """`ax` with the names of its axes, and beside it the legend, if there is one, in lines that leave room."""
     ax.set(xlabel=x, ylabel=y)
     if ax.get_legend() is not None:
-        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {"loc": "best"}
-        sns.move_legend(ax, **place, title=None, fontsize=7, handlelength=3.5)
+        sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None, fontsize=8, handlelength=3)
+        for text in ax.get_legend().get_texts():
+            text.set_text(textwrap.fill(text.get_text(), 32))
     return ax
 
 
-def _setting(rows: pd.DataFrame, title: str, *columns: str) -> str:
-    """The title, and what the figure was made with; ValueError: no rows, or a column of a figure is missing."""
+def _setting(rows: pd.DataFrame, title: str, *columns: str, seeds: str = _BARS) -> str:
+    """The title, and what the figure was made with; seeds: how several are shown.
+
+    ValueError: no rows, or a column of a figure is missing.
+    """
     checks.table("rows", rows, (*columns, "epochs", "seed", "dataset", "model", "profile"))
-    first, seeds = rows.iloc[0], rows.groupby("epochs").seed.nunique()
-    count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-    return f"{title}\n{first.dataset}, {first.model}, profile {first.profile}, {count} seed(s)"
+    first, counts = rows.iloc[0], rows.groupby("epochs").seed.nunique()
+    low, high = counts.min(), counts.max()
+    count = "1 seed" if high == 1 else f"{high} seeds ({seeds})" if low == high else f"{low} to {high} seeds ({seeds})"
+    return f"{title}\n{in_words(first.model)} on {in_words(first.dataset)}, profile {first.profile}, {count}"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """The texts as one: with commas, and "and" before the last."""
+    *others, last = texts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _label(row: pd.Series) -> str:
@@ -68,23 +85,78 @@ def _label(row: pd.Series) -> str:
     return ", ".join([row.method, *pruned, *(corrections if corrections != ["corrected"] or not pruned else [])])
 
 
-def _widths(rows: pd.DataFrame) -> dict[int, str]:
-    """How each bit-width is shown: with a * where it was trained."""
+def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str, **look: Any) -> None:
+    """Means and standard deviations, a line for each `hue`, moved sideways so that bars do not hide each other."""
+    look = {"hue_order": list(dict.fromkeys(rows[hue])), "palette": "colorblind"} | look
+    look |= {"markers": list("osD^vP*Xhd<>")[: len(look["hue_order"])], "markersize": 5, "lw": 1, "dodge": 0.5}
+    sns.pointplot(rows, x=x, y=y, hue=hue, **look, errorbar="sd", capsize=0.05, err_kws={"lw": 1}, ax=ax)
+
+
+def by_bits(ax: Axes, rows: pd.DataFrame, y: str, label: str, **look: Any) -> Axes:
+    """`y`, named `label`, by bit-width, a line for each of the column `line`; 1 bit is apart, on a scale of its own.
+
+    What is far lower at 1 bit than at the others would leave these no room.
+    """
     trained = set(rows.bits[rows.trained.astype(bool)])
-    return {b: f"{b}*" if b in trained else f"{b}" for b in sorted(set(rows.bits))}
+    rows = rows.assign(width=rows.bits.map(lambda b: f"{b}*" if b in trained else f"{b}"))
+    rows = rows.sort_values("bits", kind="stable")
+    one, others = rows[rows.bits == 1], rows[rows.bits > 1]
+    apart = not one.empty and not others.empty
+    _side_by_side(ax, others if apart else rows, "width", y, "line", **look)
+    finish(ax, _BITS, "" if apart else label)
+    if apart:
+        with sns.axes_style("whitegrid"):
+            panel = ax.inset_axes((-0.26, 0, 0.17, 1))
+        _side_by_side(panel, one, "width", y, "line", **look | {"legend": False})
+        finish(panel, "(another scale)", label)
+    return ax
+
+
+def _lines(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with the name of the `line` that shows each, and its `setting`, which it shares with its adapted self.
+
+    A network that cannot run at every bit-width without batch-norm adaptation is shown as it is served.
+    """
+    parts = []
+    for setting, part in rows.assign(setting=rows.apply(_label, axis=1)).groupby("setting", sort=False):
+        plain, adapted = part[~part.adapted], part[part.adapted]
+        if set(adapted.bits) - set(plain.bits):
+            parts.append(served(part).assign(line=f"{setting}, adapted where not trained", adapted=False))
+        else:
+            parts += [plain.assign(line=setting), adapted.assign(line=f"{setting}, adapted")]
+    return pd.concat(parts)
+
+
+def _seen_by_bits(rows: pd.DataFrame) -> str:
+    """What correction changes at the lowest trained bit-width, or without it how ours differs from Any-Precision."""
+    trained = rows[rows.trained & ~rows.adapted]
+    ours = trained[trained.method.eq("Ours") & trained.pruning_rate.eq(0) & trained.bits.eq(trained.bits.min())]
+    if {"none", "mean_var"} <= set(ours.correction):
+        top1 = ours.pivot_table(index="seed", columns="correction", values="top1")
+        gained = (top1["mean_var"] - top1["none"]).agg(["mean", "std"])
+        text = f"{gained['mean']:+.1f}" + (f" ± {gained['std']:.1f}" if len(top1) > 1 else "")
+        return f"Weight bias correction changes the accuracy at {ours.bits.iloc[0]} bits by {text} points"
+    means = trained.groupby(SETTING, dropna=False).top1.mean().reset_index()
+    baselines, ours = means[means.method == "Any-Precision"], means[means.method.str.startswith("Ours")]
+    if len(baselines) != 1 or ours.empty:
+        return "Accuracy by bit-width"
+    gaps = ours.top1 - baselines.top1.iloc[0]
+    by = " to ".join(dict.fromkeys(f"{gap:+.1f}" for gap in (gaps.min(), gaps.max())))
+    return f"Ours differs from Any-Precision by {by} points, on average over the trained bit-widths"
 
 
 def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Top-1 accuracy (%) against bit-width, a line for each method and setting; adapted ones are dashed."""
-    ax = axes(ax, _setting(rows, "Accuracy by bit-width", "bits", "top1", "trained", "adapted", *SETTING), _WIDE)
-    norms = rows.adapted.map({False: "as trained", True: "adapted"})
-    tidy = rows.assign(**{"method and setting": rows.apply(_label, axis=1), "batch norm": norms})
-    look = {"hue": "method and setting", "palette": "colorblind", "style": "batch norm"}
-    look |= {"markers": {"as trained": "o", "adapted": "s"}, "dashes": {"as trained": "", "adapted": (4, 1.5)}}
-    sns.lineplot(tidy, x="bits", y="top1", **look, **_SPREAD, ax=ax)
-    widths = _widths(rows)
-    ax.set_xticks(list(widths), list(widths.values()))
-    return _finish(ax, _BITS, "top-1 accuracy (%)", beside=True)
+    """Top-1 accuracy (%) against bit-width, a line for each method and setting; adapted ones are dashed.
+
+    1 bit is in a panel of its own. A network that cannot run everywhere without adaptation is shown as it is served.
+    """
+    checks.table("rows", rows, ("bits", "top1", "trained", "adapted", "run", *SETTING))
+    ax, tidy = axes(ax, _setting(rows, _seen_by_bits(rows)), WIDE), _lines(rows)
+    kinds = tidy.drop_duplicates("line")
+    colors = dict(zip(dict.fromkeys(tidy.setting), sns.color_palette("colorblind", 10), strict=False))
+    look = {"hue_order": list(kinds.line), "palette": [colors[name] for name in kinds.setting]}
+    look["linestyles"] = ["--" if dashed else "-" for dashed in kinds.adapted]
+    return by_bits(ax, tidy, "top1", "top-1 accuracy (%)", **look)
 
 
 def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
@@ -92,31 +164,36 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
 
     A line joins the run lengths of a setting, in epochs beside the points. cost: "sample_passes" or "seconds".
     """
-    unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
-    ax = axes(ax, _setting(rows, "Accuracy against training cost"))
-    points = with_cost(rows, cost)
+    factor, name, unit = _COSTS[checks.choice("cost", cost, _COSTS)]
+    setting, points = _setting(rows, "{}"), with_cost(rows, cost)
     points = points.assign(label=points.apply(_label, axis=1))
-    points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / unit
+    points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / factor
+    means = points.groupby(SETTING, dropna=False)[["cost", "top1"]].mean().reset_index()
+    ax = axes(ax, setting.format(_seen_by_cost(means, name)), WIDE)
     sns.lineplot(points, x="cost", y="top1", hue="label", style="label", **_MARKED, **_SPREAD, ax=ax)
-    label += ", logarithmic"
+    label = f"{name}{unit}, logarithmic"
     if points.epochs.nunique() > 1:
         label += "; beside the points: epochs"
-        place = {"textcoords": "offset points", "xytext": (4, -9), "fontsize": 6}
-        for point in points.groupby(SETTING, dropna=False)[["cost", "top1"]].mean().reset_index().itertuples():
+        for point in means.itertuples():
+            place = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 8}
             ax.annotate(f"{point.epochs}", (point.cost, point.top1), **place)
     ax.set_xscale("log")
     for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")  # the others would overlap
-    return _finish(ax, label, "mean top-1 accuracy (%)")
+    return finish(ax, label, _ACCURACY)
 
 
-def accuracy_by_pruning(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) over the trained bit-widths against pruning rate, a line for each kind of coreset."""
-    ax = axes(ax, _setting(rows, "Accuracy by pruning rate"))
-    seeds = seed_means(rows, ["coreset", "pruning_rate"])
-    seeds["coreset"] = seeds.coreset.map(in_words)
-    _side_by_side(ax, seeds.assign(rate=(100 * seeds.pruning_rate).round().astype(int)), "rate", "top1", "coreset")
-    return _finish(ax, "pruning rate (%)", "mean top-1 accuracy (%)")
+def _seen_by_cost(means: pd.DataFrame, name: str) -> str:
+    """How the best of ours, for no more than the longest run of Any-Precision costs, differs from it."""
+    baselines = means[means.method == "Any-Precision"].sort_values("epochs")
+    if baselines.empty:
+        return f"Accuracy against {name}"
+    longest = baselines.iloc[-1]
+    ours = means[means.method.str.startswith("Ours") & (means.cost <= longest.cost)]
+    if ours.empty:
+        return f"Accuracy against {name}"
+    gained = f"{ours.top1.max() - longest.top1:+.1f} points"
+    return f"In no more {name} than Any-Precision's {longest.epochs} epochs, the best of ours differs by {gained}"
 
 
 def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -124,59 +201,90 @@ def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     rows: of `experiments.tuning`.
     """
-    ax = axes(ax, _setting(rows, "What each method trains best with, on validation images", "lr", "batch_size"))
+    setting = _setting(rows, "{}", "lr", "batch_size")
     means = seed_means(rows, ["method", "batch_size", "lr"])
-    tidy = means.assign(batches=means.batch_size.map("batches of {}".format))
-    look = {"hue": "method", "style": "batches", "markers": True, "palette": "colorblind"}
-    sns.lineplot(tidy, x="lr", y="top1", **look, ax=ax)
+    averages = means.groupby(["method", "batch_size", "lr"], sort=False).top1.mean()
+    best = [averages[[method]].idxmax() for method in dict.fromkeys(means.method)]
+    seen = _listed([f"{method} at {lr:g} in batches of {size}" for method, size, lr in best])
+    ax = axes(ax, setting.format(f"Best learning rate on validation images: {seen}"), WIDE)
+    tidy = means.assign(line=means.method + means.batch_size.map(", batches of {}".format))
+    sns.lineplot(tidy, x="lr", y="top1", hue="line", style="line", **_MARKED, **_SPREAD, ax=ax)
     ax.set_xscale("log")
     rates = sorted(set(tidy.lr))
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.minorticks_off()
-    return _finish(ax, "highest learning rate, logarithmic", "mean top-1 accuracy (%)")
+    return finish(ax, "highest learning rate, logarithmic", _ACCURACY)
 
 
-def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str) -> None:
-    """Means and standard deviations, a line for each `hue`, moved sideways so that bars do not hide each other."""
-    look = {"markers": list("osD^vP*Xhd<>")[: rows[hue].nunique()], "markersize": 5, "lw": 1, "palette": "colorblind"}
-    spread = {"errorbar": "sd", "capsize": 0.05, "err_kws": {"lw": 1}, "dodge": 0.5}
-    sns.pointplot(rows, x=x, y=y, hue=hue, **look, **spread, ax=ax)
+def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
+    """Mean top-1 accuracy (%) over the trained bit-widths for each coreset, a panel for each pruning rate.
 
-
-def accuracy_by_coreset(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) over the trained bit-widths for each coreset, the best at the top; small dots are seeds.
-
-    rows: as `tables.named` names their coresets.
+    Small dots are seeds; the dashed line is Any-Precision, or random coresets. The order is that of the panel with the
+    most coresets, the best at the top. Returns the left panel. rows: as `tables.named` names their coresets.
     """
-    ax = axes(ax, _setting(rows, "Accuracy by coreset"))
-    seeds = seed_means(rows, ["method", "coreset"])
+    setting = _setting(rows, "{}", seeds="dots; diamonds and bars: mean and standard deviation")
+    seeds = seed_means(rows, ["method", "coreset", "pruning_rate"])
     ours = seeds.method.str.startswith("Ours")
     names = seeds.coreset.map(in_words) + seeds.method.str.removeprefix("Ours")
     seeds = seeds.assign(coreset=names.where(ours, seeds.method))
-    order = list(seeds.groupby("coreset").top1.mean().sort_values(ascending=False).index)
-    shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0], "ax": ax}
-    sns.stripplot(seeds, **shared, size=3, alpha=0.5, jitter=False)
+    panels = {rate: seeds[seeds.pruning_rate.isin([0, rate])] for rate in sorted(set(seeds.pruning_rate)) if rate > 0}
+    means = {rate: part.groupby("coreset").top1.mean().sort_values(ascending=False) for rate, part in panels.items()}
+    order = list(max(means.values(), key=len).index)
+    order += [name for name in dict.fromkeys(seeds.coreset) if name not in order]
+    baselines = ("Any-Precision", in_words("RS2"), in_words("random"))
+    baseline = next((name for name in baselines if name in order), None)
+    size = (4.6 + 2.6 * len(means), 1.6 + 0.24 * len(order))
+    with sns.axes_style("whitegrid"):
+        figure, (drawn,) = plt.subplots(1, len(means), sharey=True, squeeze=False, figsize=size, layout="constrained")
+    shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0]}
     diamonds = {"linestyle": "none", "marker": "D", "markersize": 4, "capsize": 0.2, "err_kws": {"lw": 1}}
-    sns.pointplot(seeds, **shared, errorbar="sd", **diamonds)
-    ax.figure.set_size_inches(7.2, 1.4 + 0.22 * len(order))
-    ax.tick_params(axis="y", labelsize=7)
-    return _finish(ax, "mean top-1 accuracy (%)", "")
+    for ax, (rate, part) in zip(drawn, panels.items(), strict=True):
+        sns.stripplot(part, **shared, size=3, alpha=0.5, jitter=False, ax=ax)
+        sns.pointplot(part, **shared, errorbar="sd", **diamonds, ax=ax)
+        if baseline in means[rate]:
+            ax.axvline(means[rate][baseline], **NAMED, label=f"{baseline}, mean")
+        ax.set_title(f"{rate:.0%} pruned", fontsize=9)
+        finish(ax, _ACCURACY, "").tick_params(axis="y", labelsize=8)
+    figure.set_dpi(100)
+    figure.suptitle(setting.format(_seen_by_coreset(means)), fontsize=10)
+    if baseline:
+        figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
+    return drawn[0]
+
+
+def _seen_by_coreset(means: dict[float, pd.Series]) -> str:
+    """How many coresets are above Any-Precision at each pruning rate; without it, by how much coresets differ."""
+    at = f"At {_listed([f'{rate:.0%}' for rate in means])} pruning"
+    if all("Any-Precision" in found for found in means.values()):
+        counts = [f"{(found > found['Any-Precision']).sum()} of {len(found) - 1}" for found in means.values()]
+        return f"{at}, {_listed(counts)} kinds of coresets reach more than Any-Precision"
+    spans = [f"{found.max() - found.min():.1f}" for found in means.values()]
+    return f"{at}, kinds of coresets differ by up to {_listed(spans)} points"
 
 
 def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
     """Training cost, "sample_passes" or "seconds", against the number of bit-widths, a line for each scheme."""
-    unit, label = _COSTS[checks.choice("cost", cost, _COSTS)]
-    ax, table = axes(ax, _setting(rows, "Training cost by number of bit-widths")), growth_table(rows)
-    tidy = table.assign(cost=table[cost] / unit)
-    sns.lineplot(tidy, x="bit-widths", y="cost", hue="scheme", style="scheme", **_MARKED, ax=ax)
+    factor, name, unit = _COSTS[checks.choice("cost", cost, _COSTS)]
+    setting, table = _setting(rows, "{}"), growth_table(rows)
+    tidy = table.assign(cost=table[cost] / factor)
+    most = tidy[tidy["bit-widths"] == tidy["bit-widths"].max()].set_index("scheme").cost
+    least = f"{most.idxmin()} takes {most['Any-Precision'] / most.min():.1f} times less {name} than Any-Precision"
+    least = least.replace("less sample", "fewer sample")
+    ax = axes(ax, setting.format(f"At {tidy['bit-widths'].max()} bit-widths, {least}"), WIDE)
+    wide = [7.0, 4.0, 1.5, 1.5, 1.5, 1.5][: tidy.scheme.nunique()]  # lines that lie on one another stay visible
+    shown = {"hue": "scheme", "style": "scheme", "size": "scheme", "sizes": wide}
+    sns.lineplot(tidy, x="bit-widths", y="cost", **shown, **_MARKED, ax=ax)
     ax.set(xticks=sorted(table["bit-widths"].unique()), ylim=(0, None))
-    return _finish(ax, "number of bit-widths", label)
+    return finish(ax, "number of bit-widths", name + unit)
 
 
 def _palette(rows: pd.DataFrame, name: str = "{}") -> dict[str, tuple[float, float, float]]:
     """The color of each bit-width, the same in every figure that tells bit-widths apart by color."""
     colors = sns.color_palette("colorblind", 9)
     return {name.format(b): colors[min(b, 9) - 1] for b in sorted(set(rows.bits))}
+
+
+_SMOOTH = 5  # bins of a histogram over which a density is averaged, twice: at low bit-widths, numbers lie on a grid
 
 
 def distributions(histograms: pd.DataFrame) -> Axes:
@@ -188,22 +296,37 @@ def distributions(histograms: pd.DataFrame) -> Axes:
     checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
     if histograms.layer.nunique() != 1:
         raise checks.invalid("histograms", sorted(set(histograms.layer)), "the rows of one layer")
-    title = _setting(histograms, f"Pre-activations of {histograms.layer.iloc[0]} by bit-width")
-    columns = {"trained_with": histograms.trained_with.map(_CORRECTIONS), "bit-width": histograms.bits.astype(str)}
-    rows, palette = histograms.assign(**columns), _palette(histograms)
-    look = {"hue": "bit-width", "hue_order": list(palette), "palette": palette, "errorbar": None}
-    shape = {"height": 3.6, "aspect": 1.1, "facet_kws": {"legend_out": False}}  # the legend takes no room inside
+    setting = _setting(histograms, "{}")
+    rows = histograms.sort_values(["trained_with", "bits", "z"], ascending=[False, True, True], kind="stable")
+    for _ in range(2):
+        curves = rows.groupby(["trained_with", "bits"], sort=False).density
+        smooth = curves.transform(lambda density: density.rolling(_SMOOTH, center=True, min_periods=1).mean())
+        rows = rows.assign(density=smooth, line=rows.bits.map("{} bits".format))
+    z, palette = rows.z.drop_duplicates(), _palette(rows, "{} bits")
+    look = {"hue": "line", "hue_order": list(palette), "palette": palette, "errorbar": None}
     with sns.axes_style("whitegrid"):
-        grid = sns.relplot(rows, x="z", y="density", col="trained_with", kind="line", **look, **shape)
-    z = rows.z.drop_duplicates()
-    for ax in grid.axes.flat:
-        ax.plot(z, (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi), color="black", ls=":", lw=1)
+        figure, panels = plt.subplots(1, 2, sharey=True, figsize=(WIDE, 4.2), dpi=100, layout="constrained")
+    for ax, (kind, name) in zip(panels, _CORRECTIONS.items(), strict=True):
+        sns.lineplot(rows[rows.trained_with == kind], x="z", y="density", **look, ax=ax, legend=kind == "mean_var")
+        normal = (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi)
+        ax.plot(z, normal, color="black", ls=":", lw=1, label="standard normal")
         ax.set(xlim=(-4, 4), xticks=range(-3, 4))
-    grid.set_titles("{col_name}", size=9).set_axis_labels("standard deviations from the running mean", "density")
-    sns.move_legend(grid, "center left", bbox_to_anchor=(1, 0.5), title="bit-width\n(dotted:\nstandard\nnormal)")
-    grid.figure.set_dpi(100)
-    grid.figure.suptitle(title, fontsize=10, y=1.06)
-    return grid.axes.flat[0]
+        ax.set_title(name.replace("without", "without weight bias correction"), fontsize=9)
+        finish(ax, "standard deviations from the running mean", "density, smoothed")
+    panels[1].legend()
+    finish(panels[1], "standard deviations from the running mean", "")
+    figure.suptitle(setting.format(_seen_apart(rows)), fontsize=10)
+    return panels[0]
+
+
+def _seen_apart(rows: pd.DataFrame) -> str:
+    """The share of the area under two densities that is not under both, at the lowest and the highest bit-width."""
+    curves = rows.set_index(["trained_with", "z"]).density
+    ends = rows.bits.min(), rows.bits.max()
+    low, high = (curves[(rows.bits == b).to_numpy()] for b in ends)
+    apart = 100 * (low - high).abs().groupby("trained_with").sum() / (low + high).groupby("trained_with").sum()
+    shares = [f"{apart[kind]:.0f} % {name}" for kind, name in _CORRECTIONS.items() if kind in apart]
+    return f"In {rows.layer.iloc[0]}, {ends[0]} and {ends[1]} bits differ in {_listed(shares)}"
 
 
 def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -213,56 +336,68 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     of `measure.token_shifts`, against the highest bit-width.
     """
     checks.table("rows", rows, ("layer", "trained_with", "bits", "mean_shift"))
-    tokens = "Tokens before each layer norm, against the highest bit-width"
-    title = "Mismatch with the shared batch norm, by layer" if "wasserstein" in rows else tokens
-    ax = axes(ax, _setting(rows, title), _WIDE)
+    lowest = rows[rows.bits == rows.bits.min()].groupby("trained_with").mean_shift.mean()
+    shifts = _listed([f"{lowest[kind]:.2f} {name}" for kind, name in _CORRECTIONS.items() if kind in lowest])
+    of = "running means of the batch norms" if "wasserstein" in rows else f"means of tokens at {rows.bits.max()} bits"
+    title = f"Distance at {rows.bits.min()} bits from the {of}: {shifts}"
+    ax = axes(ax, _setting(rows, title, seeds="lines: means"), WIDE)
     short = rows.layer.map(lambda name: ".".join(name.split(".")[-2:]))
     layer = short if short.nunique() == rows.layer.nunique() else rows.layer
-    networks = {"network": rows.trained_with.map(_CORRECTIONS), "bit-width": rows.bits.map("{} bits".format)}
-    palette = _palette(rows, "{} bits")
-    look = {"hue": "bit-width", "hue_order": list(palette), "palette": palette, "style": "network", "markers": True}
-    look |= {"style_order": list(_CORRECTIONS.values())[::-1], "errorbar": None, "sort": False}
-    sns.lineplot(rows.assign(layer=layer, **networks), x="layer", y="mean_shift", **look, ax=ax)
-    ax.tick_params(axis="x", rotation=60, labelsize=7)
-    ax.set_ylim(bottom=0)
-    return _finish(ax, "", "shift of the mean (standard deviations)", beside=True)
+    line = rows.bits.map("{} bits, ".format) + rows.trained_with.map(_KINDS)
+    tidy = rows.assign(layer=layer, line=line).sort_values(["bits", "trained_with"], kind="stable")
+    kinds, colors = tidy.drop_duplicates("line"), _palette(rows)
+    look = {"palette": [colors[f"{b}"] for b in kinds.bits], "markers": True, "errorbar": None, "sort": False}
+    look["dashes"] = [(4, 1.5) if kind == "none" else "" for kind in kinds.trained_with]
+    sns.lineplot(tidy, x="layer", y="mean_shift", hue="line", style="line", **look, ax=ax)
+    ax.tick_params(axis="x", rotation=60, labelsize=8)
+    return finish(ax, "", "distance of means (standard deviations)")
 
 
 def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Top-1 accuracy above the same network after batch-norm adaptation, in points, by bit-width from 2 up.
+    """Top-1 accuracy above the same network after batch-norm adaptation, in points, by bit-width; 1 bit is apart.
 
     A line for each choice of statistics; the shaded band is 1.5 points wide. rows: of `experiments.uncalibrated`.
     """
-    ax = axes(ax, _setting(rows, "Without a calibration pass, against batch-norm adaptation", "bits"))
-    gaps = adaptation_gaps(rows[rows.bits >= 2])
-    ax.axhspan(-1.5, 0, color="0.9", zorder=0)
-    gaps = gaps.assign(width=gaps.bits.map(_widths(gaps))).sort_values("bits", kind="stable")
-    _side_by_side(ax, gaps, "width", "gap", "statistics")
-    return _finish(ax, _BITS, "top-1 above adapted (points)")
+    setting, gaps = _setting(rows, "{}", "bits"), adaptation_gaps(rows)
+    gaps = gaps.assign(line=gaps.statistics)
+    lowest = gaps[gaps.bits > 1].groupby(["line", "bits"]).gap.mean().groupby("line").min()
+    seen = f"From 2 bits up, {lowest.idxmax()} is at most {max(-lowest.max(), 0):.1f} points below the adapted network"
+    ax = axes(ax, setting.format(seen), WIDE)
+    ax.axhspan(-1.5, 0, color="0.9", zorder=0, label="up to 1.5 points below")
+    return by_bits(ax, gaps, "gap", "top-1 above the adapted network (points)")
 
 
 def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axes:
     """Angles between the child models' gradients, a line for each pair of bit-widths on the same images.
 
-    Dashed lines are one bit-width on other images. rows: of `measure.alignment`; by: "layer", after the last epoch and
-    from the input to the output, or "epoch", of all layers as one vector.
+    Dashed lines are one bit-width on other images; the dotted one is what is reported of the paper. rows: of
+    `measure.alignment`; by: "layer", after the last epoch and from the input to the output, or "epoch", of all layers
+    as one vector.
     """
     by_layer = checks.choice("by", by, ("layer", "epoch")) == "layer"
-    title = "Angles between gradients" + (", by layer" if by_layer else " of all layers, over training")
     columns = ("layer", "depth", "epoch", "bits", "other_bits", "other_images", "angle")
-    ax = axes(ax, _setting(rows, title, *columns), _WIDE)
+    setting = _setting(rows, "{}", *columns, seeds="lines: means")
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)].sort_values("depth", kind="stable")
     part = last if by_layer else rows[rows.depth < 0]
-    images = part.other_images.astype(bool).map({False: "same images", True: "other images"})
-    both = part.bits.astype(str) + " and " + part.other_bits.astype(str) + " bits"
-    pair = both.where(part.bits != part.other_bits, part.bits.astype(str) + " bits")
-    look = {"hue": "gradients at", "style": "of", "style_order": ["same images", "other images"], "markers": ["o", "s"]}
-    tidy = part.assign(**{"gradients at": pair, "of": images})
-    sns.lineplot(tidy, x=by, y="angle", **look, palette="dark", errorbar=None, sort=False, lw=1, ax=ax)
+    both = part.bits.astype(str) + " and " + part.other_bits.astype(str) + " bits, same images"
+    other = part.other_images.astype(bool)
+    tidy = part.assign(line=both.where(~other, part.bits.astype(str) + " bits, other images"))
+    means = tidy[tidy.epoch == tidy.epoch.max()].groupby([by, "line"], sort=False).angle.mean().reset_index()
+    ranges = means.groupby(means.line.str.endswith("other images")).angle.agg(["min", "max"]).round().astype(int)
+    same, others = (f"{low} to {high}°" for low, high in ranges.to_numpy())
+    seen = f"After {tidy.epoch.max()} epochs, gradients are {same} apart on the same images and {others} on others"
+    ax = axes(ax, setting.format(seen), WIDE)
+    lines = tidy.drop_duplicates("line").line
+    dashes = {name: (3, 2) if name.endswith("other images") else "" for name in lines}
+    look = {"hue": "line", "style": "line", "dashes": dashes, "markers": True, "palette": "tab10", "lw": 1}
+    sns.lineplot(tidy, x=by, y="angle", **look, errorbar=None, sort=False, ax=ax)
+    for value in paper("figure4").query("metric == 'angle'").value:
+        ax.axhline(value, ls=":", lw=1.5, color="black", label=f"{value:g} degrees: reported of the paper's Figure 4")
+    ax.legend()
     ax.set_ylim(bottom=0)
     if by_layer:
-        ax.tick_params(axis="x", rotation=60, labelsize=7)
-    return _finish(ax, "" if by_layer else "epochs trained", "angle (degrees)", beside=True)
+        ax.tick_params(axis="x", rotation=60, labelsize=8)
+    return finish(ax, "" if by_layer else "epochs trained", "angle (degrees)")
 
 
 def answers(model: nn.Module, data: Dataset, bits: int, count: int = 10) -> Figure:
@@ -290,7 +425,7 @@ def answers(model: nn.Module, data: Dataset, bits: int, count: int = 10) -> Figu
     finest, maps = (x.float().cpu() for x in seen)
     between = (finest > finest.min()) & (finest < finest.max())
     channel = int(between.float().mean((0, 2, 3)).argmax())
-    figure, panels = plt.subplots(2, count, squeeze=False, figsize=(_WIDE, 2.6), layout="constrained")
+    figure, panels = plt.subplots(2, count, squeeze=False, figsize=(WIDE, 2.6), layout="constrained")
     for i, (above, below) in enumerate(panels.T):
         above.imshow(images[i].permute(1, 2, 0).cpu().numpy())
         right = classes[i] == int(data.test.labels[i])
@@ -305,26 +440,30 @@ def answers(model: nn.Module, data: Dataset, bits: int, count: int = 10) -> Figu
 
 
 def save(ax: Axes, path: Path) -> None:
-    """Write the figure of `ax` as `path`.png, without date or version: the same rows give the same bytes."""
+    """Write the figure of `ax` as `path`.png and .svg, without date or version: the same rows give the same bytes."""
     figure, path = checks.instance("ax", ax, Axes, "axes of matplotlib").figure, checks.path("path", path)
-    form = {"format": "png", "metadata": {"Software": None}, "bbox_inches": "tight"}
-    write_atomic(path.with_suffix(".png"), lambda f: figure.savefig(f, **form))
+    for kind, unknown in (("png", ["Software"]), ("svg", ["Date", "Creator"])):
+        form = {"format": kind, "metadata": dict.fromkeys(unknown), "bbox_inches": "tight"}
+        with plt.rc_context({"svg.hashsalt": "emqlib"}):  # which names of parts are drawn from
+            write_atomic(path.with_suffix(f".{kind}"), partial(figure.savefig, **form))
 
 
 Draw = Callable[[pd.DataFrame], Axes]
+_CORRECTED = "correction in ('none', 'mean_var')"  # without those of the means alone, which the tables have
+_FULL_DATA = f"pruning_rate == 0 and {_CORRECTED} and not (method == 'Dedicated' and adapted)"
 _TRAINED = "trained_bits.str.len() == trained_bits.str.len().{}()"  # at the most or the fewest bit-widths
 
 # The figure's name: its CSV, the function of the rows in it, and which of the rows, as of `DataFrame.query`. A figure
 # that is not here shows the accuracy by bit-width of the rows in the CSV of its own name.
 FIGURES: dict[str, tuple[str, Draw, str]] = {
-    "01_cifar10": ("01_cifar10", accuracy_by_bits, "method == 'Ours' and pruning_rate == 0 and bits > 1"),
+    "01_cifar10": ("01_cifar10", accuracy_by_bits, _FULL_DATA),
     "01_cifar10_curves": ("01_cifar10_curves", accuracy_by_cost, ""),
     "01_cifar10_curves_time": ("01_cifar10_curves", lambda rows: accuracy_by_cost(rows, "seconds"), ""),
     "02_cifar100": ("02_cifar100", accuracy_by_cost, ""),
     "02_tinyimagenet": ("02_tinyimagenet", accuracy_by_cost, ""),
     "04_layer_norms": ("04_layer_norms", mismatch, ""),
-    "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_pruning, ""),
-    "06_bias_correction": ("06_bias_correction", accuracy_by_bits, "correction in ('none', 'mean_var')"),
+    "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_coreset, ""),
+    "06_bias_correction": ("06_bias_correction", accuracy_by_bits, _CORRECTED),
     "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),
     "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset, ""),
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
@@ -345,7 +484,7 @@ def source(figure: Path) -> Path:
 
 
 def draw(path: Path) -> Axes:
-    """Draw the figure that `path` names, without suffix, from its CSV in the same folder; write `path`.png.
+    """Draw the figure that `path` names, without suffix, from its CSV in the same folder; write `path`.png and .svg.
 
     The same CSV gives the same bytes. ValueError: no whole CSV of it there.
     """

@@ -16,26 +16,34 @@ COST = ["sample_passes", "scoring_passes", "calibration", "steps", "seconds"]
 SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
 
 
-# Kinds of coresets as rows name them, part by part, in words.
+# Kinds of coresets, networks and data sets as rows name them, part by part, in words.
 _WORDS = {"random": "random, drawn once", "RS2": "random, each epoch (RS2)"}
 _WORDS |= {"tdds": "TDDS", "el2n": "EL2N", "grand": "GraNd", "moderate": "Moderate"}
-_WORDS |= {"how=sample": "drawn by rank", "sample of all": "drawn by rank from all data", "resample_every=0": "once"}
+_WORDS |= {
+    "how=sample": "drawn by rank",
+    "sample of all": "drawn by rank from all data",
+    "resample_every=0": "one draw",
+}
 _WORDS |= {"power=0.0": "equal chances", "unbiased=True": "weighted losses", "all candidates": "all data scored"}
 _WORDS |= {"scoring=joint": "joint scoring", "across_bits=identical": "the same for all bit-widths"}
 _WORDS |= {"across_bits=disjoint": "without overlap", "batch_size": "batches of {}", "lr": "learning rate {}"}
 _WORDS |= {"weight_decay": "weight decay {}", "epochs": "{} epochs"}
+_WORDS |= {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "TinyImageNet", "imagenet": "ImageNet-1K"}
+_WORDS |= {"resnet8": "ResNet-8", "resnet18": "ResNet-18", "resnet20": "ResNet-20", "mobilenet_v2": "MobileNetV2"}
+_WORDS |= {"preact_resnet20": "pre-activation ResNet-20", "vit_tiny": "small ViT"}
 
 
-def in_words(coreset: str) -> str:
-    """A kind of coreset, as rows name it, in words.
+def in_words(name: str) -> str:
+    """A kind of coreset, a network or a data set, as rows name it, in words.
 
     Examples:
         >>> in_words("tdds, how=sample, batch_size=64")
         'TDDS, drawn by rank, batches of 64'
     """
-    parts = checks.instance("coreset", coreset, str, "the name of a kind of coreset, as in rows").split(", ")
+    name = checks.instance("name", name, str, "the name of a kind of coreset, a network or a data set, as in rows")
+    parts = name.replace("resample_every=0, how=sample", "resample_every=0").split(", ")  # one draw is by rank
     known = [(part, *part.split("=")) for part in parts]
-    return ", ".join(_WORDS.get(part, _WORDS.get(name, part).format(*value)) for part, name, *value in known)
+    return ", ".join(_WORDS.get(part, _WORDS.get(key, part).format(*value)) for part, key, *value in known)
 
 
 def paper(table: str) -> pd.DataFrame:
