@@ -3,9 +3,9 @@
 It checks the Triton kernels against the formulas, and measures training steps of the paper's network in several ways,
 and those of larger networks against plain ones. In the time that is left it trains `experiments.gpu_slices`, the most
 important first, and another call goes on with that; their rows are in FOLDER/runs (or results/runs).
-FOLDER/gpu.csv, .md and .png, by default in results/benchmarks, are written after each part, the most important first.
-Without a GPU the rows say "not run", unless there are measured ones. With --dry everything runs small on a CPU, for
-which the kernels need TRITON_INTERPRET=1.
+FOLDER/gpu.csv, .md, .png and .svg, by default in results/benchmarks, are written after each part, the most important
+first. Without a GPU the rows say "not run", unless there are measured ones. With --dry everything runs small on a CPU,
+for which the kernels need TRITON_INTERPRET=1.
 """
 
 import sys

@@ -24,14 +24,23 @@ from .. import checks
 from ..convert import at_bits, quantized_layers, trained_bits
 from ..files import home, write_atomic
 from ..train.data import Dataset, normalize
-from .tables import SETTING, adaptation_gaps, growth_table, in_words, paper, seed_means, served, with_cost
+from .tables import (
+    CORRECTED,
+    SETTING,
+    adaptation_gaps,
+    growth_table,
+    in_words,
+    network_name,
+    paper,
+    seed_means,
+    served,
+    with_cost,
+)
 
 _COSTS = {"sample_passes": (1e6, "sample passes", " (millions)"), "seconds": (60, "training time", " (minutes)")}
 _BITS = "bit-width of weights and activations (*: trained)"
 _ACCURACY = "mean top-1 accuracy (%)"  # over the trained bit-widths
 _CORRECTIONS = {"none": "without", "mean_var": "with weight bias correction"}
-_KINDS = {"none": "not corrected", "mean": "means corrected", "mean_var": "corrected"}
-_KINDS |= {"output": "outputs corrected too", "no gradient": "no gradient through the correction"}
 WIDE = 10.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
@@ -59,8 +68,8 @@ def finish(ax: Axes, x: str, y: str) -> Axes:
     return ax
 
 
-def _setting(rows: pd.DataFrame, title: str, *columns: str, seeds: str = _BARS) -> str:
-    """The title, and what the figure was made with; seeds: how several are shown.
+def _setting(rows: pd.DataFrame, *columns: str, seeds: str = _BARS) -> str:
+    """What a figure was made with, below its title; seeds: how several are shown.
 
     ValueError: no rows, or a column of a figure is missing.
     """
@@ -68,7 +77,7 @@ def _setting(rows: pd.DataFrame, title: str, *columns: str, seeds: str = _BARS) 
     first, counts = rows.iloc[0], rows.groupby("epochs").seed.nunique()
     low, high = counts.min(), counts.max()
     count = "1 seed" if high == 1 else f"{high} seeds ({seeds})" if low == high else f"{low} to {high} seeds ({seeds})"
-    return f"{title}\n{in_words(first.model)} on {in_words(first.dataset)}, profile {first.profile}, {count}"
+    return f"\n{in_words(first.model)} on {in_words(first.dataset)}, profile {first.profile}, {count}"
 
 
 def _listed(texts: Iterable[str]) -> str:
@@ -77,18 +86,11 @@ def _listed(texts: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _label(row: pd.Series) -> str:
-    if not row.method.startswith("Ours"):
-        return row.method
-    pruned = [f"{row.pruning_rate:.0%} pruned", in_words(row.coreset)] if row.pruning_rate else []
-    corrections = [_KINDS[kind] for kind in row.correction.split(", ")]
-    return ", ".join([row.method, *pruned, *(corrections if corrections != ["corrected"] or not pruned else [])])
-
-
 def _side_by_side(ax: Axes, rows: pd.DataFrame, x: str, y: str, hue: str, **look: Any) -> None:
     """Means and standard deviations, a line for each `hue`, moved sideways so that bars do not hide each other."""
     look = {"hue_order": list(dict.fromkeys(rows[hue])), "palette": "colorblind"} | look
-    look |= {"markers": list("osD^vP*Xhd<>")[: len(look["hue_order"])], "markersize": 5, "lw": 1, "dodge": 0.5}
+    look |= {"markers": list("osD^vP*Xhd<>" * 3)[: len(look["hue_order"])], "markersize": 5, "lw": 1}
+    look["dodge"] = 0.5 if len(look["hue_order"]) > 1 else False
     sns.pointplot(rows, x=x, y=y, hue=hue, **look, errorbar="sd", capsize=0.05, err_kws={"lw": 1}, ax=ax)
 
 
@@ -106,7 +108,7 @@ def by_bits(ax: Axes, rows: pd.DataFrame, y: str, label: str, **look: Any) -> Ax
     finish(ax, _BITS, "" if apart else label)
     if apart:
         with sns.axes_style("whitegrid"):
-            panel = ax.inset_axes((-0.26, 0, 0.17, 1))
+            panel = ax.inset_axes((-0.3, 0, 0.16, 1))
         _side_by_side(panel, one, "width", y, "line", **look | {"legend": False})
         finish(panel, "(another scale)", label)
     return ax
@@ -118,7 +120,7 @@ def _lines(rows: pd.DataFrame) -> pd.DataFrame:
     A network that cannot run at every bit-width without batch-norm adaptation is shown as it is served.
     """
     parts = []
-    for setting, part in rows.assign(setting=rows.apply(_label, axis=1)).groupby("setting", sort=False):
+    for setting, part in rows.assign(setting=rows.apply(network_name, axis=1)).groupby("setting", sort=False):
         plain, adapted = part[~part.adapted], part[part.adapted]
         if set(adapted.bits) - set(plain.bits):
             parts.append(served(part).assign(line=f"{setting}, adapted where not trained", adapted=False))
@@ -150,10 +152,11 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     1 bit is in a panel of its own. A network that cannot run everywhere without adaptation is shown as it is served.
     """
-    checks.table("rows", rows, ("bits", "top1", "trained", "adapted", "run", *SETTING))
-    ax, tidy = axes(ax, _setting(rows, _seen_by_bits(rows)), WIDE), _lines(rows)
+    setting = _setting(rows, "bits", "top1", "trained", "adapted", "run", *SETTING)
+    ax, tidy = axes(ax, _seen_by_bits(rows) + setting, WIDE), _lines(rows)
     kinds = tidy.drop_duplicates("line")
-    colors = dict(zip(dict.fromkeys(tidy.setting), sns.color_palette("colorblind", 10), strict=False))
+    settings = list(dict.fromkeys(tidy.setting))
+    colors = dict(zip(settings, sns.color_palette("colorblind", len(settings)), strict=True))
     look = {"hue_order": list(kinds.line), "palette": [colors[name] for name in kinds.setting]}
     look["linestyles"] = ["--" if dashed else "-" for dashed in kinds.adapted]
     return by_bits(ax, tidy, "top1", "top-1 accuracy (%)", **look)
@@ -165,11 +168,11 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
     A line joins the run lengths of a setting, in epochs beside the points. cost: "sample_passes" or "seconds".
     """
     factor, name, unit = _COSTS[checks.choice("cost", cost, _COSTS)]
-    setting, points = _setting(rows, "{}"), with_cost(rows, cost)
-    points = points.assign(label=points.apply(_label, axis=1))
+    setting, points = _setting(rows), with_cost(rows, cost)
+    points = points.assign(label=points.apply(network_name, axis=1))
     points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / factor
     means = points.groupby(SETTING, dropna=False)[["cost", "top1"]].mean().reset_index()
-    ax = axes(ax, setting.format(_seen_by_cost(means, name)), WIDE)
+    ax = axes(ax, _seen_by_cost(means, name) + setting, WIDE)
     sns.lineplot(points, x="cost", y="top1", hue="label", style="label", **_MARKED, **_SPREAD, ax=ax)
     label = f"{name}{unit}, logarithmic"
     if points.epochs.nunique() > 1:
@@ -201,12 +204,12 @@ def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     rows: of `experiments.tuning`.
     """
-    setting = _setting(rows, "{}", "lr", "batch_size")
+    setting = _setting(rows, "lr", "batch_size")
     means = seed_means(rows, ["method", "batch_size", "lr"])
     averages = means.groupby(["method", "batch_size", "lr"], sort=False).top1.mean()
     best = [averages[[method]].idxmax() for method in dict.fromkeys(means.method)]
     seen = _listed([f"{method} at {lr:g} in batches of {size}" for method, size, lr in best])
-    ax = axes(ax, setting.format(f"Best learning rate on validation images: {seen}"), WIDE)
+    ax = axes(ax, f"Best learning rate on validation images: {seen}" + setting, WIDE)
     tidy = means.assign(line=means.method + means.batch_size.map(", batches of {}".format))
     sns.lineplot(tidy, x="lr", y="top1", hue="line", style="line", **_MARKED, **_SPREAD, ax=ax)
     ax.set_xscale("log")
@@ -222,7 +225,7 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
     Small dots are seeds; the dashed line is Any-Precision, or random coresets. The order is that of the panel with the
     most coresets, the best at the top. Returns the left panel. rows: as `tables.named` names their coresets.
     """
-    setting = _setting(rows, "{}", seeds="dots; diamonds and bars: mean and standard deviation")
+    setting = _setting(rows, seeds="dots; diamonds and bars: mean and standard deviation")
     seeds = seed_means(rows, ["method", "coreset", "pruning_rate"])
     ours = seeds.method.str.startswith("Ours")
     names = seeds.coreset.map(in_words) + seeds.method.str.removeprefix("Ours")
@@ -246,7 +249,7 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
         ax.set_title(f"{rate:.0%} pruned", fontsize=9)
         finish(ax, _ACCURACY, "").tick_params(axis="y", labelsize=8)
     figure.set_dpi(100)
-    figure.suptitle(setting.format(_seen_by_coreset(means)), fontsize=10)
+    figure.suptitle(_seen_by_coreset(means) + setting, fontsize=10)
     if baseline:
         figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
     return drawn[0]
@@ -257,7 +260,7 @@ def _seen_by_coreset(means: dict[float, pd.Series]) -> str:
     at = f"At {_listed([f'{rate:.0%}' for rate in means])} pruning"
     if all("Any-Precision" in found for found in means.values()):
         counts = [f"{(found > found['Any-Precision']).sum()} of {len(found) - 1}" for found in means.values()]
-        return f"{at}, {_listed(counts)} kinds of coresets reach more than Any-Precision"
+        return f"{at}, Any-Precision is below {_listed(counts)} kinds of coresets"
     spans = [f"{found.max() - found.min():.1f}" for found in means.values()]
     return f"{at}, kinds of coresets differ by up to {_listed(spans)} points"
 
@@ -265,13 +268,14 @@ def _seen_by_coreset(means: dict[float, pd.Series]) -> str:
 def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
     """Training cost, "sample_passes" or "seconds", against the number of bit-widths, a line for each scheme."""
     factor, name, unit = _COSTS[checks.choice("cost", cost, _COSTS)]
-    setting, table = _setting(rows, "{}"), growth_table(rows)
+    setting, table = _setting(rows), growth_table(rows)
     tidy = table.assign(cost=table[cost] / factor)
     most = tidy[tidy["bit-widths"] == tidy["bit-widths"].max()].set_index("scheme").cost
     least = f"{most.idxmin()} takes {most['Any-Precision'] / most.min():.1f} times less {name} than Any-Precision"
     least = least.replace("less sample", "fewer sample")
-    ax = axes(ax, setting.format(f"At {tidy['bit-widths'].max()} bit-widths, {least}"), WIDE)
-    wide = [7.0, 4.0, 1.5, 1.5, 1.5, 1.5][: tidy.scheme.nunique()]  # lines that lie on one another stay visible
+    ax = axes(ax, f"At {tidy['bit-widths'].max()} bit-widths, {least}" + setting, WIDE)
+    count = tidy.scheme.nunique()
+    wide = ([7.0, 4.0] + [1.5] * count)[:count]  # lines that lie on one another stay visible
     shown = {"hue": "scheme", "style": "scheme", "size": "scheme", "sizes": wide}
     sns.lineplot(tidy, x="bit-widths", y="cost", **shown, **_MARKED, ax=ax)
     ax.set(xticks=sorted(table["bit-widths"].unique()), ylim=(0, None))
@@ -296,7 +300,7 @@ def distributions(histograms: pd.DataFrame) -> Axes:
     checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
     if histograms.layer.nunique() != 1:
         raise checks.invalid("histograms", sorted(set(histograms.layer)), "the rows of one layer")
-    setting = _setting(histograms, "{}")
+    setting = _setting(histograms)
     rows = histograms.sort_values(["trained_with", "bits", "z"], ascending=[False, True, True], kind="stable")
     for _ in range(2):
         curves = rows.groupby(["trained_with", "bits"], sort=False).density
@@ -315,7 +319,7 @@ def distributions(histograms: pd.DataFrame) -> Axes:
         finish(ax, "standard deviations from the running mean", "density, smoothed")
     panels[1].legend()
     finish(panels[1], "standard deviations from the running mean", "")
-    figure.suptitle(setting.format(_seen_apart(rows)), fontsize=10)
+    figure.suptitle(_seen_apart(rows) + setting, fontsize=10)
     return panels[0]
 
 
@@ -340,10 +344,10 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shifts = _listed([f"{lowest[kind]:.2f} {name}" for kind, name in _CORRECTIONS.items() if kind in lowest])
     of = "running means of the batch norms" if "wasserstein" in rows else f"means of tokens at {rows.bits.max()} bits"
     title = f"Distance at {rows.bits.min()} bits from the {of}: {shifts}"
-    ax = axes(ax, _setting(rows, title, seeds="lines: means"), WIDE)
+    ax = axes(ax, title + _setting(rows, seeds="lines: means"), WIDE)
     short = rows.layer.map(lambda name: ".".join(name.split(".")[-2:]))
     layer = short if short.nunique() == rows.layer.nunique() else rows.layer
-    line = rows.bits.map("{} bits, ".format) + rows.trained_with.map(_KINDS)
+    line = rows.bits.map("{} bits, ".format) + rows.trained_with.map(CORRECTED)
     tidy = rows.assign(layer=layer, line=line).sort_values(["bits", "trained_with"], kind="stable")
     kinds, colors = tidy.drop_duplicates("line"), _palette(rows)
     look = {"palette": [colors[f"{b}"] for b in kinds.bits], "markers": True, "errorbar": None, "sort": False}
@@ -358,11 +362,11 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
     A line for each choice of statistics; the shaded band is 1.5 points wide. rows: of `experiments.uncalibrated`.
     """
-    setting, gaps = _setting(rows, "{}", "bits"), adaptation_gaps(rows)
+    setting, gaps = _setting(rows, "bits"), adaptation_gaps(rows)
     gaps = gaps.assign(line=gaps.statistics)
     lowest = gaps[gaps.bits > 1].groupby(["line", "bits"]).gap.mean().groupby("line").min()
     seen = f"From 2 bits up, {lowest.idxmax()} is at most {max(-lowest.max(), 0):.1f} points below the adapted network"
-    ax = axes(ax, setting.format(seen), WIDE)
+    ax = axes(ax, seen + setting, WIDE)
     ax.axhspan(-1.5, 0, color="0.9", zorder=0, label="up to 1.5 points below")
     return by_bits(ax, gaps, "gap", "top-1 above the adapted network (points)")
 
@@ -376,7 +380,7 @@ def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axe
     """
     by_layer = checks.choice("by", by, ("layer", "epoch")) == "layer"
     columns = ("layer", "depth", "epoch", "bits", "other_bits", "other_images", "angle")
-    setting = _setting(rows, "{}", *columns, seeds="lines: means")
+    setting = _setting(rows, *columns, seeds="lines: means")
     last = rows[(rows.epoch == rows.epoch.max()) & (rows.depth >= 0)].sort_values("depth", kind="stable")
     part = last if by_layer else rows[rows.depth < 0]
     both = part.bits.astype(str) + " and " + part.other_bits.astype(str) + " bits, same images"
@@ -386,7 +390,7 @@ def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axe
     ranges = means.groupby(means.line.str.endswith("other images")).angle.agg(["min", "max"]).round().astype(int)
     same, others = (f"{low} to {high}°" for low, high in ranges.to_numpy())
     seen = f"After {tidy.epoch.max()} epochs, gradients are {same} apart on the same images and {others} on others"
-    ax = axes(ax, setting.format(seen), WIDE)
+    ax = axes(ax, seen + setting, WIDE)
     lines = tidy.drop_duplicates("line").line
     dashes = {name: (3, 2) if name.endswith("other images") else "" for name in lines}
     look = {"hue": "line", "style": "line", "dashes": dashes, "markers": True, "palette": "tab10", "lw": 1}

@@ -4,10 +4,15 @@ Rows are those of `runs.run_all` unless a function says otherwise. Without rows,
 raises a ValueError. An empty cell of a table was not run, and a * marks a trained bit-width.
 """
 
+import html
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from .. import checks
 from ..files import home, write_text
@@ -43,7 +48,23 @@ def in_words(name: str) -> str:
     name = checks.instance("name", name, str, "the name of a kind of coreset, a network or a data set, as in rows")
     parts = name.replace("resample_every=0, how=sample", "resample_every=0").split(", ")  # one draw is by rank
     known = [(part, *part.split("=")) for part in parts]
-    return ", ".join(_WORDS.get(part, _WORDS.get(key, part).format(*value)) for part, key, *value in known)
+    words = [_WORDS.get(part) or (_WORDS[key].format(*value) if key in _WORDS else part) for part, key, *value in known]
+    return ", ".join(words)
+
+
+CORRECTED = {"none": "not corrected", "mean": "means corrected", "mean_var": "corrected"}
+CORRECTED |= {"output": "outputs corrected too", "no gradient": "no gradient through the correction"}
+
+
+def network_name(row: pd.Series, told: bool = False) -> str:
+    """The method of a row and how it differs from others of the method; told: the coreset is in words already."""
+    if not row.method.startswith("Ours"):
+        return row.method
+    rate, coreset = row.get("pruning_rate", 0), row.get("coreset", "")
+    kind = coreset if told else in_words(coreset)
+    pruned = [f"{rate:.0%} pruned", *([kind] if kind else [])] if rate else []
+    corrections = [CORRECTED[kind] for kind in row.correction.split(", ")]
+    return ", ".join([row.method, *pruned, *(corrections if corrections != ["corrected"] or not pruned else [])])
 
 
 def paper(table: str) -> pd.DataFrame:
@@ -64,6 +85,59 @@ def save(table: pd.DataFrame, path: Path, rows: pd.DataFrame | None = None) -> N
         write_text(path.with_suffix(".csv"), rows.to_csv(index=False))
     cells = table.astype(object).where(table.notna(), None)  # missing is empty, not "nan"
     write_text(path.with_suffix(".md"), cells.to_markdown(index=False) + "\n")
+
+
+class _Shown(Styler):
+    """A table that is text where there is no HTML."""
+
+    def __repr__(self) -> str:
+        return self.data.to_string(index=False)
+
+
+def shown(table: pd.DataFrame, best: Sequence[str] | None = None, rows: int = 10, columns: int = 7) -> Styler:
+    """The first rows and columns of `table`, as a notebook shows it; the caption says what is left out.
+
+    What names a setting is one column. In a table that is too wide, the last untrained bit-widths are left out first.
+
+    Args:
+        table: of a function of this module, or any other.
+        best: of the columns of accuracies, which are text, those whose highest is bold; None: all. Spreads are grey.
+        rows: how many at most.
+        columns: how many at most, those of the index included.
+    """
+    table = (table.reset_index() if any(table.index.names) else table).rename(columns=str)
+    setting = [name for name in (*SETTING[:-1], "adapted") if name in table]
+    if {"method", "correction"} <= {*setting}:
+        adapted = table.adapted.map({True: ", adapted", False: ""}) if "adapted" in table else ""
+        names = table.apply(network_name, axis=1, told=True) + adapted
+        table = table.drop(columns=setting)
+        table.insert(0, "network", names)
+    untrained = [name for name in table if name.isdigit()]
+    omitted = untrained[max(len(untrained) + columns - table.shape[1], 0) :]
+    part = table.drop(columns=omitted).iloc[:rows, :columns]
+    texts = [name for name in part if part[name].map(lambda cell: isinstance(cell, str)).all()]
+    numbers = {name: pd.to_numeric(part[name].str.partition(" ± ")[0], errors="coerce") for name in texts}
+    best = [name for name in texts if numbers[name].notna().any()] if best is None else best
+    # names of cells in HTML, the same for the same table
+    style = _Shown(part, uuid=f"{crc32(part.to_csv().encode()):08x}", cell_ids=False).hide(axis="index")
+    for name in part:
+        highest = numbers[name].max() if name in best else None
+        style.format(partial(_cell, highest=highest), subset=[name])
+    left = [f"the first {len(part)} of {len(table)} rows"] if len(part) < len(table) else []
+    missing = list(table.columns.difference(part.columns, sort=False))
+    left += [f"without columns {', '.join(missing)}"] if missing else []
+    return style.set_caption("; ".join(left)) if left else style
+
+
+def _cell(value: object, highest: float | None) -> str:
+    """A cell in HTML: in bold where it is `highest`, and what follows "±" in grey."""
+    if isinstance(value, float):
+        text = f"{value:,.3f}".rstrip("0").rstrip(".") if abs(value) >= 0.001 else f"{value:.2g}"
+        return "" if math.isnan(value) else text
+    number, sign, deviation = html.escape(str(value)).partition(" ± ")
+    bold = highest is not None and number and float(number) == highest
+    grey = f'<span style="color: gray">{sign}{deviation}</span>' if sign else ""
+    return (f"<b>{number}</b>" if bold else number) + grey
 
 
 def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFrame:

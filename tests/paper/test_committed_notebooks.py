@@ -54,6 +54,19 @@ def test_a_committed_notebook_is_thin_and_holds_results_alone(path: Path) -> Non
     assert {out.name for out in outputs if out.output_type == "stream"} <= {"stdout"} and "\r" not in printed
 
 
+# Its cells are those of a run in `smoke`, and are replaced once it has run on ImageNet.
+SMALL_TABLES = [path for path in NOTEBOOKS if path.stem != "03_imagenet"]
+
+
+@pytest.mark.parametrize("path", SMALL_TABLES, ids=lambda path: path.stem)
+def test_a_committed_notebook_shows_small_tables(path: Path) -> None:
+    """Ten rows and seven columns at most, the index included."""
+    outputs = [out for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])]
+    shown = [out.data["text/html"] for out in outputs if "<table" in out.get("data", {}).get("text/html", "")]
+    for rows in (html.split("<tbody>")[1].split("<tr")[1:] for html in shown):
+        assert len(rows) <= 10 and max(len(re.findall("<t[hd]", row)) for row in rows) <= 7
+
+
 def test_every_experiment_has_a_notebook_and_every_figure_is_drawn() -> None:
     code = "".join(path.read_text() for path in NOTEBOOKS)
     through_measure = {"corrected_or_not"}  # which measure.distributions trains

@@ -1,5 +1,6 @@
 """Every committed figure is what its CSV gives, byte for byte."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ matplotlib.use("agg")
 
 def test_every_committed_figure_has_its_rows() -> None:
     assert COMMITTED and all(figures.source(path).exists() for path in COMMITTED)
+    assert {p.stem for p in COMMITTED} == {p.stem for p in COMMITTED[0].parent.glob("*.svg")}
 
 
 @pytest.mark.usefixtures("drawn_as_committed")
@@ -28,7 +30,20 @@ def test_every_committed_figure_has_its_rows() -> None:
 def test_a_committed_figure_is_redrawn_byte_for_byte(path: Path, tmp_path: Path) -> None:
     shutil.copy(figures.source(path), tmp_path)
     pyplot.close(figures.draw(tmp_path / path.stem).figure)
-    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    for kind in (".png", ".svg"):
+        assert (tmp_path / path.name).with_suffix(kind).read_bytes() == path.with_suffix(kind).read_bytes()
+    assert path.with_suffix(".svg").stat().st_size < 120_000
+
+
+DRAWN = sorted((ROOT / "results").glob("*/*.svg"))
+
+
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+def test_figures_speak_in_words(path: Path) -> None:
+    """No name of a setting as the code has it, such as how=sample; each text of an SVG is a comment in it too."""
+    texts = re.findall("<!-- (.*?) -->", path.read_text(), flags=re.DOTALL)
+    assert len(texts) > 5
+    assert not [text for text in texts if re.search(r"\w=\w|mean_var|resnet\d|cifar\d|vit_|(el2n|tdds)\b", text)]
 
 
 def test_the_figure_follows_its_rows(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Tables, against numbers worked out by hand from a few rows."""
 
+import re
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from pandas.io.formats.style import Styler
 
 from emqlib import files
 from emqlib.paper import tables as results
@@ -426,3 +428,33 @@ def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
     assert cells[0] == ["method", "passes", "paper", "none"]
     assert cells[2:] == [["Ours", "1.5", "93.46", ""], ["Dedicated", "2", "", ""]]
     assert (tmp_path / "a.csv").read_text() == "method,passes,paper,none\nOurs,1.5,93.46,\nDedicated,2.0,,\n"
+
+
+def cells_of(style: Styler) -> list[list[str]]:
+    """The cells of the body, as HTML."""
+    body = style.to_html().split("<tbody>")[1]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("<tr>")[1:]]
+
+
+def test_a_table_is_shown_with_the_best_in_bold_and_spreads_in_grey() -> None:
+    style = results.shown(results.accuracy_table(table_1()))
+    cells = cells_of(style)
+    assert [row[0] for row in cells][:2] == ["Ours, not corrected", "Ours, not corrected, adapted"]
+    assert list(style.data.columns) == ["network", "epochs", "2*", "3", "4*"] and len(cells) == 10
+    assert cells[0][2] == '50.0<span style="color: gray"> ± 14.1</span>'
+    bold = [[name for name, cell in zip(style.data, row, strict=True) if "<b>" in cell] for row in cells]
+    assert {name for names in bold for name in names} == {"2*", "3", "4*"}
+    assert style.caption is None and "± 14.1" in repr(style)
+    assert style.to_html() == results.shown(results.accuracy_table(table_1())).to_html()
+
+
+def test_what_a_shown_table_leaves_out_is_said() -> None:
+    """The last of the bit-widths that were not trained first; rows from the eleventh on."""
+    names = ["statistics", "1", "2*", "3", "4*", "5", "6", "7", "8*"]
+    wide = pd.DataFrame([["a", *map(str, range(8))]] * 12, columns=names)
+    style = results.shown(wide)
+    assert list(style.data) == ["statistics", "1", "2*", "3", "4*", "5", "8*"]
+    assert style.caption == "the first 10 of 12 rows; without columns 6, 7"
+    numbers = pd.DataFrame([[0.5, float("nan"), "<i>"]], columns=[0.5, "b", "c"], index=pd.Index([3], name="bits"))
+    assert cells_of(results.shown(numbers, best=(), columns=3)) == [["3", "0.5", ""]]
+    assert cells_of(results.shown(numbers)) == [["3", "0.5", "", "&lt;i&gt;"]]

@@ -416,7 +416,6 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("tables.growth_table", "11_training_cost", {}),
     ("plots.accuracy_by_bits", "00_quickstart", {}),
     ("plots.accuracy_by_cost", "02_cifar100", {}),
-    ("plots.accuracy_by_pruning", "05_coreset_comparison", {}),
     ("plots.accuracy_by_coreset", "07_ablation_scoring_scheme", {}),
     ("plots.growth", "11_training_cost", {}),
     ("plots.distributions", "08_activation_distributions", {}),

@@ -46,7 +46,8 @@ def test_every_benchmark_has_rows_a_table_and_a_figure_that_its_rows_give(tmp_pa
         assert path.with_suffix(".md").read_text().startswith("|")
     assert benchmark("redraw").redraw(tmp_path) == sorted(names)
     for path in COMMITTED:
-        assert (tmp_path / f"{path.stem}.png").read_bytes() == path.with_suffix(".png").read_bytes()
+        for kind in (".png", ".svg"):
+            assert (tmp_path / path.name).with_suffix(kind).read_bytes() == path.with_suffix(kind).read_bytes()
     pyplot.close("all")
 
 

@@ -61,7 +61,7 @@ def test_quickstart_from_the_root(quickstart: tuple[Path, Path], checkout: Path)
     output, place = quickstart
     assert {path.name for path in place.iterdir()} == {"checkpoints", "runs", "smoke"}
     assert {path.name for path in (place / "smoke").iterdir()} == {
-        f"00_quickstart.{kind}" for kind in ("csv", "md", "png")
+        f"00_quickstart.{kind}" for kind in ("csv", "md", "png", "svg")
     }
 
     rows = pd.read_csv(place / "smoke/00_quickstart.csv", dtype={"run": str})
@@ -114,7 +114,8 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     assert not git(checkout, "status", "--porcelain")
     place = checkout / "build/smoke/smoke"
     tables = ("", "_cost", "_gap", "_curves", "_curves_cost", "_equal_time")
-    names = [f"{end}.md" for end in tables] + [".csv", ".png", "_curves.csv", "_curves.png", "_curves_time.png"]
+    names = [f"{end}.md" for end in tables] + [".csv", "_curves.csv"]
+    names += [f"{end}.{kind}" for end in ("", "_curves", "_curves_time") for kind in ("png", "svg")]
     expected = {f"01_cifar10{name}" for name in names}
     assert {path.name for path in place.iterdir()} == expected
 
