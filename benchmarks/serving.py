@@ -136,7 +136,9 @@ def figure(rows: pd.DataFrame) -> Axes:
     """
     table = summary(rows)
     with sns.axes_style("whitegrid"):
-        figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.2), width_ratios=(2, 1.2, 1.2), layout="constrained")
+        figure, panels = pyplot.subplots(
+            1, 3, figsize=(15, 4.2), width_ratios=(2, 1.2, 1.2), dpi=90, layout="constrained"
+        )
     points = table[table.top1.notna() & table.bits.le(8)]
     points = points.assign(line=points.runtime, trained=points.bits.isin(SOME_BITS))
     plots.by_bits(panels[0], points, "top1", "top-1 accuracy (%)", legend=False)

@@ -41,7 +41,7 @@ _COSTS = {"sample_passes": (1e6, "sample passes", " (millions)"), "seconds": (60
 _BITS = "bit-width of weights and activations (*: trained)"
 _ACCURACY = "mean top-1 accuracy (%)"  # over the trained bit-widths
 _CORRECTIONS = {"none": "without", "mean_var": "with weight bias correction"}
-WIDE = 10.0  # inches, of a figure with its legend beside it
+WIDE = 9.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 _BARS = "bars: standard deviation"
@@ -53,8 +53,8 @@ def axes(ax: Axes | None, title: str, width: float = 7.2) -> Axes:
     checks.instance("ax", ax, (type(None), Axes), "axes of matplotlib, or None for new ones")
     if ax is None:
         with sns.axes_style("whitegrid"):
-            ax = plt.subplots(figsize=(width, 4.2), dpi=100, layout="constrained")[1]
-    ax.set_title(title, fontsize=10)
+            ax = plt.subplots(figsize=(width, 4.2), dpi=90, layout="constrained")[1]
+    ax.set_title(title, fontsize=10, pad=8)
     return ax
 
 
@@ -248,7 +248,7 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
             ax.axvline(means[rate][baseline], **NAMED, label=f"{baseline}, mean")
         ax.set_title(f"{rate:.0%} pruned", fontsize=9)
         finish(ax, _ACCURACY, "").tick_params(axis="y", labelsize=8)
-    figure.set_dpi(100)
+    figure.set_dpi(90)
     figure.suptitle(_seen_by_coreset(means) + setting, fontsize=10)
     if baseline:
         figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
@@ -309,7 +309,7 @@ def distributions(histograms: pd.DataFrame) -> Axes:
     z, palette = rows.z.drop_duplicates(), _palette(rows, "{} bits")
     look = {"hue": "line", "hue_order": list(palette), "palette": palette, "errorbar": None}
     with sns.axes_style("whitegrid"):
-        figure, panels = plt.subplots(1, 2, sharey=True, figsize=(WIDE, 4.2), dpi=100, layout="constrained")
+        figure, panels = plt.subplots(1, 2, sharey=True, figsize=(WIDE, 4.2), dpi=90, layout="constrained")
     for ax, (kind, name) in zip(panels, _CORRECTIONS.items(), strict=True):
         sns.lineplot(rows[rows.trained_with == kind], x="z", y="density", **look, ax=ax, legend=kind == "mean_var")
         normal = (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi)
