@@ -236,9 +236,9 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
     order += [name for name in dict.fromkeys(seeds.coreset) if name not in order]
     baselines = ("Any-Precision", in_words("RS2"), in_words("random"))
     baseline = next((name for name in baselines if name in order), None)
-    size = (4.6 + 2.6 * len(means), 1.6 + 0.24 * len(order))
+    form = {"figsize": (4.6 + 2.6 * len(means), 1.6 + 0.24 * len(order)), "dpi": 90, "layout": "constrained"}
     with sns.axes_style("whitegrid"):
-        figure, (drawn,) = plt.subplots(1, len(means), sharey=True, squeeze=False, figsize=size, layout="constrained")
+        figure, (drawn,) = plt.subplots(1, len(means), sharey=True, squeeze=False, **form)
     shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0]}
     diamonds = {"linestyle": "none", "marker": "D", "markersize": 4, "capsize": 0.2, "err_kws": {"lw": 1}}
     for ax, (rate, part) in zip(drawn, panels.items(), strict=True):
@@ -248,7 +248,6 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
             ax.axvline(means[rate][baseline], **NAMED, label=f"{baseline}, mean")
         ax.set_title(f"{rate:.0%} pruned", fontsize=9)
         finish(ax, _ACCURACY, "").tick_params(axis="y", labelsize=8)
-    figure.set_dpi(90)
     figure.suptitle(_seen_by_coreset(means) + setting, fontsize=10)
     if baseline:
         figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
