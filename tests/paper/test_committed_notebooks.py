@@ -58,7 +58,8 @@ def test_every_experiment_has_a_notebook_and_every_figure_is_drawn() -> None:
     code = "".join(path.read_text() for path in NOTEBOOKS)
     through_measure = {"corrected_or_not"}  # which measure.distributions trains
     assert {f.__name__ for f in experiments.RUNS} - through_measure == set(re.findall(r"experiments\.(\w+)\(p\)", code))
-    assert set(plots.FIGURES) < set(re.findall(r'plots\.draw\(p\.output\(\\"(\w+)\\"\)\)', code))
+    drawn = set(re.findall(r'plots\.draw\(p\.(?:output\(|results_dir / )\\"(\w+)\\"\)', code))
+    assert set(plots.FIGURES) < drawn
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
