@@ -25,6 +25,7 @@ from .tables import SETTING, adaptation_gaps, growth_table, in_words, seed_means
 
 _COSTS = {"sample_passes": (1e6, "sample passes (millions)"), "seconds": (60, "training time (minutes)")}
 _BITS = "bit-width of weights and activations (*: trained)"
+_CORRECTED = {"none": "#d55e00", "mean_var": "#0072b2"}  # colors of Okabe and Ito
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
 _KINDS = {"none": "not corrected", "mean": "means corrected", "mean_var": "corrected"}
 _KINDS |= {"output": "outputs too", "no gradient": "no gradient through it"}
@@ -206,6 +207,60 @@ def distributions(histograms: pd.DataFrame) -> Axes:
     return grid.axes.flat[0]
 
 
+def idea(rows: pd.DataFrame) -> Axes:
+    """The method in one picture: an output channel's weights, and what its layer computes with them, by bit-width.
+
+    Above is a network trained without weight bias correction, below one trained with it. Dots are weights, the larger
+    the more are equal; diamonds and bars are their mean and standard deviation, and the grey band is that of the
+    full-precision weights. rows: of `measure.idea`. Returns the upper left panel.
+    """
+    checks.table("rows", rows, ("part", "trained_with", "bits", "value", "density"))
+    lowest, highest = rows.bits.min(), rows.bits[rows.part != "weight"].max()
+    title = "Weight bias correction gives rounded weights their mean and their spread back"
+    title = f"{_setting(rows, title)}, the output channel of each network that {lowest} bits move furthest"
+    with sns.axes_style("whitegrid"):
+        size = {"figsize": (9, 5.2), "dpi": 100, "layout": "constrained"}
+        figure, panels = plt.subplots(2, 2, sharex="col", sharey="col", **size)
+    for (left, right), (trained_with, color) in zip(panels, _CORRECTED.items(), strict=True):
+        network = rows[rows.trained_with == trained_with]
+        _dots(left, network[network.part == "weight"], color)
+        _curves(right, network[network.part != "weight"], color)
+        name = _CORRECTIONS[trained_with].replace(" ", "\n", 1)
+        left.set_ylabel(name, fontsize=10, color=color, weight="bold")
+    panels[0, 0].set_title("weights of one output channel", fontsize=10)
+    panels[0, 1].set_title("what they compute, before the shared batch norm", fontsize=10)
+    panels[1, 0].set_xlabel("weight, in the quantizer's range")
+    panels[1, 1].set_xlabel(f"pre-activation, in standard deviations from the mean at {highest} bits")
+    figure.suptitle(title, fontsize=10)
+    return panels[0, 0]
+
+
+def _dots(ax: Axes, weights: pd.DataFrame, color: str) -> None:
+    """The weights at each bit-width, full precision on top, above their mean and standard deviation."""
+    values = dict(sorted(weights.groupby("bits").value, reverse=True))
+    mean, std = values[32].mean(), values[32].std()
+    ax.axvspan(mean - std, mean + std, color="0.9", zorder=0)
+    ax.axvline(mean, color="0.6", lw=1, zorder=0)
+    for line, these in enumerate(values.values()):
+        equal = these.value_counts()
+        ax.scatter(equal.index, [line - 0.15] * len(equal), s=12 * equal, color="0.3", alpha=0.6, lw=0, zorder=2)
+        ax.errorbar(these.mean(), line + 0.25, xerr=these.std(), color=color, marker="D", capsize=4, lw=2, zorder=3)
+    ax.set_yticks(range(len(values)), ["full precision" if b == 32 else f"{b} bits" for b in values])
+    ax.set_ylim(len(values) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+
+
+def _curves(ax: Axes, histograms: pd.DataFrame, color: str, merged: int = 6) -> None:
+    """The densities at the highest bit-width, filled, and at the lowest; bins are `merged`, as sums have few values."""
+    bits = histograms.bits.min(), histograms.bits.max()
+    low, high = (histograms[histograms.bits == b].reset_index(drop=True) for b in bits)
+    low, high = (h.groupby(h.index // merged)[["value", "density"]].mean() for h in (low, high))
+    ax.fill_between(high.value, high.density, color="0.8", label=f"{bits[1]} bits")
+    ax.plot(low.value, low.density, color=color, lw=2, label=f"{bits[0]} bits")
+    ax.set(xlim=(-4, 4), ylim=(0, None), yticks=[], ylabel="density")
+    ax.legend(loc="upper left", fontsize=9)
+
+
 def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """How far the input of each norm is shifted, in standard deviations: a line for each bit-width, means over seeds.
 
@@ -334,6 +389,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "09_angles_by_epoch": ("09_angles", lambda rows: angles(rows, "epoch"), ""),
     "10_untrained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("max")),
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
+    "idea": ("idea", idea, ""),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
 }
@@ -362,7 +418,8 @@ def draw(path: Path) -> Axes:
 
 def main(folder: Path) -> int:
     """Redraw all figures of notebooks that there are below `folder`; returns how many."""
-    found = sorted(checks.path("folder", folder).rglob("[0-9][0-9]_*.png"))
+    folder = checks.path("folder", folder)
+    found = sorted([*folder.rglob("[0-9][0-9]_*.png"), *folder.rglob("idea.png")])
     paths = [path.with_suffix("") for path in found if source(path).exists()]
     for path in paths:
         plt.close(draw(path).figure)

@@ -13,9 +13,7 @@ from matplotlib import pyplot
 from emqlib.paper import plots as figures
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = sorted(
-    p for p in (ROOT / "results").glob("*/*.png") if p.parent.name != "benchmarks"
-)  # see test_benchmarks
+COMMITTED = sorted(p for p in (ROOT / "results").rglob("*.png") if p.parent.name != "benchmarks")  # see test_benchmarks
 matplotlib.use("agg")
 
 

@@ -250,7 +250,7 @@ def test_a_hugging_face_dataset_is_the_same_as_its_arrays(names: tuple[str, str]
 
 def test_what_the_guide_shows_can_be_trained_on() -> None:
     guide = (Path(__file__).resolve().parents[2] / "GUIDE.md").read_text()
-    section = guide.partition("## Your own data")[2].partition("\n## ")[0]
+    section = guide.partition("\n### Your own data\n")[2].partition("\n##")[0]
     vectors, images = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     names: dict[str, Any] = {"emq": emq, "torch": torch}
     exec(vectors, names)
