@@ -56,6 +56,7 @@ def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen])
     for node, found in convolutions:
         editor.quantize_output(node, found.low, found.high)
     editor.clip()
+    editor.mark_layout({node for node, _ in convolutions})
     RemoveUnusedNodesPass()(model)
 
 
@@ -224,6 +225,33 @@ class _Editor:
             return None
         ends = [None if v is None else v.const_value for v in node.inputs[1:]]
         return (0.0, inf) if node.op_type == "Relu" else tuple(float(v.numpy()) for v in ends)
+
+    def mark_layout(self, convolutions: set[Any]) -> None:
+        """Let onnxruntime keep what is added to the output of integer convolutions channels-last, as they are.
+
+        Else it transposes around each addition. What comes from floating point alone is transposed twice. The Reshape
+        between, to the same shape, changes nothing but keeps onnxruntime from seeing at once that this cancels. A
+        network that multiplies channels, as a batch norm before its convolution does, stays as it is: channels-last,
+        onnxruntime takes longer for that.
+        """
+        after: set[Any] = set()  # values that come from an integer convolution
+        for node in self.graph:
+            if node in convolutions or after.intersection(node.inputs):
+                after.update(node.outputs)
+        reading = [node for node in self.graph if after.intersection(node.inputs)]
+        added = [node for node in reading if node.op_type == "Add"]
+        if any(node.op_type == "Mul" for node in reading):
+            return
+        before = dict.fromkeys(v for node in added for v in node.inputs if v not in after and v.const_value is None)
+        for x in before:
+            uses = list(x.uses())
+            readers = {use.node for use in uses}
+            first = next(node for node in self.graph if node in readers)
+            y = self.put(first, "Transpose", x, perm=[0, 2, 3, 1])
+            y = self.put(first, "Reshape", y, self.number(np.int64, [-1, 0, 0, 0]))
+            y = self.put(first, "Transpose", y, perm=[0, 3, 1, 2])
+            for node, i in uses:
+                node.replace_input_with(i, y)
 
     def clip(self) -> None:
         """Put a Clip after each QuantizeLinear that may not give all of uint8."""
