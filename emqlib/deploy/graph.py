@@ -16,7 +16,7 @@ Layer = PackedConv2d | PackedLinear
 
 @dataclass(frozen=True)
 class Seen:
-    """What passed through a layer: the ends of its output, and its quantized input, of how many samples the sum."""
+    """What passed through a layer: its lowest and highest output, and the sum of its quantized inputs over samples."""
 
     low: float
     high: float
@@ -56,7 +56,7 @@ def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen])
     for node, found in convolutions:
         editor.quantize_output(node, found.low, found.high)
     editor.clip()
-    editor.mark_layout({node for node, _ in convolutions})
+    editor.add_channels_last({node for node, _ in convolutions})
     RemoveUnusedNodesPass()(model)
 
 
@@ -223,27 +223,32 @@ class _Editor:
         node = uses[0].node if len(uses) == 1 and not y.is_graph_output() else None
         if node is None or node.op_type not in ("Relu", "Clip"):
             return None
-        ends = [None if v is None else v.const_value for v in node.inputs[1:]]
-        return (0.0, inf) if node.op_type == "Relu" else tuple(float(v.numpy()) for v in ends)
+        if node.op_type == "Relu":
+            return 0.0, inf
+        ends = [*node.inputs[1:], None, None][:2]  # one that is not there bounds nothing
+        if any(v is not None and v.const_value is None for v in ends):
+            return None  # a bound that is computed
+        low, high = (None if v is None else float(v.const_value.numpy()) for v in ends)
+        return -inf if low is None else low, inf if high is None else high
 
-    def mark_layout(self, convolutions: set[Any]) -> None:
-        """Let onnxruntime keep what is added to the output of integer convolutions channels-last, as they are.
+    def add_channels_last(self, convolutions: set[Any]) -> None:
+        """Make onnxruntime add to the output of integer convolutions in channels-last, as it computes those.
 
-        Else it transposes around each addition. What comes from floating point alone is transposed twice. The Reshape
-        between, to the same shape, changes nothing but keeps onnxruntime from seeing at once that this cancels. A
-        network that multiplies channels, as a batch norm before its convolution does, stays as it is: channels-last,
-        onnxruntime takes longer for that.
+        Otherwise it transposes before and after each addition. An operand that comes from floating point alone is
+        transposed to channels-last and back here. The Reshape between keeps its shape; it only keeps onnxruntime from
+        removing the two at once. If the output of a convolution reaches a multiplication, as in a batch norm that is
+        not folded, the graph stays as it is, because onnxruntime multiplies channels more slowly in channels-last.
         """
         after: set[Any] = set()  # values that come from an integer convolution
         for node in self.graph:
             if node in convolutions or after.intersection(node.inputs):
                 after.update(node.outputs)
         reading = [node for node in self.graph if after.intersection(node.inputs)]
-        added = [node for node in reading if node.op_type == "Add"]
         if any(node.op_type == "Mul" for node in reading):
             return
-        before = dict.fromkeys(v for node in added for v in node.inputs if v not in after and v.const_value is None)
-        for x in before:
+        added = [v for node in reading if node.op_type == "Add" for v in node.inputs]
+        floating = (v for v in added if v not in after and v.const_value is None)
+        for x in dict.fromkeys(v for v in floating if v.shape is not None and len(v.shape) == 4):
             uses = list(x.uses())
             readers = {use.node for use in uses}
             first = next(node for node in self.graph if node in readers)

@@ -156,16 +156,18 @@ def preactivations(
 def moved_channel(model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 250) -> pd.DataFrame:
     """Weights and pre-activations of the output channel that the lowest of `bits` moves furthest.
 
-    How far is the shift of the channel's mean pre-activation from the highest of `bits` to the lowest, in standard
-    deviations at the highest. The channel is of the convolution that has the largest root mean square of them. All
-    `samples` images go through the network at once.
+    The distance is the shift of the channel's mean output between the highest and the lowest of `bits`, in standard
+    deviations at the highest. The layer is the convolution with the largest root mean square distance over its
+    channels. Of a `Dataset`, `samples` images go through the network at once; of an iterable, its first batch.
 
     Returns:
         One row a bit-width, 32 included, and weight: layer, channel, part ("weight"), bits, value. And one row a
         bit-width and bin of a histogram: part ("pre-activation"), bits, value (standardized at the highest of `bits`),
         density.
     """
-    wanted, seen = _checked(bits, samples, samples), {}
+    wanted, moments, seen = _checked(bits, samples, samples), {}, {}
+    if len(wanted) < 2:
+        raise invalid("bits", wanted, "two bit-widths at least")
     with undisturbed(model, data, samples) as device:
         layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, nn.Conv2d)}
         if not layers:
@@ -173,34 +175,47 @@ def moved_channel(model: nn.Module, data: Dataset | Batches, bits: Iterable[int]
         images = next((images for images, _ in batches(data, "train", device, samples, samples)), None)
         if images is None:
             raise invalid("data", "no images", "at least one batch of images")
-        for b in wanted:
-            seen[b] = {}
+        for b in (min(wanted), max(wanted)):
+            moments[b] = {}
             with at_bits(model, b), ExitStack() as hooks:
                 for name, layer in layers.items():
-                    hooks.callback(layer.register_forward_hook(partial(_keep, seen[b], name)).remove)
+                    hooks.callback(layer.register_forward_hook(partial(_measure, moments[b], name)).remove)
                 model(images)
-        low, high = seen[min(wanted)], seen[max(wanted)]
-        shifts = {n: ((low[n].mean(1) - high[n].mean(1)) / high[n].std(1)).nan_to_num(0, 0, 0) for n in layers}
+        low, high = moments[min(wanted)], moments[max(wanted)]
+        shifts = {n: ((low[n][0] - high[n][0]) / high[n][1]).nan_to_num(0, 0, 0) for n in layers}
         name = max(layers, key=lambda n: float(shifts[n].square().mean()))
         channel = int(shifts[name].abs().argmax())
+        mean, std = (found[channel] for found in high[name])
         weights = {32: layers[name].weight_and_domain()[1]}
         for b in wanted:
-            with at_bits(model, b):
+            with at_bits(model, b), ExitStack() as hooks:
                 weights[b] = layers[name].weight_and_bias()[0]
+                hooks.callback(layers[name].register_forward_hook(partial(_keep, seen, b, channel)).remove)
+                model(images)
     tables = [
         pd.DataFrame({"part": "weight", "bits": b, "value": w[channel].flatten().double().cpu().numpy().round(6)})
         for b, w in weights.items()
     ]
     for b in wanted:
         watcher = Watcher()
-        watcher.update(((seen[b][name][channel] - high[name][channel].mean()) / high[name][channel].std())[:, None])
+        watcher.update(((seen[b] - mean) / std)[:, None])
         density = watcher.density().numpy().round(6)
         tables.append(pd.DataFrame({"part": "pre-activation", "bits": b, "value": CENTERS, "density": density}))
     return pd.concat(tables, ignore_index=True).assign(layer=name, channel=channel)
 
 
-def _keep(kept: dict[str, Tensor], name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    kept[name] = output.double().transpose(0, 1).flatten(1)
+def _measure(
+    found: dict[str, tuple[Tensor, Tensor]], name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """The mean and the standard deviation of each channel of an output (N, C, H, W)."""
+    std, mean = torch.std_mean(output.double(), (0, 2, 3))
+    found[name] = mean, std
+
+
+def _keep(
+    kept: dict[int, Tensor], bits: int, channel: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    kept[bits] = output[:, channel].double().flatten()
 
 
 def layer_norms(

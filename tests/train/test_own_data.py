@@ -215,7 +215,7 @@ def test_labels_are_read_without_items_where_the_dataset_tells_them(tmp_path: Pa
 
 def test_what_is_said_of_a_map_style_dataset() -> None:
     data = Dataset.from_dataset(Counted(), name="grey", classes=["a", "b", "c", "d"])
-    assert data.about() == {"name": "grey", "sha256": data.sha256, "num_classes": 4, "mean": [0.0], "std": [1.0]}
+    assert data.about() == {"name": "grey", "sha256": data.sha256, "num_classes": 4}  # its transforms may normalize
     assert Dataset.from_dataset(Counted()).sha256 == data.sha256  # the same labels, first and last input
     shorter, relabelled = Subset(Counted(), range(23)), Counted(("image", "other"))
     assert Dataset.from_dataset(shorter).sha256 != data.sha256
