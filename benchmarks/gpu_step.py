@@ -127,8 +127,8 @@ def traced(
             counter.phase = ""
 
         run.optimizer.step = optimize
-        parts = [m for m in model.modules() if hasattr(m, "one_graph")] if alike else []
-        reads = distributed.for_every_bit_width(parts)
+        parts = [m for m in model.modules() if hasattr(m, "bits_in_tensors")] if alike else []
+        reads = distributed.bits_in_tensors(parts)
         with joint, each, reads, mock.patch.object(triton_kernels, "launch", counter.launch), counter:
             for _ in range(2):  # the first step makes the optimizer's state
                 counter.rows.clear()

@@ -20,7 +20,7 @@ from .train.evaluate import adapt_norm, evaluate, soft_targets
 from .train.loop import train
 from .train.sources import load_dataset
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 __all__ = [
     "CoresetConfig",

@@ -202,7 +202,7 @@ def inclusion(weights: Tensor, keep: int) -> Tensor:
     """
     checks.integer("keep", keep, 0, len(checks.tensor("weights", weights, "a tensor (N,)", dims=1)))
     if bool((weights < 0).any()) or not bool(weights.isfinite().all()) or int((weights > 0).sum()) < keep:
-        raise checks.invalid("scores", weights, f"weights >= 0, at least {keep} of them positive")
+        raise checks.invalid("weights", weights, f"weights >= 0, at least {keep} of them positive")
     w, certain = weights.double(), torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
     while True:  # what would pass 1 is certain, and the rest shares what is left: a few rounds
         rest = keep - int(certain.sum())

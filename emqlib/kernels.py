@@ -1,7 +1,7 @@
 """Fast twins of the formulas in `quantizers` and `correction`, and what differs between PyTorch's releases.
 
-A twin has the arguments of its plain formula and gives the same values and gradients, in fewer passes over memory or
-fewer operations. The tests compare the two at every bit-width.
+A twin takes the arguments of its plain formula, some one more, and gives the same values and gradients, in fewer passes
+over memory or fewer operations. The tests compare the two at every bit-width.
 """
 
 import os
@@ -34,14 +34,19 @@ def runs_triton(x: Tensor) -> bool:
 
 @cache
 def _agree(device: torch.device) -> bool:
-    """Whether the kernels of `triton_kernels` give on `device` what the formulas give; if not, a warning says so."""
-    from .triton_kernels import correct_dorefa_weights
+    """Whether the forward kernels give on `device` what the formulas give; if not, a warning says so.
+
+    The kernels of the backward pass are taken to be right if these are.
+    """
+    from . import triton_kernels
 
     w = torch.rand(5, 31, generator=torch.Generator().manual_seed(0)).sub_(0.5).to(device)
     expected, reason = plain_correction(*plain_dorefa_weight(w, 3.0)), "they give other numbers"
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            good = torch.allclose(correct_dorefa_weights([w], 3.0)[0], expected, atol=1e-5)
+            good = torch.allclose(triton_kernels.correct_dorefa_weights([w], 3.0)[0], expected, atol=1e-5)
+            rounded = (w / 0.1).clamp(0, 3).round() * 0.1
+            good = good and torch.allclose(triton_kernels.fake_quantize(w, 0.1, 0.0, 3.0), rounded, atol=1e-6)
     except Exception as error:  # a driver, a compiler or a device that Triton does not know
         good, reason = False, repr(error)
     if not good:
@@ -78,7 +83,7 @@ def awaited(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 class _FakeQuantize(Function):
-    """Memory bounds it: this takes four to seven passes forward and one to three back."""
+    """Its time is that of memory: without Triton, four to seven passes over it forward and one to three backward."""
 
     @staticmethod
     def forward(
@@ -152,7 +157,7 @@ def fake_quantize(
 ) -> Tensor:
     """The twin of `quantizers.fake_quantize`; q_min and q_max are both floats or both scalar tensors.
 
-    unit: whether the range is known to be [0, 1], which saves operations.
+    unit: whether the grid spans [0, 1]; the gradient is then masked by x itself.
     """
     if x.dtype == torch.float16:  # whose largest number, 65504, a range may pass on the way
         return _FakeQuantize.apply(x.float(), scale, offset, q_min, q_max, learn_step, unit).to(x.dtype)

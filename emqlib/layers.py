@@ -63,9 +63,10 @@ class QuantSpec:
     """How a network is quantized. ValueError: names the field, its value and what is allowed."""
 
     bits: Annotated[tuple[int, ...], checks.bit_widths]  # the trained bit-widths
-    # The quantizers: a name, or a function of your own. n is the number of levels above the lowest one, a float, and in
-    # a compiled graph a scalar tensor. weight: (w, n), with w (O, ...), to the quantized weight and the full-precision
-    # weight that it approaches with more bits, as `quantizers.dorefa_weight` returns them.
+    # The quantizers: a name, or a function of your own. n is the number of levels above the lowest one: a float, or a
+    # scalar tensor in a compiled or captured graph, of whose value no function may ask (`if n > 1`). weight: (w, n),
+    # with w (O, ...), to the quantized weight and the full-precision weight that it approaches with more bits, as
+    # `quantizers.dorefa_weight` returns them.
     weight: Annotated[quantizers.Weight | Callable[..., Any], _weight] = "dorefa"
     # activation: (x, n) to x on its grid, for inputs of either sign; "none" leaves activations as they are.
     activation: Annotated[quantizers.Activation | Callable[..., Any], _activation] = "dorefa"
@@ -182,7 +183,7 @@ class InputQuantizer(nn.Module):
         return y if self.scale is None else kernels.awaited(y, self.scale.values)
 
     def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        return kernels.fake_quantize(x, *self.grid(n), learn_step=False)
+        return kernels.fake_quantize(x, *self.grid(n), learn_step=False, unit=self.range == "unit")
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
         """(scale, q_min, q_max, offset) in force at n levels (scalar)."""
@@ -244,9 +245,6 @@ class UnitDoReFa(InputQuantizer):
     """DoReFa over [0, 1], as published."""
 
     method, range, starts = "dorefa", "unit", False
-
-    def _quantize(self, x: Tensor, n: quantizers.Number) -> Tensor:
-        return kernels.fake_quantize(x, *self.grid(n), learn_step=False, unit=True)
 
     def grid(self, n: quantizers.Number) -> quantizers.Grid:
         """See `InputQuantizer.grid`."""
@@ -332,7 +330,7 @@ class _QuantizedLayer(nn.Module):
 
     weight: nn.Parameter
     levels: Tensor
-    one_graph = False  # whether a CUDA graph is being made that is to serve every bit-width
+    bits_in_tensors = False  # whether a CUDA graph is being made that is to serve every bit-width
     # The weight of the training step at hand and its domain, and the lock that is held as long as they hold.
     prepared: tuple[tuple[Tensor, Tensor], Lock] | None = None
     # Weight and bias in evaluation mode, what they depend on, and the tensors in that: while they live, no others can
@@ -370,7 +368,7 @@ class _QuantizedLayer(nn.Module):
 
     def _n(self) -> quantizers.Number:
         """The levels in force: a tensor in a compiled or captured graph, which would else serve one bit-width alone."""
-        if self.full or not (self.one_graph or torch.compiler.is_compiling()):
+        if self.full or not (self.bits_in_tensors or torch.compiler.is_compiling()):
             return self.known_levels
         return self.levels.to(torch.promote_types(self.levels.dtype, torch.float32))
 

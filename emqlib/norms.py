@@ -84,6 +84,7 @@ class MultiBitBatchNorm(nn.Module):
     """
 
     SHARED = len(BIT_WIDTHS)
+    bits_in_tensors = False  # as of quantized layers
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, spec: QuantSpec) -> None:
         super().__init__()
@@ -103,7 +104,6 @@ class MultiBitBatchNorm(nn.Module):
         self.register_buffer("stats_pick", torch.zeros(self.SHARED + 1, 1, device=device), persistent=False)
         self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
         self.picked: tuple[int, int, dict[int, float]] | None = None
-        self.one_graph = False  # whether a CUDA graph is being made that is to serve every bit-width
         self.set_bits(self.bits)
 
     @property
@@ -155,7 +155,7 @@ class MultiBitBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
-        for_all = torch.compiler.is_compiling() or (self.one_graph and self.own)
+        for_all = torch.compiler.is_compiling() or (self.bits_in_tensors and self.own)
         in_place = not for_all and self.row is not None
         if in_place:  # views of the table, which the norm updates: the same numbers with fewer operations
             mean, var = self.running_mean[self.row], self.running_var[self.row]

@@ -2,8 +2,8 @@
 
 Notation: a bit-width b has n = 2**b - 1 levels above the lowest one; r(x) rounds x and has the gradient dr/dx = 1.
 32 bits mean "not quantized", which `quantize_weight` and `quantize_activation` decide; the formulas know nothing of it.
-Layers use the faster twins in `kernels`, which give the same values and gradients. In a compiled graph the number of
-levels is a tensor, so that one graph serves every bit-width; everywhere else it is a float.
+Layers use the faster twins in `kernels`, which give the same values and gradients. In a compiled or captured graph the
+number of levels is a tensor, so that one graph serves every bit-width; everywhere else it is a float.
 
 Sources: DoReFa (arXiv 1606.06160) as used by Any-Precision (arXiv 1911.07346), LSQ (arXiv 1902.08153), PACT (arXiv
 1805.06085).
@@ -36,7 +36,7 @@ def levels(bits: int) -> float:
 
 
 def is_full(n: Number) -> bool:
-    """Whether n is the number of levels at 32 bits. A tensor never is: compiled graphs serve 1 to 8 bits."""
+    """Whether n is the number of levels at 32 bits. A tensor never is: such graphs serve 1 to 8 bits."""
     return not isinstance(n, Tensor) and n > 2**15
 
 
@@ -69,7 +69,8 @@ def minmax_weight(w: Tensor, n: Number, zero_level: bool = False) -> tuple[Tenso
     """s (2 r(n (w/(2s) + 1/2)) / n - 1) and w, with s = max|w_o| for each output channel o.
 
     w is (O, ...), and so are both results. This grid of n + 1 levels has no zero. With `zero_level` it is
-    s r(m w/s) / m, m = (n - 1) / 2: the n levels around zero that integer kernels want. s carries no gradient.
+    s r(m w/s) / m, m = (n - 1) / 2: the n levels around zero that integer kernels want, for 2 bits at least. s carries
+    no gradient.
     """
     s = _largest(w)
     if zero_level:

@@ -24,7 +24,7 @@ ROUND = tl.constexpr(1.5 * 2**23)  # adding it to a float32 of few levels rounds
 
 @triton.jit
 def _channel(table, BLOCK: tl.constexpr):
-    """This program's places in a flat buffer, which of them it has, K, and the channels of its layer: two ends."""
+    """A program's channel: its places in a flat buffer, which of them exist, K, its layer's first channel and end."""
     row = table + tl.program_id(0) * COLUMNS
     start, K = tl.load(row), tl.load(row + 1)
     o = tl.arange(0, BLOCK)
@@ -41,7 +41,10 @@ def _over_layer(values, first, end, PEAK: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _weights(tanh, size, peak, places, mine, K, first, end, levels, FULL: tl.constexpr, CHANNELS: tl.constexpr):
-    """E, M and tanh of the weight, and of domain and quantized weight each channel's deviation, mean and variance."""
+    """E, M, tanh(w), the weight in the quantizer's domain; of each channel d_q, d_w, m_w, R, v_q, v_w of `_Correct`.
+
+    A variance that is no divisor is infinite.
+    """
     n = tl.load(levels).to(tl.float32)
     E = _over_layer(size, first, end, False, CHANNELS) / ((end - first).to(tl.float32) * K)
     M = tl.maximum(_over_layer(peak, first, end, True, CHANNELS), 1.1754943508222875e-38)
@@ -122,9 +125,10 @@ def gradients(tanh, table, peak, g, total, peaks, BLOCK: tl.constexpr, CHANNELS:
 
 @triton.jit
 def quantize(x, out, size, scale, q_min, q_max, LOADED: tl.constexpr, BLOCK: tl.constexpr):
-    """The levels of x times their distance; what is not a number stays so. LOADED: the grid is in tensors."""
+    """x rounded to the grid; NaN stays NaN. LOADED: scale, q_min and q_max are pointers."""
     if LOADED:
-        scale, q_min, q_max = tl.load(scale), tl.load(q_min), tl.load(q_max)
+        scale, q_min = tl.load(scale).to(tl.float32), tl.load(q_min).to(tl.float32)
+        q_max = tl.load(q_max).to(tl.float32)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     q = tl.div_rn(tl.load(x + o, mask=o < size, other=0.0).to(tl.float32), scale)
     q = tl.where(q < q_min, q_min, tl.where(q > q_max, q_max, q))

@@ -59,7 +59,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("git") is None:
         pytest.skip("needs git")
     root, folder = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("shared") / "checkout"
-    for name in ("emqlib", "notebooks", "results/paper"):
+    for name in ("emqlib", "notebooks", "results/paper", "results/benchmarks"):
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("pyproject.toml", "constraints.txt", "Makefile", ".gitignore"):
         shutil.copy(root / name, folder)

@@ -28,20 +28,19 @@ def opened(file: str | Path) -> tuple[Any, dict[str, Any]]:
     except Exception as error:  # onnxruntime's errors have no class in common
         raise ValueError(f"file={str(file)!r}: expected an ONNX file ({error})") from error
     about = json.loads(session.get_modelmeta().custom_metadata_map.get("emqlib", "{}"))
-    if not about.get("data"):
-        raise ValueError(
-            f"file={str(file)!r}: expected one of emqlib.export_onnx, of a network that emqlib.train trained"
-        )
+    if "mean" not in (about.get("data") or {}):
+        expected = "one of emqlib.export_onnx, of a network that emqlib.train trained on images that it normalized"
+        raise ValueError(f"file={str(file)!r}: expected {expected}")
     return session, about
 
 
 def pixels(image: Image.Image, shape: Sequence[Any], about: dict[str, Any]) -> np.ndarray:
-    """An image as the network takes it, (1, 3, H, W) float32: cut and resized to `shape`, and normalized."""
-    height, width = shape[2:]
-    image = image.convert("RGB")
+    """An image as the network takes it, (1, C, H, W) float32: cut and resized to `shape`, and normalized."""
+    channels, height, width = shape[1:]
+    image = image.convert("L" if channels == 1 else "RGB")
     if isinstance(height, int) and isinstance(width, int):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    values = np.asarray(image, np.float32) / 255
+    values = np.asarray(image, np.float32).reshape(image.height, image.width, -1) / 255
     mean, std = (np.asarray(about["data"][name], np.float32) for name in ("mean", "std"))
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
 

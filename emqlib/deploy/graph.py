@@ -16,7 +16,7 @@ Layer = PackedConv2d | PackedLinear
 
 @dataclass(frozen=True)
 class Seen:
-    """What passed through a layer: the ends of its output, and its quantized input, of how many samples the sum."""
+    """What passed through a layer: its lowest and highest output, and the sum of its quantized inputs over samples."""
 
     low: float
     high: float
@@ -56,6 +56,7 @@ def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen])
     for node, found in convolutions:
         editor.quantize_output(node, found.low, found.high)
     editor.clip()
+    editor.add_channels_last({node for node, _ in convolutions})
     RemoveUnusedNodesPass()(model)
 
 
@@ -222,8 +223,40 @@ class _Editor:
         node = uses[0].node if len(uses) == 1 and not y.is_graph_output() else None
         if node is None or node.op_type not in ("Relu", "Clip"):
             return None
-        ends = [None if v is None else v.const_value for v in node.inputs[1:]]
-        return (0.0, inf) if node.op_type == "Relu" else tuple(float(v.numpy()) for v in ends)
+        if node.op_type == "Relu":
+            return 0.0, inf
+        ends = [*node.inputs[1:], None, None][:2]  # one that is not there bounds nothing
+        if any(v is not None and v.const_value is None for v in ends):
+            return None  # a bound that is computed
+        low, high = (None if v is None else float(v.const_value.numpy()) for v in ends)
+        return -inf if low is None else low, inf if high is None else high
+
+    def add_channels_last(self, convolutions: set[Any]) -> None:
+        """Make onnxruntime add to the output of integer convolutions in channels-last, as it computes those.
+
+        Otherwise it transposes before and after each addition. An operand that comes from floating point alone is
+        transposed to channels-last and back here. The Reshape between keeps its shape; it only keeps onnxruntime from
+        removing the two at once. If the output of a convolution reaches a multiplication, as in a batch norm that is
+        not folded, the graph stays as it is, because onnxruntime multiplies channels more slowly in channels-last.
+        """
+        after: set[Any] = set()  # values that come from an integer convolution
+        for node in self.graph:
+            if node in convolutions or after.intersection(node.inputs):
+                after.update(node.outputs)
+        reading = [node for node in self.graph if after.intersection(node.inputs)]
+        if any(node.op_type == "Mul" for node in reading):
+            return
+        added = [v for node in reading if node.op_type == "Add" for v in node.inputs]
+        floating = (v for v in added if v not in after and v.const_value is None)
+        for x in dict.fromkeys(v for v in floating if v.shape is not None and len(v.shape) == 4):
+            uses = list(x.uses())
+            readers = {use.node for use in uses}
+            first = next(node for node in self.graph if node in readers)
+            y = self.put(first, "Transpose", x, perm=[0, 2, 3, 1])
+            y = self.put(first, "Reshape", y, self.number(np.int64, [-1, 0, 0, 0]))
+            y = self.put(first, "Transpose", y, perm=[0, 3, 1, 2])
+            for node, i in uses:
+                node.replace_input_with(i, y)
 
     def clip(self) -> None:
         """Put a Clip after each QuantizeLinear that may not give all of uint8."""

@@ -90,8 +90,9 @@ class Grid:
         return cls(scale, round(-low / scale), 255)
 
     def with_zero(self) -> Self:
-        """This grid; of two levels with an offset, one that has them, but for their share in 16,000, and zero between.
+        """This grid if it has no offset; else one of at most 128 codes with zero and its two levels.
 
+        Each of the two is off by a 254th of their distance at most.
         Convolutions pad with zeros, so that zero needs a code.
         """
         if self.offset is None:

@@ -34,7 +34,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         OSError: the file cannot be written.
     """
     path = checks.file_name("path", path)
-    network = model if getattr(getattr(model, "emq", None), "packed", None) else converted(model)
+    network = getattr(model, "_orig_mod", model)  # of a compiled one
+    network = network if getattr(getattr(network, "emq", None), "packed", None) else converted(network)
     known = network.emq
     about = {
         "version": VERSION,

@@ -24,11 +24,11 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
 
     The file's convolutions and matrix products are those that runtimes compute in integers. The input of a layer goes
     through QuantizeLinear, to uint8 clipped to its bit-width, on the grid of training. The weight is int8, with a step
-    for each output channel and no offset: see `integers.int8_weight`, which says how far it is off. At 8 bits it is
-    of 7, from -64 to 64, which no processor's kernel overflows with. The output of a convolution is rounded to the next
-    layer's grid; where another operation reads it, such as an addition, it is rounded to the uint8 that covers what
-    it reached on `example_inputs`. All the rest, such as additions, stays in floating point, as does a layer whose
-    inputs are not quantized.
+    for each output channel and no offset: see `integers.int8_weight`, which says how far it is off. Where the input
+    takes all 256 codes, as at 8 bits, weights stay within -64 to 64, so that no processor's kernel overflows. The
+    output of a convolution is rounded to the next layer's grid; where another operation reads it, such as an addition,
+    it is rounded to the uint8 that covers what it reached on `example_inputs`. All the rest, such as additions, stays
+    in floating point, as does a layer whose inputs are not quantized.
 
     The file says in its metadata, as JSON under "emqlib", which network it is of, at which bit-width, trained on which
     data of which mean and deviation. `python -m emqlib.deploy FILE IMAGES...` answers from it.
@@ -78,12 +78,8 @@ def _about(model: nn.Module, network: nn.Module, bits: Bits) -> dict[str, Any]:
     known = network.emq
     name = (known.network or {}).get("name", type(converted(model)).__name__)
     width = bits if isinstance(bits, int) else " ".join(map(str, sorted(set(known.packed.values()))))
-    return {
-        "network": name,
-        "bits": width,
-        "data": known.data,
-        "version": sys.modules["emqlib"].__version__,
-    }  # which imports this
+    version = sys.modules["emqlib"].__version__  # not imported above, since emqlib imports this module
+    return {"network": name, "bits": width, "data": known.data, "version": version}
 
 
 def _batches(inputs: Any) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ beside the rows of its run.
 import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from itertools import combinations
 
 import pandas as pd
@@ -27,6 +28,7 @@ from .profiles import Parameters
 from .runs import Measure, Run, derived
 
 SPAN, BINS = 6.0, 120  # a histogram's reach, in standard deviations on either side, and its number of bins
+CENTERS = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * SPAN / BINS) - SPAN).numpy().round(6)  # of bins
 ALL = "all layers"
 
 
@@ -142,14 +144,78 @@ def preactivations(
     """
     seen = _watch(model, data, bits, MultiBitBatchNorm, samples, batch_size)
     mismatch, histograms = [], []
-    centers = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * SPAN / BINS) - SPAN).numpy().round(6)
     for b, watchers in seen.items():
         for name, watcher in watchers.items():
             where, (mean, var) = {"layer": name, "bits": b}, watcher.moments()
             row = {"mean_shift": float(mean.square().mean().sqrt()), "variance": float(var.mean())}
             mismatch.append(where | row | {"wasserstein": watcher.wasserstein(seen[max(seen)][name])})
-            histograms.append(pd.DataFrame(where | {"z": centers, "density": watcher.density().numpy().round(6)}))
+            histograms.append(pd.DataFrame(where | {"z": CENTERS, "density": watcher.density().numpy().round(6)}))
     return pd.DataFrame(mismatch), pd.concat(histograms, ignore_index=True)
+
+
+def moved_channel(model: nn.Module, data: Dataset | Batches, bits: Iterable[int], samples: int = 250) -> pd.DataFrame:
+    """Weights and pre-activations of the output channel that the lowest of `bits` moves furthest.
+
+    The distance is the shift of the channel's mean output between the highest and the lowest of `bits`, in standard
+    deviations at the highest. The layer is the convolution with the largest root mean square distance over its
+    channels. Of a `Dataset`, `samples` images go through the network at once; of an iterable, its first batch.
+
+    Returns:
+        One row a bit-width, 32 included, and weight: layer, channel, part ("weight"), bits, value. And one row a
+        bit-width and bin of a histogram: part ("pre-activation"), bits, value (standardized at the highest of `bits`),
+        density.
+    """
+    wanted, moments, seen = _checked(bits, samples, samples), {}, {}
+    if len(wanted) < 2:
+        raise invalid("bits", wanted, "two bit-widths at least")
+    with undisturbed(model, data, samples) as device:
+        layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, nn.Conv2d)}
+        if not layers:
+            raise invalid("model", type(model).__name__, "a network with a quantized convolution")
+        images = next((images for images, _ in batches(data, "train", device, samples, samples)), None)
+        if images is None:
+            raise invalid("data", "no images", "at least one batch of images")
+        for b in (min(wanted), max(wanted)):
+            moments[b] = {}
+            with at_bits(model, b), ExitStack() as hooks:
+                for name, layer in layers.items():
+                    hooks.callback(layer.register_forward_hook(partial(_measure, moments[b], name)).remove)
+                model(images)
+        low, high = moments[min(wanted)], moments[max(wanted)]
+        shifts = {n: ((low[n][0] - high[n][0]) / high[n][1]).nan_to_num(0, 0, 0) for n in layers}
+        name = max(layers, key=lambda n: float(shifts[n].square().mean()))
+        channel = int(shifts[name].abs().argmax())
+        mean, std = (found[channel] for found in high[name])
+        weights = {32: layers[name].weight_and_domain()[1]}
+        for b in wanted:
+            with at_bits(model, b), ExitStack() as hooks:
+                weights[b] = layers[name].weight_and_bias()[0]
+                hooks.callback(layers[name].register_forward_hook(partial(_keep, seen, b, channel)).remove)
+                model(images)
+    tables = [
+        pd.DataFrame({"part": "weight", "bits": b, "value": w[channel].flatten().double().cpu().numpy().round(6)})
+        for b, w in weights.items()
+    ]
+    for b in wanted:
+        watcher = Watcher()
+        watcher.update(((seen[b] - mean) / std)[:, None])
+        density = watcher.density().numpy().round(6)
+        tables.append(pd.DataFrame({"part": "pre-activation", "bits": b, "value": CENTERS, "density": density}))
+    return pd.concat(tables, ignore_index=True).assign(layer=name, channel=channel)
+
+
+def _measure(
+    found: dict[str, tuple[Tensor, Tensor]], name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """The mean and the standard deviation of each channel of an output (N, C, H, W)."""
+    std, mean = torch.std_mean(output.double(), (0, 2, 3))
+    found[name] = mean, std
+
+
+def _keep(
+    kept: dict[int, Tensor], bits: int, channel: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    kept[bits] = output[:, channel].double().flatten()
 
 
 def layer_norms(
@@ -294,6 +360,11 @@ def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame
     weights = _each(runs[::2], "weights", p, lambda net, _: weight_shift(net))
     mismatch = _each(runs, "mismatch", p, lambda *net: preactivations(*net, p.bits)[0])
     return weights, mismatch, _each(runs[:2], "histograms", p, lambda *net: preactivations(*net, p.bits)[1])
+
+
+def idea(p: Parameters) -> pd.DataFrame:
+    """`moved_channel` of the quickstart's two networks, trained without and with weight bias correction."""
+    return _each(experiments.quickstart(p), "channel", p, lambda *net: moved_channel(*net, p.bits))
 
 
 def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -40,7 +40,9 @@ from .tables import (
 _COSTS = {"sample_passes": (1e6, "sample passes", " (millions)"), "seconds": (60, "training time", " (minutes)")}
 _BITS = "bit-width of weights and activations (*: trained)"
 _ACCURACY = "mean top-1 accuracy (%)"  # over the trained bit-widths
-_CORRECTIONS = {"none": "without", "mean_var": "with weight bias correction"}
+_CORRECTED = {"none": "#d55e00", "mean_var": "#0072b2"}  # colors of Okabe and Ito
+_CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
+_BOTH = {"none": "without", "mean_var": "with weight bias correction"}  # in one sentence
 WIDE = 9.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
@@ -314,7 +316,7 @@ def distributions(histograms: pd.DataFrame) -> Axes:
         normal = (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi)
         ax.plot(z, normal, color="black", ls=":", lw=1, label="standard normal")
         ax.set(xlim=(-4, 4), xticks=range(-3, 4))
-        ax.set_title(name.replace("without", "without weight bias correction"), fontsize=9)
+        ax.set_title(name, fontsize=9)
         finish(ax, "standard deviations from the running mean", "density, smoothed")
     panels[1].legend()
     finish(panels[1], "standard deviations from the running mean", "")
@@ -328,8 +330,71 @@ def _seen_apart(rows: pd.DataFrame) -> str:
     ends = rows.bits.min(), rows.bits.max()
     low, high = (curves[(rows.bits == b).to_numpy()] for b in ends)
     apart = 100 * (low - high).abs().groupby("trained_with").sum() / (low + high).groupby("trained_with").sum()
-    shares = [f"{apart[kind]:.0f} % {name}" for kind, name in _CORRECTIONS.items() if kind in apart]
+    shares = [f"{apart[kind]:.0f} % {name}" for kind, name in _BOTH.items() if kind in apart]
     return f"In {rows.layer.iloc[0]}, {ends[0]} and {ends[1]} bits differ in {_listed(shares)}"
+
+
+def idea(rows: pd.DataFrame) -> Axes:
+    """The method in one picture: an output channel's weights, and what its layer computes with them, by bit-width.
+
+    Above is a network trained without weight bias correction, below one trained with it. Dots are weights, the larger
+    the more are equal; diamonds and bars are their mean and standard deviation, and the grey band is that of the
+    full-precision weights. rows: of `measure.idea`. Returns the upper left panel.
+    """
+    checks.table("rows", rows, ("part", "trained_with", "bits", "value", "density"))
+    lowest, highest = rows.bits.min(), rows.bits[rows.part != "weight"].max()
+    title = "Weight bias correction gives rounded weights their mean and their spread back"
+    title = f"{title}{_setting(rows)}, the output channel of each network that {lowest} bits move furthest"
+    with sns.axes_style("whitegrid"):
+        size = {"figsize": (9, 5.2), "dpi": 100, "layout": "constrained"}
+        figure, panels = plt.subplots(2, 2, sharex="col", sharey="col", **size)
+    for (left, right), (trained_with, color) in zip(panels, _CORRECTED.items(), strict=True):
+        network = rows[rows.trained_with == trained_with]
+        _dots(left, network[network.part == "weight"], color)
+        _curves(right, network[network.part != "weight"], color)
+        name = _CORRECTIONS[trained_with].replace(" ", "\n", 1)
+        left.set_ylabel(name, fontsize=10, color=color, weight="bold")
+    panels[0, 0].set_title("weights of one output channel", fontsize=10)
+    panels[0, 1].set_title("what they compute, before the shared batch norm", fontsize=10)
+    panels[1, 0].set_xlabel("weight, in the quantizer's range")
+    panels[1, 1].set_xlabel(f"pre-activation, in standard deviations from the mean at {highest} bits")
+    figure.suptitle(title, fontsize=10)
+    return panels[0, 0]
+
+
+def _dots(ax: Axes, weights: pd.DataFrame, color: str) -> None:
+    """The weights at each bit-width, full precision on top, above their mean and standard deviation."""
+    values = dict(sorted(weights.groupby("bits").value, reverse=True))
+    mean, std = values[32].mean(), values[32].std()
+    ax.axvspan(mean - std, mean + std, color="0.9", zorder=0)
+    ax.axvline(mean, color="0.6", lw=1, zorder=0)
+    for line, these in enumerate(values.values()):
+        equal = these.value_counts()
+        ax.scatter(
+            equal.index,
+            [line - 0.15] * len(equal),
+            s=12 * equal,
+            color="0.3",
+            alpha=0.6,
+            lw=0,
+            zorder=2,
+            rasterized=True,
+        )
+        ax.errorbar(these.mean(), line + 0.25, xerr=these.std(), color=color, marker="D", capsize=4, lw=2, zorder=3)
+    ax.set_yticks(range(len(values)), ["full precision" if b == 32 else f"{b} bits" for b in values])
+    ax.set_ylim(len(values) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+
+
+def _curves(ax: Axes, histograms: pd.DataFrame, color: str, merged: int = 6) -> None:
+    """The densities at the highest bit-width, filled, and at the lowest; bins are `merged`, as sums have few values."""
+    bits = histograms.bits.min(), histograms.bits.max()
+    low, high = (histograms[histograms.bits == b].reset_index(drop=True) for b in bits)
+    low, high = (h.groupby(h.index // merged)[["value", "density"]].mean() for h in (low, high))
+    ax.fill_between(high.value, high.density, color="0.8", label=f"{bits[1]} bits")
+    ax.plot(low.value, low.density, color=color, lw=2, label=f"{bits[0]} bits")
+    ax.set(xlim=(-4, 4), ylim=(0, None), yticks=[], ylabel="density")
+    ax.legend(loc="upper left", fontsize=9)
 
 
 def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -340,7 +405,7 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     checks.table("rows", rows, ("layer", "trained_with", "bits", "mean_shift"))
     lowest = rows[rows.bits == rows.bits.min()].groupby("trained_with").mean_shift.mean()
-    shifts = _listed([f"{lowest[kind]:.2f} {name}" for kind, name in _CORRECTIONS.items() if kind in lowest])
+    shifts = _listed([f"{lowest[kind]:.2f} {name}" for kind, name in _BOTH.items() if kind in lowest])
     of = "running means of the batch norms" if "wasserstein" in rows else f"means of tokens at {rows.bits.max()} bits"
     title = f"Distance at {rows.bits.min()} bits from the {of}: {shifts}"
     ax = axes(ax, title + _setting(rows, seeds="lines: means"), WIDE)
@@ -452,8 +517,8 @@ def save(ax: Axes, path: Path) -> None:
 
 
 Draw = Callable[[pd.DataFrame], Axes]
-_CORRECTED = "correction in ('none', 'mean_var')"  # without those of the means alone, which the tables have
-_FULL_DATA = f"pruning_rate == 0 and {_CORRECTED} and not (method == 'Dedicated' and adapted)"
+_NO_MEANS = "correction in ('none', 'mean_var')"  # without those of the means alone, which the tables have
+_FULL_DATA = f"pruning_rate == 0 and {_NO_MEANS} and not (method == 'Dedicated' and adapted)"
 _TRAINED = "trained_bits.str.len() == trained_bits.str.len().{}()"  # at the most or the fewest bit-widths
 
 # The figure's name: its CSV, the function of the rows in it, and which of the rows, as of `DataFrame.query`. A figure
@@ -466,7 +531,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "02_tinyimagenet": ("02_tinyimagenet", accuracy_by_cost, ""),
     "04_layer_norms": ("04_layer_norms", mismatch, ""),
     "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_coreset, ""),
-    "06_bias_correction": ("06_bias_correction", accuracy_by_bits, _CORRECTED),
+    "06_bias_correction": ("06_bias_correction", accuracy_by_bits, _NO_MEANS),
     "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),
     "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset, ""),
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
@@ -476,6 +541,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "09_angles_by_epoch": ("09_angles", lambda rows: angles(rows, "epoch"), ""),
     "10_untrained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("max")),
     "10_two_trained_bitwidths": ("10_untrained_bitwidths", accuracy_by_bits, _TRAINED.format("min")),
+    "idea": ("idea", idea, ""),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
 }
@@ -504,7 +570,8 @@ def draw(path: Path) -> Axes:
 
 def main(folder: Path) -> int:
     """Redraw all figures of notebooks that there are below `folder`; returns how many."""
-    found = sorted(checks.path("folder", folder).rglob("[0-9][0-9]_*.png"))
+    folder = checks.path("folder", folder)
+    found = sorted([*folder.rglob("[0-9][0-9]_*.png"), *folder.rglob("idea.png")])
     paths = [path.with_suffix("") for path in found if source(path).exists()]
     for path in paths:
         plt.close(draw(path).figure)

@@ -129,7 +129,7 @@ class TrainConfig:
     autocast: Literal["none", "bfloat16", "float16"] = "none"  # type of products, see `distributed.autocast_used`
     channels_last: bool = True  # memory format of images and weights, see `distributed.memory_format`
     # torch.compile; "auto": in a long run; "blocks": each residual block by itself, which starts sooner; "graphs": CUDA
-    # graphs.
+    # graphs, for one process on a GPU; elsewhere the network runs as it is.
     compile: Literal[True, False, "auto", "blocks", "graphs"] = False
     device: Annotated[str, _device] = "auto"  # "auto" takes CUDA where there is one
     seed: Annotated[int, Range(0)] = 0  # of shuffling, augmentation, dropout and coresets
@@ -176,7 +176,7 @@ def recipe(
 
     Args:
         bits: the bit-widths to train.
-        epochs: passes over the coresets, with the first one on all data.
+        epochs: the number of epochs, the first one on all data and the others on coresets.
         pruning_rate: the fraction of the training set that a bit-width leaves out in an epoch; 0 trains on all data.
         **training: other fields of `TrainConfig`, such as lr, optimizer or compile.
 

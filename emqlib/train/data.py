@@ -289,9 +289,13 @@ class Dataset:
         return len(self.classes)
 
     def about(self) -> dict[str, Any]:
-        """What a trained network has to say of its data: name, checksum, number of classes, mean and std of pixels."""
+        """What a trained network has to say of its data: name, checksum, number of classes, mean and std of pixels.
+
+        A dataset with transforms of its own may normalize in them, so of that nothing is said of mean and std.
+        """
         about = {"name": self.name, "sha256": self.sha256, "num_classes": self.num_classes}
-        return about | {"mean": list(self.mean), "std": list(self.std)}
+        own = isinstance(self.train, Streamed) and not hasattr(self.train.items, "listing")
+        return about if own else about | {"mean": list(self.mean), "std": list(self.std)}
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its tensors on `device`."""

@@ -131,16 +131,16 @@ class _Prepared(nn.Module):
 
 
 @contextmanager
-def for_every_bit_width(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block, passes of quantized layers and batch norms read the bit-width from tensors alone."""
+def bits_in_tensors(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, quantized layers and batch norms read the bit-width from tensors; 32 bits stay as they are."""
     parts = list(parts)
     for part in parts:
-        part.one_graph = True
+        part.bits_in_tensors = True
     try:
         yield
     finally:
         for part in parts:
-            part.one_graph = False
+            part.bits_in_tensors = False
 
 
 class Graphed:
@@ -148,7 +148,7 @@ class Graphed:
 
     A network of small kernels spends most of a step on launching them one by one; a graph launches all at once. It
     reads the bit-width from tensors that `set_bits` changes in place. The first call of each kind runs the network
-    itself, and so do all calls while a submodule has a hook.
+    itself, and so do all calls while the network or a part of it has a hook of its forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,8 +159,7 @@ class Graphed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output of the network in training for x (B, ...) on a CUDA device."""
-        _, *parts = self.model.modules()
-        if any(part._forward_pre_hooks or part._forward_hooks for part in parts):
+        if any(part._forward_pre_hooks or part._forward_hooks for part in self.model.modules()):
             return self.model(x)
         kind = (self._state(), x.shape, x.stride(), x.dtype)
         if kind not in self.known:  # what is made at first sight, such as the ranges of inputs, is not for a graph
@@ -184,7 +183,7 @@ class Graphed:
         gc.disable()  # an earlier network's graphs, collected during a capture, would spoil it
         try:
             own = {"allow_unused_input": True, "pool": self.pool}  # one memory for all: no two are ever at work
-            with step, for_every_bit_width([*self.layers, *self.norms]):
+            with step, bits_in_tensors([*self.layers, *self.norms]):
                 graphed = torch.cuda.make_graphed_callables(without_hooks, (x.clone(),), **own)
         finally:
             for layer in self.layers:

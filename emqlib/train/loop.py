@@ -284,7 +284,9 @@ def _step(run: _Run, bits: tuple[int, ...], size: int, batch: Batch, lr: float, 
     config, images = run.config, batch[0]
     if images.dim() == 4:
         images = images.contiguous(memory_format=run.memory_format)
-    run.optimizer.zero_grad(set_to_none=True)
+    # a captured graph gives every gradient in the same memory (PyTorch issue 181723), so a sum needs memory of its own
+    summed = isinstance(run.forward, distributed.Graphed) and config.accumulate * len(bits) > 1
+    run.optimizer.zero_grad(set_to_none=not summed)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     parts = zip(*(x.tensor_split(config.accumulate) for x in (images, *batch[1:])), strict=True)

@@ -178,7 +178,7 @@ def test_kernels_compile_for_a_gpu(flag: bool) -> None:
     from emqlib import triton_kernels
 
     known = {"table": "*i64", "out": "*bf16", "grad": "*bf16"}
-    known |= dict.fromkeys(("scale", "q_min", "q_max"), "*fp32" if flag else "fp32")
+    known |= dict.fromkeys(("scale", "q_min", "q_max"), "*bf16" if flag else "fp32")
     for name in ("statistics", "values", "slopes", "gradients", "quantize"):
         kernel = getattr(triton_kernels, name)
         fixed = {

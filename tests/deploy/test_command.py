@@ -60,6 +60,17 @@ def test_answers_are_the_networks(
     assert (np.array(found) == expected.numpy()).mean() >= 0.9 and all(line.endswith(" ms") for line in lines)
 
 
+def test_an_image_has_as_many_channels_as_the_network_takes() -> None:
+    colors = Image.merge("RGB", [Image.new("L", (5, 4), level) for level in (10, 200, 30)])
+    for channels in (1, 3):
+        about = {"data": {"mean": [0.5] * channels, "std": [0.25] * channels}}
+        found = command.pixels(colors, ("N", channels, 4, 5), about)
+        image = colors.convert("L" if channels == 1 else "RGB")
+        expected = (np.asarray(image, np.float32).reshape(4, 5, channels) / 255 - 0.5) / 0.25
+        assert found.shape == (1, channels, 4, 5)
+        np.testing.assert_allclose(found[0], expected.transpose(2, 0, 1), rtol=1e-6)
+
+
 def test_what_it_refuses(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = onnx.load(file)
     del other.metadata_props[:]

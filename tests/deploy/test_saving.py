@@ -114,6 +114,14 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+def test_a_compiled_network_is_saved_as_the_one_inside(tmp_path: Path) -> None:
+    model = emq.convert(models.resnet8(width=4), emq.QuantSpec(bits=(2, 4)))
+    for network in (model, emq.pack(model, 4)):
+        emq.save(network, tmp_path / "plain")
+        emq.save(torch.compile(network), tmp_path / "compiled")
+        assert (tmp_path / "compiled").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 def test_a_network_of_ones_own_is_given(tmp_path: Path) -> None:
     def net(width: int = 4) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 28))

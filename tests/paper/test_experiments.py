@@ -99,6 +99,14 @@ def test_distributions_are_of_networks_without_and_with_correction(tmp_path: Pat
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_the_picture_of_the_idea_is_of_the_quickstarts_networks(tmp_path: Path) -> None:
+    p = small_parameters(tmp_path, bits=(2, 8))
+    rows = measure.idea(p)
+    assert list(rows.run.unique()) == [run.hash for run in quickstart(p)]
+    assert list(rows.trained_with.unique()) == ["none", "mean_var"] and set(rows.part) == {"weight", "pre-activation"}
+    assert (rows.groupby("run")[["layer", "channel"]].nunique() == 1).all(axis=None)
+
+
 def small_parameters(folder: Path, **options: Any) -> Parameters:
     """The smoke profile on a few images for one epoch."""
     p = parameters(profile="smoke", results_dir=folder, **options)

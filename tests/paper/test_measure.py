@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import models
 from emqlib.norms import MultiBitBatchNorm
-from emqlib.paper.measure import BINS, SPAN, Watcher, layer_norms, preactivations, weight_shift
+from emqlib.paper.measure import BINS, SPAN, Watcher, layer_norms, moved_channel, preactivations, weight_shift
 from emqlib.train.data import Dataset, augment, normalize
 
 pytestmark = pytest.mark.processor
@@ -147,6 +147,36 @@ def test_preactivations_are_those_seen_by_hand(model: nn.Module, data: Dataset) 
             torch.tensor(part.density.to_numpy()) * z.numel() * WIDTH, counts.double(), rtol=1e-3, atol=2
         )
     assert len(mismatch) == 3 * len([m for m in model.modules() if isinstance(m, MultiBitBatchNorm)])
+
+
+def test_the_channel_moved_furthest_is_the_one_found_by_hand(model: nn.Module, data: Dataset) -> None:
+    rows = moved_channel(model, data, BITS, samples=len(data.train.labels))
+    images = normalize(augment(data.train.images, data, torch.Generator().manual_seed(0)), data)
+    convolutions = {name: m for name, m in model.named_modules() if type(m).__name__ == "QuantConv2d"}
+    moved, outputs = {}, {}
+    for name, layer in convolutions.items():
+        for b in BITS:
+            kept: list[Tensor] = []
+            with emq.at_bits(model.eval(), b), torch.no_grad():
+                hook = layer.register_forward_hook(lambda m, x, y, kept=kept: kept.append(y.double()))
+                model(images)
+                hook.remove()
+            outputs[name, b] = kept[0].transpose(0, 1).flatten(1)
+        high = outputs[name, BITS[-1]]
+        moved[name] = (outputs[name, BITS[0]].mean(1) - high.mean(1)).abs() / high.std(1)
+    (name,), (channel,) = rows.layer.unique(), rows.channel.unique()
+    assert name == max(moved, key=lambda n: moved[n].norm() / len(moved[n]) ** 0.5)
+    assert channel == moved[name].argmax()
+    low, high = outputs[name, BITS[0]][channel], outputs[name, BITS[-1]][channel]
+    curve = rows[rows.part.eq("pre-activation") & rows.bits.eq(BITS[0])]
+    assert curve.density.sum() * WIDTH == pytest.approx(1, abs=1e-4)
+    expected = float(((low - high.mean()) / high.std()).clamp(-SPAN, SPAN).mean())
+    assert (curve.value * curve.density).sum() * WIDTH == pytest.approx(expected, abs=WIDTH)
+    weights = rows[rows.part == "weight"].groupby("bits").value
+    assert [*weights.groups] == [*BITS, 32]
+    full = convolutions[name].weight_and_domain()[1][channel].flatten().detach()
+    np.testing.assert_allclose(weights.get_group(32), full, atol=1e-6)
+    assert weights.nunique()[2] <= 4 and weights.mean()[2] == pytest.approx(weights.mean()[32], abs=1e-5)
 
 
 def test_statistics_of_the_bit_width_fit_and_shared_ones_do_not(model: nn.Module, data: Dataset) -> None:

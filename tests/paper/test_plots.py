@@ -21,6 +21,8 @@ import emqlib as emq
 from emqlib.paper import plots
 from emqlib.train.data import normalize
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(autouse=True)
 def no_figure_stays() -> Iterator[None]:
@@ -257,6 +259,26 @@ def test_distributions_are_smooth() -> None:
     assert line.get_ydata()[5:-5] == pytest.approx(1)
     with pytest.raises(ValueError, match=r"^histograms=\['bn1', 'bn2'\]: expected the rows of one layer$"):
         plots.distributions(mismatched().assign(z=0.0, density=1.0))
+
+
+def test_the_idea_draws_weights_beside_what_they_compute() -> None:
+    """A network in each row: each weight a dot, as large as there are equal ones, and curves of merged bins."""
+    rows = pd.read_csv(ROOT / "results/idea.csv")
+    panels = plots.idea(rows).figure.axes
+    for (left, right), trained_with in zip((panels[:2], panels[2:]), ("none", "mean_var"), strict=True):
+        of_network = rows[rows.trained_with == trained_with]
+        weights = of_network[of_network.part == "weight"].groupby("bits").value
+        dots = {round(d.get_offsets()[0][1] + 0.15): d for d in left.collections if len(d.get_offsets()) > 1}
+        assert [text.get_text() for text in left.get_yticklabels()] == ["full precision", "8 bits", "4 bits", "2 bits"]
+        for line, b in enumerate((32, 8, 4, 2)):
+            equal = weights.get_group(b).value_counts()
+            assert dict(zip(dots[line].get_offsets()[:, 0], dots[line].get_sizes() / 12, strict=True)) == dict(equal)
+        means = [float(container.lines[0].get_xdata()[0]) for container in left.containers]
+        assert means == [weights.get_group(b).mean() for b in (32, 8, 4, 2)]
+        assert (max(means) - min(means) < 1e-5) == (trained_with == "mean_var")  # corrected, all of them are one
+        (curve,) = lines(right)
+        assert np.trapezoid(curve.get_ydata(), curve.get_xdata()) == pytest.approx(1, abs=0.01)
+        assert [text.get_text() for text in right.get_legend().get_texts()] == ["8 bits", "2 bits"]
 
 
 def angles() -> pd.DataFrame:

@@ -364,6 +364,8 @@ ANGLES = {"model": MODELS, "data": DATA, "bits": BITS, "samples": [*COUNTS, 1, 2
 TABLE += [
     ("paper.measure.weight_shift", {"model": model}, {"model": MODELS, "bits": BITS}),
     ("paper.measure.preactivations", MEASURE, PROBED),
+    ("paper.measure.moved_channel", MEASURE, MEASURED | {"samples": [*COUNTS, 1]}),
+    ("paper.measure.moved_channel", MEASURE, {"model": [transformer]}),
     ("paper.measure.layer_norms", MEASURE | {"model": transformer}, PROBED),
     ("paper.measure.layer_norms", MEASURE, {"model": [model]}),
     ("paper.measure.preactivations", MEASURE, {"model": [transformer]}),
@@ -421,6 +423,7 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("plots.distributions", "08_activation_distributions", {}),
     ("plots.mismatch", "08_mismatch", {}),
     ("plots.angles", "09_angles", {}),
+    ("plots.idea", "../idea", {}),
 ]
 FIRST = {"tables.coreset_table": "draws", "plots.distributions": "histograms"}  # what others call rows
 FRAMES = [None, "rows.csv", {"bits": [2]}, pd.DataFrame(), pd.DataFrame({"x": [1.0]})]

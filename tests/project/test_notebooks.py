@@ -24,8 +24,8 @@ from papermill.parameterize import parameterize_notebook
 from emqlib.paper import experiments
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-TRIED = dict(re.findall(r"^\| `(\d\d_\w+)\.ipynb` \| .* \| `(-p .*)` \|$", README, flags=re.MULTILINE))
+GUIDE = (ROOT / "GUIDE.md").read_text()
+TRIED = dict(re.findall(r"^\| `(\d\d_\w+)\.ipynb` \| .* \| `(-p .*)` \|$", GUIDE, flags=re.MULTILINE))
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -48,7 +48,7 @@ def cells(path: Path) -> list[nbformat.NotebookNode]:
 
 @pytest.fixture(scope="module")
 def quickstart(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The quickstart as the README has one try it: the executed notebook, and where its results lie."""
+    """The quickstart as the guide has one try it: the executed notebook, and where its results lie."""
     shutil.rmtree(checkout / "build", ignore_errors=True)
     output = tmp_path_factory.mktemp("quickstart") / "out.ipynb"
     assert not papermill(
@@ -106,9 +106,9 @@ def test_the_same_outputs_again(quickstart: tuple[Path, Path], checkout: Path, t
 
 @pytest.mark.thorough
 def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
-    """As the README has it; the rows lie outside of what git sees."""
+    """As the guide has it; the rows lie outside of what git sees."""
     shutil.rmtree(checkout / "build", ignore_errors=True)
-    (arguments,) = re.findall(r"^papermill 01_cifar10.ipynb out.ipynb (.*)$", README, flags=re.MULTILINE)
+    (arguments,) = re.findall(r"^papermill 01_cifar10.ipynb out.ipynb (.*)$", GUIDE, flags=re.MULTILINE)
     output, arguments = tmp_path / "out.ipynb", shlex.split(arguments)
     assert not papermill(checkout, checkout / "notebooks", "01_cifar10.ipynb", output, *arguments, profile="small")
     assert not git(checkout, "status", "--porcelain")
@@ -143,7 +143,7 @@ def read(notebook: str, *arguments: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("notebook", TRIED)
-def test_what_the_readme_has_one_try_is_read(notebook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_guide_has_one_try_is_read(notebook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the quickstart are executed above, all of them by `make faults`."""
     monkeypatch.setenv("EMQ_PROFILE", "smoke")
     assert read(notebook, *shlex.split(TRIED[notebook]))["p"].profile.name == "smoke"
@@ -151,7 +151,7 @@ def test_what_the_readme_has_one_try_is_read(notebook: str, monkeypatch: pytest.
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("notebook", TRIED)
-def test_what_the_readme_has_one_try_is_run(notebook: str, checkout: Path, tmp_path: Path) -> None:
+def test_what_the_guide_has_one_try_is_run(notebook: str, checkout: Path, tmp_path: Path) -> None:
     arguments = shlex.split(TRIED[notebook])
     assert not papermill(checkout, checkout / "notebooks", f"{notebook}.ipynb", tmp_path / "out.ipynb", *arguments)
 

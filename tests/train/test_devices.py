@@ -3,12 +3,15 @@
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import emqlib as emq
@@ -16,7 +19,7 @@ from emqlib import models
 from emqlib.convert import quantized_layers
 from emqlib.layers import prepare
 from emqlib.norms import MultiBitBatchNorm
-from emqlib.train import distributed
+from emqlib.train import distributed, loop
 
 CPU = torch.device("cpu")
 
@@ -79,7 +82,7 @@ def test_a_captured_pass_quantizes_weights_first_and_leaves_none_behind(monkeypa
     layers, prepared, x = quantized_layers(net).values(), [], torch.rand(2, 3, 8, 8)
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
 
-    def captured(module: nn.Module, given: tuple[torch.Tensor], **_: object) -> nn.Module:
+    def captured(module: nn.Module, given: tuple[Tensor], **_: object) -> nn.Module:
         module(*given).square().sum().backward()
         prepared.extend(layer.prepared is not None for layer in layers)
         return net
@@ -110,7 +113,7 @@ def test_operations_recorded_at_one_bit_width_serve_every_other(spec: dict[str, 
     plain, step = copy.deepcopy(net), Lock()
     layers = list(quantized_layers(net).values())
 
-    def passes(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    def passes(model: nn.Module, x: Tensor) -> list[Tensor]:
         with step:
             prepare(quantized_layers(model).values(), step)
             logits = model(x)
@@ -119,7 +122,7 @@ def test_operations_recorded_at_one_bit_width_serve_every_other(spec: dict[str, 
     emq.set_bits(net, 4)
     norms = [m for m in net.modules() if isinstance(m, MultiBitBatchNorm)]
     kept = [buffer.clone() for buffer in net.buffers()]
-    with distributed.for_every_bit_width([*layers, *norms]):
+    with distributed.bits_in_tensors([*layers, *norms]):
         recorded = make_fx(lambda x: passes(net, x))(images)
     for buffer, before in zip(net.buffers(), kept, strict=True):
         buffer.copy_(before)
@@ -131,6 +134,52 @@ def test_operations_recorded_at_one_bit_width_serve_every_other(spec: dict[str, 
         torch.testing.assert_close(found, passes(plain, images), rtol=1e-8, atol=1e-10)
         for (name, found), expected in zip(net.named_buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=f"{name}, {bits} bits")
+
+
+class Replayed(Function):
+    """A pass that gives the gradients of each call in the same memory, as a CUDA graph does."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, module: nn.Module, memory: list[Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.own = memory, parameters
+        with torch.enable_grad():
+            ctx.output = module(x)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        memory, parameters = ctx.own
+        for there, found in zip(memory, torch.autograd.grad(ctx.output, parameters, grad), strict=True):
+            there.copy_(found)
+        return None, None, None, *(there.detach() for there in memory)
+
+
+@pytest.mark.parametrize(("bits", "accumulate"), [((8, 4, 2), 1), ((4,), 2)])
+def test_gradients_of_replayed_passes_are_summed(
+    bits: tuple[int, ...], accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captured(module: nn.Module, _: object, **__: object) -> Callable[[Tensor], Tensor]:
+        parameters = list(module.parameters())
+        memory = [torch.zeros_like(p) for p in parameters]
+        return lambda x: Replayed.apply(module, memory, x, *parameters)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
+    images, labels = torch.rand(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % 10
+    data = emq.Dataset.from_tensors(images.float(), labels)
+    config = emq.TrainConfig(scheme="joint", batch_size=8, accumulate=accumulate, device="cpu")
+    torch.manual_seed(0)
+    plain = emq.convert(models.build("resnet8", 10, width=4), emq.QuantSpec(bits=(2, 4, 8))).double().train()
+    networks = [plain, copy.deepcopy(plain)]
+    for network in networks:
+        run = loop._Run(network, data, config, (2, 4, 8))
+        if network is plain:
+            run.forward = distributed.Graphed(network)
+        for _ in range(3):
+            watch = loop.LossWatch(run.place, network, run.device)
+            loop._step(run, bits, 8, (images, labels, torch.arange(8)), 0.1, watch, "")
+    for found, expected in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("on", [True, False])
