@@ -29,7 +29,7 @@ _WORDS |= {
     "sample of all": "drawn by rank from all data",
     "resample_every=0": "one draw",
 }
-_WORDS |= {"power=0.0": "equal chances", "unbiased=True": "weighted losses", "all candidates": "all data scored"}
+_WORDS |= {"power=0.0": "but drawn at equal chances", "unbiased=True": "weighted losses", "all candidates": "all data scored"}
 _WORDS |= {"scoring=joint": "joint scoring", "across_bits=identical": "the same for all bit-widths"}
 _WORDS |= {"across_bits=disjoint": "without overlap", "batch_size": "batches of {}", "lr": "learning rate {}"}
 _WORDS |= {"weight_decay": "weight decay {}", "epochs": "{} epochs"}
@@ -46,7 +46,8 @@ def in_words(name: str) -> str:
         'TDDS, drawn by rank, batches of 64'
     """
     name = checks.instance("name", name, str, "the name of a kind of coreset, a network or a data set, as in rows")
-    parts = name.replace("resample_every=0, how=sample", "resample_every=0").split(", ")  # one draw is by rank
+    name = name.replace("resample_every=0, how=sample", "resample_every=0")  # one draw is by rank
+    parts = name.replace("how=sample, power=0.0", "power=0.0").split(", ")
     known = [(part, *part.split("=")) for part in parts]
     words = [_WORDS.get(part) or (_WORDS[key].format(*value) if key in _WORDS else part) for part, key, *value in known]
     return ", ".join(words)
