@@ -144,6 +144,15 @@ def test_growth(digits: emq.Dataset) -> None:
     assert all(row["seconds"] > 0 for row in found.values())
 
 
+def test_scaling() -> None:
+    scaling = benchmark("scaling")
+    small = {"train": 40, "width": 4, "epochs": 4, "dataset": "digits"}
+    rows = scaling.measure([scaling.Case(**small), scaling.Case(**small, processes=2)], repeats=1)
+    assert rows.sample_passes.tolist() == [3 * (3 * 11 + 8)] * 2 and (rows.seconds > 0).all()
+    assert rows.device.str.startswith("2 x").tolist() == [False, True]
+    assert scaling.summary(rows)["median"].iloc[0] == 1
+
+
 def test_growth_counts_each_scheme_in_its_faster_mode() -> None:
     growth = benchmark("growth")
     seconds = {("full precision", "eager"): 10, ("full precision", "compiled"): 20}
