@@ -29,7 +29,8 @@ _WORDS |= {
     "sample of all": "drawn by rank from all data",
     "resample_every=0": "one draw",
 }
-_WORDS |= {"power=0.0": "but drawn at equal chances", "unbiased=True": "weighted losses", "all candidates": "all data scored"}
+_WORDS |= {"power=0.0": "but drawn at equal chances", "unbiased=True": "weighted losses"}
+_WORDS |= {"all candidates": "all data scored"}
 _WORDS |= {"scoring=joint": "joint scoring", "across_bits=identical": "the same for all bit-widths"}
 _WORDS |= {"across_bits=disjoint": "without overlap", "batch_size": "batches of {}", "lr": "learning rate {}"}
 _WORDS |= {"weight_decay": "weight decay {}", "epochs": "{} epochs"}

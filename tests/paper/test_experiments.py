@@ -20,6 +20,7 @@ from emqlib.paper.experiments import bias_correction, quickstart, table1
 from emqlib.paper.measure import BINS, SPAN, gradient_angles
 from emqlib.paper.profiles import PROFILES, Parameters, parameters
 from emqlib.paper.runs import build, run_all, trained
+from emqlib.paper.tables import seed_means
 
 fixture = few_digits_on_one_thread  # for this module too
 
@@ -33,7 +34,7 @@ def test_parameters_are_followed(table: Callable) -> None:
     """Which runs a table has is told by those that are committed: test_every_committed_record_is_of_a_run_of_today."""
     name, runs = table.__name__, table(parameters(profile="small", **OWN))
     assert len({run.hash for run in runs}) == len(runs) or name == "growth"  # where widths share dedicated networks
-    assert {run.config.seed for run in runs} == ({3} if name in ("quickstart", "growth") else {3, 4})
+    assert {run.config.seed for run in runs} == ({3} if name in ("quickstart", "growth", "tuning") else {3, 4})
     more = {"deployed": {32}, "growth": {*ALL}}.get(name, set())  # full precision, and more and more bit-widths
     assert {b for run in runs for b in run.spec.bits} == {2, 8} | more
     assert all(set(run.spec.bits) <= set(run.eval_bits) for run in runs)
@@ -246,3 +247,14 @@ def test_a_shell_is_told_what_is_wrong(
         with pytest.raises(SystemExit):
             experiments.main(wrong)
         assert f"invalid {told}" in capsys.readouterr().err
+
+
+def test_tuned_settings_are_the_best_of_their_rows() -> None:
+    p = parameters(profile="small")
+    rows = seed_means(run_all(experiments.tuning(p), p.results_dir, progress=False), ["method", "lr", "batch_size"])
+    usual = p.profile.fair.training
+    for scheme, method in (("joint", "Any-Precision"), ("bitwise", "Ours")):
+        best = rows[rows.method.str.startswith(method)].sort_values("top1").iloc[-1]
+        factor, parts = experiments.TUNED[scheme]
+        assert (best.lr, best.batch_size) == (factor * usual.lr, usual.batch_size // parts)
+        assert scheme == "bitwise" or (best.method == "Any-Precision") == experiments.DISTILLATION
