@@ -27,7 +27,7 @@ from common import write
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch import Tensor, nn
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 import emqlib as emq
 from emqlib import files
@@ -128,10 +128,12 @@ def kernels(runtime: str, file: Path, network: Network, x: np.ndarray, calls: in
                 times[event["args"]["op_name"]] += event["dur"]
     elif runtime.startswith("PyTorch"):
         network(x)
-        with profile() as seen:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
             for _ in range(calls):
                 network(x)
-        times.update({event.key.removeprefix("aten::"): event.self_cpu_time_total for event in seen.key_averages()})
+        for event in seen.key_averages():
+            name = "compiled kernels" if "CompiledFxGraph" in event.key else event.key.removeprefix("aten::")
+            times[name] += event.self_cpu_time_total
     most = times.most_common(3)
     return ", ".join(f"{name} {100 * time / times.total():.0f}" for name, time in most)
 
