@@ -22,7 +22,7 @@ import emqlib as emq
 from emqlib.paper import plots, runs
 from emqlib.train import distributed
 
-REPEATS = 3
+REPEATS = 1
 
 
 @dataclass(frozen=True)
