@@ -191,19 +191,19 @@ def choose(scores: Tensor, keep: int, how: How, generator: torch.Generator | Non
     return _draw(inclusion(scores, keep), keep, generator).sort().values
 
 
-def inclusion(weights: Tensor, keep: int) -> Tensor:
-    """The probability (N,) that "sample" keeps each sample: min(1, c w), with c such that the sum is `keep`.
+def inclusion(scores: Tensor, keep: int) -> Tensor:
+    """The probability (N,) that "sample" keeps each sample: min(1, c s), with c such that the sum is `keep`.
 
-    ValueError: weights (N,) that are negative or not finite, or fewer positive ones than `keep`.
+    ValueError: scores (N,) that are negative or not finite, or fewer positive ones than `keep`.
 
     Examples:
         >>> inclusion(torch.tensor([1.0, 1.0, 2.0, 6.0]), keep=2)
         tensor([0.2500, 0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
-    checks.integer("keep", keep, 0, len(checks.tensor("weights", weights, "a tensor (N,)", dims=1)))
-    if bool((weights < 0).any()) or not bool(weights.isfinite().all()) or int((weights > 0).sum()) < keep:
-        raise checks.invalid("weights", weights, f"weights >= 0, at least {keep} of them positive")
-    w, certain = weights.double(), torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
+    checks.integer("keep", keep, 0, len(checks.tensor("scores", scores, "a tensor (N,)", dims=1)))
+    if bool((scores < 0).any()) or not bool(scores.isfinite().all()) or int((scores > 0).sum()) < keep:
+        raise checks.invalid("scores", scores, f"scores >= 0, at least {keep} of them positive")
+    w, certain = scores.double(), torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     while True:  # what would pass 1 is certain, and the rest shares what is left: a few rounds
         rest = keep - int(certain.sum())
         scaled = torch.where(certain, 1.0, w * (rest / w[~certain].sum().clamp_min(1e-300)))

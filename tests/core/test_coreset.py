@@ -209,7 +209,7 @@ def test_at_the_edges_of_what_can_be_kept() -> None:
     assert coreset.kept(1, 0.9) == 1
     assert coreset.choose(torch.ones(3), 0, "top").tolist() == [] and len(coreset.choose(torch.ones(3), 3, "top")) == 3
     for weights in ([1.0, math.inf], [1.0, math.nan]):
-        with pytest.raises(ValueError, match=r"^scores=.*: expected weights >= 0, at least 1 of them positive$"):
+        with pytest.raises(ValueError, match=r"^scores=.*: expected scores >= 0, at least 1 of them positive$"):
             coreset.inclusion(torch.tensor(weights), 1)
     for window, expected in ((10_000, "at most the 4 epochs there are"), (10_001, "an integer in [3, 10000]")):
         with pytest.raises(ValueError, match=rf"^window={window}: expected {re.escape(expected)}$"):

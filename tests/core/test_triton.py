@@ -148,7 +148,7 @@ def test_without_a_gpu_functions_are_plain(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
-@pytest.mark.parametrize("gives", ["the formula", "other numbers", "an error"])
+@pytest.mark.parametrize("gives", ["the formula", "other numbers", "other levels", "an error"])
 def test_kernels_that_a_device_gets_wrong_are_not_used_there(gives: str, monkeypatch: pytest.MonkeyPatch) -> None:
     triton_kernels = pytest.importorskip("emqlib.triton_kernels")
 
@@ -156,9 +156,13 @@ def test_kernels_that_a_device_gets_wrong_are_not_used_there(gives: str, monkeyp
         if gives == "an error":
             raise RuntimeError("no driver")
         right = tuple(correction.correct_weight(*quantizers.dorefa_weight(w, n)) for w in weights)
-        return right if gives == "the formula" else tuple(w + 1e-3 for w in right)
+        return tuple(w + 1e-3 * (gives == "other numbers") for w in right)
+
+    def rounded(x: Tensor, scale: float, q_min: float, q_max: float) -> Tensor:
+        return quantizers.fake_quantize(x, scale, q_min, q_max + (gives == "other levels"))
 
     monkeypatch.setattr(triton_kernels, "correct_dorefa_weights", kernel)
+    monkeypatch.setattr(triton_kernels, "fake_quantize", rounded)
     tried = kernels._agree.__wrapped__
     if gives == "the formula":
         assert tried(torch.device("cpu"))

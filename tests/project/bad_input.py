@@ -204,7 +204,7 @@ TABLE += [
     ("coreset.select", SELECT, {"scores": [-torch.ones(4), torch.zeros(4)]}),
     ("coreset.kept", {"n": 4, "pruning_rate": 0.5}, {"n": [*NUMBERS, -1], "pruning_rate": RATES}),
     ("coreset.choose", CHOOSE, {"scores": VECTORS, "keep": KEEP, "how": NAMES, "generator": GENERATORS}),
-    ("coreset.inclusion", {"weights": torch.ones(4), "keep": 2}, {"weights": VECTORS, "keep": KEEP}),
+    ("coreset.inclusion", {"scores": torch.ones(4), "keep": 2}, {"scores": VECTORS, "keep": KEEP}),
 ]
 
 # Configurations

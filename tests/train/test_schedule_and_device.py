@@ -168,6 +168,6 @@ def test_the_notebook_shows_the_table_that_the_demo_prints(tmp_path: Path) -> No
     assert "table = tables.correction_table(rows)" in "".join(shown["source"])
     table = tables.correction_table(tables.pd.read_csv(ROOT / "results/small/00_quickstart.csv"))
     with tables.pd.option_context("display.max_columns", 20):  # as in Jupyter, which is no terminal
-        assert "".join(shown["outputs"][0]["data"]["text/plain"]) == repr(table)
+        assert "".join(shown["outputs"][0]["data"]["text/plain"]) == repr(tables.shown(table))
     tables.save(table, tmp_path / "a")
     assert (tmp_path / "a.md").read_text() == (ROOT / "results/small/00_quickstart.md").read_text()
