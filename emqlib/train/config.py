@@ -170,9 +170,9 @@ def recipe(
     """The way that we recommend to convert and train a network at a fraction of the passes, beyond the paper.
 
     The first epoch takes all data and scores it by EL2N. Then each bit-width draws a new coreset for each epoch, by its
-    scores. Batches have 64 samples, because a bit-width on a fifth of the data has few steps. Each trained bit-width
-    keeps running statistics of its own, and output correction serves the untrained ones, so nothing is calibrated.
-    Notebook 07 measures what each part brings.
+    scores. Batches are small, because a bit-width on a fifth of the data has few steps. Each trained bit-width keeps
+    running statistics of its own, and output correction serves the untrained ones, so nothing is calibrated. Notebook
+    07 measures what each part brings. Notebook 14 chooses the size of batches and the learning rate on held-out images.
 
     Args:
         bits: the bit-widths to train.
@@ -184,11 +184,11 @@ def recipe(
         What `convert` and `train` take.
 
     Examples:
-        >>> spec, config = recipe(bits=(2, 4, 8), epochs=30, lr=0.05)
-        >>> spec.norm, config.batch_size, config.coreset.score
-        ('shared_affine', 64, 'el2n')
+        >>> spec, config = recipe(bits=(2, 4, 8), epochs=30)
+        >>> spec.norm, config.batch_size, config.lr, config.coreset.score
+        ('shared_affine', 42, 0.05, 'el2n')
     """
     rate = checks.pruning_rate(pruning_rate)
     coreset = CoresetConfig(score="el2n", how="sample", pruning_rate=rate) if rate else None
-    config = TrainConfig(**{"batch_size": 64, "epochs": epochs, "coreset": coreset} | training)
+    config = TrainConfig(**{"batch_size": 42, "lr": 0.05, "epochs": epochs, "coreset": coreset} | training)
     return QuantSpec(bits=checks.bit_widths("bits", bits), norm="shared_affine", output_correction=True), config

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_runs import ALL, TEST, TRAIN, few_digits_on_one_thread
 
-from emqlib import Coresets
+from emqlib import Coresets, recipe
 from emqlib.paper import experiments, measure
 from emqlib.paper.experiments import bias_correction, quickstart, table1
 from emqlib.paper.measure import BINS, SPAN, gradient_angles
@@ -258,3 +258,5 @@ def test_tuned_settings_are_the_best_of_their_rows() -> None:
         factor, parts = experiments.TUNED[scheme]
         assert (best.lr, best.batch_size) == (factor * usual.lr, usual.batch_size // parts)
         assert scheme == "bitwise" or (best.method == "Any-Precision") == experiments.DISTILLATION
+    ours, config = experiments.recommended(experiments.fair_base(p, 0), 4).config, recipe()[1]
+    assert (ours.lr, ours.batch_size) == (config.lr, config.batch_size)

@@ -11,7 +11,7 @@ def test_the_recipe_takes_all_data_once_and_then_new_coresets() -> None:
     model = emq.convert(emq.models.build("resnet8", 10, width=4), spec)
     data = emq.load_dataset("digits").subset(240, 60)
     history = emq.train(model, data, config, progress=False)
-    assert history.sample_passes.tolist() == [480, 120, 120, 120] and history.steps.tolist() == [8, 2, 2, 2]
+    assert history.sample_passes.tolist() == [480, 120, 120, 120] and history.steps.tolist() == [12, 4, 4, 4]
     draws = history.attrs["coresets"]
     assert [(row["epoch"], row["size"]) for row in draws] == [(e, 60) for e in (2, 3, 4) for _ in (2, 8)]
     assert all(row["drift"] > 0.2 for row in draws[2:])
