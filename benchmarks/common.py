@@ -18,6 +18,18 @@ def write(name: str, rows: pd.DataFrame, table: pd.DataFrame, ax: Axes) -> None:
     print(table.to_string(index=False))
 
 
+def over_repeats(values: pd.Series, by: list[pd.Series], name: str, digits: int) -> pd.DataFrame:
+    """The median, lowest and highest of `values` in each group, or the one value where nothing was repeated.
+
+    by: what the groups have in common; name: of the columns, with the unit; digits: after the decimal point.
+    """
+    groups = values.groupby(by, sort=False)
+    if groups.size().max() == 1:
+        return groups.first().round(digits).rename(name).to_frame()
+    table = groups.agg(["median", "min", "max"]).round(digits)
+    return table.set_axis([f"{name}, {part}" for part in ("median", "lowest", "highest")], axis=1)
+
+
 def ranges(
     rows: pd.DataFrame, label: str, value: str, title: str, unit: str, mark: tuple[float, str] | None = None
 ) -> Axes:
