@@ -51,7 +51,7 @@ demo: install
 		|| { cat $(DEMO)/messages.txt >&2; \
 		echo "make demo: the notebook failed; what it did is in $(DEMO)/00_quickstart.ipynb" >&2; exit 1; }
 	@echo
-	@echo "One network, run with more or fewer bits for each weight and activation: the share of test images it gets right"
+	@echo "The share of test images (%) that one network gets right, by the bits of each weight and activation"
 	@echo; cat $(DEMO)/*/00_quickstart.md
 	@echo "* trained at this bit-width; it was never trained at the others"
 	@echo

@@ -135,9 +135,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     relative = relative.assign(run=relative.scheme + ", " + counts)
     times = relative.groupby("run", sort=False).times.median()
     title = f"{times.index[-1]}: {times.iloc[-1]:.2f} times the training time of one network in full precision"
-    return ranges(
-        relative, "run", "times", title, "trainings of one network in full precision", (2, "claim: at most 2")
-    )
+    return ranges(relative, "run", "times", title, "training time (full precision = 1)", (2, "claim: at most 2"))
 
 
 if __name__ == "__main__":

@@ -75,17 +75,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def figure(rows: pd.DataFrame) -> Axes:
     """The median time of each case."""
-    table, ax = summary(rows), plots.axes(None, "Training time grows with passes and width")
-    cases = zip(table["images"], table["width (channels)"], table.processes, strict=True)
+    table = summary(rows)
+    times, images = table.filter(like="training time").iloc[:, 0], table["images"]
+    most, widest = images.idxmax(), table["width (channels)"].idxmax()
+    title = f"{images[most] / images[0]:.0f} times as many images take {times[most]:.1f} times as long"
+    ax = plots.axes(None, f"{title}, twice as many channels {times[widest]:.1f} times")
+    cases = zip(images, table["width (channels)"], table.processes, strict=True)
     labels = [f"{n:,} images, width {width}, {count} process{'es' * (count > 1)}" for n, width, count in cases]
-    sns.barplot(
-        x=table.filter(like="training time").iloc[:, 0],
-        y=labels,
-        orient="h",
-        color=sns.color_palette("colorblind")[0],
-        ax=ax,
-    )
-    ax.set(xlabel="seconds, in those of the first line", ylabel="")
+    sns.barplot(x=times, y=labels, orient="h", color=sns.color_palette("colorblind")[0], ax=ax)
+    ax.set(xlabel="training time (first line = 1)", ylabel="")
     return ax
 
 

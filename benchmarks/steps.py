@@ -122,7 +122,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     found["case"] = found.phase + ", " + found.network.map(tables.in_words) + ", " + precision
     speeds = found.groupby("case").speed.median()
     title = f"At 1 to 8 bits, a step has {speeds.min():.2f} to {speeds.max():.2f} of the plain network's speed"
-    return ranges(found, "case", "speed", title, "speed, full precision = 1", (0.9, "claim: at least 0.9"))
+    return ranges(found, "case", "speed", title, "speed (plain network = 1)", (0.9, "claim, in training: at least 0.9"))
 
 
 if __name__ == "__main__":
