@@ -51,7 +51,7 @@ demo: install
 		|| { cat $(DEMO)/messages.txt >&2; \
 		echo "make demo: the notebook failed; what it did is in $(DEMO)/00_quickstart.ipynb" >&2; exit 1; }
 	@echo
-	@echo "One network, run with more or fewer bits for each weight and activation: the share of test images it gets right"
+	@echo "The share of test images (%) that one network gets right, by the bits of each weight and activation"
 	@echo; cat $(DEMO)/*/00_quickstart.md
 	@echo "* trained at this bit-width; it was never trained at the others"
 	@echo
@@ -110,12 +110,13 @@ figures: install
 	$(BIN)/python benchmarks/redraw.py
 
 # Executed notebooks lie beside the results. Those of `small` are committed, and so go to notebooks/ without the times that
-# papermill notes, without progress bars and without widgets, which only a running kernel can show.
+# papermill notes, without progress bars (lines that end in a carriage return), without what goes to stderr, and without
+# widgets, which only a running kernel can show. What a cell prints stays.
 ONLY     ?= $(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))
 EXECUTED := $(if $(filter smoke,$(PROFILE)),build/smoke/smoke,$(if $(filter small,$(PROFILE)),build/small,results/$(PROFILE)))
 CLEAN    := import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [nb.metadata.pop(key, None) for key in ('papermill', 'widgets')]; \
 	[cell.update(metadata={k: v for k, v in cell.metadata.items() if k == 'tags' and v}) for cell in nb.cells]; \
-	[cell.update(outputs=[out for out in cell.outputs if out.output_type != 'stream' \
+	[cell.update(outputs=[out for out in cell.outputs if out.get('name') != 'stderr' and '\r' not in out.get('text', '') \
 	and 'application/vnd.jupyter.widget-view+json' not in out.get('data', {})]) for cell in nb.cells if 'outputs' in cell]; \
 	nbformat.write(nb, sys.argv[2])
 

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from common import ranges, write
+from common import over_repeats, ranges, write
 from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
@@ -77,10 +77,18 @@ def measure(folder: Path, workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3
     return table.assign(**runs.provenance(listed(folder, 0), distributed.device_named("cpu")))
 
 
+def _named(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with images, way and worker processes in words."""
+    folders = rows.folder.replace({"val": "images as they are", "enlarged": "enlarged images"})
+    ways = rows.way.replace("now", "without copies")
+    return rows.assign(images=folders, way=ways).rename(columns={"workers": "worker processes"})
+
+
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a folder, way and number of workers: median, lowest and highest images a second."""
-    rates = rows.groupby(["folder", "way", "workers"], sort=False)["images a second"].agg(["median", "min", "max"])
-    return rates.round(0).reset_index()
+    """One row a folder, way and number of workers: images a second."""
+    named = _named(rows)
+    case = [named[name] for name in ("images", "way", "worker processes")]
+    return over_repeats(named["images a second"], case, "images a second", 0).reset_index()
 
 
 def figure(rows: pd.DataFrame) -> Axes:
@@ -88,9 +96,9 @@ def figure(rows: pd.DataFrame) -> Axes:
     speeds = rows[rows.workers == 0].groupby(["folder", "way"], sort=False)["images a second"].median().unstack()
     gains = speeds["now"] / speeds["with copies"]
     title = f"Without copies, a process decodes and crops {gains.min():.2f} to {gains.max():.2f} times as many images"
-    folders = rows.folder.replace({"val": "images as they are", "enlarged": "enlarged images"})
-    workers = rows.workers.map(lambda count: f", {count} worker processes" if count else "")
-    named = rows.assign(case=folders + ", " + rows.way.replace("now", "without copies") + workers)
+    named = _named(rows)
+    workers = named["worker processes"].map(lambda count: f", {count} worker processes" if count else "")
+    named = named.assign(case=named.images + ", " + named.way + workers)
     return ranges(named, "case", "images a second", title, "images a second")
 
 

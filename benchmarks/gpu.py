@@ -202,9 +202,13 @@ def measured(size: Size | None) -> Iterator[pd.DataFrame]:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, numbers to four digits."""
+    """The rows, numbers to four digits; of a part that was not run, one row."""
     value = rows.value.map(lambda v: "" if pd.isna(v) else f"{v:.4g}")
-    return rows[["part", "name", "bits", "what"]].assign(value=value, note=rows.note.fillna(""))
+    table = rows[["part", "name", "bits", "what"]].assign(value=value, note=rows.note.fillna(""))
+    table = table.replace({"part": {"larger": "larger networks", "trained": "training runs"}}).astype({"bits": object})
+    table.loc[table.note.eq("not run"), ["name", "bits", "what"]] = ""
+    names = {"name": "way, network or run", "bits": "bit-width", "what": "measured, with its unit"}
+    return table.drop_duplicates().rename(columns=names)
 
 
 def figure(rows: pd.DataFrame) -> Axes:

@@ -133,8 +133,8 @@ def measure(width_factor: int = 5, batch: int = 128, bits: int = 4, size: int = 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a kernel: direction, name, over how many numbers it goes (millions), and how often it is launched."""
-    shown = rows.assign(millions=rows["size"].map(lambda size: "" if pd.isna(size) else f"{size / 1e6:.2f}"))
-    return shown.groupby(["direction", "kernel", "millions"], sort=False).size().rename("launches").reset_index()
+    sizes = rows["size"].map(lambda size: "" if pd.isna(size) else f"{size / 1e6:.2f}").rename("numbers (millions)")
+    return rows.groupby(["direction", "kernel", sizes], sort=False).size().rename("launches").reset_index()
 
 
 def figure(rows: pd.DataFrame) -> Axes:

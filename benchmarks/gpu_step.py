@@ -163,20 +163,22 @@ def measure(width_factor: int = 5, batch: int = 128, bits: int = 4) -> pd.DataFr
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row a stage: kernels by kind, GB and GFLOP of a step, and the least milliseconds of each limit.
+    """A row a stage: kernels by kind, memory traffic and operations of a step, and the least time of each limit.
 
     At most so many passes a second: a step takes products and memory, or its launches in a graph if these take longer.
     """
     table = rows.pivot(index="stage", columns="kind", values="kernels").reindex(index=STAGES, columns=KINDS).fillna(0)
     sums = rows.groupby("stage")[["kernels", "bytes", "flops"]].sum().reindex(STAGES)
-    table["all"], table["GB"], table["GFLOP"] = sums.kernels, sums.bytes / 1e9, sums.flops / 1e9
+    table["all"] = sums.kernels
+    table = table.add_suffix(" (kernels)")
+    table["memory traffic (GB)"], table["operations (GFLOP)"] = sums.bytes / 1e9, sums.flops / 1e9
     products = rows[rows.kind.eq("products")].groupby("stage").bytes.sum()
-    table["products, ms"] = 1e3 * sums.flops / PRODUCTS
-    table["memory, ms"] = 1e3 * (sums.bytes - products) / MEMORY
-    table["launches in a graph, ms"], table["launches, ms"] = 1e3 * sums.kernels * GRAPH, 1e3 * sums.kernels * LAUNCH
-    least = (table["products, ms"] + table["memory, ms"]).clip(lower=table["launches in a graph, ms"])
+    table["products (ms)"] = 1e3 * sums.flops / PRODUCTS
+    table["memory (ms)"] = 1e3 * (sums.bytes - products) / MEMORY
+    table["launches in a graph (ms)"], table["launches (ms)"] = 1e3 * sums.kernels * GRAPH, 1e3 * sums.kernels * LAUNCH
+    least = (table["products (ms)"] + table["memory (ms)"]).clip(lower=table["launches in a graph (ms)"])
     table["passes a second, at most"] = (1e3 * rows.batch.iloc[0] / least).round(-2)
-    return table.round(2).astype(dict.fromkeys([*KINDS, "all"], int)).reset_index()
+    return table.round(2).astype({name: int for name in table if "kernels" in name}).reset_index()
 
 
 def figure(rows: pd.DataFrame) -> Axes:

@@ -13,7 +13,7 @@ from time import perf_counter
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import ranges, resident, write
+from common import over_repeats, ranges, resident, write
 from matplotlib.axes import Axes
 from torch import nn
 
@@ -115,13 +115,16 @@ def _relative(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row a scheme and number of bit-widths: passes and seconds in trainings in full precision, and peak memory.
+    """A row a scheme and number of bit-widths: passes and time in those of full precision, and peak memory.
 
-    Seconds and memory are those of the faster mode, which is named.
+    Time and memory are those of the faster mode, which is named.
     """
-    groups = _relative(rows).groupby(["scheme", "bit_widths", "mode"], sort=False)
-    table = groups.times.agg(["median", "min", "max"]).round(2).add_prefix("trainings, ")
-    return groups.passes.first().round(2).to_frame().join(table).assign(peak=groups.peak.median()).reset_index()
+    relative = _relative(rows).rename(columns={"bit_widths": "bit-widths"})
+    case = [relative[name] for name in ("scheme", "bit-widths", "mode")]
+    groups = relative.groupby(case, sort=False)
+    passes = groups.passes.first().round(2).rename("sample passes (full precision = 1)").to_frame()
+    times = over_repeats(relative.times, case, "training time (full precision = 1)", 2)
+    return passes.join(times).assign(**{"peak memory (MB)": groups.peak.median()}).reset_index()
 
 
 def figure(rows: pd.DataFrame) -> Axes:
@@ -132,9 +135,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     relative = relative.assign(run=relative.scheme + ", " + counts)
     times = relative.groupby("run", sort=False).times.median()
     title = f"{times.index[-1]}: {times.iloc[-1]:.2f} times the training time of one network in full precision"
-    return ranges(
-        relative, "run", "times", title, "trainings of one network in full precision", (2, "claim: at most 2")
-    )
+    return ranges(relative, "run", "times", title, "training time (full precision = 1)", (2, "claim: at most 2"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from common import ranges, write
+from common import over_repeats, ranges, write
 from matplotlib.axes import Axes
 
 import emqlib as emq
@@ -45,10 +45,10 @@ def _seconds(data: emq.Dataset, batches: int, device: torch.device) -> float:
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a network: milliseconds of a batch and of a step, and the share of the one in the other (%)."""
-    groups = rows.groupby("network", sort=False)
-    table = (1000 * groups[["batch", "step"]].median()).round(2).add_suffix(" (ms)")
-    share = (100 * groups.share.agg(["median", "min", "max"])).round(2).add_prefix("share (%), ")
-    return table.join(share).reset_index()
+    networks = rows.network.map(tables.in_words)
+    names = {"batch": "loading a batch (ms)", "step": "training step (ms)"}
+    table = (1000 * rows.groupby(networks, sort=False)[[*names]].median()).round(2).rename(columns=names)
+    return table.join(over_repeats(100 * rows.share, [networks], "share of the step (%)", 2)).reset_index()
 
 
 def figure(rows: pd.DataFrame) -> Axes:

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pandas as pd
-from common import ranges, write
+from common import over_repeats, ranges, write
 from matplotlib.axes import Axes
 
 import emqlib as emq
@@ -60,8 +60,9 @@ def _seconds(data: emq.Dataset, config: emq.TrainConfig, epochs: int) -> tuple[f
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a score: the median, lowest and highest ratio."""
-    return rows.groupby(["score", "classes"], sort=False).ratio.agg(["median", "min", "max"]).round(3).reset_index()
+    """One row a score: processor time with recording, where it is 1 without."""
+    case = [rows.score.map(tables.in_words), rows.classes]
+    return over_repeats(rows.ratio, case, "processor time (without recording = 1)", 3).reset_index()
 
 
 def figure(rows: pd.DataFrame) -> Axes:

@@ -1,6 +1,7 @@
-"""Redraw the figure of each benchmark from its rows: `python benchmarks/redraw.py [FOLDER]`, by default where they lie.
+"""Rewrite the table and the figure of each benchmark from its rows: `python benchmarks/redraw.py [FOLDER]`.
 
-Without a benchmark's CSV there is nothing to draw; the same rows give the same bytes.
+The rows are read from FOLDER, by default where they lie. Without a benchmark's CSV there is nothing to draw; the same
+rows give the same bytes.
 """
 
 import importlib
@@ -10,17 +11,19 @@ from pathlib import Path
 import pandas as pd
 from matplotlib import pyplot
 
-from emqlib.paper import plots
+from emqlib.paper import plots, tables
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 
 def redraw(folder: Path) -> list[str]:
-    """Draw FOLDER/NAME.png for each benchmark NAME that has a CSV there; returns their names."""
+    """Write FOLDER/NAME.md, .png and .svg for each benchmark NAME that has a CSV there; returns their names."""
     names = sorted(path.stem for path in HERE.glob("*.py") if (folder / f"{path.stem}.csv").exists())
     for name in names:
-        ax = importlib.import_module(name).figure(pd.read_csv(folder / f"{name}.csv"))
+        benchmark, rows = importlib.import_module(name), pd.read_csv(folder / f"{name}.csv")
+        tables.save(benchmark.summary(rows), folder / name)
+        ax = benchmark.figure(rows)
         plots.save(ax, folder / name)
         pyplot.close(ax.figure)
     return names

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import seaborn as sns
 import torch
-from common import write
+from common import over_repeats, write
 from growth import train_ours
 from matplotlib.axes import Axes
 
@@ -64,20 +64,26 @@ def child(case: Case) -> None:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row a case: passes, and seconds, in those of the first case of the same repeat."""
-    case, first = ["train", "width", "processes"], rows.groupby("repeat").first()
+    """A row a case: sample passes and training time, in those of the first case of the same repeat."""
+    case = [rows.train.rename("images"), rows.width.rename("width (channels)"), rows.processes]
+    first = rows.groupby("repeat").first()
+    passes = rows.sample_passes / rows.repeat.map(first.sample_passes)
+    table = passes.groupby(case, sort=False).first().round(2).rename("sample passes (first line = 1)").to_frame()
     times = rows.seconds / rows.repeat.map(first.seconds)
-    relative = rows.assign(times=times, passes=rows.sample_passes / rows.repeat.map(first.sample_passes))
-    groups = relative.groupby(case, sort=False)
-    return groups.passes.first().to_frame().join(groups.times.agg(["median", "min", "max"])).round(2).reset_index()
+    return table.join(over_repeats(times, case, "training time (first line = 1)", 2)).reset_index()
 
 
 def figure(rows: pd.DataFrame) -> Axes:
     """The median time of each case."""
-    table, ax = summary(rows), plots.axes(None, "Training time grows with passes and width")
-    labels = [f"{r.train:,} images, width {r.width}, {r.processes} process(es)" for r in table.itertuples()]
-    sns.barplot(x=table["median"], y=labels, orient="h", color=sns.color_palette("colorblind")[0], ax=ax)
-    ax.set(xlabel="seconds, in those of the first line", ylabel="")
+    table = summary(rows)
+    times, images = table.filter(like="training time").iloc[:, 0], table["images"]
+    most, widest = images.idxmax(), table["width (channels)"].idxmax()
+    title = f"{images[most] / images[0]:.0f} times as many images take {times[most]:.1f} times as long"
+    ax = plots.axes(None, f"{title}, twice as many channels {times[widest]:.1f} times")
+    cases = zip(images, table["width (channels)"], table.processes, strict=True)
+    labels = [f"{n:,} images, width {width}, {count} process{'es' * (count > 1)}" for n, width, count in cases]
+    sns.barplot(x=times, y=labels, orient="h", color=sns.color_palette("colorblind")[0], ax=ax)
+    ax.set(xlabel="training time (first line = 1)", ylabel="")
     return ax
 
 

@@ -166,7 +166,7 @@ def seconds(network: Network, x: np.ndarray, least: float = 0.05) -> float:
     return min(found)
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
+def _least(rows: pd.DataFrame) -> pd.DataFrame:
     """A row a network, runtime and bit-width: the least time, and how many times as fast as float32 it is."""
     found = rows.groupby(CASE, sort=False)
     table = found.agg({"file": "first", "latency": "min", "images_a_second": "max", "top1": "first"})
@@ -175,9 +175,20 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     beside = table.merge(full, on=CASE[:3], suffixes=("", "_32"))
     table["faster, one"] = (beside.latency_32 / beside.latency).round(2)
     table["faster, batch"] = (beside.images_a_second / beside.images_a_second_32).round(2)
-    table["most time (%)"] = table.pop("kernels").fillna("")
     table = table.assign(file=(table.file / 1e3).round(1), latency=(1e3 * table.latency).round(3))
     return table.round({"images_a_second": 0, "top1": 2, "trained_top1": 2, "agreement": 2})
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a network, runtime and bit-width: file, the least time, accuracy, agreement, and speed beside float32."""
+    table = _least(rows)
+    names = {"network": "network", "size": "image side (pixels)", "runtime": "runtime", "bits": "bit-width"}
+    names |= {"file": "file (KB)", "latency": "latency (ms)", "images_a_second": "images a second", "top1": "top-1 (%)"}
+    names |= {"trained_top1": "top-1 of the network (%)", "agreement": "same answers as the network (%)"}
+    names |= {"faster, one": "one image: times as fast as float32"}
+    names |= {"faster, batch": "batch: times as fast as float32", "kernels": "operations with most time (% of it)"}
+    table = table.assign(network=table.network.map(tables.in_words), kernels=table.kernels.fillna(""))
+    return table[[*names]].rename(columns=names)
 
 
 def figure(rows: pd.DataFrame) -> Axes:
@@ -185,7 +196,7 @@ def figure(rows: pd.DataFrame) -> Axes:
 
     1 bit is on a scale of its own; float32, which the network was not trained at, is left out.
     """
-    table = summary(rows[~rows.runtime.str.contains(",")])
+    table = _least(rows[~rows.runtime.str.contains(",")])
     with sns.axes_style("whitegrid"):
         figure, panels = pyplot.subplots(
             1, 3, figsize=(15, 4.2), width_ratios=(2, 1.2, 1.2), dpi=90, layout="constrained"

@@ -68,8 +68,13 @@ def _size(network: nn.Module) -> float:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row an analysis: images in a batch, seconds, and MB beyond the network's own."""
-    return rows[["analysis", "batch", "seconds", "network", "beyond"]]
+    """One row an analysis: images in a batch, if it takes any, time, and memory beyond the network's own."""
+    columns = {
+        "analysis": rows.analysis.str.replace("_", " "),
+        "images in a batch": rows.batch.astype(object).where(rows.batch > 0),
+    }
+    columns |= {"time (s)": rows.seconds, "network (MB)": rows.network}
+    return pd.DataFrame(columns | {"memory beyond the network's (MB)": rows.beyond})
 
 
 def figure(rows: pd.DataFrame) -> Axes:

@@ -12,6 +12,9 @@ from emqlib.layers import QuantConv2d, QuantLinear, QuantSpec
 from emqlib.norms import MultiBitBatchNorm
 
 SWITCHED = (QuantConv2d, QuantLinear, MultiBitBatchNorm)
+# Together these have each quantizer, norm and correction.
+SPECS = [{}, {"norm": "switchable", "correction": "none"}, {"norm": "shared_affine", "output_correction": True}]
+SPECS += [{"weight": "minmax", "activation": "lsq"}, {"weight": "lsq", "activation": "pact", "correction": "mean"}]
 
 
 def spec(**kwargs: object) -> QuantSpec:

@@ -68,17 +68,17 @@ def test_the_table_compares_with_float32_of_the_same_runtime(serving: ModuleType
     )
     assert serving.summary(rows).to_dict("list") == {
         "network": ["n"] * 3,
-        "size": [32] * 3,
+        "image side (pixels)": [32] * 3,
         "runtime": ["a", "a", "b"],
-        "bits": [4, 32, 32],
-        "file": [12.3] * 3,
-        "latency": [1.0, 3.0, 500.0],
-        "images_a_second": [1000, 333, 2],
-        "top1": [70.13] * 3,
-        "trained_top1": [70.2] * 3,
-        "agreement": [99.99] * 3,
-        "faster, one": [3.0, 1.0, 1.0],
-        "faster, batch": [3.0, 1.0, 1.0],
-        "most time (%)": ["QLinearConv 60"] * 3,
+        "bit-width": [4, 32, 32],
+        "file (KB)": [12.3] * 3,
+        "latency (ms)": [1.0, 3.0, 500.0],
+        "images a second": [1000, 333, 2],
+        "top-1 (%)": [70.13] * 3,
+        "top-1 of the network (%)": [70.2] * 3,
+        "same answers as the network (%)": [99.99] * 3,
+        "one image: times as fast as float32": [3.0, 1.0, 1.0],
+        "batch: times as fast as float32": [3.0, 1.0, 1.0],
+        "operations with most time (% of it)": ["QLinearConv 60"] * 3,
     }
     pyplot.close(serving.figure(rows.assign(bits=rows.bits.replace(4, 8))).figure)

@@ -54,11 +54,7 @@ def test_a_committed_notebook_is_thin_and_holds_results_alone(path: Path) -> Non
     assert {out.name for out in outputs if out.output_type == "stream"} <= {"stdout"} and "\r" not in printed
 
 
-# Its cells are those of a run in `smoke`, and are replaced once it has run on ImageNet.
-SMALL_TABLES = [path for path in NOTEBOOKS if path.stem != "03_imagenet"]
-
-
-@pytest.mark.parametrize("path", SMALL_TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_committed_notebook_shows_small_tables(path: Path) -> None:
     """Ten rows and seven columns at most, the index included."""
     outputs = [out for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])]

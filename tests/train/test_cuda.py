@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import SPECS
 from torch import nn
 
 import emqlib as emq
@@ -19,8 +20,6 @@ from emqlib.train.coresets import recorder
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 BITS = (2, 4, 8)
-SPECS = [{}, {"norm": "switchable", "correction": "none"}, {"norm": "shared_affine", "output_correction": True}]
-SPECS += [{"weight": "minmax", "activation": "lsq"}, {"weight": "lsq", "activation": "pact", "correction": "mean"}]
 
 
 @pytest.fixture(scope="module")

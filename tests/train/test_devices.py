@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import SPECS
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
@@ -97,10 +98,6 @@ def test_a_captured_pass_quantizes_weights_first_and_leaves_none_behind(monkeypa
     net(x).square().sum().backward()
     for found, p in zip(gradients, net.parameters(), strict=True):
         torch.testing.assert_close(found, p.grad)
-
-
-SPECS = [{}, {"norm": "switchable", "correction": "none"}, {"norm": "shared_affine", "output_correction": True}]
-SPECS += [{"weight": "minmax", "activation": "lsq"}, {"weight": "lsq", "activation": "pact", "correction": "mean"}]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
