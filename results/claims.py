@@ -403,9 +403,19 @@ def _beyond(results: Path) -> list[Claim]:
     ]
 
 
+def _race(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The published code's rows, and ours of the shortest training that is as accurate on held-out images."""
+    rows = read(results, "benchmarks/any_precision")
+    raced = rows[rows.seed > 0]  # seed 0 is for tuning
+    theirs, ours = at(raced, way="published code"), at(raced, way="ours, 80% pruned")
+    ours = ours[ours.groupby("epochs").seed.transform("nunique") == theirs.seed.nunique()]
+    means, target = ours.groupby("epochs").held_out.mean().round(6), round(theirs.held_out.mean(), 6)
+    return theirs, at(ours, epochs=means[means >= target].index.min())
+
+
 def _speed(results: Path) -> list[Claim]:
-    codes = read(results, "benchmarks/any_precision")
-    published, ours = at(codes, way="published code"), at(codes, way="ours, 80% pruned", epochs=5, epoch=4)
+    theirs, ours = _race(results)
+    ratio, points = seeds(theirs, "seconds") / seeds(ours, "seconds"), seeds(ours) - seeds(theirs)
     steps = read(results, "benchmarks/steps", phase="training", network="resnet20")
     medians = steps.groupby(["precision", "bits", "mode"])[["plain", "ours"]].median()
     fastest = medians.groupby(["precision", "bits"]).min().groupby("precision").mean()
@@ -422,12 +432,13 @@ def _speed(results: Path) -> list[Claim]:
         Claim(
             "Time to an accuracy, against the published code of Any-Precision",
             "engineering",
-            f"pre-activation ResNet-20, {plain(published, 'train')} images of CIFAR-10, two cores, one seed",
-            f"{plain(published, digits=1, epoch=9)} % in {plain(published, 'seconds', epoch=9)} s with the published "
-            f"code, in {plain(ours, 'seconds')} s with ours at 80 % pruning.",
+            f"pre-activation ResNet-20, {plain(theirs, 'train')} images of CIFAR-10, one core, three seeds",
+            f"{differs(ratio, sign='-')} times less time with ours at 80 % pruning: {said(ours, 'seconds', 0)} s "
+            f"against {said(theirs, 'seconds', 0)} s. On held-out images ours has {said(ours, 'held_out')} %, the "
+            f"published code {said(theirs, 'held_out')} %. On test images ours is {differs(points)} points from it.",
             "",
-            "One seed. Ours was run at three lengths, and the quickest run counts. The published code was run at one "
-            "length by its own schedule; it was not compiled and its learning rate not tuned "
+            "The target is the published code's mean on held-out images. Each side has the best of its settings on "
+            "them. The published code is compiled, which is not counted; ours is not "
             "([table](benchmarks/any_precision.md)).",
         ),
         Claim(
