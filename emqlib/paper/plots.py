@@ -47,6 +47,7 @@ WIDE = 9.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 _BARS = "bars: standard deviation"
+_DOT = {"color": "0.3", "alpha": 0.6, "lw": 0, "zorder": 2, "rasterized": True}
 NAMED = {"ls": "--", "lw": 1, "color": "0.3"}  # a line that the legend names
 
 
@@ -141,7 +142,7 @@ def _seen_by_bits(rows: pd.DataFrame) -> str:
         text = f"{gained['mean']:+.1f}" + (f" ± {gained['std']:.1f}" if len(top1) > 1 else "")
         return f"Weight bias correction changes the accuracy at {ours.bits.iloc[0]} bits by {text} points"
     means = trained.groupby(SETTING, dropna=False).top1.mean().reset_index()
-    baselines, ours = means[means.method == "Any-Precision"], means[means.method.str.startswith("Ours")]
+    baselines, ours = (means[means.method.str.startswith(name)] for name in ("Any-Precision", "Ours"))
     if len(baselines) != 1 or ours.empty:
         return "Accuracy by bit-width"
     gaps = ours.top1 - baselines.top1.iloc[0]
@@ -190,7 +191,7 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
 
 def _seen_by_cost(means: pd.DataFrame, name: str) -> str:
     """How the best of ours, for no more than the longest run of Any-Precision costs, differs from it."""
-    baselines = means[means.method == "Any-Precision"].sort_values("epochs")
+    baselines = means[means.method.str.startswith("Any-Precision")].sort_values("epochs")
     if baselines.empty:
         return f"Accuracy against {name}"
     longest = baselines.iloc[-1]
@@ -369,16 +370,7 @@ def _dots(ax: Axes, weights: pd.DataFrame, color: str) -> None:
     ax.axvline(mean, color="0.6", lw=1, zorder=0)
     for line, these in enumerate(values.values()):
         equal = these.value_counts()
-        ax.scatter(
-            equal.index,
-            [line - 0.15] * len(equal),
-            s=12 * equal,
-            color="0.3",
-            alpha=0.6,
-            lw=0,
-            zorder=2,
-            rasterized=True,
-        )
+        ax.scatter(equal.index, [line - 0.15] * len(equal), s=12 * equal, **_DOT)
         ax.errorbar(these.mean(), line + 0.25, xerr=these.std(), color=color, marker="D", capsize=4, lw=2, zorder=3)
     ax.set_yticks(range(len(values)), ["full precision" if b == 32 else f"{b} bits" for b in values])
     ax.set_ylim(len(values) - 0.4, -0.6)
@@ -428,7 +420,8 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     setting, gaps = _setting(rows, "bits"), adaptation_gaps(rows)
     gaps = gaps.assign(line=gaps.statistics)
     lowest = gaps[gaps.bits > 1].groupby(["line", "bits"]).gap.mean().groupby("line").min()
-    seen = f"From 2 bits up, {lowest.idxmax()} is at most {max(-lowest.max(), 0):.1f} points below the adapted network"
+    best = lowest.idxmax().replace(", output", " with output")
+    seen = f"From 2 bits up, {best} is at most {max(-lowest.max(), 0):.1f} points below the adapted network"
     ax = axes(ax, seen + setting, WIDE)
     ax.axhspan(-1.5, 0, color="0.9", zorder=0, label="up to 1.5 points below")
     return by_bits(ax, gaps, "gap", "top-1 above the adapted network (points)")
@@ -531,6 +524,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "04_layer_norms": ("04_layer_norms", mismatch, ""),
     "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_coreset, ""),
     "06_bias_correction": ("06_bias_correction", accuracy_by_bits, _NO_MEANS),
+    "06_statistics": ("06_statistics", gap_by_bits, "correction == 'mean_var'"),
     "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),
     "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset, ""),
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
@@ -543,6 +537,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "idea": ("idea", idea, ""),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
+    "14_headline": ("14_headline", accuracy_by_bits, "not adapted"),
     "14_tuning": ("14_tuning", accuracy_by_lr, ""),
 }
 

@@ -43,6 +43,7 @@ class Profile(Setting):
     fair: Setting  # of comparisons in which each method is tuned, on a validation split
     fair_epochs: int  # of comparisons of coresets, on that split
     fair_lengths: tuple[int, ...]  # epochs of Any-Precision, tuned; the recipe gets as many passes
+    fair_longer: tuple[int, ...]  # further ones, which take hours
     cost_subset: tuple[int, int] = (1280, 500)  # images of runs that measure cost alone
     bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
     dataset: str = ""  # in place of every experiment's own
@@ -89,7 +90,8 @@ PROFILES = {
         imagenet=Setting(model="resnet8", model_args=_TINY_RESNET, training=_SMOKE, image_size=32),
         fair=Setting(model="resnet8", model_args=_TINY_RESNET, training=_SMOKE, subset=(96, 48), held_out=24),
         fair_epochs=20,
-        fair_lengths=(2, 3),
+        fair_lengths=(2,),
+        fair_longer=(3,),
         cost_subset=(96, 48),
         bit_counts=(2, 3),
     ),
@@ -107,7 +109,8 @@ PROFILES = {
         imagenet=Setting(model="torchvision.resnet18", training=_SMALL_IMAGENET, image_size=224),
         fair=_FAIR,
         fair_epochs=30,
-        fair_lengths=(6, 13, 26),  # 0.9, 1.95 and 3.9 million passes of three bit-widths
+        fair_lengths=(6,),  # 0.9 million passes of three bit-widths
+        fair_longer=(13, 26),  # 1.95 and 3.9 million
     ),
     "paper": Profile(
         name="paper",
@@ -122,7 +125,8 @@ PROFILES = {
         imagenet=Setting(model="torchvision.resnet50", training=_IMAGENET, image_size=224),
         fair=replace(_FAIR, model_args=(("width_factor", 5),), training=replace(_GPU, epochs=20, compile="graphs")),
         fair_epochs=200,
-        fair_lengths=(20, 40, 80),
+        fair_lengths=(20,),
+        fair_longer=(40, 80),
     ),
 }
 

@@ -20,17 +20,12 @@ from ..files import home, write_text
 COST = ["sample_passes", "scoring_passes", "calibration", "steps", "seconds"]
 SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epochs"]
 
-
 # Kinds of coresets, networks and data sets as rows name them, part by part, in words.
 _WORDS = {"random": "random, drawn once", "RS2": "random, each epoch (RS2)"}
 _WORDS |= {"tdds": "TDDS", "el2n": "EL2N", "grand": "GraNd", "moderate": "Moderate"}
-_WORDS |= {
-    "how=sample": "drawn by rank",
-    "sample of all": "drawn by rank from all data",
-    "resample_every=0": "one draw",
-}
+_WORDS |= {"how=sample": "drawn by rank", "sample of all": "drawn by rank from all data"}
+_WORDS |= {"resample_every=0": "one draw", "all candidates": "all data scored"}
 _WORDS |= {"power=0.0": "but drawn at equal chances", "unbiased=True": "weighted losses"}
-_WORDS |= {"all candidates": "all data scored"}
 _WORDS |= {"scoring=joint": "joint scoring", "across_bits=identical": "the same for all bit-widths"}
 _WORDS |= {"across_bits=disjoint": "without overlap", "batch_size": "batches of {}", "lr": "learning rate {}"}
 _WORDS |= {"weight_decay": "weight decay {}", "epochs": "{} epochs"}
@@ -99,7 +94,8 @@ class _Shown(Styler):
 def shown(table: pd.DataFrame, best: Sequence[str] | None = None, rows: int = 10, columns: int = 7) -> Styler:
     """The first rows and columns of `table`, as a notebook shows it; the caption says what is left out.
 
-    What names a setting is one column. In a table that is too wide, the last untrained bit-widths are left out first.
+    What names a setting is one column, and headings are words. In a table that is too wide, the last untrained
+    bit-widths are left out first.
 
     Args:
         table: of a function of this module, or any other.
@@ -114,6 +110,9 @@ def shown(table: pd.DataFrame, best: Sequence[str] | None = None, rows: int = 10
         names = table.apply(network_name, axis=1, told=True) + adapted
         table = table.drop(columns=setting)
         table.insert(0, "network", names)
+    for name in table.columns.intersection(["correction", "trained_with"]):
+        table = table.assign(**{name: table[name].replace(CORRECTED)})
+    table = table.rename(columns=lambda name: name.replace("mean_var", "corrected").replace("_", " "))
     untrained = [name for name in table if name.isdigit()]
     omitted = untrained[max(len(untrained) + columns - table.shape[1], 0) :]
     part = table.drop(columns=omitted).iloc[:rows, :columns]
@@ -255,7 +254,7 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
 def _times_less(cost: pd.Series) -> pd.Series:
     """How many times less than the first Any-Precision's of as many epochs; empty where there is none."""
     epochs = cost.index.get_level_values("epochs")
-    baselines = cost[cost.index.get_level_values("method") == "Any-Precision"]
+    baselines = cost[cost.index.get_level_values("method").str.startswith("Any-Precision")]
     first = baselines.groupby(level="epochs", sort=False).first()
     return (first.reindex(epochs).set_axis(cost.index) / cost).round(2)
 

@@ -458,3 +458,9 @@ def test_what_a_shown_table_leaves_out_is_said() -> None:
     numbers = pd.DataFrame([[0.5, float("nan"), "<i>"]], columns=[0.5, "b", "c"], index=pd.Index([3], name="bits"))
     assert cells_of(results.shown(numbers, best=(), columns=3)) == [["3", "0.5", ""]]
     assert cells_of(results.shown(numbers)) == [["3", "0.5", "", "&lt;i&gt;"]]
+
+
+def test_a_shown_table_is_in_words() -> None:
+    found = pd.DataFrame({"trained_with": ["none", "mean_var"], "mean_shift, mean_var": [1, 2]})
+    assert list(results.shown(found).data) == ["trained with", "mean shift, corrected"]
+    assert [row[0] for row in cells_of(results.shown(found))] == ["not corrected", "corrected"]
