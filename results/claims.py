@@ -369,15 +369,15 @@ def _transformers(results: Path) -> list[Claim]:
 def _headline(results: Path) -> list[Claim]:
     rows = read(results, "small/14_headline", **AS_TRAINED)
     joint, ours = (rows[rows.method.str.startswith(name)] for name in ("Any-Precision", "Ours"))
-    ahead, faster = seeds(ours) - seeds(joint), seeds(joint, "seconds") / seeds(ours, "seconds")
-    steps = seeds(ours, "steps") / seeds(joint, "steps")
+    ahead = seeds(ours) - seeds(joint)
+    time, steps = (seeds(ours, of) / seeds(joint, of) for of in ("seconds", "steps"))
     at_each = ", ".join(f"{differs(seeds(ours, bits=b) - seeds(joint, bits=b))} at {b} bits" for b in (2, 4, 8))
     return [
         Claim(
             "At equal passes, the recommended recipe is ahead of Any-Precision, each as it trains best",
             "beyond the paper",
             part(ours),
-            f"{differs(ahead)} points: {at_each}. It takes {differs(1 / faster, 2, '-')} of the time "
+            f"{differs(ahead)} points: {at_each}. It takes {differs(time, 2, '-')} of the time "
             f"and {plain(steps)} times as many optimizer steps.",
             verdict(ahead),
             "Learning rates, batches and distillation were chosen on held-out images "
@@ -391,7 +391,8 @@ def _statistics(results: Path) -> list[Claim]:
     rows = read(results, "small/06_statistics", correction="mean_var")
     plain_, adapted = at(rows, adapted=False), at(rows, adapted=True)
     usual, even, own = (seeds(plain_, statistics=kind) - seeds(adapted) for kind in ("shared", "even", "own"))
-    first, last = (_gained(plain_, b, "reversed") for b in (2, 8))
+    order, reverse = at(plain_, statistics="shared"), at(plain_, statistics="reversed")
+    first, last = (seeds(reverse, bits=b) - seeds(order, bits=b) for b in (2, 8))
     return [
         Claim(
             "Under a shared batch norm, the bit-width of the last step gains and that of the first one loses",
@@ -405,11 +406,6 @@ def _statistics(results: Path) -> list[Claim]:
             f"close the gap: {differs(own)}.",
         ),
     ]
-
-
-def _gained(rows: pd.DataFrame, bits: int, kind: str) -> pd.Series:
-    """How many points a kind of shared statistics is above those of the usual order."""
-    return seeds(rows, bits=bits, statistics=kind) - seeds(rows, bits=bits, statistics="shared")
 
 
 def _beyond(results: Path) -> list[Claim]:

@@ -110,8 +110,7 @@ def shown(table: pd.DataFrame, best: Sequence[str] | None = None, rows: int = 10
         names = table.apply(network_name, axis=1, told=True) + adapted
         table = table.drop(columns=setting)
         table.insert(0, "network", names)
-    for name in table.columns.intersection(["correction", "trained_with"]):
-        table = table.assign(**{name: table[name].replace(CORRECTED)})
+    table = table.replace({"correction": CORRECTED, "trained_with": CORRECTED})
     table = table.rename(columns=lambda name: name.replace("mean_var", "corrected").replace("_", " "))
     untrained = [name for name in table if name.isdigit()]
     omitted = untrained[max(len(untrained) + columns - table.shape[1], 0) :]
