@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock, RLock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pandas as pd
@@ -105,12 +106,41 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
+_OF_MODULES = vars(nn.Module()).keys()  # the attributes that every module has
+
+
 def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """`network`, changed in place: every module that is a key of `new` becomes its value, under all its names."""
+    """`network`, changed in place: every module that is a key of `new` becomes its value, under all its names.
+
+    It does so in lists, tuples and dicts too that modules hold beside their children.
+    """
     for module in list(network.modules()):
         for name, child in module._modules.items():
             module._modules[name] = new.get(child, child)
+        for name in vars(module).keys() - _OF_MODULES:
+            vars(module)[name] = _renewed(vars(module)[name], new)
     return new.get(network, network)
+
+
+def _renewed(value: Any, new: Mapping[nn.Module, nn.Module]) -> Any:
+    """`value` with the modules of `new` in place of others, wherever it is a module or holds some."""
+    if isinstance(value, nn.Module):
+        return new.get(value, value)
+    if type(value) is tuple:
+        return tuple(_renewed(each, new) for each in value)
+    if type(value) is list:
+        value[:] = [_renewed(each, new) for each in value]
+    elif type(value) is dict:
+        value.update({key: _renewed(each, new) for key, each in value.items()})
+    return value
+
+
+class _Replaced(nn.Module):
+    """What was converted, and is still called where `replaced` could not find it."""
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        """RuntimeError: always."""
+        raise RuntimeError("the network calls a layer that was converted: keep it as an attribute or in a ModuleList")
 
 
 def open_attention(net: nn.Module) -> nn.Module:
@@ -257,6 +287,8 @@ def _target_name(node: fx.Node) -> str:
 
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
+_HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
 READ = "its weight is read outside the layer"
 
 
@@ -294,7 +326,8 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # as one's own may not do
     unsigned = {name for name in signed if not signed[name] and clips}
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
-    absorbed = tuple(name for name in readers if readers[name] <= unsigned)
+    hooked = {name for name, module in net.named_modules() if any(vars(module)[hooks] for hooks in _HOOKS)}
+    absorbed = tuple(name for name in readers if readers[name] <= unsigned and name not in hooked)
     return Decisions(signed, kept, absorbed, _activation_range(net, spec))
 
 
@@ -362,7 +395,7 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     `spec.full_precision` keeps. Every batch norm becomes a `MultiBitBatchNorm`; layer norms stay as they are.
     The network is traced in evaluation mode to see which layers' inputs can be negative: those get a signed input
     quantizer. If it cannot be traced, all do. An unsigned quantizer clips at zero, at 32 bits too, so a ReLU that only
-    such quantizers read becomes an identity. `summary` shows what became of each layer.
+    such quantizers read becomes an identity. Hooks stay with their layers. `summary` shows what became of each layer.
 
     Args:
         net: any plain module; images (N, 3, H, W) or whatever it takes go in, and what it gives comes out.
@@ -424,6 +457,10 @@ def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module
             module.__class__ = SafeConv2d
     known = record(model) or Record()
     model = replaced(model, new)
+    for old, module in new.items():
+        for hooks in _HOOKS:
+            vars(module)[hooks].update(vars(old)[hooks])
+        old.__class__ = _Replaced
     model.emq = replace(known, spec=spec, decided=decided)
     set_bits(model, spec.bits[-1])
     return model

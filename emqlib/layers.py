@@ -155,14 +155,18 @@ def _reach(signed: bool) -> dict[int, float]:
 
 
 class InputQuantizer(nn.Module):
-    """The base of the input quantizers: at 32 bits an unsigned one is a ReLU and a signed one the identity."""
+    """The base of the input quantizers: at 32 bits an unsigned one is a ReLU and a signed one the identity.
+
+    A range that starts from the first batch does so in training. A batch that comes earlier, such as one that only asks
+    for shapes, gives a provisional range: before training, batch norms do not yet give what they give in training.
+    """
 
     method, range = "", ""  # the method of QuantSpec, and where the ends of the range come from
     starts = True  # whether something starts from the first batch
 
     def __init__(self, bits: tuple[int, ...], signed: bool) -> None:
         super().__init__()
-        self.signed, self.started = signed, not self.starts
+        self.signed, self.started, self.provisional = signed, not self.starts, False
         self.reduce: Reduction | None = None
         self.parts = 1  # the parts of a step's batch, of which each forward pass sees one
         self.scale: LearnedScale | None = None  # of a learned range
@@ -172,9 +176,7 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
         """x (any shape) at n levels (scalar)."""
         if not self.started:
-            # without a sign, a ReLU stood before this until conversion left it to the quantizer
-            self._start(x.detach() if self.signed else x.detach().clamp_min(0))
-            self.started = True
+            self._begin(x.detach())
         elif self.training and not again():
             self._follow(x.detach())
         if not quantizers.is_full(n):
@@ -189,6 +191,27 @@ class InputQuantizer(nn.Module):
         """(scale, q_min, q_max, offset) in force at n levels (scalar)."""
         raise NotImplementedError
 
+    def _begin(self, x: Tensor) -> None:
+        """Start from a batch (any shape), in training for good, unless there is a range already."""
+        if not self.provisional and self._was_given():
+            self.started = True
+            return
+        for_good = self.training and torch.is_grad_enabled() and not self._is_sharded()
+        if for_good or not self.provisional:
+            # without a sign, a ReLU stood before this until conversion left it to the quantizer
+            self._start(x if self.signed else x.clamp_min(0))
+        self.started, self.provisional = for_good, not for_good
+
+    def _was_given(self) -> bool:
+        """Whether the range is not the one of the constructor, as in a moving average of a network in training."""
+        if torch.compiler.is_compiling() or self.low.is_meta or self._is_sharded():
+            return False
+        learned = self.scale is not None and bool((self.scale.values != 1).any())
+        return learned or float(self.low) != 0 or float(self.high) != 1
+
+    def _is_sharded(self) -> bool:
+        return any(hasattr(p, "full_tensor") for p in self.parameters())
+
     def _start(self, x: Tensor) -> None:
         """Start from the first batch."""
 
@@ -197,7 +220,11 @@ class InputQuantizer(nn.Module):
 
     def would_lose_its_start(self) -> bool:
         """Whether the first batch would write its range to a copy of a parameter that FSDP2 has sharded."""
-        return not self.started and any(hasattr(p, "full_tensor") for p in self.parameters())
+        return not self.has_range() and self._is_sharded()
+
+    def has_range(self) -> bool:
+        """Whether there is a range, be it provisional."""
+        return self.started or self.provisional
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest number in x, of all processes."""
@@ -206,12 +233,12 @@ class InputQuantizer(nn.Module):
         return low, -negated
 
     def get_extra_state(self) -> Tensor:
-        """Whether the first batch has been seen, as a scalar tensor: checkpoints hold no pickled objects."""
-        return torch.tensor(self.started)
+        """1 if the range has started, 2 if provisionally, as a scalar tensor: checkpoints hold no pickled objects."""
+        return torch.tensor(2 if self.provisional else int(self.started))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what `get_extra_state` gave, a scalar."""
-        self.started = bool(state)
+        self.started, self.provisional = int(state) == 1, int(state) == 2
 
     def extra_repr(self) -> str:
         """Method, sign and range."""
@@ -361,7 +388,8 @@ class _QuantizedLayer(nn.Module):
         """
         self.bits, self.known_levels, self.full = bits, quantizers.levels(bits), bits == 32
         if levels is not self.levels:
-            self.levels = torch.full_like(self.levels, self.known_levels) if levels is None else levels
+            with torch.inference_mode(False):  # a tensor of inference mode could not be written to after it
+                self.levels = torch.full_like(self.levels, self.known_levels) if levels is None else levels
         for module in self.modules():
             if isinstance(module, LearnedScale):
                 module.set_bits(bits)

@@ -103,7 +103,7 @@ class MultiBitBatchNorm(nn.Module):
         self.register_buffer("affine_pick", torch.zeros(sets, 1, device=device), persistent=False)
         self.register_buffer("stats_pick", torch.zeros(self.SHARED + 1, 1, device=device), persistent=False)
         self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
-        self.picked: tuple[int, int, dict[int, float]] | None = None
+        self.picked: tuple[Any, ...] | None = None
         self.set_bits(self.bits)
 
     @property
@@ -120,16 +120,21 @@ class MultiBitBatchNorm(nn.Module):
         self.bits = bits
         affine = self.trained.index(nearest(self.trained, bits)) if self.switchable else 0
         row, rows = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED, self._rows(bits)
-        if (affine, row, rows) == self.picked:  # as in every step under a shared norm: a GPU need not be told
-            return
-        self.picked = (affine, row, rows)
+        if (affine, row, rows, self._writes()) == self.picked:  # as in every step under a shared norm
+            return  # a GPU need not be told
         self.affine_pick.zero_()
         self.affine_pick[affine] = 1
         self.stats_pick.zero_()
         for source, share in rows.items():
             self.stats_pick[source] = share
         self.stats_row.fill_(row)
+        self.picked = (affine, row, rows, self._writes())
         self.row = row if rows == {row: 1.0} else None  # unless they come from other rows than they go to
+
+    def _writes(self) -> list[tuple[int, int]]:
+        """The tensors that tell what is in force, and how often each was written to, for example by an average."""
+        tensors = (self.affine_pick, self.stats_pick, self.stats_row)
+        return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
 
     def _rows(self, bits: int) -> dict[int, float]:
         """The rows of the table that the statistics of `bits` come from, each with its share."""
@@ -149,12 +154,22 @@ class MultiBitBatchNorm(nn.Module):
             table[BIT_WIDTHS.index(bits)] = sum(share * table[row] for row, share in rows.items())
         self.own.add(bits)
 
+    def forget_adaptation(self) -> None:
+        """Drop the rows that adaptation has added: they are of weights that training is about to change."""
+        own = set() if self.norm == "shared" else set(self.trained)
+        if self.own != own:
+            self.own = own
+            if self.serves(self.bits):
+                self.set_bits(self.bits)
+
     def statistics(self) -> tuple[Tensor, Tensor]:
         """The running mean and variance in force, (C,) each."""
         return (self.running_mean * self.stats_pick).sum(0), (self.running_var * self.stats_pick).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.forget_adaptation()
         for_all = torch.compiler.is_compiling() or (self.bits_in_tensors and self.own)
         in_place = not for_all and self.row is not None
         if in_place:  # views of the table, which the norm updates: the same numbers with fewer operations

@@ -231,7 +231,7 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
             raise invalid("model", method, "a network whose quantizers are emqlib's own: integers need a known grid")
     with at_bits(network, bits):
         for name, layer in network.named_modules():
-            if isinstance(layer, InputQuantizer) and not layer.started:
+            if isinstance(layer, InputQuantizer) and not layer.has_range():
                 raise invalid("model", name, "a network that has seen images, from which its input ranges start")
         return pack_as_set(network)
 

@@ -172,7 +172,8 @@ def recipe(
     The first epoch takes all data and scores it by EL2N. Then each bit-width draws a new coreset for each epoch, by its
     scores. Batches are small, because a bit-width on a fifth of the data has few steps. Each trained bit-width keeps
     running statistics of its own, and output correction serves the untrained ones, so nothing is calibrated. Notebook
-    07 measures what each part brings. Notebook 14 chooses the size of batches and the learning rate on held-out images.
+    07 measures combinations of these parts. Notebook 14 chooses the size of batches and the learning rate on held-out
+    images, for bit-wise training on all data.
 
     Args:
         bits: the bit-widths to train.

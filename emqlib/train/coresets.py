@@ -403,7 +403,8 @@ class Coresets:
             row |= {"overlap": {str(o): _share(held[o][subset]) for o in self.bits if o != b}}
             row |= {"drift": _share(~held[b][before[b]]) if before else None}
             row |= {"rank_correlation": {str(o): self._correlation(b, o) for o in self.bits if o != b and self.ranks}}
-            row |= {"clipped": clipped.get(b, 0.0), "classes": self.labels[subset].bincount().tolist()}
+            classes = self.labels[subset].bincount(minlength=int(self.labels.max()) + 1)
+            row |= {"clipped": clipped.get(b, 0.0), "classes": classes.tolist()}
             rows.append(row)
         return rows
 

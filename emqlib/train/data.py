@@ -291,10 +291,15 @@ class Dataset:
     def about(self) -> dict[str, Any]:
         """What a trained network has to say of its data: name, checksum, number of classes, mean and std of pixels.
 
-        A dataset with transforms of its own may normalize in them, so of that nothing is said of mean and std.
+        A dataset with transforms of its own may normalize in them. Of that, and of floats beyond [0, 1], which are no
+        pixels, nothing is said of mean and std.
         """
         about = {"name": self.name, "sha256": self.sha256, "num_classes": self.num_classes}
-        own = isinstance(self.train, Streamed) and not hasattr(self.train.items, "listing")
+        if isinstance(self.train, Streamed):
+            own = not hasattr(self.train.items, "listing")
+        else:
+            x = self.train.images
+            own = x.is_floating_point() and not bool(((x >= 0) & (x <= 1)).all())
         return about if own else about | {"mean": list(self.mean), "std": list(self.std)}
 
     def to(self, device: torch.device | str) -> "Dataset":
@@ -315,12 +320,15 @@ class Dataset:
     def validation(self, count: int) -> "Dataset":
         """Hold out `count` training samples, the last of each class, in place of the test split.
 
-        What is chosen by them, such as a learning rate, is not chosen on test images. ValueError: `count` is not
-        between 1 and one less than the number of training samples.
+        Of each class it is the same part. What is chosen by them, such as a learning rate, is not chosen on test
+        images. ValueError: `count` is not between 1 and one less than the number of training samples.
         """
         checks.integer("count", count, 1, len(self.train) - 1)
-        order = _class_by_class(self.train.labels)
-        train_split, held_out = (self.train.take(part.sort().values) for part in (order[:-count], order[-count:]))
+        labels = pd.Series(self.train.labels.cpu().numpy())
+        of_class = labels.groupby(labels)
+        part = (of_class.cumcount(ascending=False) + 0.5) / of_class.transform("size")  # from the end of the class
+        order = torch.tensor(part.sort_values(kind="stable").index.to_numpy())
+        train_split, held_out = (self.train.take(part.sort().values) for part in (order[count:], order[:count]))
         return replace(self, train=train_split, test=held_out, sha256=sha256(train_split, held_out))
 
 

@@ -91,7 +91,7 @@ def soft_targets(model: nn.Module, x: Tensor) -> Tensor:
     converted network, no logits.
     """
     own_bits = [(network, trained_bits(network)[-1]) for network in networks(model)]
-    with ExitStack() as highest, _evaluating(model, always=True):
+    with ExitStack() as highest, _evaluating(model, always=True, statistics=False):
         for network, bits in own_bits:
             highest.enter_context(at_bits(network, bits))
         return logits_of(_inner(model, nn.parallel.DistributedDataParallel)(x)).float().softmax(1)
@@ -155,6 +155,9 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logi
         for b in wanted:
             with at_bits(model, b):
                 logits = logits_of(model(images), own).float()
+            if logits.dim() != 2 or labels.dim() != 1:
+                found = f"outputs {tuple(logits.shape)} for labels {tuple(labels.shape)}"
+                raise invalid("model", found, "one row of logits (B, C) and one label (B,) a sample")
             if logits.shape[1] < classes:
                 raise invalid("model", f"{logits.shape[1]} outputs", f"{classes} or more, one a class")
             correct[b] += int((logits.argmax(1) == labels).sum())
@@ -168,14 +171,17 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logi
 
 
 @contextmanager
-def _evaluating(model: nn.Module, always: bool) -> Iterator[torch.device]:
+def _evaluating(model: nn.Module, always: bool, statistics: bool = True) -> Iterator[torch.device]:
     """Within the block the model is in evaluation mode, without gradients; afterwards each module's own mode is back.
 
     Norm statistics and not yet started input ranges go back to what they were: always, or after an exception.
+    statistics: False if the block leaves those of norms alone. A backward pass that is still to come may need them, and
+    refuses what was written to since.
     """
     norms = batch_norms(model)  # refuses what is no network
     training = {module: module.training for module in model.modules()}
-    kept = norms + [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.started]
+    starting = [m for m in model.modules() if isinstance(m, InputQuantizer) and not m.started]
+    kept = [*norms, *starting] if statistics else starting
     before = [copy.deepcopy(m.state_dict()) for m in kept]
     restore = True
     model.eval()
@@ -228,7 +234,7 @@ def _norms(model: nn.Module) -> list[MultiBitBatchNorm]:
 
 def _start_ranges(model: nn.Module, data: Dataset | Batches, batch_size: int) -> None:
     """Start input ranges that have seen no data at the highest trained bit-width: a low one would distort them."""
-    if all(m.started for m in model.modules() if isinstance(m, InputQuantizer)):
+    if all(m.has_range() for m in model.modules() if isinstance(m, InputQuantizer)):
         return
     with ExitStack() as highest, _measuring(model) as forward:
         for network in networks(model):

@@ -25,7 +25,7 @@ from .config import TrainConfig, learning_rate
 from .coresets import Coresets, generator
 from .data import Batch, Dataset, as_dataset, loader
 from .distributed import Place
-from .evaluate import logits_of
+from .evaluate import batch_norms, logits_of
 
 STOPPED = "training stopped; the last checkpoint stays"
 SMALLEST_SCALE = 2.0**-24  # of a loss in float16: reached after 40 steps in a row without a finite gradient
@@ -105,6 +105,8 @@ class _Run:
         distributed.autocast_used(config.autocast, self.device)  # warns before there is a progress bar
         self.memory_format = distributed.memory_format(model, config.channels_last, self.device)
         model.to(self.device, memory_format=self.memory_format)
+        for norm in batch_norms(model):
+            norm.forget_adaptation()
         self.wrapped, self.data = self.place.wrap(model), data.to(self.device)  # it averages gradients over processes
         passes = len(bits) * sum(-(-self.coresets.size(e) // config.batch_size) for e in range(config.epochs))
         self.forward = distributed.compiled(self.wrapped, config.compile, passes)

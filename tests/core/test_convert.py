@@ -92,6 +92,57 @@ def test_a_layer_used_twice_becomes_one_twin(rng: torch.Generator) -> None:
     assert isinstance(chain[0], QuantConv2d) and chain[0] is chain[1] is chain[3]
 
 
+class Listed(nn.Module):
+    """Calls its layers from places beside its children."""
+
+    def __init__(self, lose: bool = False) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)]
+        self.children_ = nn.ModuleList(layers)
+        self._some, self.pair, self.named = layers[:2], (layers[2], [layers[3]]), {"last": layers[4]}
+        self.lost = {layers[2]} if lose else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self._some, self.pair[0], self.pair[1][0], *self.lost):
+            x = layer(x).relu()
+        return self.named["last"](x)
+
+
+def test_layers_are_replaced_wherever_the_network_holds_them(rng: torch.Generator) -> None:
+    net = Listed()
+    model, listed = emq.convert(net, spec()), emq.convert(nn.Sequential(*net.children_), spec())
+    called = {id(m) for m in (*model._some, model.pair[0], *model.pair[1], model.named["last"])}
+    assert called == {id(m) for m in model.children_} and isinstance(model.pair[0], QuantConv2d)
+    assert all(type(m) is nn.Conv2d for m in (*net._some, net.pair[0], *net.pair[1]))
+    x = torch.rand(2, 3, 8, 8, generator=rng)
+    for bits in (2, 8):
+        emq.set_bits(model, bits)
+        emq.set_bits(listed, bits)
+        assert not torch.equal(model(x), net(x))
+
+
+def test_a_layer_that_is_called_though_it_was_replaced_says_so(rng: torch.Generator) -> None:
+    model = emq.convert(Listed(lose=True), spec())
+    with pytest.raises(RuntimeError, match="calls a layer that was converted"):
+        model(torch.rand(2, 3, 8, 8, generator=rng))
+
+
+def test_hooks_stay_with_their_layers(rng: torch.Generator) -> None:
+    net = build("resnet8")
+    seen: list[str] = []
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda m, inputs, output, name=name: seen.append(name))
+    net.layer1[0].conv1.register_forward_pre_hook(lambda m, inputs: (0 * inputs[0],))
+    net.eval()(images_for("resnet8", rng))
+    called, model = list(seen), emq.convert(net, spec())
+    seen.clear()
+    conv = model.layer1[0].conv1
+    conv.register_forward_hook(lambda m, inputs, output: seen.append(f"zeros: {not inputs[0].any()}"))
+    model(images_for("resnet8", rng))
+    assert seen.count("zeros: True") == 1
+    assert [name for name in seen if not name.startswith("zeros")] == called
+
+
 def test_a_network_that_is_one_layer(rng: torch.Generator) -> None:
     linear = nn.Linear(4, 3)
     model = emq.convert(linear, spec(full_precision=(), weight="minmax", correction="none"))

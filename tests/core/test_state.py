@@ -4,6 +4,7 @@ The table of docs/recipes.md says the same; each of its cells is a test here.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,17 +78,80 @@ def test_a_state_dict_and_a_deep_copy_answer_alike_and_live_on_their_own(spec: d
     assert not equal(other, model) and equal(other, loaded)
 
 
+def averaged(model: nn.Module, library: str) -> tuple[nn.Module, Callable[[nn.Module], None]]:
+    """A moving average of weights and buffers, and what updates it."""
+    if library == "torch":
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+        return average, average.update_parameters
+    average = ModelEmaV3(model, decay=0.5, min_decay=0.5)
+    return average, average.update
+
+
+@of_specs
+@pytest.mark.parametrize("library", ["torch", "timm"])
+def test_an_average_from_before_the_first_batch_keeps_its_ranges(library: str, spec: dict[str, Any]) -> None:
+    """What it has averaged is its range. It was never called, and its first batch, of other images, must not start one.
+
+    Each bit-width is set anew, as the average of what says which statistics are in force says nothing.
+    """
+    model = converted(spec)
+    average, update = averaged(model, library)
+    for _ in range(4):
+        trained(model)
+        update(model)
+    before = {name: value.clone() for name, value in average.named_parameters()}
+    ranges = {name: value.clone() for name, value in average.named_buffers() if name.endswith((".low", ".high"))}
+    emq.set_bits(average, 8)
+    with torch.no_grad():
+        first = average.eval()(100 * images(9))
+        emq.set_bits(average, 2)
+        emq.set_bits(average, 8)
+        assert torch.equal(average(100 * images(9)), first)
+    assert all(torch.equal(value, before[name]) for name, value in average.named_parameters())
+    assert all(torch.equal(average.get_buffer(name), value) for name, value in ranges.items())
+
+
+@of_specs
+def test_a_look_before_training_changes_nothing(spec: dict[str, Any]) -> None:
+    """A batch in evaluation mode, for example one that asks for shapes, answers but starts no range for good."""
+    plain, looked = converted(spec), converted(spec)
+    with torch.no_grad():
+        first = looked.eval()(torch.zeros(1, 3, 16, 16))
+        assert torch.equal(looked(torch.zeros(1, 3, 16, 16)), first) and first.isfinite().all()
+    saved = copy.deepcopy(looked.state_dict())
+    assert equal(trained(looked), trained(plain))
+    again = converted(spec)
+    again.load_state_dict(saved)
+    assert equal(trained(again), plain)
+
+
+@of_specs
+def test_bits_set_in_inference_mode_can_be_set_again(spec: dict[str, Any]) -> None:
+    model = trained(converted(spec))
+    expected = answers(model)
+    with torch.inference_mode(), emq.at_bits(model, {"1.0": 2, "*": 4}):
+        model(images())
+    assert all(torch.equal(a, b) for a, b in zip(answers(model), expected, strict=True))
+
+
+def test_statistics_are_in_force_again_where_they_were_made_on_no_device() -> None:
+    """`to_empty` leaves whatever lies in memory."""
+    spec = SPECS["PACT, switchable"]
+    model, made = trained(converted(spec)), converted(spec).to("meta").to_empty(device="cpu").eval()
+    for buffer in made.buffers():
+        buffer.data.fill_(7)
+    made.load_state_dict(model.state_dict())
+    emq.set_bits(made, 8)
+    with torch.no_grad(), emq.at_bits(model, 8):
+        assert torch.equal(made(images()), model(images()))
+
+
 @of_specs
 @pytest.mark.parametrize("library", ["torch", "timm"])
 def test_averages_of_weights_run_at_every_bit_width(library: str, spec: dict[str, Any]) -> None:
     """An average over equal networks is that network, and one over different networks lies between them."""
     model = trained(converted(spec))
-    if library == "torch":
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
-        update = average.update_parameters
-    else:
-        average = ModelEmaV3(model, decay=0.5, min_decay=0.5)
-        update = average.update
+    average, update = averaged(model, library)
     update(model)
     assert equal(average.eval(), model, rtol=1e-6, atol=1e-7)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -463,6 +463,15 @@ def test_validation_images_are_the_last_of_each_class_and_not_trained_on():
     assert (held.mean, held.flip, held.classes) == (data.mean, data.flip, data.classes)
 
 
+def test_validation_holds_out_the_same_part_of_each_class():
+    sizes = [200, 100, 40, 10, 1]
+    labels = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))[torch.randperm(351)]
+    split = Split(torch.zeros(351, 3, 2, 2, dtype=torch.uint8), labels)
+    held = replace(made_up(), train=split, test=split).validation(35)
+    assert held.test.labels.bincount(minlength=5).tolist() == [20, 10, 4, 1, 0]
+    assert held.train.labels.bincount().tolist() == [180, 90, 36, 9, 1]
+
+
 def test_checksum_names_pixels_and_labels(tmp_path):
     write_folders(tmp_path / "one", seed=1)
     write_folders(tmp_path / "same", seed=1)

@@ -173,6 +173,22 @@ def failing(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_training_goes_on_as_if_nothing_had_been_adapted(norm: str, data: Dataset) -> None:
+    """Training changes the weights that the adapted statistics are of."""
+    config = emq.TrainConfig(epochs=1, batch_size=30, lr=0.05)
+    plain, adapted = (emq.convert(build("resnet8"), spec(norm=norm, activation="lsq")) for _ in range(2))
+    adapted.load_state_dict(plain.state_dict())
+    for model in (plain, adapted):
+        emq.train(model, data, config, progress=False)
+    emq.adapt_norm(adapted, data, (2, 3) if norm == "shared" else (3,), samples=60)
+    for model in (plain, adapted):
+        emq.train(model, data, config, progress=False)
+    for ours, theirs in zip(norms(adapted), norms(plain), strict=True):
+        assert ours.own == theirs.own == (set() if norm == "shared" else {*spec().bits})
+    assert emq.evaluate(adapted, data, bits=(2, 8)).equals(emq.evaluate(plain, data, bits=(2, 8)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_nothing_changes_on_an_exception(norm: str, data: Dataset) -> None:
     model = emq.convert(build("resnet8"), spec(norm=norm, activation="lsq"))
     pairs = failing(batches_of(data, data.test, 20))

@@ -285,6 +285,11 @@ def test_fewer_outputs_than_classes_are_refused() -> None:
     data = Dataset.from_tensors(IMAGES, TARGETS, classes=["a", "b", "c", "d"])
     with pytest.raises(ValueError, match=r"^model='3 outputs': expected 4 or more"):
         fitted(pictures(), data)
+    dense = [(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8).long())]
+    with pytest.raises(ValueError, match=r"^model='outputs \(2, 3, 8, 8\) for labels \(2, 8, 8\)': expected one row"):
+        emq.evaluate(
+            emq.convert(nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3))), emq.QuantSpec(bits=(2,))), dense
+        )
     items = TensorDataset(torch.from_numpy(IMAGES), torch.arange(24) % 5)
     with pytest.raises(ValueError, match=r"^model='3 outputs': expected 5 or more"):
         emq.evaluate(pictures(), items, bits=(2,))
