@@ -114,25 +114,41 @@ def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modul
 
     It does so in lists, tuples and dicts too that modules hold beside their children.
     """
+    seen: set[int] = set()
     for module in list(network.modules()):
         for name, child in module._modules.items():
             module._modules[name] = new.get(child, child)
         for name in vars(module).keys() - _OF_MODULES:
-            vars(module)[name] = _renewed(vars(module)[name], new)
+            vars(module)[name] = _renewed(vars(module)[name], new, seen)
     return new.get(network, network)
 
 
-def _renewed(value: Any, new: Mapping[nn.Module, nn.Module]) -> Any:
+def _renewed(value: Any, new: Mapping[nn.Module, nn.Module], seen: set[int]) -> Any:
     """`value` with the modules of `new` in place of others, wherever it is a module or holds some."""
     if isinstance(value, nn.Module):
         return new.get(value, value)
+    if id(value) in seen:
+        return value
     if type(value) is tuple:
-        return tuple(_renewed(each, new) for each in value)
-    if type(value) is list:
-        value[:] = [_renewed(each, new) for each in value]
-    elif type(value) is dict:
-        value.update({key: _renewed(each, new) for key, each in value.items()})
+        return tuple(_renewed(each, new, seen) for each in value)
+    if isinstance(value, (list, dict)):
+        seen.add(id(value))  # it may hold itself
+    if isinstance(value, list):
+        value[:] = [_renewed(each, new, seen) for each in value]
+    elif isinstance(value, dict):
+        value.update({key: _renewed(each, new, seen) for key, each in value.items()})
     return value
+
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
+_HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hand_over_hooks(new: Mapping[nn.Module, nn.Module]) -> None:
+    for old, module in new.items():
+        for hooks in _HOOKS:
+            vars(module)[hooks].update(vars(old)[hooks])
+        module._is_full_backward_hook = old._is_full_backward_hook
 
 
 class _Replaced(nn.Module):
@@ -145,7 +161,9 @@ class _Replaced(nn.Module):
 
 def open_attention(net: nn.Module) -> nn.Module:
     """`net`, changed in place: every `nn.MultiheadAttention` becomes a `MultiheadAttention`, `net` itself too."""
-    net = replaced(net, {m: MultiheadAttention(m) for m in net.modules() if isinstance(m, nn.MultiheadAttention)})
+    new = {m: MultiheadAttention(m) for m in net.modules() if isinstance(m, nn.MultiheadAttention)}
+    net = replaced(net, new)
+    _hand_over_hooks(new)
     for module in net.modules():  # turn off the fast paths of evaluation mode, which go past the layers
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
@@ -287,8 +305,6 @@ def _target_name(node: fx.Node) -> str:
 
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
-_HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
 READ = "its weight is read outside the layer"
 
 
@@ -320,13 +336,13 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     kept = _full_precision(names, spec) if names else {}
     read = found.read | training.read
     kept |= {name: READ for name in names if name not in kept and f"{name}.weight" in read}
-    signed = {name: found.signed[name] for name in names if name not in kept}
+    hooked = {name for name, module in net.named_modules() if any(vars(module)[hooks] for hooks in _HOOKS)}
+    signed = {name: found.signed[name] or name in hooked for name in names if name not in kept}
     if not signed:
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
     clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # as one's own may not do
     unsigned = {name for name in signed if not signed[name] and clips}
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
-    hooked = {name for name, module in net.named_modules() if any(vars(module)[hooks] for hooks in _HOOKS)}
     absorbed = tuple(name for name in readers if readers[name] <= unsigned and name not in hooked)
     return Decisions(signed, kept, absorbed, _activation_range(net, spec))
 
@@ -457,9 +473,8 @@ def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module
             module.__class__ = SafeConv2d
     known = record(model) or Record()
     model = replaced(model, new)
-    for old, module in new.items():
-        for hooks in _HOOKS:
-            vars(module)[hooks].update(vars(old)[hooks])
+    _hand_over_hooks(new)
+    for old in new:
         old.__class__ = _Replaced
     model.emq = replace(known, spec=spec, decided=decided)
     set_bits(model, spec.bits[-1])
@@ -569,7 +584,7 @@ def _checked(network: nn.Module, bits: Bits) -> dict[nn.Module, int]:
         if plan[name] == 1 and not isinstance(module, MultiBitBatchNorm) and module.spec.zero_level:
             raise invalid("bits", 1, "2 or more with zero_level, since one level cannot be both zero and not")
         if not isinstance(module, MultiBitBatchNorm) and module.input_quantizer.would_lose_its_start():
-            expected = "one that has seen one batch through the converted network before fully_shard"
+            expected = "one that has seen one batch in training mode before fully_shard"
             raise invalid("model", f"a network with sharded ranges in {name}, which start with a first batch", expected)
     return {module: plan[name] for name, module in modules.items()}
 

@@ -167,6 +167,7 @@ class InputQuantizer(nn.Module):
     def __init__(self, bits: tuple[int, ...], signed: bool) -> None:
         super().__init__()
         self.signed, self.started, self.provisional = signed, not self.starts, False
+        self.set_to: list[float] | None = None
         self.reduce: Reduction | None = None
         self.parts = 1  # the parts of a step's batch, of which each forward pass sees one
         self.scale: LearnedScale | None = None  # of a learned range
@@ -192,25 +193,32 @@ class InputQuantizer(nn.Module):
         raise NotImplementedError
 
     def _begin(self, x: Tensor) -> None:
-        """Start from a batch (any shape), in training for good, unless there is a range already."""
-        if not self.provisional and self._was_given():
-            self.started = True
-            return
-        for_good = self.training and torch.is_grad_enabled() and not self._is_sharded()
-        if for_good or not self.provisional:
+        """Start from a batch (any shape), in training for good, unless something else has given a range."""
+        if self._was_given():
+            self.started, self.provisional = True, False
+        elif self.training or not self.provisional:
             # without a sign, a ReLU stood before this until conversion left it to the quantizer
             self._start(x if self.signed else x.clamp_min(0))
-        self.started, self.provisional = for_good, not for_good
+            self.started, self.provisional, self.set_to = self.training, not self.training, self._ends()
 
     def _was_given(self) -> bool:
-        """Whether the range is not the one of the constructor, as in a moving average of a network in training."""
-        if torch.compiler.is_compiling() or self.low.is_meta or self._is_sharded():
+        """Whether the range is not what this quantizer has set: it was learned, averaged or loaded."""
+        ends = self._ends()
+        if ends is None:
             return False
-        learned = self.scale is not None and bool((self.scale.values != 1).any())
-        return learned or float(self.low) != 0 or float(self.high) != 1
+        if self.set_to is None:  # by the constructor, or before it was saved
+            self.set_to = ends if self.provisional else [0.0, *[1.0] * (len(ends) - 1)]
+        return ends != self.set_to
 
-    def _is_sharded(self) -> bool:
-        return any(hasattr(p, "full_tensor") for p in self.parameters())
+    def _ends(self) -> list[float] | None:
+        """The range in numbers; None where tensors have none, as in tracing."""
+        if torch.compiler.is_compiling():
+            return None
+        learned = [] if self.scale is None else [self.scale.values]
+        try:
+            return torch.cat([self.low[None], self.high[None], *learned]).tolist()
+        except RuntimeError:
+            return None
 
     def _start(self, x: Tensor) -> None:
         """Start from the first batch."""
@@ -220,7 +228,7 @@ class InputQuantizer(nn.Module):
 
     def would_lose_its_start(self) -> bool:
         """Whether the first batch would write its range to a copy of a parameter that FSDP2 has sharded."""
-        return not self.has_range() and self._is_sharded()
+        return not self.started and any(hasattr(p, "full_tensor") for p in self.parameters())
 
     def has_range(self) -> bool:
         """Whether there is a range, be it provisional."""
@@ -234,11 +242,11 @@ class InputQuantizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """1 if the range has started, 2 if provisionally, as a scalar tensor: checkpoints hold no pickled objects."""
-        return torch.tensor(2 if self.provisional else int(self.started))
+        return torch.tensor(2 if self.provisional and not self._was_given() else int(self.has_range()))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what `get_extra_state` gave, a scalar."""
-        self.started, self.provisional = int(state) == 1, int(state) == 2
+        self.started, self.provisional, self.set_to = int(state) == 1, int(state) == 2, None
 
     def extra_repr(self) -> str:
         """Method, sign and range."""

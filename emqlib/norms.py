@@ -157,10 +157,9 @@ class MultiBitBatchNorm(nn.Module):
     def forget_adaptation(self) -> None:
         """Drop the rows that adaptation has added: they are of weights that training is about to change."""
         own = set() if self.norm == "shared" else set(self.trained)
-        if self.own != own:
+        if self.own != own and (self.bits in own or not self.switchable):  # else it trains at an adapted bit-width
             self.own = own
-            if self.serves(self.bits):
-                self.set_bits(self.bits)
+            self.set_bits(self.bits)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """The running mean and variance in force, (C,) each."""

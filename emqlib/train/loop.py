@@ -105,8 +105,6 @@ class _Run:
         distributed.autocast_used(config.autocast, self.device)  # warns before there is a progress bar
         self.memory_format = distributed.memory_format(model, config.channels_last, self.device)
         model.to(self.device, memory_format=self.memory_format)
-        for norm in batch_norms(model):
-            norm.forget_adaptation()
         self.wrapped, self.data = self.place.wrap(model), data.to(self.device)  # it averages gradients over processes
         passes = len(bits) * sum(-(-self.coresets.size(e) // config.batch_size) for e in range(config.epochs))
         self.forward = distributed.compiled(self.wrapped, config.compile, passes)
@@ -245,6 +243,8 @@ def _bar(run: _Run, label: str | bool) -> tqdm:
 def _epoch(run: _Run, bar: tqdm) -> dict[str, Any]:
     """One epoch; returns its row of the history."""
     run.model.train()
+    for norm in batch_norms(run.model):
+        norm.forget_adaptation()
     epoch, watch, start = run.epoch, LossWatch(run.place, run.model, run.device), perf_counter()
     steps = run.coresets.steps(epoch, run.config.batch_size)
     batches = run.loader.epoch([indices for _, indices in steps], generator(run.config.seed, "augment", epoch))

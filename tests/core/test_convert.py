@@ -1,6 +1,7 @@
 """Conversion of many kinds of network, and switching of bit-widths."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -99,7 +100,8 @@ class Listed(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)]
         self.children_ = nn.ModuleList(layers)
-        self._some, self.pair, self.named = layers[:2], (layers[2], [layers[3]]), {"last": layers[4]}
+        self._some, self.pair, self.named = layers[:2], (layers[2], [layers[3]]), OrderedDict(last=layers[4])
+        self.named["itself"] = self.named
         self.lost = {layers[2]} if lose else {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,6 +143,23 @@ def test_hooks_stay_with_their_layers(rng: torch.Generator) -> None:
     model(images_for("resnet8", rng))
     assert seen.count("zeros: True") == 1
     assert [name for name in seen if not name.startswith("zeros")] == called
+
+
+def test_a_hook_sees_what_it_saw(rng: torch.Generator) -> None:
+    """An input that a hook makes negative, the output of a ReLU before it, gradients, and calls of an attention."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(2), nn.MultiheadAttention(64, 2))
+    net[2].register_forward_pre_hook(lambda m, inputs: (inputs[0] - 0.5,))
+    seen: list[Tensor] = []
+    net[2].register_forward_hook(lambda m, inputs, output: seen.append(inputs[0]))
+    net[2].register_full_backward_hook(lambda m, into, out: seen.append(out[0]))
+    net[4].register_forward_pre_hook(lambda m, inputs: (inputs[0], inputs[0], inputs[0]))
+    model = emq.convert(net, spec(weight="minmax"))
+    emq.set_bits(model, 32)
+    x = torch.rand(2, 3, 8, 8, generator=rng)
+    for each in (net, model):
+        each(x)[0].sum().backward()
+    for plain, ours in zip(seen[:2], seen[2:], strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_a_network_that_is_one_layer(rng: torch.Generator) -> None:

@@ -125,6 +125,27 @@ def test_a_look_before_training_changes_nothing(spec: dict[str, Any]) -> None:
     assert equal(trained(again), plain)
 
 
+@pytest.mark.parametrize("activation", ["pact", "lsq"])
+def test_ranges_that_were_learned_in_evaluation_mode_are_kept(activation: str) -> None:
+    """As where batch norms are frozen; also those of an average that was called once before training."""
+    model, average = (converted({"activation": activation}).eval() for _ in range(2))
+    average(images())
+    average, update = averaged(average, "torch")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for i in range(3):
+        optimizer.zero_grad()
+        model(images(i)).square().mean().backward()
+        optimizer.step()
+    update(model)
+    update(trained(copy.deepcopy(model)))
+    for learned in (model, average.module):
+        loaded = converted({"activation": activation})
+        loaded.load_state_dict(learned.state_dict())
+        loaded.train()(100 * images(7))
+        for (name, p), q in zip(loaded.named_parameters(), learned.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
 @of_specs
 def test_bits_set_in_inference_mode_can_be_set_again(spec: dict[str, Any]) -> None:
     model = trained(converted(spec))
@@ -205,5 +226,5 @@ def test_fsdp2_trains_the_same_network_once_its_ranges_have_started(spec: dict[s
 def test_fsdp2_refuses_ranges_that_start_with_the_first_batch(spec: dict[str, Any], process_group: None) -> None:
     """Written to a gathered parameter, the first range would be lost when it is sharded again."""
     model = fully_shard(converted(spec))
-    with pytest.raises(ValueError, match="seen one batch through the converted network before fully_shard"):
+    with pytest.raises(ValueError, match="seen one batch in training mode before fully_shard"):
         emq.set_bits(model, 2)
