@@ -28,6 +28,7 @@ from .tables import (
     CORRECTED,
     SETTING,
     adaptation_gaps,
+    by_statistics,
     growth_table,
     in_words,
     network_name,
@@ -47,6 +48,7 @@ WIDE = 9.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
 _BARS = "bars: standard deviation"
+_ALL_DATA = "Any-Precision on all data"  # beside coresets
 _DOT = {"color": "0.3", "alpha": 0.6, "lw": 0, "zorder": 2, "rasterized": True}
 NAMED = {"ls": "--", "lw": 1, "color": "0.3"}  # a line that the legend names
 
@@ -172,7 +174,9 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
     """
     factor, name, unit = _COSTS[checks.choice("cost", cost, _COSTS)]
     setting, points = _setting(rows), with_cost(rows, cost)
-    points = points.assign(label=points.apply(network_name, axis=1))
+    names, rates = points.apply(network_name, axis=1), points.pruning_rate
+    on_all = points.method.str.startswith("Ours") & rates.eq(0) & rates.gt(0).any()
+    points = points.assign(label=names.where(~on_all, names + ", on all data"))
     points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / factor
     means = points.groupby(SETTING, dropna=False)[["cost", "top1"]].mean().reset_index()
     ax = axes(ax, _seen_by_cost(means, name) + setting, WIDE)
@@ -184,8 +188,9 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
             place = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 8}
             ax.annotate(f"{point.epochs}", (point.cost, point.top1), **place)
     ax.set_xscale("log")
+    digits = "123456789" if points.cost.max() < 5 * points.cost.min() else "1235"  # the others would overlap
     for show in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")  # the others would overlap
+        show(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in digits else "")
     return finish(ax, label, _ACCURACY)
 
 
@@ -231,14 +236,16 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
     seeds = seed_means(rows, ["method", "coreset", "pruning_rate"])
     ours = seeds.method.str.startswith("Ours")
     names = seeds.coreset.map(in_words) + seeds.method.str.removeprefix("Ours")
-    seeds = seeds.assign(coreset=names.where(ours, seeds.method))
+    names = names.where(ours, seeds.method + " on all data")
+    seeds = seeds.assign(coreset=names.map(partial(textwrap.fill, width=60)))
     panels = {rate: seeds[seeds.pruning_rate.isin([0, rate])] for rate in sorted(set(seeds.pruning_rate)) if rate > 0}
     means = {rate: part.groupby("coreset").top1.mean().sort_values(ascending=False) for rate, part in panels.items()}
     order = list(max(means.values(), key=len).index)
     order += [name for name in dict.fromkeys(seeds.coreset) if name not in order]
-    baselines = ("Any-Precision", in_words("RS2"), in_words("random"))
+    baselines = (_ALL_DATA, in_words("RS2"), in_words("random"))
     baseline = next((name for name in baselines if name in order), None)
-    form = {"figsize": (4.6 + 2.6 * len(means), 1.6 + 0.24 * len(order)), "dpi": 90, "layout": "constrained"}
+    lines = "\n".join(order).count("\n") + 1
+    form = {"figsize": (4.6 + 2.6 * len(means), 1.6 + 0.24 * lines), "dpi": 90, "layout": "constrained"}
     with sns.axes_style("whitegrid"):
         figure, (drawn,) = plt.subplots(1, len(means), sharey=True, squeeze=False, **form)
     shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0]}
@@ -259,8 +266,8 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
 def _seen_by_coreset(means: dict[float, pd.Series]) -> str:
     """How many coresets are above Any-Precision at each pruning rate; without it, by how much coresets differ."""
     at = f"At {_listed([f'{rate:.0%}' for rate in means])} pruning"
-    if all("Any-Precision" in found for found in means.values()):
-        counts = [f"{(found > found['Any-Precision']).sum()} of {len(found) - 1}" for found in means.values()]
+    if all(_ALL_DATA in found for found in means.values()):
+        counts = [f"{(found > found[_ALL_DATA]).sum()} of {len(found) - 1}" for found in means.values()]
         return f"{at}, Any-Precision is below {_listed(counts)} kinds of coresets"
     spans = [f"{found.max() - found.min():.1f}" for found in means.values()]
     return f"{at}, kinds of coresets differ by up to {_listed(spans)} points"
@@ -427,6 +434,22 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return by_bits(ax, gaps, "gap", "top-1 above the adapted network (points)")
 
 
+def accuracy_by_statistics(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Mean top-1 accuracy (%) over the trained bit-widths by kind of running statistics, a line for each coreset.
+
+    rows: of `experiments.pruned_factors`.
+    """
+    setting, tidy = _setting(rows), seed_means(by_statistics(rows), ["coreset", "statistics"])
+    means = tidy.groupby("statistics").top1.mean()
+    own, shared = (means["adapted"] - means[f"{kind} statistics"] for kind in ("own", "shared"))
+    seen = f"Own statistics are {own:.1f} points below the adapted network, shared ones {shared:.1f}"
+    ax = axes(ax, seen + setting, WIDE)
+    tidy = tidy.assign(line=tidy.coreset.map(in_words), statistics=tidy.statistics.str.replace(", ", ",\n"))
+    _side_by_side(ax, tidy, "statistics", "top1", "line")
+    ax.tick_params(axis="x", labelsize=8)
+    return finish(ax, "", _ACCURACY)
+
+
 def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axes:
     """Angles between the child models' gradients, a line for each pair of bit-widths on the same images.
 
@@ -527,6 +550,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "06_statistics": ("06_statistics", gap_by_bits, "correction == 'mean_var'"),
     "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),
     "07_ablation_scoring_scheme": ("07_ablation_scoring_scheme", accuracy_by_coreset, ""),
+    "07_factors": ("07_factors", accuracy_by_statistics, ""),
     "07_equal_epochs": ("07_equal_epochs", accuracy_by_coreset, "epochs == epochs.max()"),
     "08_activation_distributions": ("08_activation_distributions", distributions, ""),
     "08_mismatch": ("08_mismatch", mismatch, ""),
@@ -537,7 +561,8 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "idea": ("idea", idea, ""),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
-    "14_headline": ("14_headline", accuracy_by_bits, "not adapted"),
+    "14_headline": ("14_headline", accuracy_by_cost, ""),
+    "14_headline_time": ("14_headline", lambda rows: accuracy_by_cost(rows, "seconds"), ""),
     "14_tuning": ("14_tuning", accuracy_by_lr, ""),
 }
 

@@ -28,7 +28,7 @@ _WORDS |= {"resample_every=0": "one draw", "all candidates": "all data scored"}
 _WORDS |= {"power=0.0": "but drawn at equal chances", "unbiased=True": "weighted losses"}
 _WORDS |= {"scoring=joint": "joint scoring", "across_bits=identical": "the same for all bit-widths"}
 _WORDS |= {"across_bits=disjoint": "without overlap", "batch_size": "batches of {}", "lr": "learning rate {}"}
-_WORDS |= {"weight_decay": "weight decay {}", "epochs": "{} epochs"}
+_WORDS |= {"weight_decay": "weight decay {}", "epochs": "{} epochs", "window": "windows of {}"}
 _WORDS |= {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "TinyImageNet", "imagenet": "ImageNet-1K"}
 _WORDS |= {"resnet8": "ResNet-8", "resnet18": "ResNet-18", "resnet20": "ResNet-20", "mobilenet_v2": "MobileNetV2"}
 _WORDS |= {"preact_resnet20": "pre-activation ResNet-20", "vit_tiny": "small ViT"}
@@ -43,7 +43,8 @@ def in_words(name: str) -> str:
     """
     name = checks.instance("name", name, str, "the name of a kind of coreset, a network or a data set, as in rows")
     name = name.replace("resample_every=0, how=sample", "resample_every=0")  # one draw is by rank
-    parts = name.replace("how=sample, power=0.0", "power=0.0").split(", ")
+    by_rank = ("how=sample", "sample of all") if "power=0.0" in name else ()  # equal chances are not by rank
+    parts = [part for part in name.split(", ") if part not in by_rank]
     known = [(part, *part.split("=")) for part in parts]
     words = [_WORDS.get(part) or (_WORDS[key].format(*value) if key in _WORDS else part) for part, key, *value in known]
     return ", ".join(words)
@@ -368,6 +369,17 @@ def adaptation_gaps(rows: pd.DataFrame) -> pd.DataFrame:
 def adaptation_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a choice of statistics, one column a bit-width: `adaptation_gaps`, mean ± std over seeds."""
     return _by_bits(adaptation_gaps(rows), ["statistics"], "gap")
+
+
+def by_statistics(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with their kind of `statistics.KINDS` in words, of which an adapted network is one more."""
+    checks.table("rows", rows, ("statistics", "adapted"))
+    return rows.assign(statistics=rows.statistics.map(_STATISTICS).where(~rows.adapted, "adapted"), adapted=False)
+
+
+def statistics_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a kind of coreset, one column a kind of `by_statistics`: mean top-1 (%) over the trained bit-widths."""
+    return comparison_table(by_statistics(rows), "statistics")
 
 
 def untrained_table(rows: pd.DataFrame) -> pd.DataFrame:

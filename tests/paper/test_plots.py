@@ -148,7 +148,7 @@ def test_accuracy_by_cost_draws_the_rows() -> None:
     """Without adaptation and over the trained 2 and 4 bits; the passes of Dedicated are those of its two networks."""
     ax = plots.accuracy_by_cost(example())
     assert [points(line) for line in lines(ax)] == [[(4.0, 31.0)], [(0.8, 21.0)], [(4.0, 60.0)]]
-    assert half_bars(ax) == pytest.approx([2**0.5] * 2) and legend(ax) == LABELS
+    assert half_bars(ax) == pytest.approx([2**0.5] * 2) and legend(ax) == [f"{LABELS[0]}, on all data", *LABELS[1:]]
     assert ax.get_title() == f"Accuracy against sample passes{MADE_WITH}"
     assert ax.get_xlabel() == "sample passes (millions), logarithmic" and ax.get_xscale() == "log"
     assert ax.get_ylabel() == "mean top-1 accuracy (%)" and not ax.texts
@@ -194,8 +194,19 @@ def test_coresets_are_compared_with_any_precision_where_it_is_there() -> None:
     rows = pruned()[lambda t: t.pruning_rate.eq(0.8)].assign(method="Ours, own statistics")
     rows.loc[rows.coreset.eq("RS2"), ["method", "pruning_rate"]] = ["Any-Precision", 0.0]
     ax = plots.accuracy_by_coreset(rows)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["TDDS, own statistics", "Any-Precision"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["TDDS, own statistics", "Any-Precision on all data"]
     assert ax.figure.get_suptitle().startswith("At 80% pruning, Any-Precision is below 1 of 1 kinds of coresets\n")
+
+
+def test_accuracy_by_statistics_draws_the_rows() -> None:
+    own = pruned()[lambda t: t.pruning_rate.eq(0.8) & ~t.adapted].assign(statistics="own")
+    shared = own.assign(statistics="shared", top1=own.top1 - 5)
+    adapted = own.assign(statistics=None, adapted=True, top1=own.top1 + 2)
+    ax = plots.accuracy_by_statistics(pd.concat([own, shared, adapted]))
+    assert [heights(line) for line in marked(ax)] == [[21, 16, 23], [16, 11, 18]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["own statistics", "shared statistics", "adapted"]
+    assert legend(ax) == ["TDDS", "random, each epoch (RS2)"]
+    assert ax.get_title().startswith("Own statistics are 2.0 points below the adapted network, shared ones 7.0\n")
 
 
 @pytest.mark.parametrize("plot", [plots.accuracy_by_bits, plots.accuracy_by_cost])

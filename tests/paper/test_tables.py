@@ -287,6 +287,17 @@ def test_adaptation_table() -> None:
     assert list(table.columns) == ["statistics", "1", "2*", "3"]
 
 
+def test_statistics_table() -> None:
+    """Columns are kinds of statistics, and the adapted network, whose rows name no kind."""
+    one = run("Ours", {2: (50, 60), 4: (60, 64)}, rate=0.8)
+    plain = one[~one.adapted]
+    shared = plain.assign(statistics="shared", top1=plain.top1 - 5)
+    table = results.statistics_table(together(plain.assign(statistics="own"), shared, one[one.adapted]))
+    assert table.to_dict("records") == [
+        {"coreset": "TDDS", "adapted": "62.0", "own statistics": "55.0", "shared statistics": "50.0"}
+    ]
+
+
 def test_untrained_table() -> None:
     rows = together(
         run("Any-Precision", {2: (70, 71), 3: (None, 40), 4: (90, 89)}, passes=8_000_000, seconds=20.4),
