@@ -135,7 +135,7 @@ def _correction(results: Path) -> list[Claim]:
             part(rows),
             f"Without adaptation, correction adds {differs(gain)} points. Accuracy at 2 bits is without it "
             f"{said(rows, bits=2, correction='none', adapted=False)} %, with it {said(ours, bits=2, adapted=False)} %. "
-            f"On a pre-activation ResNet-20 of width 16 it adds {differs(deep_gain)} points.",
+            f"On a pre-activation ResNet-20 it adds {differs(deep_gain)} points.",
             verdict([gain, deep_gain]),
             "Uncorrected runs differ so much from seed to seed that three of them do not settle it.",
         ),

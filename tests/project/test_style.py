@@ -36,7 +36,7 @@ def length(path: Path) -> int:
 
 
 # What there is, so that no change makes it longer. The aim is 2,300, 6,800 and 13,000.
-SIZES = {"core": (CORE, 3345), "library": (LIBRARY, 10050), "tests": (TESTS, 15120)}
+SIZES = {"core": (CORE, 3330), "library": (LIBRARY, 10030), "tests": (TESTS, 15100)}
 
 
 @pytest.mark.parametrize(("paths", "most"), SIZES.values(), ids=SIZES)
