@@ -435,7 +435,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def accuracy_by_statistics(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Mean top-1 accuracy (%) by kind of running statistics, a line for each coreset, of `experiments.pruned_factors`."""
+    """Mean top-1 accuracy (%) by running statistics, a line for each coreset; rows: of `experiments.pruned_factors`."""
     setting, tidy = _setting(rows), seed_means(by_statistics(rows), ["coreset", "statistics"])
     means = tidy.groupby("statistics").top1.mean()
     own, shared = (means["adapted"] - means[f"{kind} statistics"] for kind in ("own", "shared"))
