@@ -193,13 +193,14 @@ class InputQuantizer(nn.Module):
         raise NotImplementedError
 
     def _begin(self, x: Tensor) -> None:
-        """Start from a batch (any shape), in training for good, unless something else has given a range."""
-        if self._was_given():
+        """Start from a batch (any shape), in training for good, else unless something else has given a range."""
+        if not self.training and self._was_given():
             self.started, self.provisional = True, False
         elif self.training or not self.provisional:
             # without a sign, a ReLU stood before this until conversion left it to the quantizer
             self._start(x if self.signed else x.clamp_min(0))
-            self.started, self.provisional, self.set_to = self.training, not self.training, self._ends()
+            self.started, self.provisional = self.training, not self.training
+            self.set_to = None if self.training else self._ends()  # a step of training waits for no number
 
     def _was_given(self) -> bool:
         """Whether the range is not what this quantizer has set: it was learned, averaged or loaded."""
@@ -242,7 +243,7 @@ class InputQuantizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """1 if the range has started, 2 if provisionally, as a scalar tensor: checkpoints hold no pickled objects."""
-        return torch.tensor(2 if self.provisional and not self._was_given() else int(self.has_range()))
+        return torch.tensor(1 if self.started or self._was_given() else 2 * self.provisional)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what `get_extra_state` gave, a scalar."""
