@@ -18,7 +18,6 @@ from emqlib.files import write_text
 
 MARKS = ("<!-- claims: python results/claims.py -->", "<!-- end of claims -->")
 AS_TRAINED = {"trained": True, "adapted": False}  # at the trained bit-widths, without batch-norm adaptation
-EQUAL = "how=sample, power=0.0"  # of coresets: drawn at equal chances after a scoring phase
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # by number of seeds: the 97.5 % quantile of Student's t
 PASSES = 5 * 50_000 * 200  # of one image at one bit-width: Any-Precision's published schedule of CIFAR-10
 
@@ -420,7 +419,8 @@ def _headline(results: Path) -> list[Claim]:
 
 def _factors(results: Path) -> list[Claim]:
     rows = read(results, "small/07_factors", trained=True)
-    once, on_all = rows.coreset.isin(["random", f"el2n, resample_every=0, {EQUAL}"]), rows.coreset.str.contains("el2n")
+    kind = rows.coreset.str
+    once, on_all = rows.coreset.eq("random") | kind.contains("resample_every=0"), kind.contains("el2n")
     plain_, own = at(rows, adapted=False), rows.statistics.eq("own")
     redrawn = seeds(rows[own & ~once]) - seeds(rows[own & once])
     first = seeds(rows[own & on_all]) - seeds(rows[own & ~on_all])

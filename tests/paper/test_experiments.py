@@ -38,7 +38,7 @@ def test_parameters_are_followed(table: Callable) -> None:
     more = {"deployed": {32}, "growth": {*ALL}}.get(name, set())  # full precision, and more and more bit-widths
     assert {b for run in runs for b in run.spec.bits} == {2, 8} | more
     assert all(set(run.spec.bits) <= set(run.eval_bits) for run in runs)
-    at_80 = ("equal_epochs", "scoring_ablation", "growth", "headline", "pruned_factors", "importance")
+    at_80 = ("equal_epochs", "scoring_ablation", "growth", "headline", "pruned_factors")
     asked = {0.8} if name in at_80 else {0.6}
     assert {run.pruning_rate for run in runs} - {0} <= asked
     if name in ("curves", "equal_epochs"):
