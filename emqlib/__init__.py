@@ -22,29 +22,8 @@ from .train.sources import load_dataset
 
 __version__ = "1.1.0"
 
-__all__ = [
-    "CoresetConfig",
-    "Coresets",
-    "Dataset",
-    "QuantSpec",
-    "TrainConfig",
-    "adapt_norm",
-    "at_bits",
-    "convert",
-    "coreset",
-    "correction",
-    "evaluate",
-    "export_onnx",
-    "freeze",
-    "load",
-    "load_dataset",
-    "models",
-    "pack",
-    "quantizers",
-    "recipe",
-    "save",
-    "set_bits",
-    "soft_targets",
-    "summary",
-    "train",
-]
+__all__ = ["QuantSpec", "at_bits", "convert", "set_bits", "summary"]
+__all__ += ["CoresetConfig", "Coresets", "Dataset", "TrainConfig", "load_dataset", "recipe", "train"]
+__all__ += ["adapt_norm", "evaluate", "soft_targets"]
+__all__ += ["coreset", "correction", "models", "quantizers"]
+__all__ += ["export_onnx", "freeze", "load", "pack", "save"]

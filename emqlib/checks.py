@@ -20,12 +20,7 @@ _LARGEST = 2**63 - 1  # of what tensors, files and seeds hold
 
 
 def invalid(name: str, value: object, expected: str) -> ValueError:
-    """The error for a wrong argument; the caller raises it.
-
-    Examples:
-        >>> str(invalid("bits", 9, "one of 1 to 8, or 32"))
-        'bits=9: expected one of 1 to 8, or 32'
-    """
+    """The error for a wrong argument, `name=value: expected ...`; the caller raises it."""
     return ValueError(f"{name}={_shown(value)}: expected {expected}")
 
 
@@ -123,9 +118,7 @@ def pruning_rate(value: Any) -> float:
 
 def flag(name: str, value: Any) -> bool:
     """`value`, if it is True or False; ValueError for 0, 1, "yes" and everything else."""
-    if not isinstance(value, bool):
-        raise invalid(name, value, "True or False")
-    return value
+    return instance(name, value, bool, "True or False")
 
 
 def path(name: str, value: Any, expected: str = "the name of a file or folder") -> Path:

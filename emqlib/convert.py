@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partialmethod
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -159,19 +160,6 @@ class _Replaced(nn.Module):
         raise RuntimeError("the network calls a layer that was converted: keep it as an attribute or in a ModuleList")
 
 
-def open_attention(net: nn.Module) -> nn.Module:
-    """`net`, changed in place: every `nn.MultiheadAttention` becomes a `MultiheadAttention`, `net` itself too."""
-    new = {m: MultiheadAttention(m) for m in net.modules() if isinstance(m, nn.MultiheadAttention)}
-    net = replaced(net, new)
-    _hand_over_hooks(new)
-    for module in net.modules():  # turn off the fast paths of evaluation mode, which go past the layers
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-    return net
-
-
 # Modules, functions and methods (by name) whose output is never negative ...
 _NONNEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
 _NONNEGATIVE_NAMES = {"relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "softplus"}
@@ -189,8 +177,21 @@ _KEEPING_NAMES |= _ARITHMETIC_NAMES  # unless a number is negative, as in x + (-
 _ABOUT_NAMES = {"dtype", "device", "shape", "size", "dim", "ndim", "numel"}  # what says nothing of a tensor's values
 
 
+class _Proxy(fx.Proxy):
+    """Tells x += y, which changes x itself, from x = x + y."""
+
+    def _changed(self, method: str, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_method", method, (self, other), {})
+
+    __iadd__, __isub__ = partialmethod(_changed, "add_"), partialmethod(_changed, "sub_")
+    __imul__, __itruediv__ = partialmethod(_changed, "mul_"), partialmethod(_changed, "div_")
+
+
 class _Tracer(fx.Tracer):
     """Looks into neither attention, which asks for the shapes of its inputs, nor the layers that `convert` makes."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         own = (MultiheadAttention, SafeConv2d, QuantLinear, MultiBitBatchNorm)
@@ -364,13 +365,10 @@ def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
     if spec.activation_range != "auto":
         return spec.activation_range
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
-    return "unit" if norms and all(map(_is_fresh, norms)) else "tracked"
-
-
-def _is_fresh(norm: _BatchNorm) -> bool:
-    """By the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0."""
-    mean, var = norm.running_mean, norm.running_var
-    return mean is None or mean.is_meta or not bool(mean.any() or (var - 1).any())
+    # by the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0
+    known = [m for m in norms if m.running_mean is not None and not m.running_mean.is_meta]
+    seen = any(m.running_mean.any() or (m.running_var - 1).any() for m in known)
+    return "unit" if norms and not seen else "tracked"
 
 
 def _refuse_derived(net: nn.Module) -> None:
@@ -450,14 +448,22 @@ def convert_as(net: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module
 
 def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
     """A copy of `net` in which every layer is a module of its own."""
-    if not isinstance(net, nn.Module) or any(True for _ in _settable(net)):
+    if not isinstance(net, nn.Module) or _settable(net):
         raise invalid("net", type(net).__name__, "a plain nn.Module that is not converted yet")
     if not isinstance(spec, QuantSpec):
         raise invalid("spec", spec, "a QuantSpec, for example QuantSpec(bits=(2, 4, 8))")
     _refuse_derived(net)
     with expecting("net", type(net).__name__, "a network that copy.deepcopy can copy"):
         model = copy.deepcopy(net)
-    return open_attention(model)
+    new = {m: MultiheadAttention(m) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    model = replaced(model, new)
+    _hand_over_hooks(new)
+    for module in model.modules():  # turn off the fast paths of evaluation mode, which go past the layers
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return model
 
 
 def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module:
@@ -492,14 +498,11 @@ def _is_converted(module: nn.Module) -> bool:
     return known is not None and known.spec is not None and known.packed is None
 
 
-def converted(model: nn.Module, name: str = "model") -> nn.Module:
-    """The converted network itself, also out of torch.compile's wrapper, which puts a prefix before every name.
-
-    ValueError, which calls the parameter `name`: not a network made by `convert`.
-    """
+def converted(model: nn.Module) -> nn.Module:
+    """The converted network itself, also out of torch.compile's wrapper. ValueError: it was not made by `convert`."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or not _is_converted(model):
-        raise invalid(name, type(model).__name__, "a network made by emqlib.convert")
+        raise invalid("model", type(model).__name__, "a network made by emqlib.convert")
     return model
 
 
@@ -525,11 +528,10 @@ def step_weights(model: nn.Module) -> Iterator[None]:
             layer.prepared = None
 
 
-def _settable(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]]:
+def _settable(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]:
     """The modules that `set_bits` sets, by name: quantized layers and batch norms."""
-    for name, module in model.named_modules():
-        if isinstance(module, (QuantConv2d, QuantLinear, MultiBitBatchNorm)):
-            yield name, module
+    kinds = (QuantConv2d, QuantLinear, MultiBitBatchNorm)
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def networks(model: nn.Module) -> list[nn.Module]:
@@ -539,7 +541,7 @@ def networks(model: nn.Module) -> list[nn.Module]:
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     found = [module for module in modules if _is_converted(module)]
-    if not found and modules and any(True for _ in _settable(model)):
+    if not found and modules and _settable(model):
         return [model]
     if not found:
         expected = "a network made by emqlib.convert, what holds one, or a part of it"
@@ -549,7 +551,7 @@ def networks(model: nn.Module) -> list[nn.Module]:
 
 def trained_bits(network: nn.Module) -> tuple[int, ...]:
     """The bit-widths, ascending, that one of `networks` was converted for."""
-    return next(m.trained if isinstance(m, MultiBitBatchNorm) else m.spec.bits for _, m in _settable(network))
+    return next(m.trained if isinstance(m, MultiBitBatchNorm) else m.spec.bits for m in _settable(network).values())
 
 
 Bits = int | Mapping[str, int]
@@ -575,7 +577,7 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
 
 def _checked(network: nn.Module, bits: Bits) -> dict[nn.Module, int]:
     """The bit-width of each of a network's modules, which it can run at."""
-    modules = dict(_settable(network))
+    modules = _settable(network)
     plan = _plan(modules, bits)
     for name, module in modules.items():
         if isinstance(module, MultiBitBatchNorm) and not module.serves(plan[name]):
@@ -632,7 +634,7 @@ def at_bits(model: nn.Module, bits: Bits) -> Iterator[nn.Module]:
     The bit-width belongs to the network, not to the thread. While one thread is inside such a block, another thread
     that enters one with the same network gets a RuntimeError: give each thread a copy of its own (`copy.deepcopy`).
     """
-    found = {network: [module for _, module in _settable(network)] for network in networks(model)}
+    found = {network: _settable(network).values() for network in networks(model)}
     with ExitStack() as held:
         for module in (module for modules in found.values() for module in modules):
             with _ENTERING:
@@ -664,11 +666,12 @@ def _rows(network: nn.Module) -> Iterator[dict[str, object]]:
     known = record(network)
     kept = known.decided.kept if known else {}  # a part of a network does not know the reason
     for name, module in network.named_modules():
-        row = {"name": name, "type": type(module).__name__, "bits": 32, "note": ""}
+        kind = nn.Conv2d if type(module) is SafeConv2d else type(module)  # as it was before `convert`
+        row = {"name": name, "type": kind.__name__, "bits": 32, "note": ""}
         if isinstance(module, (QuantConv2d, QuantLinear)):
             x = module.input_quantizer
             row |= {"bits": module.bits, "weight": module.spec.weight, "activation": x.method, "signed": x.signed}
             yield row | {"range": x.range, "correction": module.spec.correction}
         elif isinstance(module, (_ConvNd, nn.Linear)):
-            note = "full precision" if type(module) in _LAYERS else "not a plain Conv2d or Linear"
+            note = "full precision" if kind in _LAYERS else "not a plain Conv2d or Linear"
             yield row | {"note": f"full precision: {kept[name]}" if name in kept else note}

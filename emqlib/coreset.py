@@ -91,12 +91,7 @@ def centrality(scores: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Each sample's place, 0 to N - 1, in ascending order, (N,) to (N,); of equal scores the first comes first.
-
-    Examples:
-        >>> ranks(torch.tensor([0.3, 0.1, 0.2])).tolist()
-        [2.0, 0.0, 1.0]
-    """
+    """Each sample's place, 0 to N - 1, in ascending order, (N,) to (N,); of equal scores the first comes first."""
     order = checks.tensor("scores", scores, "a tensor (N,)", dims=1).argsort(stable=True)
     return order.argsort().float()
 
@@ -169,10 +164,9 @@ def select(scores: Tensor, pruning_rate: float, how: How = "top", generator: tor
         >>> select(torch.tensor([0.1, 0.9, 0.5, 0.7]), pruning_rate=0.5)
         tensor([1, 3])
     """
-    rate = checks.pruning_rate(pruning_rate)
     if not isinstance(scores, Tensor) or scores.dim() != 1 or len(scores) == 0 or not bool(scores.isfinite().all()):
         raise checks.invalid("scores", scores, "a tensor (N,) of finite numbers, N >= 1")
-    return choose(scores, kept(len(scores), rate), how, generator)
+    return choose(scores, kept(len(scores), pruning_rate), how, generator)
 
 
 def kept(n: int, pruning_rate: float) -> int:
@@ -215,11 +209,9 @@ def inclusion(scores: Tensor, keep: int) -> Tensor:
 
 def _draw(probabilities: Tensor, keep: int, generator: torch.Generator) -> Tensor:
     """`keep` samples, each with its probability: a systematic sample along a random order, which keeps both exact."""
-    if keep == 0:
-        return torch.empty(0, dtype=torch.int64, device=probabilities.device)
     n, p = len(probabilities), probabilities.cpu()
     order = torch.empty(n, dtype=torch.float64).exponential_(generator=generator).argsort(stable=True)
-    if bool((p == p[0]).all()):  # equal ones: the first of a random order
+    if bool((p == p[:1]).all()):  # equal ones: the first of a random order
         return order[:keep].to(probabilities.device)
     ends = p[order].cumsum(0)
     points = torch.arange(keep, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=generator)

@@ -8,7 +8,6 @@ import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +53,6 @@ def _agree(device: torch.device) -> bool:
     return good
 
 
-def unsynced_buffers() -> dict[str, bool]:
-    """The argument by which DistributedDataParallel leaves buffers as each rank's forward pass has them.
-
-    PyTorch 2.11 calls it broadcast_buffers; 2.13, which warns of that name, forward_sync_buffers.
-    """
-    known = signature(nn.parallel.DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-
-
 def returned(y: Tensor) -> Tensor:
     """y (any shape), which the forward of an autograd Function has written in place and now returns.
 
@@ -87,18 +77,11 @@ class _FakeQuantize(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        scale: Number,
-        offset: Tensor | None,
-        q_min: Number,
-        q_max: Number,
-        learn_step: bool,
-        unit: bool,
+        ctx: FunctionCtx, x: Tensor, scale: Number, offset: Tensor | None, q_min: Number, q_max: Number, *how: bool
     ) -> Tensor:
         grid = (scale, offset, q_min, q_max)
         ctx.save_for_backward(x, *(v if isinstance(v, Tensor) else None for v in grid))
-        ctx.known, ctx.how = tuple(None if isinstance(v, Tensor) else v for v in grid), (learn_step, unit)
+        ctx.known, ctx.how = tuple(None if isinstance(v, Tensor) else v for v in grid), how
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         alike = offset is None and len({isinstance(v, Tensor) for v in (scale, q_min, q_max)}) == 1
         if dense and x.dtype != torch.float64 and alike and runs_triton(x):
@@ -159,9 +142,8 @@ def fake_quantize(
 
     unit: whether the grid spans [0, 1]; the gradient is then masked by x itself.
     """
-    if x.dtype == torch.float16:  # whose largest number, 65504, a range may pass on the way
-        return _FakeQuantize.apply(x.float(), scale, offset, q_min, q_max, learn_step, unit).to(x.dtype)
-    return _FakeQuantize.apply(x, scale, offset, q_min, q_max, learn_step, unit)
+    wide = x.float() if x.dtype == torch.float16 else x  # whose largest number, 65504, a range may pass on the way
+    return _FakeQuantize.apply(wide, scale, offset, q_min, q_max, learn_step, unit).to(x.dtype)
 
 
 def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int = 1) -> Tensor:

@@ -89,12 +89,7 @@ class QuantSpec:
 
 
 def nearest(trained: tuple[int, ...], bits: int) -> int:
-    """The trained bit-width nearest to `bits`, the lower of two.
-
-    Examples:
-        >>> nearest((2, 4, 8), 3)
-        2
-    """
+    """The trained bit-width nearest to `bits`, the lower of two."""
     return min(trained, key=lambda b: abs(b - bits))
 
 
@@ -230,10 +225,6 @@ class InputQuantizer(nn.Module):
     def would_lose_its_start(self) -> bool:
         """Whether the first batch would write its range to a copy of a parameter that FSDP2 has sharded."""
         return not self.started and any(hasattr(p, "full_tensor") for p in self.parameters())
-
-    def has_range(self) -> bool:
-        """Whether there is a range, be it provisional."""
-        return self.started or self.provisional
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest number in x, of all processes."""
@@ -373,7 +364,10 @@ class _QuantizedLayer(nn.Module):
     # get their ids and addresses.
     kept: tuple[tuple[Tensor, Tensor | None], Any, Any] | None = None
 
-    def _adopt(self, plain: nn.Module, spec: QuantSpec, signed: bool) -> Self:
+    @classmethod
+    def from_float(cls, plain: nn.Conv2d | nn.Linear, spec: QuantSpec, signed: bool) -> Self:
+        """Take over `plain` with its parameters; signed: whether its input can be negative."""
+        self = cls(**geometry(plain), device="meta")
         self.weight, self.bias = plain.weight, plain.bias
         self.spec, self.bits = spec, spec.bits[-1]
         self.reduce: Reduction | None = None
@@ -454,10 +448,6 @@ class _QuantizedLayer(nn.Module):
             shift = output_shift(weight, w, self.mean_input)
         return weight, -shift if self.bias is None else self.bias - shift
 
-    def prepare(self, step: Lock) -> None:
-        """Quantize and correct the weight now, for all forward passes with gradients while the lock `step` is held."""
-        self.prepared = self._corrected_and_domain(), step
-
     def is_joint(self) -> bool:
         """Whether `triton_kernels` quantizes and corrects this weight, together with other layers'."""
         spec, w = self.spec, self.weight
@@ -521,13 +511,13 @@ class _QuantizedLayer(nn.Module):
 
 
 def prepare(layers: Iterable[_QuantizedLayer], step: Lock) -> None:
-    """Quantize and correct the weights of `layers` now, see `_QuantizedLayer.prepare`; on a GPU many at once."""
+    """Quantize and correct the weights of `layers`, for all forward passes with gradients while `step` is locked."""
     joint: dict[float, list[_QuantizedLayer]] = {}
     for layer in layers:
         if layer.is_joint():
             joint.setdefault(layer.known_levels, []).append(layer)
         else:
-            layer.prepare(step)
+            layer.prepared = layer._corrected_and_domain(), step
     for group in joint.values():
         from .triton_kernels import correct_dorefa_weights
 
@@ -536,10 +526,11 @@ def prepare(layers: Iterable[_QuantizedLayer], step: Lock) -> None:
             layer.prepared = (weight, layer.weight), step
 
 
-def geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    """The arguments of another convolution like `conv`, except its bias."""
+def geometry(layer: nn.Conv2d | nn.Linear) -> dict[str, Any]:
+    """The arguments of another layer like `layer`, except its bias."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(conv, name) for name in names}
+    names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else names
+    return {name: getattr(layer, name) for name in names}
 
 
 def fails_channels_last(conv: nn.Conv2d) -> bool:
@@ -567,11 +558,6 @@ class SafeConv2d(nn.Conv2d):
 class QuantConv2d(_QuantizedLayer, SafeConv2d):
     """A Conv2d (any groups, stride, padding) whose weight and input are quantized. (N, I, H, W) -> (N, O, H', W')."""
 
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, spec: QuantSpec, signed: bool) -> "QuantConv2d":
-        """Take over `conv` with its parameters; signed: whether its input can be negative."""
-        return cls(**geometry(conv), device="meta")._adopt(conv, spec, signed)
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W') at the bit-width in force."""
         return self._conv_forward(*self._operands(x, channel=-3))
@@ -579,11 +565,6 @@ class QuantConv2d(_QuantizedLayer, SafeConv2d):
 
 class QuantLinear(_QuantizedLayer, nn.Linear):
     """A Linear whose weight and input are quantized. (..., I) -> (..., O)."""
-
-    @classmethod
-    def from_float(cls, linear: nn.Linear, spec: QuantSpec, signed: bool) -> "QuantLinear":
-        """Take over `linear` with its parameters; signed: whether its input can be negative."""
-        return cls(linear.in_features, linear.out_features, device="meta")._adopt(linear, spec, signed)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) at the bit-width in force."""

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .convert import Decisions
     from .layers import QuantSpec
 
-_MOST = 4096  # of what a size counts, depth apart: where a file asks for more, it is no network of ours
+# The most that a size counts, 4096 for all others: where a file asks for more, it is no network of ours.
+_MOST = {"num_classes": 10**6, "depth": 100, "width_factor": 256}
 
 
 @dataclass
@@ -103,8 +104,7 @@ def _head(features: int, num_classes: int) -> dict[str, nn.Module]:
 
 def _resnet(stages: int, depth: int, width: int, num_classes: int) -> nn.Module:
     """Post-activation ResNet for small images: 3 x 3 stem, `stages` of BasicBlock, mean, linear head; He's weights."""
-    integer("num_classes", num_classes, 1, 10**6)
-    widths = [integer("width", width, 1, _MOST) * 2**stage for stage in range(stages)]
+    widths = [width * 2**stage for stage in range(stages)]
     stem = {"conv1": _conv3x3(3, width), "bn1": nn.BatchNorm2d(width), "relu1": nn.ReLU()}
     head = _head(widths[-1], num_classes)  # before the stages: seeded networks start from the same numbers as ever
     net = nn.Sequential(OrderedDict({**stem, **_stages(BasicBlock, widths, depth), **head}))
@@ -127,8 +127,8 @@ def _builder(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def recorded(*args: int, **kwargs: int) -> nn.Module:
         given = inspect.signature(function).bind(*args, **kwargs)
         given.apply_defaults()
-        net = function(*args, **kwargs)
-        sizes = {name: int(value) for name, value in given.arguments.items()}
+        sizes = {name: integer(name, value, 1, _MOST.get(name, 4096)) for name, value in given.arguments.items()}
+        net = function(**sizes)
         net.emq = Record(network={"name": function.__name__} | sizes)
         return net
 
@@ -164,7 +164,7 @@ def resnet18(num_classes: int = 10, width: int = 64) -> nn.Module:
 @_builder
 def resnet50(num_classes: int = 1000) -> nn.Module:
     """torchvision's ResNet-50, untrained: (N, 3, 224, 224) -> (N, num_classes); 25,557,032 parameters."""
-    return torchvision_models.resnet50(weights=None, num_classes=integer("num_classes", num_classes, 1, 10**6))
+    return torchvision_models.resnet50(weights=None, num_classes=num_classes)
 
 
 @_builder
@@ -174,18 +174,12 @@ def preact_resnet20(num_classes: int = 10, width_factor: int = 5) -> nn.Module:
     Pre-activation ResNet-20 with 16, 32 and 64 times `width_factor` channels. As published, batch norm without ReLU
     stands before the mean, and the weights start as PyTorch's own do.
     """
-    classes, factor = integer("num_classes", num_classes, 1, 10**6), integer("width_factor", width_factor, 1, 256)
-    widths = (16 * factor, 32 * factor, 64 * factor)
-    tail = {"bn": nn.BatchNorm2d(widths[-1]), **_head(widths[-1], classes)}
+    widths = [width_factor * width for width in (16, 32, 64)]
+    tail = {"bn": nn.BatchNorm2d(widths[-1]), **_head(widths[-1], num_classes)}
     return nn.Sequential(OrderedDict({"conv1": _conv3x3(3, widths[0]), **_stages(PreActBlock, widths, 3), **tail}))
 
 
 def _vit(num_classes: int, image_size: int, patch_size: int, width: int, depth: int, heads: int) -> nn.Module:
-    integer("num_classes", num_classes, 1, 10**6)
-    integer("depth", depth, 1, 100)
-    sizes = {"image_size": image_size, "patch_size": patch_size, "width": width, "heads": heads}
-    for name, size in sizes.items():
-        integer(name, size, 1, _MOST)
     if image_size % patch_size:
         raise invalid("patch_size", patch_size, f"a divisor of image_size={image_size}")
     if width % heads:
@@ -252,7 +246,7 @@ def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     """
     library, dot, inner = check_name("name", name).partition(".")
     if dot:
-        classes = integer("num_classes", num_classes, 1, 10**6)
+        classes = integer("num_classes", num_classes, 1, _MOST["num_classes"])
         try:
             if library == "timm":
                 return _timm().create_model(inner, num_classes=classes, **kwargs)

@@ -88,7 +88,7 @@ class MultiBitBatchNorm(nn.Module):
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, spec: QuantSpec) -> None:
         super().__init__()
-        self.trained, self.norm = spec.bits, spec.norm
+        self.trained, self.norm, self.switchable = spec.bits, spec.norm, spec.norm == "switchable"
         self.reduce: Reduction | None = None
         self.eps, self.momentum, self.bits = norm.eps, norm.momentum, spec.bits[-1]
         self.own: set[int] = set() if self.norm == "shared" else set(spec.bits)
@@ -105,11 +105,6 @@ class MultiBitBatchNorm(nn.Module):
         self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
         self.picked: tuple[Any, ...] | None = None
         self.set_bits(self.bits)
-
-    @property
-    def switchable(self) -> bool:
-        """Whether each trained bit-width has an affine of its own."""
-        return self.norm == "switchable"
 
     def serves(self, bits: int) -> bool:
         """Whether `bits` can be set: a switchable norm serves what it was built for or adapted to."""

@@ -26,12 +26,7 @@ Grid = tuple[Number, Number, Number, Tensor | None]  # (scale, q_min, q_max, off
 
 
 def levels(bits: int) -> float:
-    """n = 2**bits - 1, the number of levels above the lowest one; 32 bits give 2**32 - 1.
-
-    Examples:
-        >>> [levels(b) for b in (1, 2, 8)]
-        [1.0, 3.0, 255.0]
-    """
+    """n = 2**bits - 1, the number of levels above the lowest one; 32 bits give 2**32 - 1."""
     return float(2 ** bit_width("bits", bits) - 1)
 
 
@@ -41,12 +36,7 @@ def is_full(n: Number) -> bool:
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """r(x): round to the nearest integer, ties to even; the gradient passes straight through. Any shape.
-
-    Examples:
-        >>> round_ste(torch.tensor([0.4, 1.5]))
-        tensor([0., 2.])
-    """
+    """r(x): round to the nearest integer, ties to even; the gradient passes straight through. Any shape."""
     return x + (x.round() - x).detach()
 
 
@@ -99,7 +89,8 @@ def lsq_weight(w: Tensor, n: Number, scale: Tensor) -> tuple[Tensor, Tensor]:
 def dorefa_activation(x: Tensor, n: Number, high: Number = 1.0, low: Tensor | None = None) -> Tensor:
     """r(n clip(x, 0, c) / c) c / n, c = high, for x of any shape; with a `low` < 0, n + 1 levels over [low, high].
 
-    No gradient reaches the range. Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
+    Layers keep the range in buffers, which do not learn.
+    Source: Any-Precision-DNNs, models/quan_ops.py, which has c = 1 and no `low`.
     """
     return fake_quantize(x, *dorefa_grid(n, high, low))
 

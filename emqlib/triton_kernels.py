@@ -15,15 +15,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
+from triton.language import constexpr
 
 from .quantizers import Number, is_full
 
-COLUMNS = tl.constexpr(4)  # of the table of channels, see `_table`
-ROUND = tl.constexpr(1.5 * 2**23)  # adding it to a float32 of few levels rounds half to even, as torch.round does
+COLUMNS = constexpr(4)  # of the table of channels, see `_table`
+ROUND = constexpr(1.5 * 2**23)  # adding it to a float32 of few levels rounds half to even, as torch.round does
 
 
 @triton.jit
-def _channel(table, BLOCK: tl.constexpr):
+def _channel(table, BLOCK: constexpr):
     """A program's channel: its places in a flat buffer, which of them exist, K, its layer's first channel and end."""
     row = table + tl.program_id(0) * COLUMNS
     start, K = tl.load(row), tl.load(row + 1)
@@ -32,7 +33,7 @@ def _channel(table, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _over_layer(values, first, end, PEAK: tl.constexpr, CHANNELS: tl.constexpr):
+def _over_layer(values, first, end, PEAK: constexpr, CHANNELS: constexpr):
     """The sum, or the maximum of numbers >= 0, of a number that each channel of the layer has left."""
     c = first + tl.arange(0, CHANNELS)
     found = tl.load(values + c, mask=c < end, other=0.0)
@@ -40,7 +41,7 @@ def _over_layer(values, first, end, PEAK: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _weights(tanh, size, peak, places, mine, K, first, end, levels, FULL: tl.constexpr, CHANNELS: tl.constexpr):
+def _weights(tanh, size, peak, places, mine, K, first, end, levels, FULL: constexpr, CHANNELS: constexpr):
     """E, M, tanh(w), the weight in the quantizer's domain; of each channel d_q, d_w, m_w, R, v_q, v_w of `_Correct`.
 
     A variance that is no divisor is infinite.
@@ -62,7 +63,7 @@ def _weights(tanh, size, peak, places, mine, K, first, end, levels, FULL: tl.con
 
 
 @triton.jit
-def statistics(w, tanh, table, size, peak, BLOCK: tl.constexpr):
+def statistics(w, tanh, table, size, peak, BLOCK: constexpr):
     """The sum of |w| and the maximum of |tanh(w)| of each channel."""
     places, mine, _, _, _ = _channel(table, BLOCK)
     row = tl.program_id(0)
@@ -71,7 +72,7 @@ def statistics(w, tanh, table, size, peak, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def values(tanh, table, size, peak, out, levels, FULL: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
+def values(tanh, table, size, peak, out, levels, FULL: constexpr, BLOCK: constexpr, CHANNELS: constexpr):
     """The quantized and corrected weight; at 32 bits the weight in the quantizer's domain."""
     places, mine, K, first, end = _channel(table, BLOCK)
     _, _, _, domain, d_q, _, m_w, R, _, _ = _weights(
@@ -82,18 +83,7 @@ def values(tanh, table, size, peak, out, levels, FULL: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def slopes(
-    tanh,
-    table,
-    size,
-    peak,
-    grad,
-    g,
-    total,
-    peaks,
-    levels,
-    FULL: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    tanh, table, size, peak, grad, g, total, peaks, levels, FULL: constexpr, BLOCK: constexpr, CHANNELS: constexpr
 ):
     """g of `kernels._DoReFaWeight`, from the gradient as in `kernels._Correct`; and what each channel adds to g_M."""
     places, mine, K, first, end = _channel(table, BLOCK)
@@ -111,7 +101,7 @@ def slopes(
 
 
 @triton.jit
-def gradients(tanh, table, peak, g, total, peaks, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
+def gradients(tanh, table, peak, g, total, peaks, BLOCK: constexpr, CHANNELS: constexpr):
     """The gradient of the weight, in place of g."""
     places, mine, _, first, end = _channel(table, BLOCK)
     M = tl.maximum(_over_layer(peak, first, end, True, CHANNELS), 1.1754943508222875e-38)
@@ -124,7 +114,7 @@ def gradients(tanh, table, peak, g, total, peaks, BLOCK: tl.constexpr, CHANNELS:
 
 
 @triton.jit
-def quantize(x, out, size, scale, q_min, q_max, LOADED: tl.constexpr, BLOCK: tl.constexpr):
+def quantize(x, out, size, scale, q_min, q_max, LOADED: constexpr, BLOCK: constexpr):
     """x rounded to the grid; NaN stays NaN. LOADED: scale, q_min and q_max are pointers."""
     if LOADED:
         scale, q_min = tl.load(scale).to(tl.float32), tl.load(q_min).to(tl.float32)

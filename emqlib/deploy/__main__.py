@@ -37,6 +37,8 @@ def opened(file: str | Path) -> tuple[Any, dict[str, Any]]:
 def pixels(image: Image.Image, shape: Sequence[Any], about: dict[str, Any]) -> np.ndarray:
     """An image as the network takes it, (1, C, H, W) float32: cut and resized to `shape`, and normalized."""
     channels, height, width = shape[1:]
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     if isinstance(height, int) and isinstance(width, int):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)

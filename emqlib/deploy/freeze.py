@@ -1,7 +1,5 @@
 """One child model as a plain network for inference in PyTorch."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,9 +27,8 @@ def freeze(model: nn.Module, bits: Bits) -> nn.Module:
         ValueError: as `pack`.
     """
     packed = pack(model, bits)
-    twins = {PackedConv2d: FrozenConv2d, PackedLinear: FrozenLinear}
-    network = replaced(packed, {m: twins[type(m)].of(m) for m in packed.modules() if type(m) in twins})
-    del network.emq  # what `save` writes
+    network = replaced(packed, {m: _frozen(m) for m in packed.modules() if isinstance(m, (PackedConv2d, PackedLinear))})
+    vars(network).pop("emq", None)  # what `save` writes; a network that was one layer has a new one
     return network
 
 
@@ -60,11 +57,6 @@ class FrozenQuantizer(nn.Module):
 class FrozenConv2d(nn.Conv2d):
     """A Conv2d of quantized weights that quantizes its input."""
 
-    @classmethod
-    def of(cls, packed: PackedConv2d) -> "FrozenConv2d":
-        """The layer with the packed one's numbers."""
-        return _with_numbers(cls(**geometry(packed), device="meta"), packed)
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H', W')."""
         return self._conv_forward(self.input_quantizer(x), self.weight, self.bias)
@@ -73,18 +65,15 @@ class FrozenConv2d(nn.Conv2d):
 class FrozenLinear(nn.Linear):
     """A Linear of quantized weights that quantizes its input."""
 
-    @classmethod
-    def of(cls, packed: PackedLinear) -> "FrozenLinear":
-        """The layer with the packed one's numbers."""
-        return _with_numbers(cls(packed.in_features, packed.out_features, device="meta"), packed)
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         return F.linear(self.input_quantizer(x), self.weight, self.bias)
 
 
-def _with_numbers(layer: Any, packed: PackedConv2d | PackedLinear) -> Any:
-    """`layer` with the numbers of a packed one: of a weight that codes are multiplied by, their scale is a part."""
+def _frozen(packed: PackedConv2d | PackedLinear) -> nn.Module:
+    """The twin of a packed layer: of a weight that codes are multiplied by, their scale is a part."""
+    twin = FrozenConv2d if isinstance(packed, PackedConv2d) else FrozenLinear
+    layer = twin(**geometry(packed), device="meta")
     fixed, weight = packed.input_quantizer, packed.dense
     if isinstance(fixed, FixedQuantizer):
         weight = weight if fixed.shifted else (weight.double() * float(fixed.numbers[0])).to(weight.dtype)

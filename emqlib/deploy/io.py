@@ -86,7 +86,9 @@ def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Ca
     with checks.expecting(*(file if net is None else ("net", type(net).__name__)), "the plain network that was saved"):
         model = convert_as(plain, spec, decided)
         if about["packed"] is not None:
-            model = _packed(model, about["packed"])
+            for name, layer in quantized_layers(model).items():
+                layer.set_bits(checks.bit_width(name, about["packed"][name]))
+            model = pack_as_set(model)
         model.load_state_dict(tensors)
     model.emq.data = about["trained_on"]
     return model.eval()
@@ -103,13 +105,3 @@ def _network(recipe: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     if weights > 8 * sum(t.numel() * t.element_size() for t in tensors.values()):
         raise checks.invalid("network", recipe, f"a network whose weights are in the file, not {weights} of them")
     return models.build(name, **arguments)
-
-
-def _packed(model: nn.Module, bits: dict[str, int]) -> nn.Module:
-    """A packed network of the shapes of `model`'s, each layer at its own bit-width."""
-    layers = quantized_layers(model)
-    if not isinstance(bits, dict) or set(bits) != set(layers):
-        raise checks.invalid("packed", bits, f"a bit-width for each of {', '.join(layers)}")
-    for name, layer in layers.items():
-        layer.set_bits(checks.bit_width(name, bits[name]))
-    return pack_as_set(model)

@@ -186,7 +186,7 @@ def pack_layer(layer: nn.Module, norm: Affine | None = None) -> nn.Module:
     A layer at 32 bits, or one that was never quantized, becomes a plain layer.
     """
     linear, quantized = isinstance(layer, nn.Linear), isinstance(layer, (QuantConv2d, QuantLinear))
-    arguments = {"in_features": layer.in_features, "out_features": layer.out_features} if linear else geometry(layer)
+    arguments = geometry(layer)
     if quantized and layer.bits != 32:
         return (PackedLinear if linear else PackedConv2d)(**arguments, device="meta").take(layer, norm)
     weight, bias = layer.weight_and_bias() if quantized else (layer.weight, layer.bias)
@@ -231,7 +231,7 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
             raise invalid("model", method, "a network whose quantizers are emqlib's own: integers need a known grid")
     with at_bits(network, bits):
         for name, layer in network.named_modules():
-            if isinstance(layer, InputQuantizer) and not layer.has_range():
+            if isinstance(layer, InputQuantizer) and not (layer.started or layer.provisional):
                 raise invalid("model", name, "a network that has seen images, from which its input ranges start")
         return pack_as_set(network)
 

@@ -428,7 +428,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     gaps = gaps.assign(line=gaps.statistics)
     lowest = gaps[gaps.bits > 1].groupby(["line", "bits"]).gap.mean().groupby("line").min()
     best = lowest.idxmax().replace(", output", " with output")
-    seen = f"From 2 bits up, {best} is at most {max(-lowest.max(), 0):.1f} points below the adapted network"
+    seen = f"From 2 bits up, {best} are at most {max(-lowest.max(), 0):.1f} points below the adapted network"
     ax = axes(ax, seen + setting, WIDE)
     ax.axhspan(-1.5, 0, color="0.9", zorder=0, label="up to 1.5 points below")
     return by_bits(ax, gaps, "gap", "top-1 above the adapted network (points)")

@@ -150,8 +150,8 @@ def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFra
 
 def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
     """Each as "71.2 ± 0.3", or as "71.2" where one seed has no spread."""
-    pairs = zip(means, stds, strict=True)
-    return [f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}" for mean, std in pairs]
+    numbers = means.map(lambda mean: f"{round(mean, 1) + 0.0:.1f}")  # + 0.0: a zero without a sign
+    return [mean if pd.isna(std) else f"{mean} ± {std:.1f}" for mean, std in zip(numbers, stds, strict=True)]
 
 
 def _wide(rows: pd.DataFrame, index: list[str], columns: str, value: str = "top1") -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """Where training stops and goes on: checkpoints, each a whole file or none, and the time it may take."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +62,7 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
     """What a checkpoint must have in common with the run that goes on from it, as it stands in JSON."""
     asked = {k: v for k, v in asdict(config).items() if k != "device"}
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    net = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    net = files.digest(json.dumps(shapes))
     spec = {f"spec.{k}": v for k, v in asdict(model.emq.spec).items()}
     return json.loads(json.dumps(asked | spec | {"net": net, "data": data.sha256}))
 

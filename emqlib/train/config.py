@@ -83,10 +83,6 @@ class CoresetConfig:
             raise checks.invalid("epochs", epochs, f"more than the {self.warmup} of the coreset's scoring phase")
         return epochs
 
-    def draw_of(self, epoch: int) -> int:
-        """The number of the draw that `epoch` (from 0, after the scoring phase) trains on."""
-        return (epoch - self.warmup) // self.resample_every if self.resample_every else 0
-
 
 def _milestones(name: str, value: Any) -> tuple[int, ...]:
     checks.instance(name, value, (tuple, list), "a tuple of epochs, for example (100, 150)")

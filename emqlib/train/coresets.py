@@ -1,6 +1,5 @@
 """Bit-wise coresets: which child model sees which samples in which epoch, and the scores that this comes from."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from .. import checks, coreset
 from ..coreset import EPS
+from ..files import digest
 from .config import CoresetConfig
 from .data import Dataset, Streamed, integers
 from .distributed import here
@@ -150,7 +150,7 @@ _TINY = 0.1  # of the weight of the highest rank, that of the lowest: no sample 
 def generator(seed: int, *purpose: object) -> torch.Generator:
     """A CPU generator for one purpose, such as ("shuffle", epoch): draws for one never shift those for another."""
     text = json.dumps([seed, *purpose])
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+    return torch.Generator().manual_seed(int(digest(text)[:14], 16))
 
 
 def _share(mask: Tensor) -> float:
@@ -281,7 +281,8 @@ class Coresets:
         elif epoch < self.config.warmup:
             found = {b: self._candidates(b) for b in self.bits}
         else:
-            draw = self.config.draw_of(epoch)
+            every = self.config.resample_every
+            draw = (epoch - self.config.warmup) // every if every else 0
             if draw != self.draw:
                 self._select(draw, epoch)
             found = self.drawn
@@ -428,6 +429,8 @@ class Coresets:
         hook = last.register_forward_pre_hook(self._keep_features) if last is not None and ahead else None
         try:
             yield
+            if self._waiting:  # of several processes, in one whose damaged samples were never observed
+                self._record()
         finally:
             self._features = None
             if hook is not None:
@@ -453,7 +456,7 @@ class Coresets:
         p = logits.detach().float().softmax(1)
         self._waiting.append((self.epoch, bits, indices, p, labels, features))
         self._due -= len(indices)
-        numbers = p.shape[1] + (0 if features is None else features[0].numel())
+        numbers = p.shape[1] + (0 if features is None else features.shape[1:].numel())
         if here().count == 1 or self._due <= 0 or len(self._waiting) * numbers > WAITING:
             self._record()
 
@@ -549,10 +552,10 @@ class _Keyed(torch.utils.data.Dataset):
 def labels_of(data: Any) -> Tensor:
     """The labels (N,) int64 of a data set, or those given, on the CPU; ValueError: there are none. See `Coresets`."""
     given = data.train.labels if isinstance(data, Dataset) else data
-    listed = isinstance(given, (Tensor, np.ndarray, list, tuple)) and len(given) > 0
-    labels = integers(given, len(given)) if listed else None
     try:
+        listed = isinstance(given, (Tensor, np.ndarray, list, tuple)) and len(given) > 0
+        labels = integers(given, len(given)) if listed else None
         return Streamed.of(given, 0, "labels").labels if labels is None else labels.cpu()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         expected = f"integers >= 0, one a sample, or a data set that has them ({error})"
         raise checks.invalid("labels", data, expected) from error

@@ -458,7 +458,7 @@ def sha256(*splits: Split | Streamed) -> str:
         ends = np.arange(0, len(split), max(1, len(split) - 1))  # the first and the last
         for tensor in (split.images if isinstance(split, Split) else split[None, 0, ends][1], split.labels):
             total.update(str(tuple(tensor.shape)).encode())
-            total.update(tensor.cpu().contiguous().view(-1).numpy())
+            total.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # NumPy has no bfloat16
     return total.hexdigest()
 
 

@@ -9,15 +9,15 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from threading import Lock
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import checks, kernels
+from .. import checks
 from ..convert import quantized_layers
 from ..layers import Reduction, fails_channels_last, prepare
 from ..norms import MultiBitBatchNorm
@@ -250,8 +250,10 @@ class Place:
         if self.count == 1:
             return model
         device = next(model.parameters()).device
-        devices = [device] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, **kernels.unsynced_buffers())
+        devices, ddp = [device] if device.type == "cuda" else None, nn.parallel.DistributedDataParallel
+        # PyTorch 2.11 calls it broadcast_buffers; 2.13, which warns of that name, forward_sync_buffers
+        known = "forward_sync_buffers" in signature(ddp).parameters
+        return ddp(model, device_ids=devices, **{"forward_sync_buffers" if known else "broadcast_buffers": False})
 
     def alone(self, wrapped: nn.Module) -> AbstractContextManager:
         """The context of a forward and backward pass whose gradients are averaged together with a later one's."""
@@ -305,18 +307,17 @@ class Place:
             raise RuntimeError(f"{text}; start all of them again, and training goes on from {where}") from error
 
 
-def started() -> int:
-    """How many processes a launcher started, this one included; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def current(device: str = "auto") -> Place:
     """Where this process stands among those that a launcher started; device: "cpu" to stay off CUDA devices.
 
     ImportError: several processes without Accelerate; says what to install.
     """
-    if started() > 1:
-        accelerate().PartialState(cpu=device_named(device).type == "cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # as launchers set it
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
+        PartialState(cpu=device_named(device).type == "cpu")
     return here()
 
 
@@ -324,15 +325,6 @@ def here() -> Place:
     """Where this process stands among those of torch.distributed, if that is initialized; else alone."""
     together = dist.is_available() and dist.is_initialized()
     return Place(dist.get_rank(), dist.get_world_size()) if together else Place()
-
-
-def accelerate() -> ModuleType:
-    """The package, which only several processes need; ImportError that says how to install it."""
-    try:
-        import accelerate
-    except ImportError as error:
-        raise ImportError('several processes need Accelerate: pip install "emqlib[distributed]"') from error
-    return accelerate
 
 
 def gather(x: Tensor) -> Tensor:

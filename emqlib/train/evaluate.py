@@ -234,7 +234,7 @@ def _norms(model: nn.Module) -> list[MultiBitBatchNorm]:
 
 def _start_ranges(model: nn.Module, data: Dataset | Batches, batch_size: int) -> None:
     """Start input ranges that have seen no data at the highest trained bit-width: a low one would distort them."""
-    if all(m.has_range() for m in model.modules() if isinstance(m, InputQuantizer)):
+    if all(m.started or m.provisional for m in model.modules() if isinstance(m, InputQuantizer)):
         return
     with ExitStack() as highest, _measuring(model) as forward:
         for network in networks(model):

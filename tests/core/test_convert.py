@@ -197,6 +197,16 @@ def test_summary() -> None:
     assert list(table.loc["hidden"])[3:7] == ["pact", False, "learned", "mean_var"]
 
 
+def test_a_convolution_kept_in_full_precision_goes_by_its_own_name() -> None:
+    """Though `convert` makes it of another class, which oneDNN computes well; in a part of a network too."""
+    body = nn.Sequential(nn.Conv2d(8, 8, 1, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    net = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 8, 1), body=body, head=nn.Conv2d(8, 2, 1)))
+    model = emq.convert(net, spec(full_precision=("first", "last", "body.0")))
+    for part, name in ((model, "body.0"), (model.body, "0")):
+        row = emq.summary(part).set_index("name").loc[name]
+        assert row.type == "Conv2d" and row.note.startswith("full precision")
+
+
 # Which inputs can be negative
 
 
@@ -221,6 +231,13 @@ def subtracted_in_place(x: Tensor) -> Tensor:
 def negated_through_a_view(x: Tensor) -> Tensor:
     x = x.relu()
     x.view(-1).neg_()
+    return x
+
+
+def subtracted_by_assignment(x: Tensor) -> Tensor:
+    x = x.relu()
+    y = x
+    y -= 1
     return x
 
 
@@ -255,6 +272,7 @@ SIGNED = {
     "plus_minus_one": lambda x: x.relu() + (-1),
     "alpha": lambda x: torch.add(x.relu(), x.abs(), alpha=-1),
     "negated": lambda x: -x.relu(),
+    "assigned": subtracted_by_assignment,
     "times_minus_two": lambda x: x.relu() * -2,
     "concat": lambda x: torch.cat([x[:, :2].relu(), x[:, 2:]], 1),
     "logarithm": lambda x: x.sigmoid().log(),

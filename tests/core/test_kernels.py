@@ -156,14 +156,11 @@ def test_a_parameter_that_is_awaited_gets_zeros() -> None:
 # Releases
 
 
-DDP = nn.parallel.DistributedDataParallel
-
-
 @pytest.mark.usefixtures("process_group")
 def test_buffers_are_left_alone() -> None:
     """By an argument of which this release does not warn: here a warning is an error."""
-    assert DDP(nn.BatchNorm1d(2)).broadcast_buffers
-    assert not DDP(nn.BatchNorm1d(2), **kernels.unsynced_buffers()).broadcast_buffers
+    assert nn.parallel.DistributedDataParallel(nn.BatchNorm1d(2)).broadcast_buffers
+    assert not distributed.Place(0, 2).wrap(nn.BatchNorm1d(2)).broadcast_buffers
 
 
 @pytest.mark.usefixtures("process_group")

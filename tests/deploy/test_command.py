@@ -71,6 +71,13 @@ def test_an_image_has_as_many_channels_as_the_network_takes() -> None:
         np.testing.assert_allclose(found[0], expected.transpose(2, 0, 1), rtol=1e-6)
 
 
+def test_16_bits_are_scaled_and_not_cut_off() -> None:
+    shades = np.full((4, 5), 90 * 257, np.uint16)
+    about = {"data": {"mean": [0.0], "std": [1.0]}}
+    found = command.pixels(Image.fromarray(shades), ("N", 1, 4, 5), about)
+    np.testing.assert_allclose(found, 90 / 255, rtol=1e-6)
+
+
 def test_what_it_refuses(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = onnx.load(file)
     del other.metadata_props[:]

@@ -29,6 +29,14 @@ def test_a_frozen_network_computes_what_the_trained_one_does(network: str, spec:
             torch.testing.assert_close(frozen(X.double()), model(X.double()), rtol=1e-8, atol=1e-9)
 
 
+def test_a_network_of_one_layer() -> None:
+    torch.manual_seed(0)
+    model = emq.convert(nn.Linear(8, 4), emq.QuantSpec(bits=(2, 4), full_precision=(), activation="none"))
+    x = torch.randn(3, 8)
+    with emq.at_bits(model, 2), torch.no_grad():
+        torch.testing.assert_close(emq.freeze(model, 2)(x), model(x))
+
+
 def test_it_is_a_plain_network() -> None:
     model = trained("resnet")
     frozen = emq.freeze(model, 4)

@@ -60,10 +60,11 @@ def run(
     return {"loss": history.loss.tolist(), "coresets": history.attrs["coresets"], "state": found}
 
 
-def own_loop(whole: bool = True) -> dict[str, Any]:
+def own_loop(whole: bool = True, damaged: bool = False) -> dict[str, Any]:
     """The coresets that a loop of one's own draws, after this process has observed its part of every batch.
 
     whole: whether it is; else the last batch of an epoch is not observed, and nothing is saved between epochs.
+    damaged: whether the first sample of an epoch cannot be read, which only the first process notices.
     """
     labels, logits = torch.arange(50) % 3, torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
     config = emq.CoresetConfig(score="grand", pruning_rate=0.5, how="sample")
@@ -71,10 +72,11 @@ def own_loop(whole: bool = True) -> dict[str, Any]:
     for epoch in range(3):
         before = exchange.call_count
         batches = coresets.batches(epoch, 9)
-        for bits, i in batches if whole else batches[:-1]:
-            seen.append([bits, *i.tolist()])
-            with mock.patch.multiple(dist, **exchanges(exchange)):
-                coresets.observe(bits, i, logits[bits // 8, i], labels[i], logits[0, i])
+        with coresets.watching(nn.Linear(3, 3)), mock.patch.multiple(dist, **exchanges(exchange)):
+            for number, (bits, i) in enumerate(batches if whole else batches[:-1]):
+                seen.append([bits, *i.tolist()])
+                read = i[1:] if damaged and number == 0 and current("cpu").main else i
+                coresets.observe(bits, read, logits[bits // 8, read], labels[read], logits[0, read])
         counts.append(exchange.call_count - before)
         if not whole:
             continue
@@ -152,6 +154,8 @@ def main(folder: Path, *cases: str) -> None:
                 found = own_loop()
         elif case == "not whole":
             found = own_loop(whole=False)
+        elif case == "damaged":
+            found = own_loop(damaged=True)
         elif case == "norm":
             found = norm_in_parts(place)
         else:

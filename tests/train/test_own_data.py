@@ -217,6 +217,8 @@ def test_what_is_said_of_a_map_style_dataset() -> None:
     data = Dataset.from_dataset(Counted(), name="grey", classes=["a", "b", "c", "d"])
     assert data.about() == {"name": "grey", "sha256": data.sha256, "num_classes": 4}  # its transforms may normalize
     assert Dataset.from_dataset(Counted()).sha256 == data.sha256  # the same labels, first and last input
+    halves = TensorDataset(torch.ones(3, 2, dtype=torch.bfloat16), torch.tensor([0, 1, 1]))
+    assert len(Dataset.from_dataset(halves).sha256) == 64  # NumPy has no such type
     shorter, relabelled = Subset(Counted(), range(23)), Counted(("image", "other"))
     assert Dataset.from_dataset(shorter).sha256 != data.sha256
     with pytest.raises(ValueError, match=r"^label=None: expected an integer"):

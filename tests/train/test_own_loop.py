@@ -246,6 +246,12 @@ def test_labels_of_whatever_has_them(given: Any) -> None:
     assert torch.equal(labels, LABELS) and labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize("given", [torch.tensor(3), np.array(3)], ids=["tensor", "array"])
+def test_a_single_number_is_no_labels(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"^labels=.*: expected integers >= 0, one a sample"):
+        Coresets(given, BITS, epochs=1)
+
+
 def test_a_batch_has_a_sample_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that really share batches: test_processes."""
     monkeypatch.setattr(coresets_module, "here", lambda: Place(0, 3))

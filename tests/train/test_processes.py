@@ -61,7 +61,7 @@ def found(folder: Path, case: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found in every case, trained one after the other."""
     folder = tmp_path_factory.mktemp("processes")
-    done = launch(folder, *process_worker.CASES, "sliced", "own loop", "often", "not whole", "norm")
+    done = launch(folder, *process_worker.CASES, "sliced", "own loop", "often", "not whole", "damaged", "norm")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -89,6 +89,8 @@ def test_a_loop_of_ones_own_shares_batches_and_draws_the_same_coresets(together:
     for whole, (bits, *left), (other, *right) in zip(alone["seen"], first["seen"], second["seen"], strict=True):
         assert whole == [bits, *left, *right] and bits == other and len(left) - len(right) in (0, 1)
     assert first["exchanges"] == second["exchanges"] == [1, 0, 0]  # once an epoch that is scored
+    damaged = process_worker.own_loop(damaged=True)["rows"]
+    assert found(together, "damaged")[0]["rows"] == found(together, "damaged")[1]["rows"] == damaged != alone["rows"]
     assert found(together, "not whole")[0]["rows"] == process_worker.own_loop(whole=False)["rows"] != alone["rows"]
 
 
