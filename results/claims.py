@@ -201,11 +201,6 @@ def _beside(rows: pd.DataFrame, bits: int, lower: int, higher: int) -> pd.Series
     return seeds(rows, bits=bits) - (seeds(rows, bits=lower) + seeds(rows, bits=higher)) / 2
 
 
-def _each(three: list[pd.Series]) -> str:
-    first, second, third = map(differs, three)
-    return f"{first}, {second} and {third}"
-
-
 def _transfer(results: Path) -> list[Claim]:
     angles = read(results, "small/09_angles", layer="all layers", epoch=8)
     pairs = [seeds(angles, "angle", bits=a, other_bits=b) for a, b in ((4, 8), (2, 4), (2, 8))]
@@ -245,9 +240,9 @@ def _transfer(results: Path) -> list[Claim]:
             "A child model gains from the steps of the others",
             "summary",
             part(steps),
-            f"With the others' steps, a child model is {_each(gained)} points more accurate at 2, 4 and 8 bits than "
-            f"with its own steps alone. With the others' steps alone, it differs by {_each(others_steps)} points from "
-            "a child with as many steps of its own.",
+            "With the others' steps, a child model is {}, {} and {} points more accurate at 2, 4 and 8 bits than with "
+            "its own steps alone. With the others' steps alone, it differs by {}, {} and {} points from a child with "
+            "as many steps of its own.".format(*map(differs, gained + others_steps)),
             verdict(gained),
             "A step of another child does most of what its own would do. Whether it does less is inconclusive.",
         ),
@@ -286,24 +281,44 @@ def _coresets(results: Path) -> list[Claim]:
 
 
 def _scores(results: Path) -> list[Claim]:
-    scores = read(results, "small/05_coreset_comparison", **AS_TRAINED)
-    longer = [
-        seeds(scores, coreset="tdds", pruning_rate=rate) - seeds(scores, coreset="RS2, epochs=9", pruning_rate=rate)
+    rows, same = read(results, "small/05_importance", trained=True), ", across_bits=identical"
+    twins = at(rows, adapted=False)
+    el2n, tdds, adapted = (
+        seeds(part_, coreset=name + same) - seeds(part_, coreset=f"{name}, power=0.0{same}")
+        for part_, name in (
+            (twins, "el2n, how=sample"),
+            (twins, "tdds, sample of all, window=5"),
+            (at(rows, adapted=True), "el2n, how=sample"),
+        )
+    )
+    short = read(results, "small/05_coreset_comparison", **AS_TRAINED)
+    few = [
+        seeds(short, coreset="tdds", pruning_rate=rate) - seeds(short, coreset="RS2, epochs=9", pruning_rate=rate)
         for rate in (0.5, 0.8, 0.9)
     ]
     options = read(results, "small/07_ablation_scoring_scheme", **AS_TRAINED)
     own, joint = (at(options, coreset=f"tdds, {kind}all candidates") for kind in ("", "scoring=joint, "))
     joint_scores = seeds(own) - seeds(joint)
+    quoted = '"informative subset selected via gradient-based importance scores"'
     return [
         Claim(
-            '"informative subset selected via gradient-based importance scores"',
+            quoted,
             "abstract",
-            part(at(scores, coreset="tdds")),
-            "TDDS against random coresets drawn each epoch (RS2) that take as many passes: "
-            f"{differs(longer[0])}, {differs(longer[1])} and {differs(longer[2])} points at 50, 80 and 90 % pruning.",
-            verdict(longer),
-            "The intervals are wide. After three epochs, TDDS is mostly noise: two bit-widths rank samples quite "
-            "differently.",
+            f"EL2N; {part(at(twins, scoring_epochs=3))}; held-out images",
+            f"At 80 % pruning, EL2N of three epochs is {differs(el2n)} points above its twin, which draws "
+            "with equal chances after the same scoring phase.",
+            verdict(el2n),
+            f"After adaptation the lead is {differs(adapted)}. EL2N is close to the norm of a sample's gradient. Twins "
+            "take as many passes and steps.",
+        ),
+        Claim(
+            quoted,
+            "abstract",
+            f"TDDS, which summaries name; {part(at(twins, scoring_epochs=10))}; held-out images",
+            f"At 80 % pruning, TDDS of ten epochs is {differs(tdds)} points above its twin.",
+            verdict(tdds),
+            "TDDS of three epochs is mostly noise. Its distances from random coresets of as many passes are "
+            f"{differs(few[0])}, {differs(few[1])} and {differs(few[2])} points at 50, 80 and 90 % pruning.",
         ),
         Claim(
             "Scores extracted bit-wise are better than joint ones (Table 7)",

@@ -8,7 +8,7 @@ import inspect
 import sys
 import tempfile
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..train.checkpoint import Deadline, OutOfTime
 from ..train.config import SCORES, CoresetConfig, TrainConfig, recipe
 from ..train.data import Dataset
 from ..train.distributed import current
-from ..train.sources import check_name, load_dataset
+from ..train.sources import load_dataset
 from .profiles import Parameters, Setting, parameters
 from .runs import Run, run_all
 
@@ -39,15 +39,10 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
     With another number of epochs than 0, which is the profile's own, only the trained bit-widths are evaluated, and
     milestones of the learning rate move in proportion. They stay an epoch apart, and none is after the last epoch.
     """
-    checks.instance("p", p, Parameters, "what profiles.parameters gives")
-    check_name("dataset", dataset)
     own = p.profile.training
     length = epochs or own.epochs
-    milestones: list[int] = []
-    for milestone in own.milestones:
-        scaled = round(milestone * length / own.epochs)
-        milestones.append(max(scaled, milestones[-1] + 1 if milestones else 1))
-    milestones = [milestone for milestone in milestones if milestone < length]
+    scaled = (round(milestone * length / own.epochs) for milestone in own.milestones)
+    _, *milestones = accumulate(scaled, lambda before, this: max(before + 1, this), initial=0)
     return Run(
         profile=p.profile.name,
         dataset=p.profile.dataset or dataset,
@@ -55,7 +50,7 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
         model_args=p.profile.model_args,
         subset=p.profile.subset,
         spec=QuantSpec(bits=p.bits),
-        config=replace(own, seed=seed, epochs=length, milestones=tuple(milestones)),
+        config=replace(own, seed=seed, epochs=length, milestones=tuple(m for m in milestones if m < length)),
         eval_bits=p.bits if epochs else tuple({*Run.eval_bits, *p.bits}),
     )
 
@@ -129,10 +124,10 @@ def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> R
     return ours(in_parts(base, parts), drawn, norm="shared_affine")
 
 
-def in_parts(run: Run, parts: int) -> Run:
-    """`run` with each batch cut in so many smaller ones."""
-    count = checks.integer("parts", parts, 1, run.config.batch_size)
-    return replace(run, config=replace(run.config, batch_size=run.config.batch_size // count))
+def in_parts(run: Run, parts: int, factor: float = 1.0) -> Run:
+    """`run` with each batch cut in so many smaller ones, at `factor` times the learning rate."""
+    config = replace(run.config, batch_size=run.config.batch_size // parts, lr=factor * run.config.lr)
+    return replace(run, config=config)
 
 
 def write_class_folders(data: Dataset, folder: Path) -> None:
@@ -368,37 +363,26 @@ def tuning(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """
     start, runs = fair_base(p, p.seeds[0], dataset), []
     for parts, factor in product((1, 3), (1.0, 2.0, 0.5)):
-        shared = in_parts(start, parts)
-        shared = replace(shared, config=replace(shared.config, lr=factor * start.config.lr))
+        shared = in_parts(start, parts, factor)
         joint = any_precision(shared)
         runs += [joint, replace(joint, config=replace(joint.config, distillation=False)), ours(shared)]
     return runs
 
 
-def tuned(start: Run, scheme: str) -> Run:
-    """`start` with the learning rate and the batches that `tuning` found best for a scheme, see TUNED."""
-    factor, parts = TUNED[scheme]
-    run = in_parts(start, parts)
-    return replace(run, config=replace(run.config, lr=factor * start.config.lr))
-
-
 def tuned_any_precision(start: Run, epochs: int) -> Run:
     """Any-Precision as `tuning` found it best, for so many epochs."""
-    run = any_precision(tuned(start, "joint"))
+    factor, parts = TUNED["joint"]
+    run = any_precision(in_parts(start, parts, factor))
     return replace(run, config=replace(run.config, epochs=epochs, distillation=DISTILLATION))
 
 
-def recommended(start: Run, epochs: int, pruning_rate: float = 0.8) -> Run:
-    """`config.recipe`, with the learning rate and the batches that `tuning` found best for bit-wise training.
-
-    It takes as many passes as `epochs` epochs on all data. ValueError: nothing is pruned.
-    """
-    if not checks.pruning_rate(pruning_rate):
-        raise checks.invalid("pruning_rate", pruning_rate, "a fraction above 0")
-    spec, config = recipe(start.spec.bits, pruning_rate=pruning_rate)
+def recommended(start: Run, epochs: int) -> Run:
+    """`config.recipe` for as many passes as `epochs` epochs on all data, with what `tuning` found best for ours."""
+    spec, config = recipe(start.spec.bits)
     first = config.coreset.warmup
-    length = first + round((epochs - first) / (1 - pruning_rate))
-    run = tuned(start, "bitwise")
+    length = first + round((epochs - first) / (1 - config.coreset.pruning_rate))
+    factor, parts = TUNED["bitwise"]
+    run = in_parts(start, parts, factor)
     return replace(run, spec=spec, config=replace(run.config, epochs=length, coreset=config.coreset))
 
 
@@ -438,9 +422,8 @@ def headline_changes(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 def _tested(p: Parameters, seed: int, dataset: str) -> Run:
     """`fair_base` on test images; long runs are compiled."""
-    run = replace(fair_base(p, seed, dataset), held_out=0)
-    how = run.config.compile or "auto"
-    return replace(run, config=replace(run.config, compile=how))
+    run = fair_base(p, seed, dataset)
+    return replace(run, held_out=0, config=replace(run.config, compile=run.config.compile or "auto"))
 
 
 def gpu_slices(p: Parameters, dataset: str = "cifar10") -> list[Run]:
@@ -464,11 +447,8 @@ def gpu_slices(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 def statistics_kinds(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Which running statistics serve a shared norm, without and with correction: for `statistics.KINDS`."""
-    runs = []
-    for seed, correction in product(p.seeds, ("none", "mean_var")):
-        run = ours(fair_base(p, seed, dataset), norm="shared_affine", correction=correction)
-        runs.append(replace(run, every_statistics=True))
-    return runs
+    starts = (replace(fair_base(p, seed, dataset), every_statistics=True) for seed in p.seeds)
+    return [ours(start, norm="shared_affine", correction=name) for start in starts for name in ("none", "mean_var")]
 
 
 def _long_base(p: Parameters, seed: int, dataset: str) -> Run:
@@ -482,12 +462,10 @@ def pruned_factors(p: Parameters, dataset: str = "cifar10", pruning_rate: float 
     All coresets are random, so that no score has a part in it. Each network is evaluated with `statistics.KINDS`.
     """
     on_all = {"score": "el2n", "scoring_epochs": 1, "how": "sample", "power": 0.0}  # a power of 0: equal chances
-    runs = []
-    for seed, first, every in product(p.seeds, ({}, on_all), (0, 1)):
-        start = replace(_long_base(p, seed, dataset), every_statistics=True)
-        coreset = CoresetConfig(pruning_rate=pruning_rate, resample_every=every, **first)
-        runs.append(ours(start, coreset, norm="shared_affine"))
-    return runs
+    kinds = [first | {"resample_every": every} for first, every in product(({}, on_all), (0, 1))]
+    starts = [replace(_long_base(p, seed, dataset), every_statistics=True) for seed in p.seeds]
+    coresets = [CoresetConfig(pruning_rate=pruning_rate, **kind) for kind in kinds]
+    return [ours(start, coreset, norm="shared_affine") for start, coreset in product(starts, coresets)]
 
 
 def importance(p: Parameters, dataset: str = "cifar10") -> list[Run]:
@@ -512,9 +490,12 @@ def importance(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 RUNS = [quickstart, table1, table2, imagenet, vit, curves, comparison, equal_epochs, scoring_ablation, growth]
 RUNS += [corrected_or_not, bias_correction, uncalibrated, untrained, transfer, deployed, tuning]
-RUNS += [statistics_kinds, pruned_factors, headline]
+RUNS += [statistics_kinds, pruned_factors, importance, headline]
 # made in several goes, and in no notebook yet
-UNDER_WAY = [importance, headline_longer, headline_changes, gpu_slices]
+UNDER_WAY = [headline_longer, headline_changes, gpu_slices]
+# The experiments that read a parameter, of those that most do not read.
+READ_BY = {"dataset": [imagenet], "model": [imagenet], "lengths": [curves, equal_epochs]}
+READ_BY |= {"pruning_rates": [table1, table2, imagenet, vit, curves, comparison]}
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h
 
 
@@ -538,9 +519,13 @@ def main(arguments: list[str]) -> int:
     for name, _ in asked.p:
         checks.choice("parameter", name, known)
     p = parameters(**{name: int(value) if value.isdecimal() and len(value) < 19 else value for name, value in asked.p})
-    status, place = 0, current()
+    experiment, status, place = names[asked.name], 0, current()
+    for name, value in asked.p:
+        if experiment not in READ_BY.get(name, [experiment]):
+            others = ", ".join(other.__name__ for other in READ_BY[name])
+            raise checks.invalid(name, value, f"no value, since {asked.name} does not read it; {others} would")
     try:
-        rows = run_all(names[asked.name](p), p.results_dir, budget=deadline)
+        rows = run_all(experiment(p), p.results_dir, budget=deadline)
         where = f"below {p.results_dir / 'runs'}; {place.count} process(es)"
         report = f"{rows.run.nunique()} runs, {len(rows)} rows {where}"
     except OutOfTime as stop:

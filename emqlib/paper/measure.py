@@ -9,7 +9,6 @@ beside the rows of its run.
 import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import partial
 from itertools import combinations
 
 import pandas as pd
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import bit_widths, instance, integer, invalid, tensor
+from ..checks import bit_widths, instance, integer, invalid
 from ..convert import at_bits, converted, quantized_layers, set_bits
 from ..correction import CORRECTIONS, correct_weight
 from ..norms import MultiBitBatchNorm
@@ -115,13 +114,12 @@ def _watch(
     with undisturbed(model, data, batch_size) as device:
         modules = {name: m for name, m in model.named_modules() if type(m) is kind}
         if not modules:
-            norm = "layer norm" if kind is nn.LayerNorm else "batch norm"
-            raise invalid("model", type(model).__name__, f"a network with {norm}")
+            raise invalid("model", type(model).__name__, f"a network with {kind.__name__}")
         for b in wanted:
             seen[b] = {name: Watcher() for name in modules}
             with at_bits(model, b), ExitStack() as hooks:
                 for name, module in modules.items():
-                    hooks.callback(module.register_forward_pre_hook(seen[b][name]).remove)
+                    hooks.enter_context(module.register_forward_pre_hook(seen[b][name]))
                 for images, _ in batches(data, "train", device, batch_size, samples):
                     model(images)
             if next(iter(seen[b].values())).n == 0:
@@ -165,7 +163,7 @@ def moved_channel(model: nn.Module, data: Dataset | Batches, bits: Iterable[int]
         bit-width and bin of a histogram: part ("pre-activation"), bits, value (standardized at the highest of `bits`),
         density.
     """
-    wanted, moments, seen = _checked(bits, samples, samples), {}, {}
+    wanted, weights, outputs = _checked(bits, samples, samples), {}, {}
     if len(wanted) < 2:
         raise invalid("bits", wanted, "two bit-widths at least")
     with undisturbed(model, data, samples) as device:
@@ -175,47 +173,32 @@ def moved_channel(model: nn.Module, data: Dataset | Batches, bits: Iterable[int]
         images = next((images for images, _ in batches(data, "train", device, samples, samples)), None)
         if images is None:
             raise invalid("data", "no images", "at least one batch of images")
-        for b in (min(wanted), max(wanted)):
-            moments[b] = {}
-            with at_bits(model, b), ExitStack() as hooks:
-                for name, layer in layers.items():
-                    hooks.callback(layer.register_forward_hook(partial(_measure, moments[b], name)).remove)
-                model(images)
-        low, high = moments[min(wanted)], moments[max(wanted)]
-        shifts = {n: ((low[n][0] - high[n][0]) / high[n][1]).nan_to_num(0, 0, 0) for n in layers}
-        name = max(layers, key=lambda n: float(shifts[n].square().mean()))
-        channel = int(shifts[name].abs().argmax())
-        mean, std = (found[channel] for found in high[name])
-        weights = {32: layers[name].weight_and_domain()[1]}
         for b in wanted:
             with at_bits(model, b), ExitStack() as hooks:
-                weights[b] = layers[name].weight_and_bias()[0]
-                hooks.callback(layers[name].register_forward_hook(partial(_keep, seen, b, channel)).remove)
+                for name, layer in layers.items():
+                    weights[name, b] = layer.weight_and_bias()[0]
+                    kept = outputs.setdefault((name, b), [])
+                    hooks.enter_context(layer.register_forward_hook(lambda *io, kept=kept: kept.append(io[2].double())))
                 model(images)
+        moments = {key: torch.std_mean(kept[-1], (0, 2, 3)) for key, kept in outputs.items()}
+        shifts = {}
+        for name in layers:
+            (_, low), (std, high) = moments[name, min(wanted)], moments[name, max(wanted)]
+            shifts[name] = ((low - high) / std).nan_to_num(0, 0, 0)
+        name = max(layers, key=lambda n: float(shifts[n].square().mean()))
+        channel = int(shifts[name].abs().argmax())
+        std, mean = (found[channel] for found in moments[name, max(wanted)])
+        chosen = {32: layers[name].weight_and_domain()[1]} | {b: weights[name, b] for b in wanted}
     tables = [
         pd.DataFrame({"part": "weight", "bits": b, "value": w[channel].flatten().double().cpu().numpy().round(6)})
-        for b, w in weights.items()
+        for b, w in chosen.items()
     ]
     for b in wanted:
         watcher = Watcher()
-        watcher.update(((seen[b] - mean) / std)[:, None])
+        watcher.update(((outputs[name, b][-1][:, channel].flatten() - mean) / std)[:, None])
         density = watcher.density().numpy().round(6)
         tables.append(pd.DataFrame({"part": "pre-activation", "bits": b, "value": CENTERS, "density": density}))
     return pd.concat(tables, ignore_index=True).assign(layer=name, channel=channel)
-
-
-def _measure(
-    found: dict[str, tuple[Tensor, Tensor]], name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
-    """The mean and the standard deviation of each channel of an output (N, C, H, W)."""
-    std, mean = torch.std_mean(output.double(), (0, 2, 3))
-    found[name] = mean, std
-
-
-def _keep(
-    kept: dict[int, Tensor], bits: int, channel: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
-    kept[bits] = output[:, channel].double().flatten()
 
 
 def layer_norms(
@@ -244,8 +227,6 @@ def angle(a: Tensor, b: Tensor) -> float:
 
     Unlike the arc cosine it is exact for small angles. NaN where a tensor is zero. Source: Kahan 2006.
     """
-    if tensor("a", a, "a tensor").shape != tensor("b", b, "a tensor").shape:
-        raise invalid("b", tuple(b.shape), f"the shape of a, {tuple(a.shape)}")
     u, v = (x.double().flatten() / x.double().norm() for x in (a, b))
     return float(torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm())))
 

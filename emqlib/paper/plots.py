@@ -104,6 +104,7 @@ def by_bits(ax: Axes, rows: pd.DataFrame, y: str, label: str, **look: Any) -> Ax
 
     What is far lower at 1 bit than at the others would leave these no room.
     """
+    look = {"hue_order": list(dict.fromkeys(rows.line))} | look  # the same colors in both panels
     trained = set(rows.bits[rows.trained.astype(bool)])
     rows = rows.assign(width=rows.bits.map(lambda b: f"{b}*" if b in trained else f"{b}"))
     rows = rows.sort_values("bits", kind="stable")
@@ -196,15 +197,14 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
 
 def _seen_by_cost(means: pd.DataFrame, name: str) -> str:
     """How the best of ours, for no more than the longest run of Any-Precision costs, differs from it."""
-    baselines = means[means.method.str.startswith("Any-Precision")].sort_values("epochs")
-    if baselines.empty:
+    longest = means[means.method.str.startswith("Any-Precision")].sort_values("epochs").tail(1)
+    ours = means[means.method.str.startswith("Ours") & (means.cost <= longest.cost.max())]
+    if ours.empty:  # or there is no Any-Precision
         return f"Accuracy against {name}"
-    longest = baselines.iloc[-1]
-    ours = means[means.method.str.startswith("Ours") & (means.cost <= longest.cost)]
-    if ours.empty:
-        return f"Accuracy against {name}"
-    gained = f"{ours.top1.max() - longest.top1:+.1f} points"
-    return f"In no more {name} than Any-Precision's {longest.epochs} epochs, the best of ours differs by {gained}"
+    gained = f"{ours.top1.max() - longest.top1.item():+.1f} points"
+    return (
+        f"In no more {name} than Any-Precision's {longest.epochs.item()} epochs, the best of ours differs by {gained}"
+    )
 
 
 def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -235,15 +235,15 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
     setting = _setting(rows, seeds="dots; diamonds and bars: mean and standard deviation")
     seeds = seed_means(rows, ["method", "coreset", "pruning_rate"])
     ours = seeds.method.str.startswith("Ours")
-    names = seeds.coreset.map(in_words) + seeds.method.str.removeprefix("Ours")
+    differ = seeds.method[ours].nunique() > 1  # else what all of ours share is no part of a name
+    names = seeds.coreset.map(in_words) + (seeds.method.str.removeprefix("Ours") if differ else "")
     names = names.where(ours, seeds.method + " on all data")
     seeds = seeds.assign(coreset=names.map(partial(textwrap.fill, width=60)))
     panels = {rate: seeds[seeds.pruning_rate.isin([0, rate])] for rate in sorted(set(seeds.pruning_rate)) if rate > 0}
     means = {rate: part.groupby("coreset").top1.mean().sort_values(ascending=False) for rate, part in panels.items()}
     order = list(max(means.values(), key=len).index)
     order += [name for name in dict.fromkeys(seeds.coreset) if name not in order]
-    baselines = (_ALL_DATA, in_words("RS2"), in_words("random"))
-    baseline = next((name for name in baselines if name in order), None)
+    baseline = next((name for name in (_ALL_DATA, in_words("RS2"), in_words("random")) if name in order), None)
     lines = "\n".join(order).count("\n") + 1
     form = {"figsize": (4.6 + 2.6 * len(means), 1.6 + 0.24 * lines), "dpi": 90, "layout": "constrained"}
     with sns.axes_style("whitegrid"):
@@ -264,11 +264,18 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
 
 
 def _seen_by_coreset(means: dict[float, pd.Series]) -> str:
-    """How many coresets are above Any-Precision at each pruning rate; without it, by how much coresets differ."""
+    """How many coresets are above Any-Precision at each pruning rate; else what scores gain, or how coresets differ."""
     at = f"At {_listed([f'{rate:.0%}' for rate in means])} pruning"
     if all(_ALL_DATA in found for found in means.values()):
         counts = [f"{(found > found[_ALL_DATA]).sum()} of {len(found) - 1}" for found in means.values()]
         return f"{at}, Any-Precision is below {_listed(counts)} kinds of coresets"
+    found = means[max(means)]
+    by_chance = found.index.str.contains(r"equal\s+chances")
+    if by_chance.any():
+        score = found.index.str.partition(",").get_level_values(0)
+        gained = found[~by_chance].groupby(score[~by_chance]).mean() - found[by_chance].groupby(score[by_chance]).mean()
+        texts = [f"{points:+.1f} points ({name})" for name, points in gained.items()]
+        return f"{at}, drawing by importance gives {_listed(texts)}"
     spans = [f"{found.max() - found.min():.1f}" for found in means.values()]
     return f"{at}, kinds of coresets differ by up to {_listed(spans)} points"
 
@@ -324,9 +331,9 @@ def distributions(histograms: pd.DataFrame) -> Axes:
         ax.plot(z, normal, color="black", ls=":", lw=1, label="standard normal")
         ax.set(xlim=(-4, 4), xticks=range(-3, 4))
         ax.set_title(name, fontsize=9)
-        finish(ax, "standard deviations from the running mean", "density, smoothed")
-    panels[1].legend()
-    finish(panels[1], "standard deviations from the running mean", "")
+        if kind == "mean_var":
+            ax.legend()
+        finish(ax, "standard deviations from the running mean", "density, smoothed" if kind == "none" else "")
     figure.suptitle(_seen_apart(rows) + setting, fontsize=10)
     return panels[0]
 
@@ -494,14 +501,11 @@ def answers(model: nn.Module, data: Dataset, bits: int, count: int = 10) -> Figu
     """
     images = checks.instance("data", data, Dataset, "a Dataset").test.take(torch.arange(count)).images
     layer, seen = next(iter(quantized_layers(model).values())), []
-    hook = layer.input_quantizer.register_forward_hook(lambda module, inputs, output: seen.append(output))
     inputs = normalize(images.to(next(model.parameters()).device), data)
-    try:
+    with torch.no_grad(), layer.input_quantizer.register_forward_hook(lambda *io: seen.append(io[2])):
         for b in (trained_bits(model)[-1], bits):
-            with torch.no_grad(), at_bits(model, b):
+            with at_bits(model, b):
                 classes = model.eval()(inputs).argmax(1).tolist()
-    finally:
-        hook.remove()
     finest, maps = (x.float().cpu() for x in seen)
     between = (finest > finest.min()) & (finest < finest.max())
     channel = int(between.float().mean((0, 2, 3)).argmax())
@@ -543,6 +547,7 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "02_tinyimagenet": ("02_tinyimagenet", accuracy_by_cost, ""),
     "04_layer_norms": ("04_layer_norms", mismatch, ""),
     "05_coreset_comparison": ("05_coreset_comparison", accuracy_by_coreset, ""),
+    "05_importance": ("05_importance", accuracy_by_coreset, ""),
     "06_bias_correction": ("06_bias_correction", accuracy_by_bits, _NO_MEANS),
     "06_statistics": ("06_statistics", gap_by_bits, "correction == 'mean_var'"),
     "06_without_calibration": ("06_without_calibration", gap_by_bits, ""),

@@ -88,8 +88,10 @@ class Run:
             return "full data"
         options = _asked(self.config.coreset)
         name = options.pop("score", "random")
-        if name == "random" and options.pop("resample_every", 1) == 1:
-            name = "RS2"  # a random coreset that is drawn anew each epoch
+        if name == "random" and options.get("resample_every") == 0:
+            del options["resample_every"]
+        elif name == "random":
+            name = "RS2"  # random coresets that are drawn anew, each epoch by default
         if options.pop("unscored", False):
             name += f", {options.pop('how')} of all"
         named = [f"{k}={v}" for k, v in options.items() if k not in ("pruning_rate", "candidates", "scoring_epochs")]

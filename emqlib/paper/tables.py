@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from zlib import crc32
 
+import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
@@ -24,7 +25,8 @@ SETTING = ["method", "correction", "pruning_rate", "coreset", "candidates", "epo
 _WORDS = {"random": "random, drawn once", "RS2": "random, each epoch (RS2)"}
 _WORDS |= {"tdds": "TDDS", "el2n": "EL2N", "grand": "GraNd", "moderate": "Moderate"}
 _WORDS |= {"how=sample": "drawn by rank", "sample of all": "drawn by rank from all data"}
-_WORDS |= {"resample_every=0": "one draw", "all candidates": "all data scored"}
+_WORDS |= {"resample_every=0": "one draw", "resample_every": "drawn every {} epochs"}
+_WORDS |= {"all candidates": "all data scored"}
 _WORDS |= {"power=0.0": "but drawn at equal chances", "unbiased=True": "weighted losses"}
 _WORDS |= {"scoring=joint": "joint scoring", "across_bits=identical": "the same for all bit-widths"}
 _WORDS |= {"across_bits=disjoint": "without overlap", "batch_size": "batches of {}", "lr": "learning rate {}"}
@@ -136,29 +138,23 @@ def _cell(value: object, highest: float | None) -> str:
         text = f"{value:,.3f}".rstrip("0").rstrip(".") if abs(value) >= 0.001 else f"{value:.2g}"
         return "" if math.isnan(value) else text
     number, sign, deviation = html.escape(str(value)).partition(" ± ")
-    bold = highest is not None and number and float(number) == highest
+    bold = highest is not None and pd.to_numeric(number, errors="coerce") == highest
     grey = f'<span style="color: gray">{sign}{deviation}</span>' if sign else ""
     return (f"<b>{number}</b>" if bold else number) + grey
 
 
-def spread(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.DataFrame:
-    """Mean, sample standard deviation (empty for one seed) and number of seeds of `value` for each group of `by`."""
-    checks.instance("by", by, list, "a list of columns")
-    groups = checks.table("rows", rows, [*by, value]).groupby(by, sort=False, dropna=False)[value]
-    return groups.agg(mean="mean", std="std", seeds="count").reset_index()
-
-
-def _texts(means: pd.Series, stds: pd.Series) -> list[str]:
-    """Each as "71.2 ± 0.3", or as "71.2" where one seed has no spread."""
-    numbers = means.map(lambda mean: f"{round(mean, 1) + 0.0:.1f}")  # + 0.0: a zero without a sign
-    return [mean if pd.isna(std) else f"{mean} ± {std:.1f}" for mean, std in zip(numbers, stds, strict=True)]
+def _texts(rows: pd.DataFrame, by: list[str], value: str = "top1") -> pd.Series:
+    """`value` of each group of `by` as "71.2 ± 0.3", its mean and standard deviation, or as "71.2" of one seed."""
+    groups = rows.groupby(by, sort=False)[value]
+    means = groups.mean().map(lambda mean: f"{round(mean, 1) + 0.0:.1f}")  # + 0.0: a zero without a sign
+    return means + groups.std().map(lambda std: "" if pd.isna(std) else f" ± {std:.1f}")
 
 
 def _wide(rows: pd.DataFrame, index: list[str], columns: str, value: str = "top1") -> pd.DataFrame:
-    """`spread` as text, one column a value of `columns`, in order."""
-    cells = spread(rows, [*index, columns], value)
-    cells["text"] = _texts(cells["mean"], cells["std"])
-    wide = cells.pivot_table(index=index, columns=columns, values="text", aggfunc="first", sort=False)
+    """`_texts`, one column a value of `columns`, in order."""
+    checks.table("rows", rows, [*index, columns, value])
+    cells = _texts(rows, [*index, columns], value).reset_index()
+    wide = cells.pivot_table(index=index, columns=columns, values=value, aggfunc="first", sort=False)
     return wide.sort_index(axis=1).fillna("").rename_axis(columns=None)
 
 
@@ -168,17 +164,11 @@ def _by_bits(rows: pd.DataFrame, index: list[str], value: str = "top1") -> pd.Da
     return _wide(rows, index, "bits", value).rename(columns=lambda b: f"{b}*" if b in trained else f"{b}").reset_index()
 
 
-def seed_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """One row a group of `by` and seed: top1, the mean (%) over the trained bit-widths, without adaptation."""
+def seed_means(rows: pd.DataFrame, by: Sequence[str], adapted: bool = False) -> pd.DataFrame:
+    """One row a group of `by` and seed: top1, the mean (%) over the trained bit-widths, adapted or not."""
     checks.table("rows", rows, [*by, "seed", "top1", "trained", "adapted"])
-    part = rows[rows.trained & ~rows.adapted]
+    part = rows[rows.trained & rows.adapted.eq(adapted)]
     return part.groupby([*by, "seed"], sort=False, dropna=False).top1.mean().reset_index()
-
-
-def _mean_over_bits(rows: pd.DataFrame, by: list[str]) -> pd.Series:
-    """For each group of `by` the text of each seed's mean over bit-widths: mean ± standard deviation over seeds."""
-    seeds = rows.groupby([*by, "seed"], sort=False).top1.mean().groupby(by, sort=False)
-    return pd.Series(_texts(seeds.mean(), seeds.std()), index=seeds.mean().index, dtype=object)
 
 
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -233,12 +223,10 @@ def cost_table(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     (millions), optimizer steps, seconds, and how many times fewer passes and seconds than Any-Precision takes for as
     many epochs: means over seeds. The last two columns are what the paper reports in its `table`, such as "table1".
     """
-    checks.table("rows", rows, ("trained", "adapted", "top1"))
-    trained = rows[rows.trained]
     cost = training_cost(rows, COST).groupby(SETTING, sort=False).mean()
     columns = {
-        "top1 (%)": _mean_over_bits(trained[~trained.adapted], SETTING),
-        "adapted top1 (%)": _mean_over_bits(trained[trained.adapted], SETTING),
+        "top1 (%)": _texts(seed_means(rows, SETTING), SETTING),
+        "adapted top1 (%)": _texts(seed_means(rows, SETTING, adapted=True), SETTING),
         "passes (M)": (cost.sample_passes / 1e6).round(6),
         "scoring (%)": (100 * cost.scoring_passes / cost.sample_passes).round(1),
         "calibration (M)": (cost.calibration / 1e6).round(6),
@@ -259,16 +247,15 @@ def _times_less(cost: pd.Series) -> pd.Series:
     return (first.reindex(epochs).set_axis(cost.index) / cost).round(2)
 
 
-def _paper_columns(wide: pd.DataFrame, reported: pd.DataFrame) -> dict[str, list[float | None]]:
+def _paper_columns(wide: pd.DataFrame, reported: pd.DataFrame) -> dict[str, np.ndarray]:
     """A column for each metric and origin of the paper's numbers, such as "abstract: times faster"."""
     columns, labels = {}, {"mean_top1": "top1 (%)", "time_ratio": "times faster"}
     # the paper has numbers of its own method alone, with the correction and TDDS coresets, not of ablations
     own = (wide.method != "Ours") | ((wide.correction == "mean_var") & wide.coreset.isin(["full data", "tdds"]))
+    keys = pd.MultiIndex.from_frame(wide[["method", "pruning_rate"]])
     for (origin, metric), part in reported[reported.metric.isin(labels)].groupby(["origin", "metric"]):
-        values = part.set_index(["method", "pruning_rate"]).value
-        keys = zip(wide.method, wide.pruning_rate, own, strict=True)
-        found = [values.get((method, rate)) if reports else None for method, rate, reports in keys]
-        columns[f"{origin}: {labels[metric]}"] = found
+        values = part.set_index(["method", "pruning_rate"]).value.reindex(keys)
+        columns[f"{origin}: {labels[metric]}"] = values.where(own.to_numpy()).to_numpy()
     return columns
 
 

@@ -38,11 +38,23 @@ def test_parameters_are_followed(table: Callable) -> None:
     more = {"deployed": {32}, "growth": {*ALL}}.get(name, set())  # full precision, and more and more bit-widths
     assert {b for run in runs for b in run.spec.bits} == {2, 8} | more
     assert all(set(run.spec.bits) <= set(run.eval_bits) for run in runs)
-    at_80 = ("equal_epochs", "scoring_ablation", "growth", "headline", "pruned_factors")
+    at_80 = ("equal_epochs", "scoring_ablation", "growth", "headline", "pruned_factors", "importance")
     asked = {0.8} if name in at_80 else {0.6}
     assert {run.pruning_rate for run in runs} - {0} <= asked
     if name in ("curves", "equal_epochs"):
         assert {run.config.epochs for run in runs} == {5, 7}
+
+
+PROBES = {"model": ("resnet8", "resnet20"), "lengths": ((20,), (30,)), "pruning_rates": ((0.3,), (0.4,))}
+PROBES |= {"dataset": ("imagenet", "imagefolder:/nowhere")}
+
+
+@pytest.mark.parametrize("parameter", PROBES)
+def test_which_experiments_read_a_parameter(parameter: str) -> None:
+    """Those whose runs another value changes."""
+    p, every = parameters(profile="small"), experiments.RUNS + experiments.UNDER_WAY
+    one, other = (replace(p, **{parameter: value}) for value in PROBES[parameter])
+    assert [name for name in every if name(one) != name(other)] == experiments.READ_BY[parameter]
 
 
 def test_names_of_methods_and_corrections() -> None:
@@ -241,6 +253,8 @@ def test_a_shell_is_told_what_is_wrong(
         experiments.main(["imagenet", "-p", "bitz", "4"])
     with pytest.raises(ValueError, match=r"^seed='-1'"):
         experiments.main(["imagenet", "-p", "seed", "-1"])
+    with pytest.raises(ValueError, match=r"^dataset='cifar100': expected no value, since table1 does not .*; imagenet"):
+        experiments.main(["table1", "-p", "dataset", "cifar100"])
     for budget in ("0", "nan"):
         with pytest.raises(ValueError, match=r"^budget=.*: expected a number of seconds > 0, or None$"):
             experiments.main(["quickstart", f"--budget={budget}"])

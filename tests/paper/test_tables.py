@@ -69,21 +69,9 @@ def columns(table: pd.DataFrame, *names: str) -> list[tuple]:
     return [tuple(row) for row in part.where(part.notna(), None).to_numpy()]
 
 
-def test_spread() -> None:
-    """The sample standard deviation of 40 and 60 is sqrt(200); one seed has none."""
-    rows = table_1()[lambda t: t.bits.eq(2) & ~t.adapted & t.correction.eq("none")]
-    spread = results.spread(rows, ["method", "correction"])
-    assert list(spread.columns) == ["method", "correction", "mean", "std", "seeds"]
-    ours, any_precision, dedicated = columns(spread, "method", "mean", "std", "seeds")
-    assert ours == ("Ours", 50, pytest.approx(200**0.5), 2)
-    assert any_precision[1:] == (71, pytest.approx(2**0.5), 2) and dedicated[1:] == (75, None, 1)
-    assert columns(results.spread(rows, ["method"], value="seconds"), "mean") == [(10,), (30.5,), (11,)]
-
-
 def test_what_was_not_told_is_a_group_too() -> None:
     rows = together(run("Ours", {2: (1, 2)}), run("Ours", {2: (3, 4)})).assign(candidates=[0.5, 0.5, None, None])
     rows = rows[~rows.adapted]
-    assert columns(results.spread(rows, ["candidates"]), "candidates", "mean") == [(0.5, 1), (None, 3)]
     assert columns(results.seed_means(rows, ["candidates"]), "candidates", "top1") == [(0.5, 1), (None, 3)]
 
 
