@@ -407,15 +407,12 @@ def headline_longer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
 
 
 def headline_changes(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """The recipe at the most passes of `headline`: with distillation, and with 1 bit too.
-
-    For distillation all bit-widths share images and steps.
-    """
+    """The recipe at the most passes of `headline`: with distillation, and with 1 bit too."""
     runs = []
     for seed in p.seeds:
         usual = recommended(_tested(p, seed, dataset), p.profile.fair_lengths[-1])
         bits = (1, *(b for b in p.bits if b > 1))
-        runs.append(replace(usual, config=replace(usual.config, scheme="joint", distillation=True)))
+        runs.append(replace(usual, config=replace(usual.config, distillation=True)))
         runs.append(replace(usual, spec=replace(usual.spec, bits=bits), eval_bits=bits))
     return runs
 

@@ -68,7 +68,8 @@ class Run:
         if self.config.scheme == "joint" and self.spec.norm == "switchable":
             return "Any-Precision" if self.config.distillation else "Any-Precision, no distillation"
         norms = {"shared": "", "shared_affine": ", own statistics", "switchable": ", switchable norm"}
-        return f"Ours{norms[self.spec.norm]}" + (", joint steps" if self.config.scheme == "joint" else "")
+        steps = ", joint steps" if self.config.scheme == "joint" else ""
+        return f"Ours{norms[self.spec.norm]}{steps}" + (", distillation" if self.config.distillation else "")
 
     @property
     def correction(self) -> str:

@@ -121,7 +121,9 @@ class TrainConfig:
     warmup_epochs: Annotated[float, Range(0)] = 0.0  # first epochs, in which the learning rate rises linearly
     label_smoothing: Annotated[float, Range(0, 1, high_open=True)] = 0.0  # of the cross entropy with labels
     clip_grad_norm: Annotated[float, Range(0)] = 0.0  # the largest norm of a step's gradient; 0 for any
-    distillation: bool = False  # "joint": each bit-width but the highest learns the softmax of the next higher one
+    # Each bit-width but the highest learns probabilities in place of labels: in a joint step those of the next higher
+    # one, in a step of its own the `soft_targets` of the highest one.
+    distillation: bool = False
     autocast: Literal["none", "bfloat16", "float16"] = "none"  # type of products, see `distributed.autocast_used`
     channels_last: bool = True  # memory format of images and weights, see `distributed.memory_format`
     # torch.compile; "auto": in a long run; "blocks": each residual block by itself, which starts sooner; "graphs": CUDA
@@ -135,8 +137,8 @@ class TrainConfig:
         checks.fields(self)
         if self.accumulate > self.batch_size:
             raise checks.invalid("accumulate", self.accumulate, f"at most batch_size={self.batch_size} parts")
-        if self.distillation and self.scheme != "joint":
-            raise checks.invalid("distillation", True, 'scheme="joint", where the children share a batch')
+        if self.distillation and self.scheme == "dedicated":
+            raise checks.invalid("distillation", True, 'another scheme than "dedicated", which has one child alone')
         if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
             raise checks.invalid("nesterov", True, "False when momentum is 0")
         if self.warmup_epochs >= self.epochs:

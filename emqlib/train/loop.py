@@ -25,7 +25,7 @@ from .config import TrainConfig, learning_rate
 from .coresets import Coresets, generator
 from .data import Batch, Dataset, as_dataset, loader
 from .distributed import Place
-from .evaluate import batch_norms, logits_of
+from .evaluate import batch_norms, logits_of, soft_targets
 
 STOPPED = "training stopped; the last checkpoint stays"
 SMALLEST_SCALE = 2.0**-24  # of a loss in float16: reached after 40 steps in a row without a finite gradient
@@ -294,7 +294,8 @@ def _step(run: _Run, bits: tuple[int, ...], size: int, batch: Batch, lr: float, 
     parts = zip(*(x.tensor_split(config.accumulate) for x in (images, *batch[1:])), strict=True)
     with distributed.autocast(config.autocast, run.device):
         for k, part in enumerate(parts, start=1):
-            teacher = None
+            alone = config.distillation and bits[0] < run.coresets.bits[-1]  # without the highest child in this step
+            teacher = soft_targets(run.model, part[0]) if alone else None
             for b in bits:
                 last = k == config.accumulate and b == bits[-1]
                 logits = _child(run, b, size, part, teacher, last, watch, f"{where}, {b} bits, lr {lr:.3g}")

@@ -64,6 +64,7 @@ def test_names_of_methods_and_corrections() -> None:
     assert kinds == {"none", "mean", "mean_var", "mean_var, no gradient", "mean_var, output"}
     own = ["Ours, own statistics", "Ours, switchable norm"]
     assert list(dict.fromkeys(run.method for run in runs)) == ["Ours", "Any-Precision", "Dedicated", *own]
+    assert [run.method for run in experiments.headline_changes(p)] == [f"{own[0]}, distillation", own[0]]
     assert table1(parameters(profile="small", bits=[4, 32]))[0].eval_bits == (*ALL, 32)
 
 

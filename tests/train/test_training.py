@@ -174,6 +174,10 @@ def literal_run(model: nn.Module, data: Dataset, config: TrainConfig) -> None:
         target = nn.functional.one_hot(data.train.labels[indices], 10).double()
         target = target * (1 - config.label_smoothing) + config.label_smoothing / 10
         optimizer.zero_grad()
+        if config.distillation and bits < (8,):
+            with emq.at_bits(model.eval(), 8), torch.no_grad():
+                target = model(images).softmax(1)
+            model.train()
         for b in bits:
             emq.set_bits(model, b)
             logits = model(images)
@@ -199,6 +203,7 @@ STEPS = {
     "bitwise": {},
     "joint": {"scheme": "joint"},
     "distillation": {"scheme": "joint", "distillation": True},
+    "bitwise distillation": {"distillation": True, "label_smoothing": 0.2},
     "smoothed distillation": {"scheme": "joint", "distillation": True, "label_smoothing": 0.2},
     "label smoothing": {"label_smoothing": 0.1},
     "clipped": {"scheme": "joint", "clip_grad_norm": 0.5},
