@@ -114,7 +114,8 @@ def _watch(
     with undisturbed(model, data, batch_size) as device:
         modules = {name: m for name, m in model.named_modules() if type(m) is kind}
         if not modules:
-            raise invalid("model", type(model).__name__, f"a network with {kind.__name__}")
+            norm = "layer norm" if kind is nn.LayerNorm else "batch norm"
+            raise invalid("model", type(model).__name__, f"a network with {norm}")
         for b in wanted:
             seen[b] = {name: Watcher() for name in modules}
             with at_bits(model, b), ExitStack() as hooks:
