@@ -299,26 +299,29 @@ def _scores(results: Path) -> list[Claim]:
     options = read(results, "small/07_ablation_scoring_scheme", **AS_TRAINED)
     own, joint = (at(options, coreset=f"tdds, {kind}all candidates") for kind in ("", "scoring=joint, "))
     joint_scores = seeds(own) - seeds(joint)
+    shared = "one coreset for all bit-widths, drawn anew in each epoch; held-out images"
     quoted = '"informative subset selected via gradient-based importance scores"'
     return [
         Claim(
             quoted,
             "abstract",
-            f"EL2N; {part(at(twins, scoring_epochs=3))}; held-out images",
-            f"At 80 % pruning, EL2N of three epochs is {differs(el2n)} points above its twin, which draws "
-            "with equal chances after the same scoring phase.",
+            f"EL2N, which is not the score that summaries name; {shared}; {part(at(twins, scoring_epochs=3))}",
+            f"At 80 % pruning, drawing by EL2N is {differs(el2n)} points above its twin, which draws with equal "
+            "chances after the same scoring phase. After adaptation, on which there is no verdict, it is "
+            f"{differs(adapted)}.",
             verdict(el2n),
-            f"After adaptation the lead is {differs(adapted)}. EL2N is close to the norm of a sample's gradient. Twins "
-            "take as many passes and steps.",
+            "EL2N is the norm of the loss's gradient with respect to the logits. Twins take as many passes and steps.",
         ),
         Claim(
             quoted,
             "abstract",
-            f"TDDS, which summaries name; {part(at(twins, scoring_epochs=10))}; held-out images",
-            f"At 80 % pruning, TDDS of ten epochs is {differs(tdds)} points above its twin.",
+            f"TDDS, which summaries name, of three tenths of the images; {shared}; {part(at(twins, scoring_epochs=10))}",
+            f"At 80 % pruning, drawing by TDDS is {differs(tdds)} points above its twin.",
             verdict(tdds),
-            "TDDS of three epochs is mostly noise. Its distances from random coresets of as many passes are "
-            f"{differs(few[0])}, {differs(few[1])} and {differs(few[2])} points at 50, 80 and 90 % pruning.",
+            "Images that are not ranked have equal chances, so this is a weaker test than that of EL2N. In a shorter "
+            f"training (notebook 05, {plain(short, 'n_train')} images, test images), TDDS differs from random coresets "
+            f"of as many passes by {differs(few[0])}, {differs(few[1])} and {differs(few[2])} points at 50, 80 and "
+            "90 % pruning.",
         ),
         Claim(
             "Scores extracted bit-wise are better than joint ones (Table 7)",

@@ -469,8 +469,8 @@ def importance(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Importance against equal chances at 80 % pruning: EL2N of 3 epochs, and TDDS of 10 with windows of 5.
 
     Each score has a twin that trains the same scoring phase and then draws with equal chances. EL2N scores all data and
-    TDDS 3/10 of it, so that all runs take the same number of passes. Ranks are averaged over bit-widths, which
-    makes them less noisy. There are five seeds where the profile has several.
+    TDDS 3/10 of it, so that all runs take the same number of passes. Ranks are averaged over bit-widths, which all
+    draw the same coreset. There are five seeds where the profile has several.
     """
     drawn = {"pruning_rate": 0.8, "how": "sample", "across_bits": "identical"}
     el2n = CoresetConfig(score="el2n", scoring_epochs=3, **drawn)

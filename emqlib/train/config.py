@@ -121,8 +121,8 @@ class TrainConfig:
     warmup_epochs: Annotated[float, Range(0)] = 0.0  # first epochs, in which the learning rate rises linearly
     label_smoothing: Annotated[float, Range(0, 1, high_open=True)] = 0.0  # of the cross entropy with labels
     clip_grad_norm: Annotated[float, Range(0)] = 0.0  # the largest norm of a step's gradient; 0 for any
-    # Each bit-width but the highest learns probabilities in place of labels: in a joint step those of the next higher
-    # one, in a step of its own the `soft_targets` of the highest one.
+    # Each bit-width but the highest learns another one's softmax in place of labels. Where a step trains all, that is
+    # the next higher one; where it trains one, the highest one (`soft_targets`). Not for "dedicated".
     distillation: bool = False
     autocast: Literal["none", "bfloat16", "float16"] = "none"  # type of products, see `distributed.autocast_used`
     channels_last: bool = True  # memory format of images and weights, see `distributed.memory_format`
