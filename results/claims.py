@@ -315,7 +315,7 @@ def _scores(results: Path) -> list[Claim]:
         Claim(
             quoted,
             "abstract",
-            f"TDDS, as summaries name, of three tenths of the images; {shared}; {part(at(twins, scoring_epochs=10))}",
+            f"TDDS, named in summaries, of three tenths of the images; {shared}; {part(at(twins, scoring_epochs=10))}",
             f"At 80 % pruning, drawing by TDDS is {differs(tdds)} points above its twin.",
             verdict(tdds),
             "Images that are not ranked have equal chances, so this is a weaker test than that of EL2N. In a shorter "
