@@ -194,8 +194,16 @@ def test_coresets_are_compared_with_any_precision_where_it_is_there() -> None:
     rows = pruned()[lambda t: t.pruning_rate.eq(0.8)].assign(method="Ours, own statistics")
     rows.loc[rows.coreset.eq("RS2"), ["method", "pruning_rate"]] = ["Any-Precision", 0.0]
     ax = plots.accuracy_by_coreset(rows)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["TDDS, own statistics", "Any-Precision on all data"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["TDDS", "Any-Precision on all data"]
     assert ax.figure.get_suptitle().startswith("At 80% pruning, Any-Precision is below 1 of 1 kinds of coresets\n")
+    names = plots.accuracy_by_coreset(pd.concat([rows, pruned()[lambda t: t.pruning_rate.eq(0.8)]])).get_yticklabels()
+    assert {"TDDS, own statistics", "TDDS"} < {label.get_text() for label in names}  # where ours are of two kinds
+
+
+def test_a_title_says_what_importance_gives_over_equal_chances() -> None:
+    twins = {"tdds": "tdds, how=sample", "RS2": "tdds, how=sample, power=0.0"}
+    ax = plots.accuracy_by_coreset(pruned()[lambda t: t.pruning_rate.eq(0.8)].replace({"coreset": twins}))
+    assert ax.figure.get_suptitle().startswith("At 80% pruning, drawing by importance gives +5.0 points (TDDS)\n")
 
 
 def test_accuracy_by_statistics_draws_the_rows() -> None:
