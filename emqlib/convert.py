@@ -171,7 +171,7 @@ _KEEPING += (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle, nn.Cha
 _KEEPING_NAMES = {"flatten", "view", "reshape", "contiguous", "permute", "transpose", "squeeze", "unsqueeze", "clone"}
 _KEEPING_NAMES |= {"dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum"}
 _KEEPING_NAMES |= {"cat", "concat", "stack", "getitem", "chunk", "split"}
-_ARITHMETIC_NAMES = {"add", "add_", "iadd", "mul", "mul_", "imul", "div", "div_", "truediv", "floordiv"}
+_ARITHMETIC_NAMES = {"add", "add_", "mul", "mul_", "div", "div_", "truediv", "floordiv"}
 _KEEPING_NAMES |= _ARITHMETIC_NAMES  # unless a number is negative, as in x + (-1)
 
 _ABOUT_NAMES = {"dtype", "device", "shape", "size", "dim", "ndim", "numel"}  # what says nothing of a tensor's values

@@ -283,14 +283,12 @@ def _coresets(results: Path) -> list[Claim]:
 def _scores(results: Path) -> list[Claim]:
     rows, same = read(results, "small/05_importance", trained=True), ", across_bits=identical"
     twins = at(rows, adapted=False)
-    el2n, tdds, adapted = (
-        seeds(part_, coreset=name + same) - seeds(part_, coreset=f"{name}, power=0.0{same}")
-        for part_, name in (
-            (twins, "el2n, how=sample"),
-            (twins, "tdds, sample of all, window=5"),
-            (at(rows, adapted=True), "el2n, how=sample"),
-        )
-    )
+
+    def gained(runs: pd.DataFrame, name: str) -> pd.Series:
+        return seeds(runs, coreset=name + same) - seeds(runs, coreset=f"{name}, power=0.0{same}")
+
+    el2n, adapted = (gained(runs, "el2n, how=sample") for runs in (twins, at(rows, adapted=True)))
+    tdds = gained(twins, "tdds, sample of all, window=5")
     short = read(results, "small/05_coreset_comparison", **AS_TRAINED)
     few = [
         seeds(short, coreset="tdds", pruning_rate=rate) - seeds(short, coreset="RS2, epochs=9", pruning_rate=rate)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import bit_widths, instance, integer, invalid
+from ..checks import bit_widths, instance, integer, invalid, tensor
 from ..convert import at_bits, converted, quantized_layers, set_bits
 from ..correction import CORRECTIONS, correct_weight
 from ..norms import MultiBitBatchNorm
@@ -228,6 +228,8 @@ def angle(a: Tensor, b: Tensor) -> float:
 
     Unlike the arc cosine it is exact for small angles. NaN where a tensor is zero. Source: Kahan 2006.
     """
+    if tensor("a", a, "a tensor").shape != tensor("b", b, "a tensor").shape:
+        raise invalid("b", tuple(b.shape), f"the shape of a, {tuple(a.shape)}")
     u, v = (x.double().flatten() / x.double().norm() for x in (a, b))
     return float(torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm())))
 

@@ -292,10 +292,10 @@ def _step(run: _Run, bits: tuple[int, ...], size: int, batch: Batch, lr: float, 
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     parts = zip(*(x.tensor_split(config.accumulate) for x in (images, *batch[1:])), strict=True)
+    lower = config.distillation and bits[0] < run.coresets.bits[-1]  # the highest child has no part in this step
     with distributed.autocast(config.autocast, run.device):
         for k, part in enumerate(parts, start=1):
-            alone = config.distillation and bits[0] < run.coresets.bits[-1]  # without the highest child in this step
-            teacher = soft_targets(run.model, part[0]) if alone else None
+            teacher = soft_targets(run.model, part[0]) if lower else None
             for b in bits:
                 last = k == config.accumulate and b == bits[-1]
                 logits = _child(run, b, size, part, teacher, last, watch, f"{where}, {b} bits, lr {lr:.3g}")

@@ -370,6 +370,7 @@ TABLE += [
     ("paper.measure.layer_norms", MEASURE | {"model": transformer}, PROBED),
     ("paper.measure.layer_norms", MEASURE, {"model": [model]}),
     ("paper.measure.preactivations", MEASURE, {"model": [transformer]}),
+    ("paper.measure.angle", {"a": ONES[0], "b": ONES[0]}, {"a": TENSORS, "b": [*TENSORS, torch.ones(3)]}),
     ("paper.measure.gradient_angles", MEASURE | {"samples": 10}, ANGLES),
     ("paper.measure.gradient_angles", MEASURE | {"samples": 10, "model": switchable}, {"bits": [(2, 3)]}),
     ("paper.measure.linear_probes", MEASURE, PROBED | {"model": [*MODELS, headless]}),
