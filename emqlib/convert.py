@@ -231,7 +231,7 @@ class Walk:
     signed: dict[str, bool]  # whether the input of a module can be negative
     order: list[str]  # the modules that are called, in the order of the calls
     read: set[str] = field(default_factory=set)  # parameters that are read outside their modules
-    readers: dict[str, set[str]] = field(default_factory=dict)  # the modules that read each ReLU; "" is anything else
+    readers: dict[str, set[str]] = field(default_factory=dict)  # the modules that read each ReLU's output; "": others
 
 
 def walk(net: nn.Module, training: bool = False) -> Walk:
@@ -333,7 +333,7 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     layers = quantizable(net)
     called = [name for name in found.order if name in layers]
     never_called = [name for name in layers if name not in called]
-    names = [*called[:-1], *never_called, *called[-1:]]  # an auxiliary head is neither the first nor the last
+    names = [*called[:-1], *never_called, *called[-1:]]  # an auxiliary head is no first or last layer
     kept = _full_precision(names, spec) if names else {}
     read = found.read | training.read
     kept |= {name: READ for name in names if name not in kept and f"{name}.weight" in read}
@@ -341,7 +341,7 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     signed = {name: found.signed[name] or name in hooked for name in names if name not in kept}
     if not signed:
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
-    clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # as one's own may not do
+    clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # one's own need not clip at zero
     unsigned = {name for name in signed if not signed[name] and clips}
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
     absorbed = tuple(name for name in readers if readers[name] <= unsigned and name not in hooked)
@@ -565,6 +565,7 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
             DistributedDataParallel or AveragedModel; each of them is set.
         bits: 1 to 8 or 32, trained or not. For mixed precision a dict such as {"layer3.*": 2, "*": 4}, of which the
             first pattern that matches counts; names are those inside the converted network, or inside the given part.
+            Under "shared_affine", a norm that no pattern but "*" matches follows the quantized layer before it.
 
     Raises:
         ValueError: not converted, no such bit-width, a switchable norm that was not built for it, a layer that no
@@ -614,7 +615,11 @@ def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
     if not all(isinstance(pattern, str) for pattern in bits):
         raise invalid("bits", dict(bits), 'name patterns as keys, for example {"layer3.*": 2, "*": 4}')
     wanted = {pattern: bit_width(f"bits[{pattern!r}]", b) for pattern, b in bits.items()}
-    plan = {name: next((b for p, b in wanted.items() if fnmatch.fnmatchcase(name, p)), None) for name in modules}
+    found = {name: next((p for p in wanted if fnmatch.fnmatchcase(name, p)), "*") for name in modules}
+    plan, before = {}, wanted.get("*")  # the bit-width of the layer before
+    for name, module in modules.items():
+        follows = isinstance(module, MultiBitBatchNorm) and not module.switchable and found[name] == "*"
+        plan[name] = before = before if follows else wanted.get(found[name])
     missed = [name for name, b in plan.items() if b is None]
     idle = [p for p in wanted if p != "*" and not fnmatch.filter(list(modules), p)]
     if missed or idle:

@@ -198,7 +198,7 @@ def inclusion(scores: Tensor, keep: int) -> Tensor:
     if bool((scores < 0).any()) or not bool(scores.isfinite().all()) or int((scores > 0).sum()) < keep:
         raise checks.invalid("scores", scores, f"scores >= 0, at least {keep} of them positive")
     w, certain = scores.double(), torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    while True:  # what would pass 1 is certain, and the rest shares what is left: a few rounds
+    while True:  # samples whose probability would pass 1 are certain, and the others share the rest: a few rounds
         rest = keep - int(certain.sum())
         scaled = torch.where(certain, 1.0, w * (rest / w[~certain].sum().clamp_min(1e-300)))
         over = (scaled > 1) & ~certain
@@ -215,5 +215,5 @@ def _draw(probabilities: Tensor, keep: int, generator: torch.Generator) -> Tenso
         return order[:keep].to(probabilities.device)
     ends = p[order].cumsum(0)
     points = torch.arange(keep, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=generator)
-    chosen = torch.searchsorted(ends * (keep / ends[-1]), points, right=True)  # points lie 1 apart, samples fill <= 1
+    chosen = torch.searchsorted(ends * (keep / ends[-1]), points, right=True)  # 1 apart: none twice
     return order[chosen].to(probabilities.device)

@@ -49,6 +49,8 @@ def correct_weight(w_q: Tensor, w: Tensor, mode: Correction = "mean_var", gradie
         raise invalid("w_q, w shapes", (tuple(w_q.shape), tuple(w.shape)), "two equal shapes (O, ...), not empty")
     if mode == "none":
         return w_q
+    if w.dtype == torch.float16:  # squares of small weights are zero in it
+        return correct_weight(w_q.float(), w.float(), mode, gradient).to(w_q.dtype)
     mean_q, std_q = _moments(w_q if gradient else w_q.detach())
     mean, std = _moments(w if gradient else w.detach())
     if mode == "mean":

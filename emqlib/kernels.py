@@ -236,4 +236,6 @@ class _Correct(Function):
 
 def correct_weight(w_q: Tensor, w: Tensor, mode: str = "mean_var", gradient: bool = True) -> Tensor:
     """The twin of `correction.correct_weight`, unchecked."""
+    if w.dtype == torch.float16 and mode != "none":  # squares of small weights are zero in it
+        return correct_weight(w_q.float(), w.float(), mode, gradient).to(w_q.dtype)
     return w_q if mode == "none" else _Correct.apply(w_q, w, mode == "mean_var", gradient)

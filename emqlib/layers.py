@@ -21,7 +21,6 @@ from .correction import Correction, output_shift
 Norm = Literal["shared", "shared_affine", "switchable"]
 NORMS = get_args(Norm)
 LONGEST = 16384  # the most weights of an output channel that one program in Triton takes
-_PLAIN = (Tensor, nn.Parameter)  # classes derived from them may count writes in another way
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
@@ -146,14 +145,15 @@ class LearnedScale(nn.Module):
 
 def _reach(signed: bool) -> dict[int, float]:
     """q_max by bit-width; the signed grid at 1 bit is {-s/2, s/2}."""
-    return {b: max(2.0 ** (b - 1) - 1, 0.5) if signed else quantizers.levels(b) for b in BIT_WIDTHS}
+    usual = {b: min(b, 8) for b in BIT_WIDTHS}  # 32 bits have no scale: what is trained at them alone starts as 8 bits
+    return {b: max(2.0 ** (u - 1) - 1, 0.5) if signed else quantizers.levels(u) for b, u in usual.items()}
 
 
 class InputQuantizer(nn.Module):
     """The base of the input quantizers: at 32 bits an unsigned one is a ReLU and a signed one the identity.
 
-    A range that starts from the first batch does so in training. A batch that comes earlier, such as one that only asks
-    for shapes, gives a provisional range: before training, batch norms do not yet give what they give in training.
+    A measured range is measured on the first batch of training. A batch in evaluation mode that comes earlier, such as
+    one that only asks for shapes, gives a provisional range: before training, batch norms give other outputs.
     """
 
     method, range = "", ""  # the method of QuantSpec, and where the ends of the range come from
@@ -347,22 +347,14 @@ def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
 
 
 class _QuantizedLayer(nn.Module):
-    """What QuantConv2d and QuantLinear share; they bring `weight` and the product with it.
-
-    In evaluation mode without gradients, a forward pass keeps the quantized weight for the next ones, until the
-    bit-width, the mode or the weight changes. PyTorch counts the writes to a weight, but not those through `.data`:
-    after such a write, call `eval()`. Nor does it count those of fused optimizers, so nothing is kept while a weight
-    has a `.grad`.
-    """
+    """What QuantConv2d and QuantLinear share; they bring `weight` and the product with it."""
 
     weight: nn.Parameter
     levels: Tensor
     bits_in_tensors = False  # whether a CUDA graph is being made that is to serve every bit-width
-    # The weight of the training step at hand and its domain, and the lock that is held as long as they hold.
+    # During a training step: the quantized weight, its full-precision domain, and the lock of that step, which is held
+    # as long as they are valid.
     prepared: tuple[tuple[Tensor, Tensor], Lock] | None = None
-    # Weight and bias in evaluation mode, what they depend on, and the tensors in that: while they live, no others can
-    # get their ids and addresses.
-    kept: tuple[tuple[Tensor, Tensor | None], Any, Any] | None = None
 
     @classmethod
     def from_float(cls, plain: nn.Conv2d | nn.Linear, spec: QuantSpec, signed: bool) -> Self:
@@ -404,16 +396,7 @@ class _QuantizedLayer(nn.Module):
         return self.levels.to(torch.promote_types(self.levels.dtype, torch.float32))
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"prepared": None, "kept": None}  # copies come without
-
-    def train(self, mode: bool = True) -> Self:
-        """Training or evaluation mode; either way the next forward pass looks at the weight anew."""
-        self.kept = None
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.kept = None  # it would stay behind, for example on another device
-        return super()._apply(fn, recurse)
+        return vars(self) | {"prepared": None}  # copies come without
 
     def weight_and_domain(self) -> tuple[Tensor, Tensor]:
         """The weight quantized but not corrected, and in full precision in the quantizer's own domain: two (O, ...).
@@ -456,44 +439,18 @@ class _QuantizedLayer(nn.Module):
         return usual and fits and not spec.output_correction and kernels.runs_triton(w)
 
     def _at_hand(self) -> tuple[Tensor, Tensor | None]:
-        """`weight_and_bias`, from the training step at hand or an earlier pass in evaluation mode if it is there."""
-        if torch.compiler.is_compiling():
-            return self.weight_and_bias()
-        if not self.training and not torch.is_grad_enabled():
-            return self._in_use()
-        self.kept, prepared = None, self.prepared
-        if prepared is None or not prepared[1].locked():
+        """`weight_and_bias`, from the training step at hand if it is there."""
+        prepared, evaluating = self.prepared, not (self.training or torch.is_grad_enabled())
+        if torch.compiler.is_compiling() or evaluating or prepared is None or not prepared[1].locked():
             return self.weight_and_bias()
         if torch.is_grad_enabled():
             # a weight of autocast's type does not fit where a network switches autocast off
             same = prepared[0][0].dtype == self.weight.dtype
             fits = same or torch.is_autocast_enabled(self.weight.device.type)
             return self._with_bias(*prepared[0]) if fits else self.weight_and_bias()
-        self.prepared = None  # the first pass of reentrant checkpointing, whose second one goes backward on its own
+        # no gradients in training: the first pass of reentrant checkpointing, whose second one has a graph of its own
+        self.prepared = None
         return self.weight_and_bias()
-
-    def _in_use(self) -> tuple[Tensor, Tensor | None]:
-        """`weight_and_bias` in evaluation mode without gradients, kept from pass to pass."""
-        scale, mean = getattr(self, "weight_scale", None), getattr(self, "mean_input", None)
-        sources = [t for t in (self.weight, self.bias, mean, scale and scale.values) if t is not None]
-        key = self._key(sources)
-        if key is not None and self.kept is not None and self.kept[1] == key:
-            return self.kept[0]
-        value = self.weight_and_bias()
-        known = key is not None and type(value[0]) in _PLAIN
-        self.kept = (value, key, [(t, t.detach()) for t in sources]) if known else None
-        return value
-
-    def _key(self, sources: list[Tensor]) -> tuple[Any, ...] | None:
-        """What `weight_and_bias` depends on; None if a change could go unseen, or while a CUDA graph is captured."""
-        seen = all(type(t) in _PLAIN and (not t.is_leaf or t.grad is None) for t in sources)
-        if not seen or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return None
-        try:
-            told = [(id(t), t._version, t.data_ptr()) for t in sources]
-        except RuntimeError:  # an inference tensor counts no writes, and one inside torch.func has no address
-            return None
-        return self.bits, self.spec, torch.is_autocast_enabled(self.weight.device.type), *told
 
     def _operands(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized and corrected weight, and bias; channel: which dimension of x has the channels."""

@@ -116,7 +116,7 @@ class MultiBitBatchNorm(nn.Module):
         affine = self.trained.index(nearest(self.trained, bits)) if self.switchable else 0
         row, rows = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED, self._rows(bits)
         if (affine, row, rows, self._writes()) == self.picked:  # as in every step under a shared norm
-            return  # a GPU need not be told
+            return  # nothing changes, so nothing is written
         self.affine_pick.zero_()
         self.affine_pick[affine] = 1
         self.stats_pick.zero_()
@@ -124,7 +124,7 @@ class MultiBitBatchNorm(nn.Module):
             self.stats_pick[source] = share
         self.stats_row.fill_(row)
         self.picked = (affine, row, rows, self._writes())
-        self.row = row if rows == {row: 1.0} else None  # unless they come from other rows than they go to
+        self.row = row if rows == {row: 1.0} else None  # None for a mixture, which is no row
 
     def _writes(self) -> list[tuple[int, int]]:
         """The tensors that tell what is in force, and how often each was written to, for example by an average."""
@@ -152,7 +152,8 @@ class MultiBitBatchNorm(nn.Module):
     def forget_adaptation(self) -> None:
         """Drop the rows that adaptation has added: they are of weights that training is about to change."""
         own = set() if self.norm == "shared" else set(self.trained)
-        if self.own != own and (self.bits in own or not self.switchable):  # else it trains at an adapted bit-width
+        needs_its_row = self.switchable and self.bits not in own  # it trains at an adapted bit-width
+        if self.own != own and not needs_its_row:
             self.own = own
             self.set_bits(self.bits)
 
@@ -161,7 +162,10 @@ class MultiBitBatchNorm(nn.Module):
         return (self.running_mean * self.stats_pick).sum(0), (self.running_var * self.stats_pick).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics in force."""
+        """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics of the bit-width, if it has its own.
+
+        Under "shared_affine" a bit-width that is not trained has none, so nothing that is read later is updated.
+        """
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.forget_adaptation()
         for_all = torch.compiler.is_compiling() or (self.bits_in_tensors and self.own)

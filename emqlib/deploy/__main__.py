@@ -41,7 +41,8 @@ def pixels(image: Image.Image, shape: Sequence[Any], about: dict[str, Any]) -> n
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     if isinstance(height, int) and isinstance(width, int):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        border = (1 - about["data"].get("crop", 1)) / 2  # what is cut off of each side, as of the test images
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR, bleed=border)
     values = np.asarray(image, np.float32).reshape(image.height, image.width, -1) / 255
     mean, std = (np.asarray(about["data"][name], np.float32) for name in ("mean", "std"))
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])

@@ -71,7 +71,7 @@ class FrozenLinear(nn.Linear):
 
 
 def _frozen(packed: PackedConv2d | PackedLinear) -> nn.Module:
-    """The twin of a packed layer: of a weight that codes are multiplied by, their scale is a part."""
+    """The twin of a packed layer. Where its inputs are codes, their scale becomes a part of the weight."""
     twin = FrozenConv2d if isinstance(packed, PackedConv2d) else FrozenLinear
     layer = twin(**geometry(packed), device="meta")
     fixed, weight = packed.input_quantizer, packed.dense

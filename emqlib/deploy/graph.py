@@ -51,8 +51,12 @@ def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen])
     editor, convolutions = _Editor(model.graph), []
     for node in list(model.graph):
         name = node.inputs[1].name if node.op_type in ("Conv", "MatMul") else None
-        if name in layers and editor.quantize(node, name, layers[name], seen[layers[name]]) and node.op_type == "Conv":
-            convolutions.append((node, seen[layers[name]]))
+        if name not in layers:
+            continue
+        layer = layers[name]
+        in_integers = editor.quantize(node, name, layer, seen[layer])
+        if in_integers and node.op_type == "Conv":
+            convolutions.append((node, seen[layer]))
     for node, found in convolutions:
         editor.quantize_output(node, found.low, found.high)
     editor.clip()
@@ -67,7 +71,7 @@ class _Editor:
         self.graph = graph
         self.constants: dict[str, Any] = {}
         self.inputs: dict[tuple[Any, Grid], Any] = {}  # what was quantized on each grid
-        self.operands: dict[str, tuple[Any, Any]] = {}  # weight and bias of each layer
+        self.operands: dict[str, tuple[Any, Any]] = {}  # weight and bias of each layer, which may be called twice
         self.codes: dict[Any, tuple[Grid, int, int]] = {}  # for each QuantizeLinear, the codes that it may give
 
     def constant(self, name: str, array: Any) -> Any:
@@ -100,7 +104,10 @@ class _Editor:
         return self.put(before, "DequantizeLinear", q, *operands)
 
     def quantize(self, node: Any, name: str, layer: Layer, seen: Seen) -> bool:
-        """Give a node the weight of `layer`, and input and bias; returns whether they are integers."""
+        """Give a node the weight and the bias of `layer`, and quantize its input.
+
+        Returns whether the node now computes in integers.
+        """
         fixed = layer.input_quantizer
         grid = Grid.of(fixed) if isinstance(fixed, FixedQuantizer) else None
         if name not in self.operands:
@@ -109,12 +116,13 @@ class _Editor:
             )
         weight, bias = self.operands[name]
         node.replace_input_with(1, weight)
-        if node.op_type == "Conv" and bias is not None:
+        if node.op_type == "Conv":
             node.resize_inputs(3)
             node.replace_input_with(2, bias)
-        elif node.op_type == "MatMul":  # its bias is added after it
-            ((sum_, place),) = node.outputs[0].uses()
-            sum_.replace_input_with(1 - place, bias)
+        else:  # the bias of a MatMul is added after it, or its negative is subtracted: see `_Product`
+            ((after, place),) = node.outputs[0].uses()
+            sign = -1 if after.op_type == "Sub" else 1
+            after.replace_input_with(1 - place, self.constant(f"{name}.bias.{after.op_type}", (sign * bias).float()))
         if grid:
             node.replace_input_with(0, self.on_grid(node, grid))
         return grid is not None
@@ -131,7 +139,7 @@ class _Editor:
         return self.inputs[x, grid]
 
     def integers(self, node: Any, name: str, layer: Layer, seen: Seen, grid: Grid) -> tuple[Any, Any]:
-        """Weight, int8, and of a convolution the bias, int32, through DequantizeLinear."""
+        """Weight, int8, and bias: of a convolution int32, through DequantizeLinear, and of a Linear its numbers."""
         grid, bits, axis = grid.with_zero(), layer.bits, int(isinstance(layer, PackedLinear))
         codes = (layer.integers() + 2 ** (bits - 1)).flatten(1)
         scale, offset = layer.affine[:2].double().unsqueeze(2)
@@ -151,7 +159,7 @@ class _Editor:
             w = self.constant(f"{name}.integers", q.T.contiguous() if axis else q)
         w = self.put(node, "DequantizeLinear", w, self.constant(f"{name}.step", step.float()), axis=axis)
         if axis:
-            return w, self.added(node, name, bias)
+            return w, bias
         step = step * grid.scale
         integers = self.constant(f"{name}.bias", (bias / step).round().to(torch.int32))
         step = self.constant(f"{name}.bias.step", step.float())
@@ -162,7 +170,7 @@ class _Editor:
         return self.constant(f"rows_{count}_{length}", np.arange(count, dtype=np.int32)[:, None] * length)
 
     def floating(self, node: Any, name: str, layer: Layer) -> tuple[Any, Any]:
-        """Weight, scale (integers + 1/2) + offset, and bias in floating point."""
+        """Weight, scale (integers + 1/2) + offset, and bias in floating point: of a Linear its numbers."""
         codes, half = (layer.integers() + 2 ** (layer.bits - 1)).flatten(1), 2 ** (layer.bits - 1) - 0.5
         scale, offset = layer.affine[:2].double().unsqueeze(2)
         w = self.put(node, "Cast", self.unpacked(node, codes, layer.bits, name), to=1)
@@ -170,13 +178,8 @@ class _Editor:
         w = self.put(node, "Add", w, self.constant(f"{name}.offset", (offset - half * scale).float()))
         bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.float()
         if isinstance(layer, PackedLinear):
-            return self.shaped(node, w, layer), self.added(node, name, bias)
+            return self.shaped(node, w, layer), bias
         return self.shaped(node, w, layer), self.constant(f"{name}.bias", bias)
-
-    def added(self, node: Any, name: str, bias: Tensor) -> Any:
-        """The constant that is added after a MatMul, or subtracted."""
-        ((reader, _),) = node.outputs[0].uses()
-        return self.constant(f"{name}.bias", (-bias if reader.op_type == "Sub" else bias).float())
 
     def unpacked(self, node: Any, codes: torch.Tensor, bits: int, name: str) -> Any:
         """Codes (O, K), of which the file holds several in a byte."""
@@ -197,7 +200,11 @@ class _Editor:
         return self.put(node, "Transpose", w, perm=[1, 0])
 
     def quantize_output(self, conv: Any, low: float, high: float) -> None:
-        """Round what a convolution gives: on the next layer's grid, if nothing else reads it, or over a range."""
+        """Round the output of a convolution.
+
+        If a QuantizeLinear alone reads it, that one rounds, and a ReLU or Clip between the two becomes bounds on its
+        codes. Otherwise the output is rounded to the uint8 that covers what was seen.
+        """
         y, bounds = conv.outputs[0], (-inf, inf)
         while (limits := self.limits(y)) is not None:
             bounds = max(bounds[0], limits[0]), min(bounds[1], limits[1])
@@ -218,7 +225,10 @@ class _Editor:
             node.replace_input_with(i, rounded)
 
     def limits(self, y: Any) -> tuple[float, float] | None:
-        """The bounds between which the only reader of y cuts off; None if it is anything else."""
+        """The bounds between which the only reader of y cuts off; None if it does anything else.
+
+        It is None too if zero lies outside of the bounds, since a grid always reaches to zero.
+        """
         uses = list(y.uses())
         node = uses[0].node if len(uses) == 1 and not y.is_graph_output() else None
         if node is None or node.op_type not in ("Relu", "Clip"):
@@ -229,7 +239,8 @@ class _Editor:
         if any(v is not None and v.const_value is None for v in ends):
             return None  # a bound that is computed
         low, high = (None if v is None else float(v.const_value.numpy()) for v in ends)
-        return -inf if low is None else low, inf if high is None else high
+        low, high = -inf if low is None else low, inf if high is None else high
+        return (low, high) if low <= 0 <= high else None
 
     def add_channels_last(self, convolutions: set[Any]) -> None:
         """Make onnxruntime add to the output of integer convolutions in channels-last, as it computes those.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .pack import FixedQuantizer
 
 STEPS = torch.linspace(1, 2, 128, dtype=torch.float64).tolist()  # a channel's candidates, in units of the finest one
-TOGETHER = 0.25  # how far the inputs of an output vary together, as a share of their variance
+CORRELATION = 0.25  # assumed between any two inputs of an output
 
 
 def largest_weight(most: int) -> int:
@@ -28,11 +28,12 @@ def largest_weight(most: int) -> int:
 
 
 def int8_weight(levels: Tensor, counts: Tensor, largest: int, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers, times a step for each channel, for the levels of a weight, which have an offset for each channel.
+    """Integers and a step for each channel, for the levels of a weight.
 
-    A finer grid takes the offset up. Of steps from max|w| / largest to twice that, and of those by which the distance
-    of two levels can be divided, each channel takes the one with the least sum of e^2 + (sum of e)^2 TOGETHER, where e
-    are the errors of its weights: the expected square of the output's error. No error is above max|w| / largest.
+    Levels have an offset, which integer kernels do not allow, so they are rounded to a finer grid without one. Each
+    channel tries steps from max|w| / largest to twice that, and those by which the distance of two levels can be
+    divided. It takes the one with the least sum of e^2 + CORRELATION (sum of e)^2, where e are the errors of its
+    weights: the expected squared error of its output. No error is above max|w| / largest.
 
     Args:
         levels: the values (O, L) that the weights of an output channel can have, at equal distances.
@@ -50,7 +51,7 @@ def int8_weight(levels: Tensor, counts: Tensor, largest: int, least: Tensor) -> 
     for candidate in [finest * ratio for ratio in STEPS] + divided:
         grid = torch.where((candidate >= finest) & (candidate <= 2 * finest), candidate, finest)
         error = (used / grid.unsqueeze(1)).round() * grid.unsqueeze(1) - used
-        total = (counts * error.square()).sum(1) + TOGETHER * (counts * error).sum(1).square()
+        total = (counts * error.square()).sum(1) + CORRELATION * (counts * error).sum(1).square()
         step, best = torch.where(total < best, grid, step), torch.minimum(total, best)
     return (used / step.unsqueeze(1)).round().long(), step
 

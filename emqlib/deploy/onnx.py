@@ -116,7 +116,10 @@ def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
 
 
 class _Product(nn.Module):
-    """A packed Linear whose weight is (I, O), as MatMul takes it, always with a bias, whose numbers are others."""
+    """A packed Linear in the form that MatMul takes: weight (I, O), and always a bias.
+
+    Its numbers only serve to find the constants of the graph that have to be replaced.
+    """
 
     def __init__(self, packed: PackedLinear) -> None:
         super().__init__()

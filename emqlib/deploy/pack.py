@@ -113,7 +113,7 @@ class _PackedLayer(nn.Module):
 
     codes: Tensor
     affine: Tensor
-    untraced = ""  # the layer's name, in a network of which torch.fx cannot tell what it reads
+    untraced = ""  # the layer's name, if torch.fx could not tell who else reads its weight
 
     @property
     def weight(self) -> Tensor:
@@ -128,7 +128,7 @@ class _PackedLayer(nn.Module):
         bias, (codes, scale, offset) = layer.weight_and_bias()[1], _integers(layer)
         if norm is not None:
             scale, offset, bias = scale * norm.gain, offset * norm.gain, norm.after(bias)
-        # runtimes want positive steps: -(c + 1/2) is (-1 - c) + 1/2
+        # runtimes want positive scales: a negative one changes its sign, and c becomes -1 - c, whose middle is opposite
         codes = torch.where(_per_channel(scale < 0, codes), -1 - codes, codes)
         rows = [scale.abs(), offset] if bias is None else [scale.abs(), offset, bias]
         del self.weight, self.bias
@@ -260,7 +260,7 @@ def pack_as_set(network: nn.Module) -> nn.Module:
 def _integers(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor, Tensor]:
     """Integers c in [-2**(b-1), 2**(b-1)) (O, ...), and scale and offset (O,) in float64, of the weight of a layer.
 
-    Two points would do for an affine map; least squares take all, whichever of them a channel has.
+    The corrected weight is affine in c. Its slope is fitted by least squares, because a channel may use few levels.
     """
     twin, spec, n = copy.deepcopy(layer).double(), layer.spec, layer.known_levels
     scale = layer.weight_scale() if spec.weight == "lsq" else None

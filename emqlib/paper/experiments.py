@@ -211,10 +211,13 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """Coresets by score: Random, RS2, TDDS and EL2N at every pruning rate, the other scores at the middle one.
 
     Every score costs the same. Random and RS2 have none; RS2 also gets one epoch more, which costs as much as scoring.
+    A pruning rate of 0 asks for one run on all data.
     """
-    rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
+    asked, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
+    rates = [rate for rate in asked if rate > 0]
     for seed in p.seeds:
         shared = coreset_base(p, seed, dataset)
+        runs += [ours(shared)] * (0 in asked)
         longer = replace(shared, config=replace(shared.config, epochs=shared.config.epochs + 1))
         for rate in rates:
             scores = SCORES[1:] if rate == rates[len(rates) // 2] else [s for s in SCORES if s in ("tdds", "el2n")]

@@ -123,7 +123,8 @@ def _watch(
                     hooks.enter_context(module.register_forward_pre_hook(seen[b][name]))
                 for images, _ in batches(data, "train", device, batch_size, samples):
                     model(images)
-            if next(iter(seen[b].values())).n == 0:
+            seen[b] = {name: watcher for name, watcher in seen[b].items() if watcher.n}  # not used in training alone
+            if not seen[b]:
                 raise invalid("data", "no images", "at least one batch of images")
     return seen
 
@@ -181,12 +182,12 @@ def moved_channel(model: nn.Module, data: Dataset | Batches, bits: Iterable[int]
                     kept = outputs.setdefault((name, b), [])
                     hooks.enter_context(layer.register_forward_hook(lambda *io, kept=kept: kept.append(io[2].double())))
                 model(images)
-        moments = {key: torch.std_mean(kept[-1], (0, 2, 3)) for key, kept in outputs.items()}
+        moments = {key: torch.std_mean(kept[-1], (0, 2, 3)) for key, kept in outputs.items() if kept}
         shifts = {}
-        for name in layers:
+        for name in dict.fromkeys(name for name, _ in moments):
             (_, low), (std, high) = moments[name, min(wanted)], moments[name, max(wanted)]
             shifts[name] = ((low - high) / std).nan_to_num(0, 0, 0)
-        name = max(layers, key=lambda n: float(shifts[n].square().mean()))
+        name = max(shifts, key=lambda n: float(shifts[n].square().mean()))
         channel = int(shifts[name].abs().argmax())
         std, mean = (found[channel] for found in moments[name, max(wanted)])
         chosen = {32: layers[name].weight_and_domain()[1]} | {b: weights[name, b] for b in wanted}

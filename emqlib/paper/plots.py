@@ -215,7 +215,8 @@ def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     setting = _setting(rows, "lr", "batch_size")
     means = seed_means(rows, ["method", "batch_size", "lr"])
     best = means.groupby(["method", "batch_size", "lr"]).top1.mean().groupby("method").max().sort_values()
-    seen = f"Each at its best, {best.index[-1]} is {best.iloc[-1] - best.iloc[:-1].max():.1f} points ahead"
+    ahead = f"Each at its best, {best.index[-1]} is {best.iloc[-1] - best.iloc[:-1].max():.1f} points ahead"
+    seen = ahead if len(best) > 1 else "Accuracy by learning rate"
     ax = axes(ax, f"{seen} on held-out images{setting}", WIDE)
     tidy = means.assign(line=means.method + means.batch_size.map(", batches of {}".format))
     sns.lineplot(tidy, x="lr", y="top1", hue="line", style="line", **_MARKED, **_SPREAD, ax=ax)

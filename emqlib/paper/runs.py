@@ -91,8 +91,9 @@ class Run:
         name = options.pop("score", "random")
         if name == "random" and options.get("resample_every") == 0:
             del options["resample_every"]
-        elif name == "random":
-            name = "RS2"  # random coresets that are drawn anew, each epoch by default
+        elif name == "random":  # drawn anew, each epoch by default
+            every = options.pop("resample_every", 1)
+            name = "RS2" if every == 1 else f"RS2 every {every} epochs"
         if options.pop("unscored", False):
             name += f", {options.pop('how')} of all"
         named = [f"{k}={v}" for k, v in options.items() if k not in ("pruning_rate", "candidates", "scoring_epochs")]
@@ -158,7 +159,7 @@ def _listed(runs: Any) -> list[Run]:
 def _finish(runs: list[Run], records: Records, results_dir: Path, progress: bool, deadline: Deadline) -> None:
     """Replace each None in `records` by the record of its run."""
     loaded: dict[tuple, Dataset] = {}
-    worked = False  # whether this call has made progress, so that it may stop where time is up
+    worked = False  # a call always makes some progress before it stops, or a small budget would never end
     patience = 0  # seconds to wait for another process: in the first round other runs come before that
     while None in records:
         for i, run in enumerate(runs):
@@ -181,7 +182,7 @@ def _finish(runs: list[Run], records: Records, results_dir: Path, progress: bool
                     worked = True
             if not ours and progress and place.main and patience == 0:
                 tqdm.write(f"{label}: another process is at work on it; the others first", file=sys.stderr)
-        patience, worked = 10, True  # waiting counts as progress, or a budget would never end it
+        patience, worked = 10, True  # having waited for another process counts as progress
 
 
 def _refuse_other_data(runs: list[Run], records: Records, seen: dict[tuple, tuple[str, str]]) -> None:

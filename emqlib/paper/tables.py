@@ -193,10 +193,13 @@ def correction_table(rows: pd.DataFrame) -> pd.DataFrame:
 def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """`columns` of each setting and seed, summed over its runs, of which Dedicated has one a bit-width.
 
-    "calibration" is the number of images that adapt the bit-widths that cannot be served without it.
+    "calibration" is the number of images that adapt the bit-widths that cannot be served without it. ValueError: two
+    runs of a setting and seed train the same bit-widths, so that they differ in what no column of SETTING tells.
     """
-    needed = [*SETTING, "run", "seed", *(name for name in columns if name != "calibration")]
+    needed = [*SETTING, "run", "seed", "trained_bits", *(name for name in columns if name != "calibration")]
     runs = checks.table("rows", rows, needed).drop_duplicates("run")
+    if runs.duplicated([*SETTING, "seed", "trained_bits"]).any():
+        raise checks.invalid("rows", "several runs of one setting and seed", f"one run for each {', '.join(SETTING)}")
     if "calibration" in columns:
         needing = served(checks.table("rows", rows, ["calibration_passes"]))
         passes = needing[needing.adapted].groupby("run").calibration_passes.sum()
@@ -297,24 +300,6 @@ def coreset_table(draws: pd.DataFrame) -> pd.DataFrame:
     by = ["pruning_rate", "coreset", "candidates"]
     means = checks.table("draws", draws, [*by, *values]).groupby(by, sort=False)[values].mean()
     return _told(means.round(3).reset_index())
-
-
-def equal_time_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a run of Any-Precision: its mean top-1 (%), and that of ours at each pruning rate in no more time.
-
-    Of ours, the longest run that takes no more seconds is shown.
-    """
-    points = with_cost(rows, "seconds").groupby(SETTING, sort=False)[["top1", "seconds"]].mean().reset_index()
-    ours, table = points[points.method.str.startswith("Ours")], []
-    for baseline in points[points.method == "Any-Precision"].to_dict("records"):
-        row = {"epochs": baseline["epochs"], "seconds": round(baseline["seconds"])}
-        row["Any-Precision"] = round(baseline["top1"], 1)
-        for (method, rate), runs in ours.groupby(["method", "pruning_rate"], sort=False):
-            longest = runs[runs.seconds <= baseline["seconds"]].sort_values("epochs").tail(1)
-            texts = [f"{run.top1:.1f} ({run.epochs} epochs)" for run in longest.itertuples()]
-            row[f"{method}, {rate:.0%} pruned"] = "".join(texts)
-        table.append(row)
-    return pd.DataFrame(table)
 
 
 def named(rows: pd.DataFrame, *more: str) -> pd.DataFrame:

@@ -44,8 +44,8 @@ class CoresetConfig:
     candidates: Annotated[float, Range(0, 1)] = 1.0  # fraction of the training set that a bit-width scores
     window: Annotated[int, Range(3, 10_000)] = 3  # epochs in one window of TDDS
     decay: Annotated[float, Range(0, 1, low_open=True)] = 0.9  # of TDDS: the weight of the latest window
-    how: Literal["top", "sample"] = "top"  # the highest scores, or a draw with weights (rank / N) ** power
-    power: Annotated[float, Range(0)] = 1.0  # exponent of those weights
+    how: Literal["top", "sample"] = "top"  # the highest scores, or a draw by rank
+    power: Annotated[float, Range(0)] = 1.0  # the weights of that draw are 0.1 + 0.9 (rank / N) ** power
     unscored: bool = False  # "sample" also draws samples that are no candidates, at the candidates' mean weight
     across_bits: Literal["independent", "identical", "disjoint"] = "independent"  # own scores, mean rank, no overlap
     unbiased: bool = False  # "sample" weights losses by 1 / inclusion probability, scaled to a mean of one

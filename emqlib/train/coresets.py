@@ -24,16 +24,27 @@ WAITING = 1 << 16  # batches times numbers a sample, of which processes put scor
 class Recorder(nn.Module):
     """The scores of N samples at one bit-width, from training's own forward passes. Its buffers are all its memory.
 
-    A sample is observed at most once an epoch. What is not observed keeps its score, and never observed has zero.
+    The first observation of a sample in an epoch counts: one that comes again is of an epoch that was broken off and
+    begun anew. What is not observed keeps its score, and what never was has the lowest.
     """
 
-    def __init__(self, **tables: Tensor) -> None:
+    def __init__(self, n: int, **tables: Tensor) -> None:
         super().__init__()
         for name, table in tables.items():
             self.register_buffer(name, table)
+        self.register_buffer("last", torch.full((n,), -2, dtype=torch.int16))  # the epoch in which each was observed
 
     def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         """Take in a batch: sample indices (B,), softmax p (B, C), labels (B,), the last layer's input (B, D)."""
+        again = self.last[indices] == epoch
+        before = {name: table[indices] for name, table in self.named_buffers()}
+        self._observe(epoch, indices, p, labels, features)
+        for name, old in before.items():  # no sample is left out by its index, for which a GPU would have to wait
+            table = self.get_buffer(name)
+            table[indices] = torch.where(again.view(-1, *[1] * (table.dim() - 1)), old, table[indices])
+        self.last[indices] = epoch
+
+    def _observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         raise NotImplementedError
 
     def scores(self) -> Tensor:
@@ -51,15 +62,15 @@ class _TDDS(Recorder):
 
     def __init__(self, n: int, num_classes: int, window: int, decay: float) -> None:
         super().__init__(
+            n,
             previous=torch.zeros(n, num_classes, dtype=torch.float16),
             ring=torch.zeros(n, window - 1),
             score=torch.zeros(n),
-            last=torch.full((n,), -2, dtype=torch.int16),
             deltas=torch.zeros(n, dtype=torch.int16),  # since the last gap
         )
         self.window, self.decay = window, decay
 
-    def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
+    def _observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         i, p = indices, p.to(self.score)
         before = self.previous[i].to(self.score)
         delta = (p * ((p + EPS).log() - (before + EPS).log())).abs().sum(1)
@@ -68,7 +79,7 @@ class _TDDS(Recorder):
         ring = self.ring[i].scatter_(1, slot[:, None], delta[:, None])
         score = (1 - self.decay) * self.score[i] + self.decay * coreset.spread(ring, dim=1)
         self.score[i] = torch.where(deltas >= self.window - 1, score, self.score[i])
-        self.ring[i], self.deltas[i], self.last[i] = ring, deltas, epoch
+        self.ring[i], self.deltas[i] = ring, deltas
         self.previous[i] = p.to(self.previous)
 
     def scores(self) -> Tensor:
@@ -78,28 +89,28 @@ class _TDDS(Recorder):
 
 
 class _Mean(Recorder):
-    """The mean over the observed epochs of a score of single batches, see `coreset.SNAPSHOTS`. Memory: 8 N bytes."""
+    """The mean over the observed epochs of a score of single batches, see `coreset.SNAPSHOTS`. Memory: 10 N bytes."""
 
     def __init__(self, n: int, score: Callable[..., Tensor]) -> None:
-        super().__init__(total=torch.zeros(n), count=torch.zeros(n, dtype=torch.int32))
+        super().__init__(n, total=torch.zeros(n), count=torch.zeros(n, dtype=torch.int32))
         self.score = score
 
-    def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
+    def _observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         self.total[indices] += self.score(p, labels, features).to(self.total)
         self.count[indices] += 1
 
     def scores(self) -> Tensor:
-        return self.total / self.count.clamp_min(1)
+        return torch.where(self.count > 0, self.total / self.count.clamp_min(1), -torch.inf)
 
 
 class _Forgetting(Recorder):
-    """`coreset.forgetting` as a stream. Memory: 10 N bytes."""
+    """`coreset.forgetting` as a stream. Memory: 12 N bytes."""
 
     def __init__(self, n: int) -> None:
         types = {"right": torch.bool, "learned": torch.bool, "forgotten": torch.int32, "observed": torch.int32}
-        super().__init__(**{name: torch.zeros(n, dtype=dtype) for name, dtype in types.items()})
+        super().__init__(n, **{name: torch.zeros(n, dtype=dtype) for name, dtype in types.items()})
 
-    def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
+    def _observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         right = p.argmax(1) == labels
         self.forgotten[indices] += (self.right[indices] & ~right).int()
         self.right[indices] = right
@@ -112,18 +123,18 @@ class _Forgetting(Recorder):
 
 
 class _Moderate(Recorder):
-    """`coreset.moderate` of the latest features, as centrality. Memory: N (2 D + 8) bytes."""
+    """`coreset.moderate` of the latest features, as centrality. Memory: N (4 D + 10) bytes."""
 
     def __init__(self, n: int, width: int) -> None:
-        super().__init__(features=torch.zeros(n, width, dtype=torch.float16), labels=torch.full((n,), -1))
+        super().__init__(n, features=torch.zeros(n, width), labels=torch.full((n,), -1))
 
-    def observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
+    def _observe(self, epoch: int, indices: Tensor, p: Tensor, labels: Tensor, features: Tensor | None) -> None:
         self.features[indices] = features.to(self.features)
         self.labels[indices] = labels
 
     def scores(self) -> Tensor:
         seen = self.labels >= 0
-        scores = torch.zeros(len(seen), device=seen.device)
+        scores = torch.full((len(seen),), -torch.inf, device=seen.device)
         scores[seen] = coreset.centrality(coreset.moderate(self.features[seen], self.labels[seen]))
         return scores
 
@@ -144,7 +155,7 @@ def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device
     return _Mean(n, config.score.function if own else coreset.SNAPSHOTS[config.score]).to(device)
 
 
-_TINY = 0.1  # of the weight of the highest rank, that of the lowest: no sample is out of reach of a draw
+_LEAST = 0.1  # weights in a draw go from this, of the lowest rank, to 1, of the highest
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -184,7 +195,7 @@ class Coresets:
     Attributes:
         rows: one row for each draw and bit-width, see `train`.
         epoch: the latest one that was asked for, or -1.
-        next_epoch: the one that `sampler` and `loader` go on with.
+        next_epoch: the one that a `loader` goes on with.
     """
 
     def __init__(
@@ -212,7 +223,7 @@ class Coresets:
         self.drawn: dict[int, Tensor] = {}  # (K,) by bit-width
         self.rows: list[dict[str, Any]] = []
         self._shape = (0, 0)  # classes and features of what is recorded
-        self._features: Tensor | None = None
+        self._features: tuple[Tensor, int] | None = None  # and the outputs of the layer that takes them in
         # what is not recorded yet (epoch, bits and a batch), and how many samples this process has yet to observe
         self._waiting: list[tuple[Any, ...]] = []
         self._due = 0
@@ -298,10 +309,6 @@ class Coresets:
         self.loss_weights[bits] = self.loss_weights[bits].to(indices.device)
         return self.loss_weights[bits][indices]
 
-    def sampler(self, batch_size: int) -> "BatchSampler":
-        """A batch sampler for a DataLoader: each batch is a list of (sample index, bit-width), see `BatchSampler`."""
-        return BatchSampler(self, batch_size)
-
     def loader(self, dataset: Any, batch_size: int, **options: Any) -> DataLoader:
         """A DataLoader that gives (bits, sample indices (B,), batch); each whole pass over it is the next epoch.
 
@@ -313,7 +320,7 @@ class Coresets:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) != self.n:
             raise checks.invalid("dataset", dataset, f"a map-style data set of {self.n} samples")
         keyed = _Keyed(dataset, options.pop("collate_fn", None) or default_collate)
-        return DataLoader(keyed, batch_sampler=self.sampler(batch_size), collate_fn=tuple, **options)  # as it is
+        return DataLoader(keyed, batch_sampler=BatchSampler(self, batch_size), collate_fn=tuple, **options)  # as it is
 
     def _candidates(self, b: int) -> Tensor:
         """The samples that `b` scores; those of different bit-widths overlap as little as they can."""
@@ -382,7 +389,7 @@ class Coresets:
             return torch.ones(self.n)
         scored = self.ranks[b] >= 0
         u = (self.ranks[b].clamp_min(0) + 1) / (self.ranks[b].max() + 1)
-        weights = _TINY + (1 - _TINY) * u**self.config.power
+        weights = _LEAST + (1 - _LEAST) * u**self.config.power
         return torch.where(scored, weights, weights[scored].mean())
 
     def _loss_weights(self, b: int, subset: Tensor) -> tuple[Tensor, float]:
@@ -420,24 +427,30 @@ class Coresets:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within the block `observe` finds features itself, while they are scored: the last linear layer's input."""
+        """Within the block `observe` finds features itself, while they are scored: the last linear layer's input.
+
+        The last one is the one that is called last.
+        """
         needed = self.config.score in coreset.OF_FEATURES
         ahead = self.epoch < self.config.warmup and (needed or isinstance(self.config.score, checks.Own))
-        last = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-        if last is None and needed and ahead:
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)] if ahead else []
+        if needed and ahead and not linear:
             raise checks.invalid("score", self.config.score, "another, where a network has no linear layer")
-        hook = last.register_forward_pre_hook(self._keep_features) if last is not None and ahead else None
+        hooks = [m.register_forward_pre_hook(self._keep_features) for m in linear]
         try:
             yield
             if self._waiting:  # of several processes, in one whose damaged samples were never observed
                 self._record()
         finally:
             self._features = None
-            if hook is not None:
+            for hook in hooks:
                 hook.remove()
 
-    def _keep_features(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features = inputs[0].detach() if self.scoring else None
+    def _keep_features(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        quantizer = getattr(layer, "input_quantizer", None)
+        clips = quantizer is not None and not quantizer.signed  # in place of a ReLU that `convert` has taken out
+        features = inputs[0].detach()
+        self._features = (features.relu() if clips else features, layer.out_features) if self.scoring else None
 
     def observe(
         self, bits: int, indices: Tensor, logits: Tensor, labels: Tensor, features: Tensor | None = None
@@ -450,7 +463,11 @@ class Coresets:
         """
         if not self.scoring:
             return
-        features = self._features if features is None else features
+        if features is None and self._features is not None:
+            features, outputs = self._features
+            if self.config.score in coreset.OF_FEATURES and outputs != logits.shape[-1]:
+                expected = "another, where the last linear layer that is called does not give the logits"
+                raise checks.invalid("score", self.config.score, expected)
         self._check(bits, indices, logits, labels, features)
         features = None if features is None else features.detach().float()
         p = logits.detach().float().softmax(1)

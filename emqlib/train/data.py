@@ -20,6 +20,7 @@ from .. import checks, files
 from .distributed import Place
 
 INPUTS, LABELS = ("pixel_values", "image"), ("label", "labels")  # what an item that is a dict may call them
+CROP = 224 / 256  # of a streamed test image, the part of the shorter side that stays
 ITEM = """an item (input, label) or {"image": input, "label": label}, whose input is a tensor of bytes or floats; of a
 picture, a transform such as torchvision's v2.ToImage() makes one"""
 
@@ -291,16 +292,17 @@ class Dataset:
     def about(self) -> dict[str, Any]:
         """What a trained network has to say of its data: name, checksum, number of classes, mean and std of pixels.
 
-        A dataset with transforms of its own may normalize in them. Of that, and of floats beyond [0, 1], which are no
-        pixels, nothing is said of mean and std.
+        For streamed images it adds `crop`, the part of the shorter side that test images keep. A dataset with
+        transforms of its own may normalize in them. Of that, and of floats beyond [0, 1], which are no pixels, nothing
+        is said of mean and std.
         """
         about = {"name": self.name, "sha256": self.sha256, "num_classes": self.num_classes}
+        normalized = about | {"mean": list(self.mean), "std": list(self.std)}
         if isinstance(self.train, Streamed):
-            own = not hasattr(self.train.items, "listing")
-        else:
-            x = self.train.images
-            own = x.is_floating_point() and not bool(((x >= 0) & (x <= 1)).all())
-        return about if own else about | {"mean": list(self.mean), "std": list(self.std)}
+            return normalized | {"crop": CROP} if hasattr(self.train.items, "listing") else about
+        x = self.train.images
+        own = x.is_floating_point() and not bool(((x >= 0) & (x <= 1)).all())
+        return about if own else normalized
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its tensors on `device`."""

@@ -25,8 +25,9 @@ from ..norms import MultiBitBatchNorm
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
 _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (memory|primitive)")
 
-# From how many steps a layer on compiling pays. Of ResNet-20 on two cores it takes about two seconds a layer and saves
-# a step 0.4 to 1.2 ms a layer (benchmarks/steps.py): even after 100 to 260. Counted, not timed: runs are repeatable.
+# Compile if a run has at least this many steps for each layer. On two cores, compiling ResNet-20 takes about 40 s and
+# saves 8 to 23 ms a step (benchmarks/steps.py), so it pays after 100 to 260 steps for each layer. A fixed number, not
+# a time, keeps runs repeatable.
 COMPILE_STEPS = 500
 
 

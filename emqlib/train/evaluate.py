@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import bit_widths, choice, flag, integer, invalid
-from ..convert import at_bits, networks, quantized_layers, trained_bits
+from ..convert import at_bits, networks, trained_bits
 from ..layers import InputQuantizer
 from ..norms import MultiBitBatchNorm
 from .data import Dataset, Streamed, as_dataset, augment, loader, normalize
@@ -192,8 +192,6 @@ def _evaluating(model: nn.Module, always: bool, statistics: bool = True) -> Iter
     finally:
         for module, mode in training.items():
             module.training = mode
-        for layer in quantized_layers(model).values():
-            layer.kept = None
         for m, state in zip(kept, before, strict=True) if restore else ():
             m.load_state_dict(state)
 

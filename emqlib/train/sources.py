@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from tqdm import tqdm  # not tqdm.contrib, which warns in a notebook without ipywidgets
 
 from .. import checks, files
-from .data import Damaged, Dataset, Split, Streamed, sha256, statistics
+from .data import CROP, Damaged, Dataset, Split, Streamed, sha256, statistics
 
 Labelled = list[tuple[Path, str]]  # an image file and its class
 Triple = tuple[float, float, float]
@@ -162,7 +162,7 @@ def transforms(size: int, flip: bool) -> tuple[Transform, Transform]:
 
     mirrored = [v2.RandomHorizontalFlip()] if flip else []
     train = v2.Compose([v2.RandomResizedCrop(size, antialias=True), *mirrored])
-    return train, v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
+    return train, v2.Compose([v2.Resize(round(size / CROP), antialias=True), v2.CenterCrop(size)])
 
 
 def load_images(folder: Path, paths: Sequence[Path], image_size: int | None) -> Tensor:
@@ -241,6 +241,8 @@ def pixels(image: Image.Image, image_size: int | None) -> np.ndarray:
 
     image_size: resize the shorter side to so many pixels and cut out the centre; None: leave it as it is.
     """
+    if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):  # whose range is not known
+        raise ValueError("32 bits a pixel; save it with 8 or 16")
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode == "P":  # on the way to RGB a transparent colour would make it warn

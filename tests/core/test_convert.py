@@ -421,11 +421,19 @@ def test_set_bits_by_pattern() -> None:
     model = emq.convert(build("resnet8"), spec())
     emq.set_bits(model, 3)
     assert set(bits_of(model).values()) == {3}
-    emq.set_bits(model, {"layer3.*": 2, "*.conv2": 5, "*": 4})  # the first match counts: layer3.0.conv2 has 2
+    emq.set_bits(model, {"layer3.*": 2, "*2": 5, "*": 4})  # the first match counts: layer3.0.conv2 has 2
     for name, bits in bits_of(model).items():
-        assert bits == (2 if name.startswith("layer3.") else 5 if name.endswith("conv2") else 4), name
+        assert bits == (2 if name.startswith("layer3.") else 5 if name.endswith("2") else 4), name
     for layer in quantized(model).values():
         assert layer.levels == 2**layer.bits - 1
+
+
+def test_a_norm_follows_the_layer_before_it() -> None:
+    """Where each bit-width has statistics of its own, those of a layer's bit-width fit its output."""
+    model = emq.convert(build("resnet8"), spec(norm="shared_affine"))
+    emq.set_bits(model, {"layer2.0.conv1": 2, "layer3.0.bn1": 3, "*": 8})
+    other = {"layer2.0.conv1": 2, "layer2.0.bn1": 2, "layer3.0.bn1": 3}
+    assert bits_of(model) == dict.fromkeys(bits_of(model), 8) | other
 
 
 WRONG_BITS: list[tuple[object, str]] = [

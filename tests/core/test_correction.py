@@ -1,5 +1,7 @@
 """Weight bias correction against literal loops, and what it must do where a channel has no variance to match."""
 
+from collections.abc import Callable
+
 import pytest
 import reference
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from emqlib import kernels
 from emqlib.correction import CORRECTIONS, correct_weight
 from emqlib.quantizers import WEIGHT_METHODS, quantize_weight
 
@@ -38,6 +41,16 @@ def test_against_reference(method: str, bits: int, shape: tuple[int, ...], rng: 
             torch.testing.assert_close(correct_weight(w_q, w, mode, gradient), expected, rtol=1e-11, atol=1e-12)
         single = correct_weight(w_q.float(), w.float(), mode)
         torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("correct", [correct_weight, kernels.correct_weight])
+def test_small_weights_in_float16(correct: Callable[..., Tensor], rng: torch.Generator) -> None:
+    """Their squares are below float16's smallest number, and their deviations are not."""
+    w = 1e-3 * torch.randn(8, 576, generator=rng)
+    w_q = 2e-3 * w.sign()
+    found, expected = correct(w_q.half(), w.half()), correct_weight(w_q, w)
+    assert found.dtype == torch.float16
+    assert (found.float() - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("mode", CORRECTIONS)

@@ -102,96 +102,17 @@ def test_training_leaves_a_network_in_evaluation_mode_that_answers_the_same_agai
 # Weights in use
 
 
-@pytest.fixture
-def quantized(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The layers whose weight was quantized, each time one was."""
-    seen: list[nn.Module] = []
-    for kind in (QuantConv2d, QuantLinear):
-        quantize = kind.weight_and_domain
-        monkeypatch.setattr(kind, "weight_and_domain", lambda m, quantize=quantize: (seen.append(m), quantize(m))[1])
-    return seen
-
-
-def test_a_network_in_use_quantizes_its_weights_once(quantized: list[nn.Module], x: Tensor) -> None:
-    model = build(output_correction=True, weight="lsq").eval()
-    names = list(model.state_dict())
-    with torch.no_grad():
-        answers = [model(x) for _ in range(3)]
-    assert len(quantized) == 2 and torch.equal(answers[0], answers[2]) and list(model.state_dict()) == names
-    assert all(m.kept is None for m in copy.deepcopy(model).modules() if isinstance(m, QuantConv2d))
-    with torch.inference_mode():
-        model(x)
-    assert len(quantized) == 2
-    model.eval()
-    with torch.no_grad():
-        model(x)
-    assert len(quantized) == 4
-
-
-def test_nothing_is_kept_in_training_or_with_gradients(quantized: list[nn.Module], x: Tensor) -> None:
-    model = build().eval()
-    model(x).sum().backward()
-    model(x)
-    assert len(quantized) == 4
-    with torch.no_grad():  # a `.grad` waits for an optimizer, whose writes may not be counted
-        model(x), model(x)
-    assert len(quantized) == 8
-    model.train()
-    with torch.no_grad():
-        model(x), model(x)
-    assert len(quantized) == 12 and all(m.kept is None for m in set(quantized))
-
-
 def write(model: nn.Module) -> None:
     model.body[0].weight.mul_(-1)
 
 
-def assigned(model: nn.Module) -> dict[str, Tensor]:
-    return {name: -v if name == "body.0.weight" else v.clone() for name, v in model.state_dict().items()}
-
-
-CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "a weight": write,
-    "a bias": lambda m: m.body[0].bias.add_(1),
-    "a scale": lambda m: m.body[0].weight_scale.values.mul_(2),
-    "a mean": lambda m: m.body[0].mean_input[0].add_(3),
-    "other data": lambda m: setattr(m.body[0].weight, "data", -m.body[0].weight.data),
-    "another parameter": lambda m: setattr(m.body[0], "weight", nn.Parameter(-m.body[0].weight)),
-    "a state": lambda m: m.load_state_dict(build(output_correction=True, weight="lsq").state_dict()),
-    "an assigned state": lambda m: m.load_state_dict(assigned(m), assign=True),
-    "bit-widths": lambda m: emq.set_bits(m, {"body.0": 1, "*": 8}),
-    "float64": lambda m: m.to(torch.float64),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_whatever_changes_a_weight_in_use_is_seen(change: Callable[[nn.Module], Any], x: Tensor) -> None:
+def test_what_is_written_through_data_is_seen(x: Tensor) -> None:
+    """As loops write that average weights: PyTorch counts no such writes."""
     model = build(output_correction=True, weight="lsq").eval()
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1)
         before = model(x)
-        change(model)
-        x = x.to(model.first.weight.dtype)
-        assert torch.equal(model(x), anew(model, x)) and not torch.equal(model(x).float(), before)
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}])
-def test_an_optimizer_s_step_is_seen_in_use(kind: type, how: dict[str, bool], x: Tensor) -> None:
-    """Of a network that is trained in evaluation mode, so that no mode changes."""
-    model = build(weight="lsq").eval()
-    optimizer = kind(model.parameters(), lr=0.1, **how)
-    for _ in range(2):
-        optimizer.zero_grad()
-        with torch.no_grad():
-            before = model(x)
-        model(x).square().sum().backward()
-        with torch.no_grad():
-            model(x)
-        optimizer.step()
-        with torch.no_grad():
-            assert torch.equal(model(x), anew(model, x)) and not torch.equal(model(x), before)
+        model.body[0].weight.data.mul_(-1)
+        assert torch.equal(model(x), anew(model, x)) and not torch.equal(model(x), before)
 
 
 def test_weights_given_for_one_call_are_used_for_it_alone(x: Tensor) -> None:
@@ -201,21 +122,6 @@ def test_weights_given_for_one_call_are_used_for_it_alone(x: Tensor) -> None:
         write(other)
         given = torch.func.functional_call(model, dict(other.named_parameters()), (x,))
         assert torch.equal(given, other(x)) and not torch.equal(given, own) and torch.equal(model(x), own)
-
-
-def test_what_is_kept_fits_mixed_precision_and_tensors_that_count_no_writes(x: Tensor) -> None:
-    model = build(output_correction=True).bfloat16().eval()
-    with torch.no_grad():
-        for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16):
-                inside = model(x)
-            assert torch.equal(model(x.bfloat16()), anew(model, x.bfloat16())) and inside.dtype == torch.bfloat16
-    with torch.inference_mode():
-        uncounted = build().eval()
-        before = uncounted(x)
-        write(uncounted)
-        after = uncounted(x)
-        assert not torch.equal(after, before) and torch.equal(uncounted(x), after)
 
 
 # Loops of one's own

@@ -254,6 +254,18 @@ def test_learned_scales_start_from_the_first_batch(rng: torch.Generator) -> None
     assert layer.weight_scale.values.tolist() == pytest.approx(starts, rel=1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_learned_scales_that_were_trained_at_32_bits_alone(bits: int, rng: torch.Generator) -> None:
+    """They have no scale to learn there, and others start as those of 8 bits do."""
+    plain, x, found = nn.Linear(64, 64), torch.randn(32, 64, generator=rng), []
+    for trained in ((8,), (32,)):
+        settings = QuantSpec(bits=trained, weight="lsq", activation="lsq")
+        layer = QuantLinear.from_float(plain, settings, signed=True)
+        layer.set_bits(bits)
+        found.append(layer(x))
+    assert torch.equal(*found) and len(layer.weight_and_domain()[0].unique()) > 2
+
+
 def test_a_scale_stays_positive() -> None:
     scale = LearnedScale(TRAINED, reach(signed=False))
     for value in (-0.1, 0.0):

@@ -306,6 +306,45 @@ def test_bounds_at_one_end_and_additions_of_two_dimensions(clip: dict[str, float
     assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
 
 
+class AddedAfterAClip(ClippedAtOneEnd):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.first(x)).clamp(**self.clip)
+        y = self.b(y).clamp(**self.clip) + y
+        return self.middle(y.mean((2, 3))) + self.last(x[:, :2, 0, 0])
+
+
+@pytest.mark.parametrize("clip", [{"min": 0.2}, {"min": 0.2, "max": 0.5}, {"max": -0.2}, {"max": 0.1}], ids=str)
+def test_bounds_that_leave_zero_out_are_kept(clip: dict[str, float], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 6, 6)
+    model = emq.convert(AddedAfterAClip(**clip), emq.QuantSpec(bits=(8,))).train()
+    model(x)
+    emq.export_onnx(model.eval(), tmp_path / "net.onnx", 8, x)
+    assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
+
+
+class TokensAndTheirMean(nn.Module):
+    """One layer reads tokens and vectors: the bias of one call is added, and of the other subtracted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.both, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.relu(self.first(x))
+        return self.last(torch.cat([self.both(tokens).mean(1), self.both(tokens.mean(1))], 1))
+
+
+@pytest.mark.parametrize("activation", ["lsq", "none"])  # in integers, and in floating point
+def test_a_layer_of_tokens_and_of_vectors(activation: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, 8)
+    model = emq.convert(TokensAndTheirMean(), emq.QuantSpec(bits=(8,), weight="minmax", activation=activation)).train()
+    model(x)
+    emq.export_onnx(model.eval(), tmp_path / "net.onnx", 8, x)
+    assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
+
+
 def test_nothing_is_written_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = emq.convert(models.resnet8(width=4), emq.QuantSpec(bits=(2, 4)))
     path, x = tmp_path / "net.onnx", torch.randn(2, 3, 32, 32)

@@ -128,6 +128,9 @@ def test_what_has_no_rows_is_refused() -> None:
         said(rows, "top5")
     with pytest.raises(ValueError, match="numbers of the same seeds"):
         said(seeds(rows, seed=0) - seeds(rows, seed=1))
+    for told in (claims.interval, claims.differs, claims.verdict):
+        with pytest.raises(ValueError, match="numbers of the same seeds"):
+            told(pd.Series([1.0, 2.0, float("nan")]))  # one side has a seed that the other lacks
 
 
 # Numbers that no experiment gave: names, what was asked for, and what is counted in the sentence itself

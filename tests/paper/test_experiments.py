@@ -68,6 +68,12 @@ def test_names_of_methods_and_corrections() -> None:
     assert table1(parameters(profile="small", bits=[4, 32]))[0].eval_bits == (*ALL, 32)
 
 
+def test_all_data_are_one_run_of_a_comparison_of_coresets() -> None:
+    both = experiments.comparison(parameters(profile="small", repeats=1, pruning_rates=[0.0, 0.8]))
+    pruned = experiments.comparison(parameters(profile="small", repeats=1, pruning_rates=[0.8]))
+    assert [run.coreset for run in both if run not in pruned] == ["full data"] and both[1:] == pruned
+
+
 def test_a_notebooks_coresets() -> None:
     """Scoring costs each bit-width three epochs of 4/3 of its coreset; nothing is pruned at a rate of 0."""
     assert experiments.bitwise_coreset(0.0) is None

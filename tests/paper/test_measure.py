@@ -179,6 +179,23 @@ def test_the_channel_moved_furthest_is_the_one_found_by_hand(model: nn.Module, d
     assert weights.nunique()[2] <= 4 and weights.mean()[2] == pytest.approx(weights.mean()[32], abs=1e-5)
 
 
+class WithAuxiliaryHead(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.auxiliary, self.body = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10)), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + (self.auxiliary(x).mean((2, 3)) if self.training else 0)
+
+
+def test_what_is_used_in_training_alone_is_left_out(model: nn.Module, data: Dataset) -> None:
+    spec = emq.QuantSpec(bits=BITS, full_precision=())
+    both = emq.convert(WithAuxiliaryHead(models.resnet8(10, width=4)), spec)
+    mismatch, _ = preactivations(both, data, BITS, samples=20)
+    assert mismatch.layer.str.startswith("body.").all() and len(mismatch)
+    assert moved_channel(both, data, BITS, samples=20).layer.str.startswith("body.").all()
+
+
 def test_statistics_of_the_bit_width_fit_and_shared_ones_do_not(model: nn.Module, data: Dataset) -> None:
     shared, _ = preactivations(model, data, BITS)
     adapted = copy.deepcopy(model)

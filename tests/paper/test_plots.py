@@ -42,6 +42,7 @@ def example() -> pd.DataFrame:
         rows += [("Dedicated", "none", 0.0, False, 0, bits, top1, f"dedicated {bits}", 2_000_000)]
     table = pd.DataFrame(rows, columns=names).assign(trained=lambda t: t.bits.isin([2, 4]))
     table["coreset"] = table.pruning_rate.map({0.0: "full data", 0.8: "tdds"})
+    table["trained_bits"] = table.bits.astype(str).where(table.method.eq("Dedicated"), "2 4")
     return table.assign(candidates=1.0, epochs=4, dataset="cifar10", model="resnet8", profile="small")
 
 
@@ -121,6 +122,8 @@ def test_learning_rates_are_compared() -> None:
     assert legend(ax) == ["Ours, batches of 64", "Dedicated, batches of 64"]
     assert [points(line) for line in lines(ax)] == [[(1, 30), (2, 29)], [(1, 59), (2, 58)]]
     assert ax.get_title().startswith("Each at its best, Dedicated is 29.0 points ahead on held-out images\n")
+    alone = plots.accuracy_by_lr(rows[rows.pruning_rate.eq(0) & rows.method.eq("Ours")])
+    assert alone.get_title().startswith("Accuracy by learning rate on held-out images\n")
 
 
 def test_what_cannot_run_everywhere_without_adaptation_is_drawn_as_served() -> None:

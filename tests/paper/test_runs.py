@@ -184,7 +184,7 @@ def test_a_row_a_draw_and_bit_width(undisturbed: tuple[Path, pd.DataFrame]) -> N
         (CoresetConfig(pruning_rate=0.0), "full data"),
         (CoresetConfig(), "RS2"),
         (CoresetConfig(pruning_rate=0.5), "RS2"),
-        (CoresetConfig(resample_every=5), "RS2, resample_every=5"),
+        (CoresetConfig(resample_every=5), "RS2 every 5 epochs"),
         (CoresetConfig(across_bits="disjoint"), "RS2, across_bits=disjoint"),
         (CoresetConfig(resample_every=0), "random"),
         (CoresetConfig(score="tdds", pruning_rate=0.5, candidates=0.75), "tdds"),

@@ -39,7 +39,8 @@ def run(
     asked = {"method": method, "correction": correction, "pruning_rate": rate, "seed": seed}
     asked |= {"coreset": "tdds" if rate else "full data", "candidates": candidates, "epochs": epochs}
     cost = {"sample_passes": passes, "scoring_passes": scored, "steps": steps, "seconds": seconds}
-    return table.assign(**asked, run=f"{next(RUNS):012}", calibration_passes=500_000 * table.adapted, **cost)
+    cost |= {"trained_bits": " ".join(map(str, trained)), "calibration_passes": 500_000 * table.adapted}
+    return table.assign(**asked, run=f"{next(RUNS):012}", **cost)
 
 
 def together(*runs: pd.DataFrame) -> pd.DataFrame:
@@ -119,6 +120,8 @@ def test_cost_table() -> None:
     rows = run("Any-Precision", {2: (60, 0), 3: (None, 0), 4: (None, 70)}, seconds=3)
     assert columns(results.with_cost(rows, "calibration"), "seed", "top1", "calibration") == [(0, 60, 0)]
     assert columns(results.with_cost(rows, "seconds"), "top1", "seconds") == [(60, 3)]
+    with pytest.raises(ValueError, match="several runs of one setting and seed"):  # as if of two learning rates
+        results.cost_table(together(rows, run("Any-Precision", {2: (60, 0)}, trained=(2, 4))), "table1")
 
 
 def test_what_is_saved_is_against_the_first_any_precision() -> None:
@@ -152,21 +155,6 @@ def test_comparison_of_run_lengths() -> None:
         ("Ours", 0, "full data", "68.0", "82.0"),
         ("Ours", 0.8, "TDDS", "50.0", "59.0"),
     ]
-
-
-def test_equal_time_table() -> None:
-    """Ours is the longest run that takes no more: no seconds are left for the full data beside 4 epochs."""
-    table = results.equal_time_table(curve())
-    assert list(table.columns) == ["epochs", "seconds", "Any-Precision", "Ours, 0% pruned", "Ours, 80% pruned"]
-    assert columns(table, *table.columns) == [
-        (4, 105, 65.5, "", "59.0 (8 epochs)"),
-        (8, 200, 75.0, "68.0 (4 epochs)", "59.0 (8 epochs)"),
-    ]
-    backwards = curve()[::-1]
-    backwards.loc[backwards.pruning_rate.gt(0), "method"] = "Ours, own statistics"
-    backwards = results.equal_time_table(backwards)
-    assert list(backwards.columns[3:]) == ["Ours, own statistics, 80% pruned", "Ours, 0% pruned"]
-    assert list(backwards.epochs) == [8, 4]  # as in the rows
 
 
 def test_comparison_table() -> None:

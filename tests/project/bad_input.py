@@ -413,7 +413,6 @@ OF_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("tables.gap_table", "01_cifar10", {}),
     ("tables.comparison_table", "05_coreset_comparison", {}),
     ("tables.coreset_table", "05_coresets", {}),
-    ("tables.equal_time_table", "01_cifar10_curves", {}),
     ("tables.untrained_table", "10_untrained_bitwidths", {}),
     ("tables.transfer_table", "09_knowledge_transfer", {}),
     ("tables.growth_table", "11_training_cost", {}),

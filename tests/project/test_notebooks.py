@@ -113,7 +113,7 @@ def test_table_1_from_its_folder(checkout: Path, tmp_path: Path) -> None:
     assert not papermill(checkout, checkout / "notebooks", "01_cifar10.ipynb", output, *arguments, profile="small")
     assert not git(checkout, "status", "--porcelain")
     place = checkout / "build/smoke/smoke"
-    tables = ("", "_cost", "_gap", "_curves", "_curves_cost", "_equal_time")
+    tables = ("", "_cost", "_gap", "_curves", "_curves_cost")
     names = [f"{end}.md" for end in tables] + [".csv", "_curves.csv"]
     names += [f"{end}.{kind}" for end in ("", "_curves", "_curves_time") for kind in ("png", "svg")]
     expected = {f"01_cifar10{name}" for name in names}

@@ -295,6 +295,15 @@ def test_every_image_mode_becomes_rgb(tmp_path):
     assert abs(images[6].astype(int) - 90).max() <= 2
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(kind, tmp_path):
+    """What is black and white in them is known to nobody."""
+    write_folders(tmp_path)
+    save(tmp_path / "train" / "a" / "9.tiff", pixels(8, 8).astype(kind))
+    with pytest.raises(ValueError, match="32 bits a pixel; save it with 8 or 16"):
+        load_dataset(f"imagefolder:{tmp_path}", image_size=8)
+
+
 def test_what_is_no_image_is_left_out(tmp_path):
     write_folders(tmp_path)
     for junk in ("train/a/notes.txt", "train/a/.hidden.png", "train/README.md", "train/.cache/x.png", "labels.csv"):

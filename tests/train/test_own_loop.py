@@ -19,6 +19,7 @@ from emqlib import CoresetConfig, Coresets
 from emqlib.paper.runs import Run
 from emqlib.train import coresets as coresets_module
 from emqlib.train.config import learning_rate
+from emqlib.train.coresets import BatchSampler
 from emqlib.train.data import normalize
 from emqlib.train.distributed import Place
 
@@ -138,7 +139,7 @@ def test_a_loader_tells_bit_width_and_samples_of_each_batch(workers: int) -> Non
 def test_a_sampler_goes_on_with_the_epoch_that_was_set_or_follows() -> None:
     """An iteration that is broken off, as Lightning does to look at a loader, does not count."""
     coresets = Coresets(LABELS, BITS, CoresetConfig(pruning_rate=0.5), epochs=9)
-    sampler = coresets.sampler(7)
+    sampler = BatchSampler(coresets, 7)
     loader = DataLoader(Keyed(), batch_sampler=sampler, collate_fn=list)
     expected = [[[(k, b) for k in i.tolist()] for b, i in coresets.batches(epoch, 7)] for epoch in range(9)]
     assert next(iter(loader)) == expected[0][0]

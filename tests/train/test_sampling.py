@@ -10,6 +10,7 @@ import reference
 import torch
 from torch import Tensor, nn
 
+import emqlib as emq
 from emqlib import CoresetConfig, Coresets, TrainConfig, coreset
 
 BITS, N, CLASSES, WIDTH = (2, 4, 8), 120, 4, 5
@@ -452,11 +453,45 @@ def test_features_are_the_input_of_the_last_linear_layer(score: str) -> None:
             drawn.subsets(0)
             for b in BITS:
                 drawn.observe(b, torch.arange(N), model(x), LABELS, None if watched else model[0](x))
-            assert len(model[1]._forward_pre_hooks) == 1 and not model[0]._forward_pre_hooks
             raise ZeroDivisionError
-        assert not model[1]._forward_pre_hooks
+        assert not model[0]._forward_pre_hooks and not model[1]._forward_pre_hooks
         found.append(drawn.recorders[4].scores())
     assert torch.equal(*found) and found[0].std() > 0
+
+
+class HeadFirst(nn.Module):
+    """The last linear layer to be called is the first one to be registered."""
+
+    def __init__(self, outputs: int = CLASSES) -> None:
+        super().__init__()
+        self.head, self.relu, self.body = nn.Linear(WIDTH, outputs), nn.ReLU(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.body(x)))
+
+
+@pytest.mark.parametrize("score", coreset.OF_FEATURES)
+def test_the_last_linear_layer_is_the_one_that_is_called_last(score: str) -> None:
+    """Its input is what it computes with, where conversion has left the ReLU before it to its quantizer."""
+    model, x, found = HeadFirst(), Observations().features[0, 0], []
+    converted = emq.convert(model, emq.QuantSpec(bits=BITS, full_precision=()))
+    for watched in (True, False):
+        drawn = coresets(score=score, epochs=2)
+        with drawn.watching(converted):
+            drawn.subsets(0)
+            for b in BITS:
+                hidden = converted.body(x).relu().detach()
+                drawn.observe(b, torch.arange(N), converted(x), LABELS, None if watched else hidden)
+        found.append(drawn.recorders[4].scores())
+    assert torch.equal(*found) and found[0].std() > 0
+
+
+def test_features_are_those_that_give_the_logits() -> None:
+    model, drawn = HeadFirst(outputs=CLASSES + 1), coresets(score="grand", epochs=2)
+    drawn.subsets(0)
+    x = Observations().features[0, 0]
+    with drawn.watching(model), pytest.raises(ValueError, match=r"^score='grand': .* does not give the logits$"):
+        drawn.observe(4, torch.arange(N), model(x)[:, :CLASSES], LABELS)
 
 
 @pytest.mark.parametrize("score", coreset.OF_FEATURES)
