@@ -35,10 +35,19 @@ def test_parameters_are_followed(table: Callable) -> None:
     name, runs = table.__name__, table(parameters(profile="small", **OWN))
     assert len({run.hash for run in runs}) == len(runs) or name == "growth"  # where widths share dedicated networks
     assert {run.config.seed for run in runs} == ({3} if name in ("quickstart", "growth", "tuning") else {3, 4})
-    more = {"deployed": {32}, "growth": {*ALL}}.get(name, set())  # full precision, and more and more bit-widths
+    # full precision, more and more bit-widths, and a fourth one
+    more = {"deployed": {32}, "growth": {*ALL}, "headline_changes": {1}}.get(name, set())
     assert {b for run in runs for b in run.spec.bits} == {2, 8} | more
     assert all(set(run.spec.bits) <= set(run.eval_bits) for run in runs)
-    at_80 = ("equal_epochs", "scoring_ablation", "growth", "headline", "pruned_factors", "importance")
+    at_80 = (
+        "equal_epochs",
+        "scoring_ablation",
+        "growth",
+        "headline",
+        "headline_changes",
+        "pruned_factors",
+        "importance",
+    )
     asked = {0.8} if name in at_80 else {0.6}
     assert {run.pruning_rate for run in runs} - {0} <= asked
     if name in ("curves", "equal_epochs"):

@@ -351,7 +351,6 @@ TABLE += [
     ("Coresets", OWN, {"labels": LABELLED, "bits": BITS, "config": [3, "tdds"]}),
     ("Coresets", OWN, {"epochs": [*COUNTS, 1], "seed": NUMBERS}),
     ("Coresets.batches", {"self": coresets, "epoch": 0, "batch_size": 2}, {"epoch": EPOCHS, "batch_size": COUNTS}),
-    ("Coresets.sampler", {"self": coresets, "batch_size": 2}, {"batch_size": COUNTS}),
     ("Coresets.observe", SEEN, UNSEEN),
     ("Coresets.loader", {"self": coresets, "batch_size": 2}, {"dataset": [None, [1] * 5, iter([])]}),
     ("Coresets.load_state_dict", {"self": coresets, "state": lambda: coresets().state_dict()}, {"state": OTHERS_STATE}),
