@@ -122,7 +122,8 @@ class TrainConfig:
     label_smoothing: Annotated[float, Range(0, 1, high_open=True)] = 0.0  # of the cross entropy with labels
     clip_grad_norm: Annotated[float, Range(0)] = 0.0  # the largest norm of a step's gradient; 0 for any
     # Each bit-width but the highest learns another one's softmax in place of labels. Where a step trains all, that is
-    # the next higher one; where it trains one, the highest one (`soft_targets`). Not for "dedicated".
+    # the next higher one; where it trains one, the highest one (`soft_targets`), so that fewer steps see a label, which
+    # cost accuracy in short trainings (notebook 14). Not for "dedicated".
     distillation: bool = False
     autocast: Literal["none", "bfloat16", "float16"] = "none"  # type of products, see `distributed.autocast_used`
     channels_last: bool = True  # memory format of images and weights, see `distributed.memory_format`
