@@ -296,16 +296,6 @@ class ClippedAtOneEnd(nn.Module):
         return self.middle(y.mean((2, 3))) + self.last(x[:, :2, 0, 0])
 
 
-@pytest.mark.parametrize("clip", [{"min": 0.0}, {"max": 0.1}, {"min": -0.1, "max": 0.1}], ids=str)
-def test_bounds_at_one_end_and_additions_of_two_dimensions(clip: dict[str, float], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(16, 3, 6, 6)
-    model = emq.convert(ClippedAtOneEnd(**clip), emq.QuantSpec(bits=(8,))).train()
-    model(x)
-    emq.export_onnx(model.eval(), tmp_path / "net.onnx", 8, x)
-    assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
-
-
 class AddedAfterAClip(ClippedAtOneEnd):
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(self.first(x)).clamp(**self.clip)
@@ -313,11 +303,20 @@ class AddedAfterAClip(ClippedAtOneEnd):
         return self.middle(y.mean((2, 3))) + self.last(x[:, :2, 0, 0])
 
 
-@pytest.mark.parametrize("clip", [{"min": 0.2}, {"min": 0.2, "max": 0.5}, {"max": -0.2}, {"max": 0.1}], ids=str)
-def test_bounds_that_leave_zero_out_are_kept(clip: dict[str, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "clip"),
+    [
+        *((ClippedAtOneEnd, clip) for clip in ({"min": 0.0}, {"max": 0.1}, {"min": -0.1, "max": 0.1})),
+        *((AddedAfterAClip, clip) for clip in ({"min": 0.2}, {"min": 0.2, "max": 0.5}, {"max": -0.2}, {"max": 0.1})),
+    ],
+    ids=str,
+)
+def test_bounds_at_one_end_and_bounds_that_leave_zero_out(
+    kind: type[nn.Module], clip: dict[str, float], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 3, 6, 6)
-    model = emq.convert(AddedAfterAClip(**clip), emq.QuantSpec(bits=(8,))).train()
+    model = emq.convert(kind(**clip), emq.QuantSpec(bits=(8,))).train()
     model(x)
     emq.export_onnx(model.eval(), tmp_path / "net.onnx", 8, x)
     assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
