@@ -422,7 +422,7 @@ def _headline(results: Path) -> list[Claim]:
             f"{differs(pruned)} points, with {plain(passes, digits=1)} times fewer passes; half a point less counts as "
             "equal.",
             verdict(pruned, -0.5),
-            f"{chosen}. Longer trainings of Any-Precision were not run.",
+            f"{chosen}. Longer trainings of Any-Precision are under way.",
         ),
         Claim(
             "At equal passes, coresets add to the recipe's accuracy",
