@@ -223,7 +223,7 @@ class Coresets:
         self.drawn: dict[int, Tensor] = {}  # (K,) by bit-width
         self.rows: list[dict[str, Any]] = []
         self._shape = (0, 0)  # classes and features of what is recorded
-        self._features: tuple[Tensor, int] | None = None  # and the outputs of the layer that takes them in
+        self._last: tuple[nn.Linear, Tensor] | None = None  # the linear layer that was called last, and its input
         # what is not recorded yet (epoch, bits and a batch), and how many samples this process has yet to observe
         self._waiting: list[tuple[Any, ...]] = []
         self._due = 0
@@ -436,21 +436,18 @@ class Coresets:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)] if ahead else []
         if needed and ahead and not linear:
             raise checks.invalid("score", self.config.score, "another, where a network has no linear layer")
-        hooks = [m.register_forward_pre_hook(self._keep_features) for m in linear]
+        hooks = [m.register_forward_pre_hook(self._keep_last) for m in linear]
         try:
             yield
             if self._waiting:  # of several processes, in one whose damaged samples were never observed
                 self._record()
         finally:
-            self._features = None
+            self._last = None
             for hook in hooks:
                 hook.remove()
 
-    def _keep_features(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        quantizer = getattr(layer, "input_quantizer", None)
-        clips = quantizer is not None and not quantizer.signed  # in place of a ReLU that `convert` has taken out
-        features = inputs[0].detach()
-        self._features = (features.relu() if clips else features, layer.out_features) if self.scoring else None
+    def _keep_last(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        self._last = (layer, inputs[0].detach()) if self.scoring else None
 
     def observe(
         self, bits: int, indices: Tensor, logits: Tensor, labels: Tensor, features: Tensor | None = None
@@ -463,9 +460,12 @@ class Coresets:
         """
         if not self.scoring:
             return
-        if features is None and self._features is not None:
-            features, outputs = self._features
-            if self.config.score in coreset.OF_FEATURES and outputs != logits.shape[-1]:
+        if features is None and self._last is not None:
+            layer, features = self._last
+            quantizer = getattr(layer, "input_quantizer", None)
+            if quantizer is not None and not quantizer.signed:  # in place of a ReLU that `convert` has taken out
+                features = features.relu()
+            if self.config.score in coreset.OF_FEATURES and layer.out_features != logits.shape[-1]:
                 expected = "another, where the last linear layer that is called does not give the logits"
                 raise checks.invalid("score", self.config.score, expected)
         self._check(bits, indices, logits, labels, features)
