@@ -19,7 +19,7 @@ from emqlib.paper import runs, tables
 from emqlib.train import distributed
 
 SCORES = ("tdds", "el2n", "grand", "forgetting", "moderate", "entropy")
-RECORDING = ("observe", "_keep_features")  # methods of `Coresets` that work in the scoring phase alone
+RECORDING = ("observe", "_keep_last")  # methods of `Coresets` that work in the scoring phase alone
 
 
 def measure(data: emq.Dataset, scores: tuple[str, ...] = SCORES, repeats: int = 5, epochs: int = 3) -> pd.DataFrame:
