@@ -392,28 +392,28 @@ def recommended(start: Run, epochs: int) -> Run:
 def headline(p: Parameters, dataset: str = "cifar10", longer: bool = False) -> list[Run]:
     """Any-Precision, tuned, against the recipe at as many passes, on test images.
 
-    At the most passes the recipe trains on all data too, which tells what coresets bring. longer: for the lengths that
-    take two and four times as many passes, without this control.
+    For one of the lengths the recipe trains on all data too, which tells what coresets bring. longer: for the lengths
+    that take hours, without this control.
     """
     runs, lengths = [], p.profile.fair_longer if longer else p.profile.fair_lengths
     for epochs, seed in product(lengths, p.seeds):
         start = _tested(p, seed, dataset)
         runs += [tuned_any_precision(start, epochs), recommended(start, epochs)]
-        if epochs == lengths[-1] and not longer:
+        if epochs == p.profile.fair_control and not longer:
             runs.append(replace(runs[-1], config=replace(runs[-1].config, epochs=epochs, coreset=None)))
     return runs
 
 
 def headline_longer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """`headline` at two and four times as many passes."""
+    """`headline` for the lengths that take hours."""
     return headline(p, dataset, longer=True)
 
 
 def headline_changes(p: Parameters, dataset: str = "cifar10") -> list[Run]:
-    """The recipe at the most passes of `headline`: with distillation, and with 1 bit too."""
+    """The recipe where `headline` has its control: with distillation, and with 1 bit too."""
     runs = []
     for seed in p.seeds:
-        usual = recommended(_tested(p, seed, dataset), p.profile.fair_lengths[-1])
+        usual = recommended(_tested(p, seed, dataset), p.profile.fair_control)
         bits = (1, *(b for b in p.bits if b > 1))
         runs.append(replace(usual, config=replace(usual.config, distillation=True)))
         runs.append(replace(usual, spec=replace(usual.spec, bits=bits), eval_bits=bits))

@@ -42,8 +42,9 @@ class Profile(Setting):
     imagenet: Setting
     fair: Setting  # of comparisons in which each method is tuned, on a validation split
     fair_epochs: int  # of comparisons of coresets, on that split
-    fair_lengths: tuple[int, ...]  # epochs of Any-Precision, tuned; the recipe gets as many passes; the longest last
+    fair_lengths: tuple[int, ...]  # epochs of Any-Precision, tuned; the recipe gets as many passes
     fair_longer: tuple[int, ...]  # further ones, which take hours
+    fair_control: int  # the one of `fair_lengths` for which the recipe is trained on all data too, and changed
     cost_subset: tuple[int, int] = (1280, 500)  # images of runs that measure cost alone
     bit_counts: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of bit-widths over which cost is measured
     dataset: str = ""  # in place of every experiment's own
@@ -92,6 +93,7 @@ PROFILES = {
         fair_epochs=20,
         fair_lengths=(2,),
         fair_longer=(3,),
+        fair_control=2,
         cost_subset=(96, 48),
         bit_counts=(2, 3),
     ),
@@ -111,6 +113,7 @@ PROFILES = {
         fair_epochs=30,
         fair_lengths=(2, 6),  # 0.3 and 0.9 million passes of three bit-widths
         fair_longer=(13, 26),  # 1.95 and 3.9 million
+        fair_control=6,
     ),
     "paper": Profile(
         name="paper",
@@ -127,6 +130,7 @@ PROFILES = {
         fair_epochs=200,
         fair_lengths=(20,),
         fair_longer=(40, 80),
+        fair_control=20,
     ),
 }
 
