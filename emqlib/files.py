@@ -87,7 +87,10 @@ def alone(path: Path, patience: float = 0) -> Iterator[None]:
 def remove_parts(path: Path) -> None:
     """Remove what killed processes left of `path` when they wrote it; nobody may be writing it."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        part.unlink(missing_ok=True)
+        if "." not in part.name.removeprefix(f".{path.name}.").removesuffix(
+            ".tmp"
+        ):  # else of a file with a longer name
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

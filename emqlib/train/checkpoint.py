@@ -64,7 +64,11 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     net = files.digest(json.dumps(shapes))
     spec = {f"spec.{k}": v for k, v in asdict(model.emq.spec).items()}
-    return json.loads(json.dumps(asked | spec | {"net": net, "data": data.sha256}))
+    seen = {f"data.{name}": getattr(data, name) for name in ("mean", "std", "flip", "crop_padding")}
+    items = getattr(data.train, "items", None)
+    if hasattr(items, "listing"):  # files of images, whose transforms say what they are
+        seen["data.transform"] = repr(items.transform)
+    return json.loads(json.dumps(asked | spec | seen | {"net": net, "data": data.sha256}))
 
 
 def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -268,9 +269,10 @@ class Coresets:
 
     def size(self, epoch: int) -> int:
         """How many samples each child model sees in `epoch`."""
+        kept = coreset.kept(self.n, self.config.pruning_rate)
         if epoch < self.config.warmup:
-            return round(self.config.candidates * self.n)
-        return coreset.kept(self.n, self.config.pruning_rate)
+            return max(kept, round(self.config.candidates * self.n))  # rounded alike, so never fewer
+        return kept
 
     def scheme_of(self, epoch: int) -> str:
         """Which scheme `epoch` trains by: a scoring phase may have its own."""
@@ -324,7 +326,7 @@ class Coresets:
 
     def _candidates(self, b: int) -> Tensor:
         """The samples that `b` scores; those of different bit-widths overlap as little as they can."""
-        count = round(self.config.candidates * self.n)
+        count = self.size(0) if self.config.warmup else self.n
         if count == self.n:
             return torch.arange(self.n)
         shared = self.shared or self.config.scoring == "joint"
@@ -358,6 +360,9 @@ class Coresets:
             raise checks.invalid("epoch", epoch, expected)
         for b, scores in found.items():
             own = self._candidates(b)
+            if bool(scores[own].isnan().any()):
+                found_nan = f"{int(scores[own].isnan().sum())} of {len(own)} scores of {b} bits are not numbers"
+                raise checks.invalid("score", self.config.score, f"one that gives numbers: {found_nan}")
             # samples often lie class by class: equal scores are ranked in a random order, not in that of the data
             order = own[torch.randperm(len(own), generator=generator(self.seed, "ties", b))]
             self.ranks[b] = torch.full((self.n,), -1.0)
@@ -429,7 +434,8 @@ class Coresets:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within the block `observe` finds features itself, while they are scored: the last linear layer's input.
 
-        The last one is the one that is called last.
+        The last one is the one that is called last. Passes without gradients in evaluation mode, such as those of
+        `soft_targets`, are left out. Compile a network within the block, or it does not notice that it is watched.
         """
         needed = self.config.score in coreset.OF_FEATURES
         ahead = self.epoch < self.config.warmup and (needed or isinstance(self.config.score, checks.Own))
@@ -447,7 +453,10 @@ class Coresets:
                 hook.remove()
 
     def _keep_last(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        self._last = (layer, inputs[0].detach()) if self.scoring else None
+        if not self.scoring:
+            self._last = None
+        elif layer.training or torch.is_grad_enabled():
+            self._last = layer, inputs[0].detach()
 
     def observe(
         self, bits: int, indices: Tensor, logits: Tensor, labels: Tensor, features: Tensor | None = None
@@ -508,15 +517,21 @@ class Coresets:
         """What goes on from the end of an epoch needs: plain containers of tensors and numbers."""
         recorders = {b: r.state_dict() for b, r in self.recorders.items()}
         drawn = {"ranks": self.ranks, "subsets": self.drawn, "weights": self.loss_weights, "recorders": recorders}
-        return drawn | {"draw": self.draw, "epoch": self.epoch, "shape": self._shape, "rows": json.dumps(self.rows)}
+        drawn |= {"draw": self.draw, "epoch": self.epoch, "shape": self._shape, "rows": json.dumps(self.rows)}
+        return drawn | {"of": self._identity()}
+
+    def _identity(self) -> str:
+        """What a state must have in common with the coresets that go on from it."""
+        same = {"n": self.n, "bits": self.bits, "seed": self.seed, "scheme": self.scheme}
+        return json.dumps(same | asdict(self.config))
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on from `state`, which `state_dict` gave, and record scores on `device`; ValueError: it is of others."""
         with checks.expecting("state", type(state).__name__, "a state of the same coresets"):
             kept = [state[name] for name in ("ranks", "subsets", "weights")]
             ranks, drawn, weights = ({b: x.cpu() for b, x in tables.items()} for tables in kept)
-            if any(b not in self.bits or len(x) != self.n for b, x in ranks.items()):
-                raise ValueError("other bit-widths, or another number of samples")
+            if state["of"] != self._identity():
+                raise ValueError("of others")
             recorders = {b: recorder(self.config, self.n, *state["shape"], device) for b in state["recorders"]}
             for b, made in recorders.items():
                 made.load_state_dict(state["recorders"][b])
@@ -529,7 +544,8 @@ class Coresets:
 class BatchSampler(Sampler[list[tuple[int, int]]]):
     """The batches of `Coresets` as lists of keys (sample index, bit-width), for `DataLoader(batch_sampler=...)`.
 
-    After the last batch of an epoch comes the next epoch; an iteration that is broken off begins its epoch again.
+    After the last batch of an epoch comes the next epoch; an iteration that is broken off begins its epoch again,
+    unless worker processes had fetched the epoch's last batch already.
     """
 
     def __init__(self, coresets: Coresets, batch_size: int) -> None:
@@ -537,8 +553,11 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) of the next iteration."""
-        self.coresets.next_epoch = epoch
+        """Choose the epoch (from 0) of the next iteration; never an earlier one than is due.
+
+        Accelerate counts from 0 again when coresets go on from a saved state.
+        """
+        self.coresets.next_epoch = max(epoch, self.coresets.next_epoch)
 
     def __len__(self) -> int:
         return self.coresets.count(self.coresets.next_epoch, self.batch_size)

@@ -1,6 +1,7 @@
 """Data sets: inputs and labels that lie in memory or are read when needed, normalized, augmented and batched."""
 
 import contextlib
+import copy
 import hashlib
 import random
 import warnings
@@ -124,6 +125,7 @@ def _pair(item: Any) -> tuple[Tensor, int]:
         image = _tensor(image)
     if not isinstance(image, Tensor) or not _is_input(image):
         raise checks.invalid("data", _kind(image) if isinstance(image, Tensor) else item, ITEM)
+    image = image.float() if image.dtype == torch.float64 else image  # as of `from_tensors`
     return image.as_subclass(Tensor), checks.integer("label", label, 0)
 
 
@@ -134,6 +136,8 @@ def _is_input(images: Tensor) -> bool:
 def _tensor(given: Any) -> Tensor | None:
     """A tensor, array or list of numbers as a tensor; None for anything else."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        if isinstance(given, np.ndarray):  # PyTorch takes neither reversed arrays nor those of the other byte order
+            given = np.ascontiguousarray(given, given.dtype.newbyteorder("="))
         return given.detach() if isinstance(given, Tensor) else torch.tensor(given)
     return None
 
@@ -160,7 +164,7 @@ def integers(given: Any, count: int) -> Tensor | None:
     found = _tensor(given)
     if found is None or found.shape != (count,) or found.dtype == torch.bool or found.is_floating_point():
         return None
-    return None if found.is_complex() or found.min() < 0 else found.long()
+    return None if found.is_complex() or found.long().min() < 0 else found.long()
 
 
 @contextlib.contextmanager
@@ -322,7 +326,8 @@ class Dataset:
     def validation(self, count: int) -> "Dataset":
         """Hold out `count` training samples, the last of each class, in place of the test split.
 
-        Of each class it is the same part. What is chosen by them, such as a learning rate, is not chosen on test
+        Of each class it is the same part. Files of images are then seen as test images are; items of a dataset of your
+        own keep its transforms. What is chosen by them, such as a learning rate, is not chosen on test
         images. ValueError: `count` is not between 1 and one less than the number of training samples.
         """
         checks.integer("count", count, 1, len(self.train) - 1)
@@ -331,6 +336,10 @@ class Dataset:
         part = (of_class.cumcount(ascending=False) + 0.5) / of_class.transform("size")  # from the end of the class
         order = torch.tensor(part.sort_values(kind="stable").index.to_numpy())
         train_split, held_out = (self.train.take(part.sort().values) for part in (order[count:], order[:count]))
+        if isinstance(held_out, Streamed) and hasattr(held_out.items, "listing"):  # files of images
+            items = copy.copy(held_out.items)
+            items.transform = self.test.items.transform
+            held_out = replace(held_out, items=items)
         return replace(self, train=train_split, test=held_out, sha256=sha256(train_split, held_out))
 
 

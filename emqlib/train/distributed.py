@@ -100,6 +100,16 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def hooks_noticed(how: bool | str) -> Iterator[None]:
+    """Within the block a compiled network is compiled again when it gains or loses hooks, as in a scoring phase.
+
+    Without this, a second training in the same process could run the graph of the first, and record no features.
+    """
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if how else nullcontext():
+        yield
+
+
+@contextmanager
 def blocks_compiled(model: nn.Module, how: bool | str) -> Iterator[None]:
     """Within the block, if `how` is "blocks", each of `blocks` is compiled by itself; blocks alike share a graph."""
     safe = not _stays_contiguous(model, next(model.parameters()).device)

@@ -87,8 +87,8 @@ def soft_targets(model: nn.Module, x: Tensor) -> Tensor:
     """What a lower bit-width may learn from, for knowledge distillation: p (B, C) of the highest trained one on x.
 
     The softmax of its logits in evaluation mode, without gradient. Bit-widths and modes are afterwards as they were.
-    `F.cross_entropy(logits, emq.soft_targets(model, x))` is a loss. x: the network's input (B, ...). ValueError: not a
-    converted network, no logits.
+    `F.cross_entropy(logits, emq.soft_targets(model, x))` is a loss. Of a compiled network, ask for them before the
+    forward pass that learns from them. x: the network's input (B, ...). ValueError: not a converted network, no logits.
     """
     own_bits = [(network, trained_bits(network)[-1]) for network in networks(model)]
     with ExitStack() as highest, _evaluating(model, always=True, statistics=False):
@@ -150,7 +150,10 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logi
     model = _inner(model, nn.parallel.DistributedDataParallel)  # of which each rank would wait for all others
     n, correct, loss = 0, dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0.0)
     for images, labels in pairs:
-        n += len(labels)
+        lowest = labels.min().item() if len(labels) else 0
+        if labels.is_floating_point() or lowest < 0:
+            raise invalid("labels", lowest, "integers >= 0, the numbers of classes")
+        n, labels = n + len(labels), labels.long()
         classes = int(labels.max()) + 1 if len(labels) else 0
         for b in wanted:
             with at_bits(model, b):
@@ -247,10 +250,10 @@ def adapt_norm(
 ) -> None:
     """Batch-norm adaptation: give each of `bits` running statistics of its own, re-estimated by forward passes.
 
-    They are the cumulative mean over batches. Trained parameters and the statistics of other bit-widths stay as they
-    are. A switchable norm gains the bit-widths it was not built for, with the affine of the nearest trained one. Input
-    ranges that have seen no data yet start from the first batch. The model stays in the mode, training or evaluation,
-    that it is in. On an exception all is as it was.
+    They are the mean over batches, weighted by their sizes. Trained parameters and the statistics of other bit-widths
+    stay as they are. A switchable norm gains the bit-widths it was not built for, with the affine of the nearest
+    trained one. Input ranges that have seen no data yet start from the first batch. The model stays in the mode,
+    training or evaluation, that it is in. On an exception all is as it was.
     Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv 2006.16971).
 
     Args:
@@ -277,22 +280,22 @@ def _adapt(model: nn.Module, data: Dataset | Batches, bits: tuple[int, ...], sam
     """`adapt_norm`'s work, in evaluation mode."""
     norms = _norms(model)
     momentum = [m.momentum for m in norms]
-    calls: Counter[nn.Module] = Counter()
+    seen: Counter[nn.Module] = Counter()
 
-    def cumulative(norm: nn.Module, _: object) -> None:  # a norm that is used twice counts two batches
-        calls[norm] += 1
-        norm.momentum = 1 / calls[norm]
+    def cumulative(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # a norm that is used twice counts two batches
+        seen[norm] += len(inputs[0])
+        norm.momentum = len(inputs[0]) / seen[norm]
 
     hooks = [m.train().register_forward_pre_hook(cumulative) for m in norms]
     try:
         for b in bits:
-            calls.clear()
+            seen.clear()
             for m in norms:
                 m.own_statistics(b)
             with at_bits(model, b), _measuring(model) as forward:
                 for images, _ in batches(data, "train", next(model.parameters()).device, batch_size, samples):
                     forward(images)
-            if not calls:
+            if not seen:
                 raise invalid("data", "no images", "at least one batch of images to adapt to")
         if not all(bool(x.isfinite().all()) for m in norms for x in m.buffers()):
             raise FloatingPointError("statistics of a batch norm: weights or images are not finite")

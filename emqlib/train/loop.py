@@ -1,5 +1,6 @@
 """One training loop for every scheme, over the steps of `Coresets`: which child models see which batch."""
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -172,7 +173,7 @@ def train(
         with _bar(run, label) as bar:
             while run.epoch < config.epochs:
                 row = _epoch(run, bar)
-                run.history.append(row | ({"observed": observe(model)} if observe else {}))
+                run.history.append(row | ({"observed": _observed(observe, model)} if observe else {}))
                 _save(run, path)
                 if run.epoch < config.epochs and deadline.passed(run.place):
                     raise OutOfTime(f"epoch {run.epoch} of {config.epochs}")
@@ -182,6 +183,13 @@ def train(
     history.attrs["coresets"] = run.coresets.rows
     history.attrs["damaged"] = [str(data.train.path(i)) for i in sorted(run.loader.damaged)]
     return history
+
+
+def _observed(observe: Callable[[nn.Module], Any], model: nn.Module) -> Any:
+    """What `observe` gives, as a checkpoint will give it back; ValueError: JSON has no such type."""
+    found = observe(model)
+    with checks.expecting("observe", found, "a function that returns JSON's types, such as numbers of Python"):
+        return json.loads(json.dumps(found))
 
 
 def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, ...]:
@@ -219,6 +227,7 @@ def _safe(run: _Run, path: Path | None) -> Iterator[None]:
     with (
         alone(path) if path is not None and run.place.main else nullcontext(),
         distributed.fastest_convolutions(run.device),
+        distributed.hooks_noticed(config.compile),
         distributed.blocks_compiled(run.model, config.compile),
         distributed.enough_memory("batch_size", config.batch_size, f"{advice}; the last checkpoint stays"),
     ):

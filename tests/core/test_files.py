@@ -93,8 +93,9 @@ def hold(path: Path, seconds: float) -> subprocess.Popen[str]:
 
 
 def test_one_process_at_a_time_until_it_is_killed(tmp_path: Path) -> None:
-    path, other = tmp_path / "a[1]*", tmp_path / ".a[1]*.b.half.tmp.old"
-    other.write_text("another's")
+    path, others = tmp_path / "a[1]*", [tmp_path / f".a[1]*.b.half.tmp{end}" for end in (".old", "")]
+    for other in others:  # parts of other files, one of which is being written
+        other.write_text("another's")
     with hold(path, 60) as process:
         with pytest.raises(files.Busy, match=r"a\[1\]\*: another process is at work on it$"), files.alone(path):
             raise AssertionError
@@ -102,7 +103,7 @@ def test_one_process_at_a_time_until_it_is_killed(tmp_path: Path) -> None:
         with files.alone(tmp_path / "b"):  # another file is nobody's
             process.kill()
     with files.alone(path, patience=5), files.alone(path):  # again, in the same thread
-        assert not (tmp_path / ".a[1]*.half.tmp").exists() and other.exists()
+        assert not (tmp_path / ".a[1]*.half.tmp").exists() and all(other.exists() for other in others)
 
 
 def test_who_is_patient_is_next(tmp_path: Path) -> None:

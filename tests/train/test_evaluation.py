@@ -158,6 +158,24 @@ def test_adapt_norm_takes_a_random_part_of_the_training_images(data: Dataset) ->
     assert sizes[-1] == 90
 
 
+def test_a_last_batch_of_few_images_counts_for_as_many(data: Dataset) -> None:
+    model, seen = emq.convert(build("resnet8"), spec()), []
+    model.bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    emq.adapt_norm(model, batches_of(data, data.train, 85), bits=(2,))
+    first, last = (x.mean((0, 2, 3)) for x in seen)
+    assert [len(x) for x in seen] == [85, 5]
+    torch.testing.assert_close(model.bn1.running_mean[1], (85 * first + 5 * last) / 90)
+
+
+def test_labels_of_evaluate(data: Dataset) -> None:
+    model, (images, labels) = emq.convert(build("resnet8"), spec()), next(iter(batches_of(data, data.test, 20)))
+    expected = emq.evaluate(model, [(images, labels)], bits=(2,))
+    pd.testing.assert_frame_equal(emq.evaluate(model, [(images, labels.to(torch.int16))], bits=(2,)), expected)
+    for wrong in (labels - 100, labels.float()):
+        with pytest.raises(ValueError, match=r"^labels=.*: expected integers >= 0, the numbers of classes$"):
+            emq.evaluate(model, [(images, wrong)], bits=(2,))
+
+
 def test_adapt_norm_counts_a_norm_that_is_used_twice(data: Dataset) -> None:
     model = emq.convert(build("twice"), spec())
     seen: list[Tensor] = []

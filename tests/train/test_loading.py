@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 import emqlib as emq
 from emqlib import Dataset, QuantSpec, TrainConfig
+from emqlib.train import checkpoint
 from emqlib.train.data import Streamed, StreamLoader, loader, normalize
 from emqlib.train.distributed import Place
 from emqlib.train.evaluate import batches
@@ -92,6 +93,21 @@ def test_plain_images_are_resized_and_cut_out_of_the_centre(folder: Path) -> Non
     for image, index in zip(images, indices.tolist(), strict=True):
         pixels = torch.from_numpy(np.array(Image.open(data.test.path(index)).convert("RGB"))).permute(2, 0, 1)
         assert torch.equal(image, normalize(cut(pixels)[None], data)[0])
+
+
+def test_held_out_images_are_seen_as_test_images_are(folder: Path) -> None:
+    """Neither cropped nor mirrored at random, so the same each time."""
+    data = streamed(folder)
+    held = data.validation(20)
+    assert (len(held.train), len(held.test)) == (40, 20) and held.train.items is data.train.items
+    assert held.test.items.transform is data.test.items.transform
+    assert held.test.path(0).parent.parent.name == "train"
+
+
+def test_another_size_of_images_is_another_run(folder: Path) -> None:
+    model, config = emq.convert(emq.models.resnet8(width=4), emq.QuantSpec(bits=(2, 8))), emq.TrainConfig()
+    own, other = (checkpoint.identity(model, streamed(folder, size=size), config) for size in (16, 24))
+    assert [name for name in own if own[name] != other[name]] == ["data.transform"]
 
 
 def test_an_image_depends_on_epoch_chunk_and_sample_and_not_on_workers_or_processes(folder: Path) -> None:

@@ -297,6 +297,22 @@ def test_fewer_outputs_than_classes_are_refused() -> None:
         emq.evaluate(pictures(), items, bits=(2,))
 
 
+@pytest.mark.parametrize(
+    "labels", [TARGETS[::-1], TARGETS.astype(">i4"), TARGETS.astype(np.uint16)], ids=["reversed", "order", "unsigned"]
+)
+def test_arrays_of_any_layout(labels: np.ndarray) -> None:
+    """Views that run backwards, the other byte order, and unsigned integers."""
+    made = emq.Dataset.from_tensors(IMAGES[..., ::-1], labels)
+    assert torch.equal(made.train.images, torch.from_numpy(IMAGES[..., ::-1].copy()))
+    assert made.train.labels.tolist() == labels.tolist()
+
+
+def test_items_in_double_precision_are_taken_in_single() -> None:
+    items = [(x / 255.0, int(y)) for x, y in zip(IMAGES.astype(np.float64), TARGETS, strict=True)]
+    made = emq.Dataset.from_dataset(items, items)
+    assert fitted(pictures(), made)
+
+
 class Endless(IterableDataset):
     def __iter__(self) -> Any:
         return iter([(torch.ones(2, 1, 8, 8), torch.zeros(2).long())])

@@ -75,6 +75,21 @@ def test_a_plain_loop_ends_with_the_weights_of_train(config: CoresetConfig | Non
     assert coresets.rows == history.attrs["coresets"] and bool(coresets.rows) == (config is not None)
 
 
+def test_a_second_compiled_training_finds_features_too(
+    plain_digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler keeps the graphs of the first, which has no hooks."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **options: compiler(net, backend="aot_eager", **options))
+    grand = CoresetConfig(score="grand", pruning_rate=0.5)
+    for coreset in (None, grand):
+        loss, plain = (
+            train(tiny(), plain_digits, quick(epochs=2, batch_size=30, compile=how, coreset=coreset)).loss.tolist()
+            for how in (True, False)
+        )
+        assert loss == pytest.approx(plain, rel=1e-3)
+
+
 def made_up(coresets: Coresets, epochs: range, batch_size: int = 7) -> list[list[tuple[int, list[int]]]]:
     """The batches of `epochs` in a loop whose network gives what `LOGITS` has, another at each bit-width."""
     found = []
@@ -103,6 +118,32 @@ def test_a_state_goes_on_where_it_was_taken(config: CoresetConfig | None, at: in
     if second.loss_weights:
         with pytest.raises(ValueError, match=r"^bits=3: expected one of \(2, 4, 8\)$"):
             second.weights(3, i)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"labels": LABELS[:30]}, {"bits": (4, 8)}, {"config": CoresetConfig(pruning_rate=0.4)}, {"seed": 1}],
+    ids=["labels", "bits", "config", "seed"],
+)
+def test_a_state_of_other_coresets_is_refused(other: dict) -> None:
+    same = {"labels": LABELS, "bits": BITS, "config": CoresetConfig(pruning_rate=0.5), "epochs": 6}
+    first, second = Coresets(**same), Coresets(**same | other)
+    first.batches(0, 7)
+    with pytest.raises(ValueError, match=r"^state='dict': expected a state of the same coresets"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_a_loader_that_counts_from_0_again_goes_on_after_a_saved_state() -> None:
+    """As Accelerate's does, which sets the epoch at the beginning of each pass."""
+    coresets, again = (Coresets(LABELS, BITS, CoresetConfig(pruning_rate=0.5), epochs=6) for _ in range(2))
+    made_up(coresets, range(3))
+    again.load_state_dict(coresets.state_dict())
+    loader, seen = again.loader(Squares(), 7), []
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)
+        for _ in loader:
+            seen.append(again.epoch)
+    assert sorted(set(seen)) == [3, 4, 5]
 
 
 class Squares(Dataset):
@@ -269,7 +310,52 @@ def test_what_trains_several_child_models_in_a_step_is_for_train_alone() -> None
             Coresets(LABELS, BITS, epochs=3, **options).batches(0, 10)
 
 
+def naive_entropy(p: Tensor, *_: Any) -> Tensor:
+    return -(p * p.log()).sum(1)  # 0 log 0 is no number
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    coresets = Coresets(LABELS, BITS, CoresetConfig(score=naive_entropy, pruning_rate=0.5), epochs=3)
+    for bits, i in coresets.batches(0, 60):
+        coresets.observe(bits, i, torch.where(i[:, None] < 12, torch.tensor([200.0, 0, 0]), LOGITS[0, i]), LABELS[i])
+    with pytest.raises(ValueError, match=r"^score='.*entropy.*numbers: 12 of 60 scores of \d bits are not numbers"):
+        coresets.batches(1, 60)
+
+
+@pytest.mark.parametrize("n", [15, 35, 1435])
+def test_candidates_are_never_fewer_than_a_coreset(n: int) -> None:
+    """Both are rounded, and 0.3 of 15 is rounded down, where 15 less 0.7 of 15 is rounded up."""
+    config = CoresetConfig(score="el2n", pruning_rate=0.7, candidates=0.3)
+    coresets = Coresets(torch.arange(n) % 3, (2, 8), config, epochs=3)
+    for bits, i in coresets.batches(0, 7):
+        coresets.observe(bits, i, torch.ones(len(i), 3), i % 3)
+    assert coresets.size(0) >= coresets.size(1) == sum(len(i) for b, i in coresets.batches(1, 7) if b == 2)
+
+
 # Distillation
+
+
+def test_a_teacher_after_the_forward_pass_leaves_the_childs_features(plain_digits: emq.Dataset) -> None:
+    """Scores by `soft_targets` before the forward pass and after it are the same."""
+    x, labels, i = (
+        normalize(plain_digits.train.images[:N], plain_digits),
+        plain_digits.train.labels[:N],
+        torch.arange(N),
+    )
+    ranks = []
+    for after in (False, True):
+        model, coresets = tiny(), Coresets(labels, BITS, CoresetConfig(score="grand", pruning_rate=0.5), epochs=2)
+        model.train()
+        with coresets.watching(model):
+            for bits, _ in coresets.batches(0, N):
+                emq.set_bits(model, bits)
+                logits = model(x)
+                if after:
+                    emq.soft_targets(model, x)
+                coresets.observe(bits, i, logits, labels)
+        coresets.batches(1, N)
+        ranks.append(coresets.ranks)
+    assert all(torch.equal(ranks[0][b], ranks[1][b]) for b in BITS)
 
 
 @pytest.mark.parametrize("training_mode", [True, False])

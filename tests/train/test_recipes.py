@@ -60,6 +60,19 @@ def test_a_recipe_trains_as_well_as_train(name: str, code: str, spread: tuple[fl
     assert low - 0.5 < accuracy < high + 0.5
 
 
+def test_a_plain_loop_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """With the lines of the page that save and take up, its last table is that of a loop that was not stopped."""
+    take_up, keep = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[1:3]
+    code = PLAIN.replace("for epoch in range(epochs):", f"{take_up}for epoch in range(coresets.next_epoch, epochs):")
+    code = code.replace("    schedule.step()\n", f"    schedule.step()\n{keep}    if epoch == stop:\n        break\n")
+    assert code.count("coresets.next_epoch") == code.count("torch.save") == 1
+    (tmp_path / "whole").mkdir()
+    whole = run(f"stop = 9\n{code}", tmp_path / "whole")
+    half = run(f"stop = 3\n{code}", tmp_path)
+    pd.testing.assert_frame_equal(run(f"stop = 9\n{code}", tmp_path), whole)
+    assert not half.equals(whole)
+
+
 def test_a_recipe_has_at_most_30_lines() -> None:
     assert len(RECIPES) == 4
     for name, code in RECIPES:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ def test_what_is_observed_after_each_epoch_is_kept_in_the_checkpoint(
     assert_same_state(unobserved, model)
 
 
+def test_what_is_observed_is_as_it_comes_back_from_a_file(digits: Dataset) -> None:
+    history = emq.train(tiny(), digits, quick(epochs=1), progress=False, observe=lambda _: {2: (1.5, None)})
+    assert history.observed.tolist() == [{"2": [1.5, None]}]
+    with pytest.raises(ValueError, match=r"^observe=.*: expected a function that returns JSON's types"):
+        emq.train(tiny(), digits, quick(epochs=1), progress=False, observe=lambda _: torch.ones(2))
+
+
 def test_a_finished_run_is_returned_without_a_step(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +151,8 @@ def test_a_checkpoint_of_another_network_or_data_is_refused(digits: Dataset, tmp
     )
     assert_refused(tiny(bits=(2, 3)), digits, quick(), "spec.bits: [2, 4, 8] there, [2, 3] here", digits, tmp_path)
     assert_refused(tiny(), digits.subset(60, 20), quick(), f"data: '{digits.sha256}' there", digits, tmp_path)
+    mirrored = replace(digits, flip=True, std=(2.0,))
+    assert_refused(tiny(), mirrored, quick(), "data.flip: False there, True here", digits, tmp_path)
 
 
 def assert_refused(
