@@ -143,7 +143,7 @@ def _seen_by_bits(rows: pd.DataFrame) -> str:
         top1 = ours.pivot_table(index="seed", columns="correction", values="top1")
         gained = (top1["mean_var"] - top1["none"]).agg(["mean", "std"])
         text = f"{gained['mean']:+.1f}" + (f" ± {gained['std']:.1f}" if len(top1) > 1 else "")
-        return f"Weight bias correction changes the accuracy at {ours.bits.iloc[0]} bits by {text} points"
+        return f"At {ours.bits.iloc[0]} bits, weight bias correction gives {text} points on average"
     means = trained.groupby(SETTING, dropna=False).top1.mean().reset_index()
     baselines, ours = (means[means.method.str.startswith(name)] for name in ("Any-Precision", "Ours"))
     if len(baselines) != 1 or ours.empty:
@@ -168,25 +168,34 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return by_bits(ax, tidy, "top1", "top-1 accuracy (%)", **look)
 
 
-def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
+def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None, ours: str = "") -> Axes:
     """Mean top-1 accuracy (%) over the trained bit-widths against training cost, a line for each setting.
 
-    A line joins the run lengths of a setting, in epochs beside the points. cost: "sample_passes" or "seconds".
+    A line joins the run lengths of a setting, in epochs beside the points.
+
+    Args:
+        rows: of `runs.run_all`.
+        cost: "sample_passes" or "seconds".
+        ax: where to draw, None for new axes.
+        ours: what ours is called where it has one setting; empty: each setting is told.
     """
     factor, name, unit = _COSTS[checks.choice("cost", cost, _COSTS)]
     setting, points = _setting(rows), with_cost(rows, cost)
-    names, rates = points.apply(network_name, axis=1), points.pruning_rate
-    on_all = points.method.str.startswith("Ours") & rates.eq(0) & rates.gt(0).any()
+    is_ours, rates = points.method.str.startswith("Ours"), points.pruning_rate
+    names = points.apply(network_name, axis=1).where(~is_ours | (ours == ""), ours)
+    on_all = is_ours & rates.eq(0) & rates.gt(0).any()
     points = points.assign(label=names.where(~on_all, names + ", on all data"))
     points["cost"] = points.groupby(SETTING, dropna=False)[cost].transform("mean") / factor
     means = points.groupby(SETTING, dropna=False)[["cost", "top1"]].mean().reset_index()
-    ax = axes(ax, _seen_by_cost(means, name) + setting, WIDE)
+    ax = axes(ax, _seen_by_cost(means, name, ours or "the best of ours") + setting, WIDE)
     sns.lineplot(points, x="cost", y="top1", hue="label", style="label", **_MARKED, **_SPREAD, ax=ax)
     label = f"{name}{unit}, logarithmic"
     if points.epochs.nunique() > 1:
         label += "; beside the points: epochs"
         for point in means.itertuples():
-            place = {"textcoords": "offset points", "xytext": (4, -10), "fontsize": 8}
+            beside = means.top1[means.cost.between(0.95 * point.cost, 1.05 * point.cost)]
+            offset = 4 if len(beside) > 1 and point.top1 == beside.max() else -10  # below, unless others are there
+            place = {"textcoords": "offset points", "xytext": (4, offset), "fontsize": 8}
             ax.annotate(f"{point.epochs}", (point.cost, point.top1), **place)
     ax.set_xscale("log")
     digits = "123456789" if points.cost.max() < 5 * points.cost.min() else "1235"  # the others would overlap
@@ -195,16 +204,15 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
     return finish(ax, label, _ACCURACY)
 
 
-def _seen_by_cost(means: pd.DataFrame, name: str) -> str:
-    """How the best of ours, for no more than the longest run of Any-Precision costs, differs from it."""
+def _seen_by_cost(means: pd.DataFrame, name: str, best: str) -> str:
+    """How far the best of ours, for no more than the longest run of Any-Precision costs, is ahead of it."""
     longest = means[means.method.str.startswith("Any-Precision")].sort_values("epochs").tail(1)
     ours = means[means.method.str.startswith("Ours") & (means.cost <= longest.cost.max())]
     if ours.empty:  # or there is no Any-Precision
         return f"Accuracy against {name}"
-    gained = f"{ours.top1.max() - longest.top1.item():+.1f} points"
-    return (
-        f"In no more {name} than Any-Precision's {longest.epochs.item()} epochs, the best of ours differs by {gained}"
-    )
+    gained = ours.top1.max() - longest.top1.item()
+    than = f"{abs(gained):.1f} points {'ahead' if gained >= 0 else 'behind'}"
+    return f"In no more {name} than {longest.epochs.item()} epochs of Any-Precision, {best} is {than}"
 
 
 def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -234,7 +242,7 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
     most coresets, the best at the top. Returns the left panel. rows: as `tables.named` names their coresets.
     """
     setting = _setting(rows, seeds="dots; diamonds and bars: mean and standard deviation")
-    seeds = seed_means(rows, ["method", "coreset", "pruning_rate"])
+    seeds = seed_means(rows, ["method", "coreset", "pruning_rate", "sample_passes"])
     ours = seeds.method.str.startswith("Ours")
     differ = seeds.method[ours].nunique() > 1  # else what all of ours share is no part of a name
     names = seeds.coreset.map(in_words) + (seeds.method.str.removeprefix("Ours") if differ else "")
@@ -256,20 +264,23 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
         sns.pointplot(part, **shared, errorbar="sd", **diamonds, ax=ax)
         if baseline in means[rate]:
             ax.axvline(means[rate][baseline], **NAMED, label=f"{baseline}, mean")
-        ax.set_title(f"{rate:.0%} pruned", fontsize=9)
+        ax.set_title(f"{'ours ' if baseline == _ALL_DATA else ''}{rate:.0%} pruned", fontsize=9)
         finish(ax, _ACCURACY, "").tick_params(axis="y", labelsize=8)
-    figure.suptitle(_seen_by_coreset(means) + setting, fontsize=10)
+    figure.suptitle(_seen_by_coreset(means, panels) + setting, fontsize=10)
     if baseline:
         figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower right", fontsize=8)
     return drawn[0]
 
 
-def _seen_by_coreset(means: dict[float, pd.Series]) -> str:
-    """How many coresets are above Any-Precision at each pruning rate; else what scores gain, or how coresets differ."""
+def _seen_by_coreset(means: dict[float, pd.Series], panels: dict[float, pd.DataFrame]) -> str:
+    """How many coresets are above Any-Precision at each pruning rate; else what scores gain, or how coresets differ.
+
+    means: of each kind of coreset, by pruning rate; panels: their seeds.
+    """
     at = f"At {_listed([f'{rate:.0%}' for rate in means])} pruning"
     if all(_ALL_DATA in found for found in means.values()):
         counts = [f"{(found > found[_ALL_DATA]).sum()} of {len(found) - 1}" for found in means.values()]
-        return f"{at}, Any-Precision is below {_listed(counts)} kinds of coresets"
+        return f"{at}, ahead of Any-Precision on all data: {_listed(counts)} kinds of coresets"
     found = means[max(means)]
     by_chance = found.index.str.contains(r"equal\s+chances")
     if by_chance.any():
@@ -277,8 +288,11 @@ def _seen_by_coreset(means: dict[float, pd.Series]) -> str:
         gained = found[~by_chance].groupby(score[~by_chance]).mean() - found[by_chance].groupby(score[by_chance]).mean()
         texts = [f"{points:+.1f} points ({name})" for name, points in gained.items()]
         return f"{at}, drawing by importance gives {_listed(texts)}"
-    spans = [f"{found.max() - found.min():.1f}" for found in means.values()]
-    return f"{at}, kinds of coresets differ by up to {_listed(spans)} points"
+    spans = []
+    for part in panels.values():
+        equal = part.groupby([part.sample_passes.round(-2), "coreset"]).top1.mean().groupby("sample_passes")
+        spans.append(f"{(equal.max() - equal.min()).max():.1f}")
+    return f"{at} and equal passes, kinds of coresets differ by up to {_listed(spans)} points"
 
 
 def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None) -> Axes:
@@ -287,8 +301,8 @@ def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = No
     setting, table = _setting(rows), growth_table(rows)
     tidy = table.assign(cost=table[cost] / factor)
     most = tidy[tidy["bit-widths"] == tidy["bit-widths"].max()].set_index("scheme").cost
-    least = f"{most.idxmin()} takes {most['Any-Precision'] / most.min():.1f} times less {name} than Any-Precision"
-    least = least.replace("less sample", "fewer sample")
+    less = f"{'fewer' if cost == 'sample_passes' else 'less'} {name} than Any-Precision"
+    least = f"{most['Any-Precision'] / most.min():.1f} times {less}: {most.idxmin()}"
     ax = axes(ax, f"At {tidy['bit-widths'].max()} bit-widths, {least}" + setting, WIDE)
     count = tidy.scheme.nunique()
     wide = ([7.0, 4.0] + [1.5] * count)[:count]  # lines that lie on one another stay visible
@@ -322,8 +336,10 @@ def distributions(histograms: pd.DataFrame) -> Axes:
         curves = rows.groupby(["trained_with", "bits"], sort=False).density
         smooth = curves.transform(lambda density: density.rolling(_SMOOTH, center=True, min_periods=1).mean())
         rows = rows.assign(density=smooth, line=rows.bits.map("{} bits".format))
-    z, palette = rows.z.drop_duplicates(), _palette(rows, "{} bits")
-    look = {"hue": "line", "hue_order": list(palette), "palette": palette, "errorbar": None}
+    z, colors = rows.z.drop_duplicates(), _palette(rows, "{} bits")
+    palette = dict(reversed(colors.items()))  # the lowest bit-width on top of the others, which lie on one another
+    look = {"hue": "line", "hue_order": list(palette), "palette": palette, "errorbar": None, "style": "line"}
+    look |= {"style_order": list(palette), "dashes": ["", *[(4, 2)] * (len(palette) - 2), ""][-len(palette) :]}
     with sns.axes_style("whitegrid"):
         figure, panels = plt.subplots(1, 2, sharey=True, figsize=(WIDE, 4.2), dpi=90, layout="constrained")
     for ax, (kind, name) in zip(panels, _CORRECTIONS.items(), strict=True):
@@ -340,13 +356,13 @@ def distributions(histograms: pd.DataFrame) -> Axes:
 
 
 def _seen_apart(rows: pd.DataFrame) -> str:
-    """The share of the area under two densities that is not under both, at the lowest and the highest bit-width."""
+    """What part of the areas under two densities is not under both, at the lowest and the highest bit-width."""
     curves = rows.set_index(["trained_with", "z"]).density
     ends = rows.bits.min(), rows.bits.max()
     low, high = (curves[(rows.bits == b).to_numpy()] for b in ends)
     apart = 100 * (low - high).abs().groupby("trained_with").sum() / (low + high).groupby("trained_with").sum()
     shares = [f"{apart[kind]:.0f} % {name}" for kind, name in _BOTH.items() if kind in apart]
-    return f"In {rows.layer.iloc[0]}, {ends[0]} and {ends[1]} bits differ in {_listed(shares)}"
+    return f"{ends[0]} and {ends[1]} bits overlap but for {_listed(shares)} ({rows.layer.iloc[0]})"
 
 
 def idea(rows: pd.DataFrame) -> Axes:
@@ -369,7 +385,7 @@ def idea(rows: pd.DataFrame) -> Axes:
         _curves(right, network[network.part != "weight"], color)
         name = _CORRECTIONS[trained_with].replace(" ", "\n", 1)
         left.set_ylabel(name, fontsize=10, color=color, weight="bold")
-    panels[0, 0].set_title("weights of one output channel", fontsize=10)
+    panels[0, 0].set_title("one output channel's weights (area: how many)", fontsize=10)
     panels[0, 1].set_title("what they compute, before the shared batch norm", fontsize=10)
     panels[1, 0].set_xlabel("weight, in the quantizer's range")
     panels[1, 1].set_xlabel(f"pre-activation, in standard deviations from the mean at {highest} bits")
@@ -430,7 +446,7 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Top-1 accuracy above the same network after batch-norm adaptation, in points, by bit-width; 1 bit is apart.
 
-    A line for each choice of statistics; the shaded band is 1.5 points wide. rows: of `experiments.uncalibrated`.
+    A line for each choice of statistics; the shaded band is half a point wide. rows: of `experiments.uncalibrated`.
     """
     setting, gaps = _setting(rows, "bits"), adaptation_gaps(rows)
     gaps = gaps.assign(line=gaps.statistics)
@@ -438,7 +454,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     best = lowest.idxmax().replace(", output", " with output")
     seen = f"From 2 bits up, {best} are at most {max(-lowest.max(), 0):.1f} points below the adapted network"
     ax = axes(ax, seen + setting, WIDE)
-    ax.axhspan(-1.5, 0, color="0.9", zorder=0, label="up to 1.5 points below")
+    ax.axhspan(-0.5, 0, color="0.9", zorder=0, label="up to half a point below")
     return by_bits(ax, gaps, "gap", "top-1 above the adapted network (points)")
 
 
@@ -564,8 +580,8 @@ FIGURES: dict[str, tuple[str, Draw, str]] = {
     "idea": ("idea", idea, ""),
     "11_training_cost": ("11_training_cost", growth, ""),
     "11_training_time": ("11_training_cost", lambda rows: growth(rows, "seconds"), ""),
-    "14_headline": ("14_headline", accuracy_by_cost, ""),
-    "14_headline_time": ("14_headline", lambda rows: accuracy_by_cost(rows, "seconds"), ""),
+    "14_headline": ("14_headline", partial(accuracy_by_cost, ours="the recipe"), ""),
+    "14_headline_time": ("14_headline", partial(accuracy_by_cost, cost="seconds", ours="the recipe"), ""),
     "14_tuning": ("14_tuning", accuracy_by_lr, ""),
 }
 

@@ -344,9 +344,15 @@ def adaptation_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_statistics(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` with their kind of `statistics.KINDS` in words, of which an adapted network is one more."""
-    checks.table("rows", rows, ("statistics", "adapted"))
-    return rows.assign(statistics=rows.statistics.map(_STATISTICS).where(~rows.adapted, "adapted"), adapted=False)
+    """`rows` with their kind of `statistics.KINDS` in words, of which an adapted network is one more.
+
+    Coresets that are scored and then drawn at equal chances are named as what they are: random, after all data.
+    """
+    names = checks.table("rows", rows, ("statistics", "adapted", "coreset")).coreset
+    once = names.str.contains("resample_every=0").map({True: "random", False: "RS2"})
+    names = names.where(~names.str.contains("power=0.0"), "all data first, " + once)
+    kinds = rows.statistics.map(_STATISTICS).where(~rows.adapted, "adapted")
+    return rows.assign(statistics=kinds, coreset=names, adapted=False)
 
 
 def statistics_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -403,7 +409,8 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
         shared = runs[(runs.method != "Dedicated") & (runs.trained_bits == widths)]
         for part in [singles, *(group for _, group in shared.groupby(SETTING, sort=False))]:
             first = part.iloc[0]
-            label = f"Ours, {in_words(first.coreset)}" if first.method == "Ours" else first.method
+            pruned = f"{first.pruning_rate:.0%} pruned, " if first.pruning_rate else ""
+            label = f"Ours, {pruned}{in_words(first.coreset)}" if first.method == "Ours" else first.method
             sums = training_cost(rows[rows.run.isin(part.run)], COST).sum().to_dict()
             table.append({"scheme": label, "bit-widths": len(widths.split()), "bits": widths} | sums)
     return pd.DataFrame(table)

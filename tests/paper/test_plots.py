@@ -137,14 +137,17 @@ def test_titles_say_what_the_rows_say() -> None:
     rows = example()
     ours = rows[rows.method.eq("Ours") & rows.pruning_rate.eq(0)]
     worse = ours.assign(correction="none", top1=ours.top1 - 3 - 2 * ours.seed, run=ours.run + " none")
-    told = "Weight bias correction changes the accuracy at 2 bits by +4.0 ± 1.4 points"
+    told = "At 2 bits, weight bias correction gives +4.0 ± 1.4 points on average"
     assert plots.accuracy_by_bits(pd.concat([ours, worse])).get_title().startswith(told)
     baseline = ours.assign(method="Any-Precision", top1=ours.top1 - 5, run=ours.run + " joint")
     both = pd.concat([rows[rows.method.eq("Ours")], baseline])
     told = "Ours differs from Any-Precision by -5.0 to +5.0 points, on average over the trained bit-widths"
     assert plots.accuracy_by_bits(both).get_title().startswith(told)
-    told = "In no more sample passes than Any-Precision's 4 epochs, the best of ours differs by +5.0 points"
-    assert plots.accuracy_by_cost(both).get_title().startswith(told)
+    told = "In no more sample passes than 4 epochs of Any-Precision, {} is 5.0 points ahead"
+    assert plots.accuracy_by_cost(both).get_title().startswith(told.format("the best of ours"))
+    named = plots.accuracy_by_cost(both, ours="the recipe")
+    assert named.get_title().startswith(told.format("the recipe"))
+    assert {"the recipe", "the recipe, on all data"} <= {*legend(named)}
 
 
 def test_accuracy_by_cost_draws_the_rows() -> None:
@@ -189,7 +192,7 @@ def test_accuracy_by_coreset_draws_the_rows() -> None:
         assert dots == [(best - 6, 1), (best - 4, 1), (best - 1, 0), (best + 1, 0)]
         (dashed,) = (line for line in panel.get_lines() if line.get_linestyle() == "--")
         assert set(dashed.get_xdata()) == {best - 5} and dashed.get_label() == "random, each epoch (RS2), mean"
-    told = "At 50% and 80% pruning, kinds of coresets differ by up to 5.0 and 5.0 points\n"
+    told = "At 50% and 80% pruning and equal passes, kinds of coresets differ by up to 5.0 and 5.0 points\n"
     assert ax.figure.get_suptitle().startswith(told)
 
 
@@ -198,7 +201,9 @@ def test_coresets_are_compared_with_any_precision_where_it_is_there() -> None:
     rows.loc[rows.coreset.eq("RS2"), ["method", "pruning_rate"]] = ["Any-Precision", 0.0]
     ax = plots.accuracy_by_coreset(rows)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["TDDS", "Any-Precision on all data"]
-    assert ax.figure.get_suptitle().startswith("At 80% pruning, Any-Precision is below 1 of 1 kinds of coresets\n")
+    assert ax.figure.get_suptitle().startswith(
+        "At 80% pruning, ahead of Any-Precision on all data: 1 of 1 kinds of coresets\n"
+    )
     names = plots.accuracy_by_coreset(pd.concat([rows, pruned()[lambda t: t.pruning_rate.eq(0.8)]])).get_yticklabels()
     assert {"TDDS, own statistics", "TDDS"} < {label.get_text() for label in names}  # where ours are of two kinds
 
@@ -265,10 +270,10 @@ def test_distributions_draw_the_histograms() -> None:
     assert ["without" in left.get_title(), "without" in right.get_title()] == [True, False]
     for ax, scale in ((left, 10), (right, 50)):
         *of_bits, normal = lines(ax)
-        for b, line in zip((2, 8), of_bits, strict=True):
+        for b, line in zip((8, 2), of_bits, strict=True):  # 2 bits on top
             assert line.get_ydata() == pytest.approx(b / scale + 1)  # averages of what is even
         assert normal.get_xydata()[20, 1] == pytest.approx(0.39894, abs=1e-5)
-    assert legend(right) == ["2 bits", "8 bits", "standard normal"] and left.get_legend() is None
+    assert legend(right) == ["8 bits", "2 bits", "standard normal"] and left.get_legend() is None
 
 
 def test_distributions_are_smooth() -> None:

@@ -235,7 +235,7 @@ def test_growth_table() -> None:
             ("Dedicated", b, bits, full, 0, 9 * b),
             ("Ours, full data", b, bits, full, 0, 10 * b),
             ("Any-Precision", b, bits, full, 500_000, 10 * b),
-            ("Ours, TDDS", b, bits, pruned, 0, 3 * b),
+            ("Ours, 80% pruned, TDDS", b, bits, pruned, 0, 3 * b),
         ]
     assert columns(table, *names) == expected
 

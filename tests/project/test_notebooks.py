@@ -20,8 +20,12 @@ import pytest
 from papermill.cli import _resolve_type
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from safetensors.torch import save_file
+from torchvision.models import resnet18
 
+from emqlib import load_dataset
 from emqlib.paper import experiments
+from emqlib.paper.experiments import write_class_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "GUIDE.md").read_text()
@@ -153,6 +157,11 @@ def test_what_the_guide_has_one_try_is_read(notebook: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("notebook", TRIED)
 def test_what_the_guide_has_one_try_is_run(notebook: str, checkout: Path, tmp_path: Path) -> None:
     arguments = shlex.split(TRIED[notebook])
+    if {"PATH", "FILE"} <= {*arguments}:  # images and weights of the reader's own
+        write_class_folders(load_dataset("digits", image_size=16).subset(80, 40), tmp_path / "PATH")
+        (tmp_path / "PATH/val").rename(tmp_path / "PATH/test")
+        save_file(resnet18().state_dict(), tmp_path / "FILE")
+        arguments = [str(tmp_path / given) if given in ("PATH", "FILE") else given for given in arguments]
     assert not papermill(checkout, checkout / "notebooks", f"{notebook}.ipynb", tmp_path / "out.ipynb", *arguments)
 
 
