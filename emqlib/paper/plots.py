@@ -171,13 +171,8 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = None, ours: str = "") -> Axes:
     """Mean top-1 accuracy (%) over the trained bit-widths against training cost, a line for each setting.
 
-    A line joins the run lengths of a setting, in epochs beside the points.
-
-    Args:
-        rows: of `runs.run_all`.
-        cost: "sample_passes" or "seconds".
-        ax: where to draw, None for new axes.
-        ours: what ours is called where it has one setting; empty: each setting is told.
+    A line joins the run lengths of a setting, in epochs beside the points. cost: "sample_passes" or "seconds". ours:
+    what ours is called where it has one setting; empty: each setting is told.
     """
     factor, name, unit = _COSTS[checks.choice("cost", cost, _COSTS)]
     setting, points = _setting(rows), with_cost(rows, cost)
@@ -273,10 +268,7 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
 
 
 def _seen_by_coreset(means: dict[float, pd.Series], panels: dict[float, pd.DataFrame]) -> str:
-    """How many coresets are above Any-Precision at each pruning rate; else what scores gain, or how coresets differ.
-
-    means: of each kind of coreset, by pruning rate; panels: their seeds.
-    """
+    """How many coresets are above Any-Precision at each pruning rate; else what scores gain, or how coresets differ."""
     at = f"At {_listed([f'{rate:.0%}' for rate in means])} pruning"
     if all(_ALL_DATA in found for found in means.values()):
         counts = [f"{(found > found[_ALL_DATA]).sum()} of {len(found) - 1}" for found in means.values()]
