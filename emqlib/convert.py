@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -113,7 +114,7 @@ _OF_MODULES = vars(nn.Module()).keys()  # the attributes that every module has
 def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """`network`, changed in place: every module that is a key of `new` becomes its value, under all its names.
 
-    It does so in lists, tuples and dicts too that modules hold beside their children.
+    It does so in lists, tuples and dicts too that modules hold beside their children. Hooks stay with their layers.
     """
     seen: set[int] = set()
     for module in list(network.modules()):
@@ -121,6 +122,10 @@ def replaced(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modul
             module._modules[name] = new.get(child, child)
         for name in vars(module).keys() - _OF_MODULES:
             vars(module)[name] = _renewed(vars(module)[name], new, seen)
+    for old, module in new.items():
+        for hooks in _HOOKS:
+            vars(module)[hooks].update(vars(old)[hooks])
+        module._is_full_backward_hook = old._is_full_backward_hook
     return new.get(network, network)
 
 
@@ -145,11 +150,9 @@ _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always
 _HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _hand_over_hooks(new: Mapping[nn.Module, nn.Module]) -> None:
-    for old, module in new.items():
-        for hooks in _HOOKS:
-            vars(module)[hooks].update(vars(old)[hooks])
-        module._is_full_backward_hook = old._is_full_backward_hook
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after a module, forward or backward."""
+    return any(vars(module)[hooks] for hooks in _HOOKS)
 
 
 class _Replaced(nn.Module):
@@ -198,18 +201,24 @@ class _Tracer(fx.Tracer):
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
-def trace(net: nn.Module, training: bool | None = None) -> tuple[fx.Graph, set[str]] | None:
-    """The graph of `net`, and the parameters that it reads outside their modules, as in `linear(x, self.qkv.weight)`.
+def trace(net: nn.Module, training: bool | None = None) -> list[tuple[fx.Graph, set[str]]]:
+    """The graphs of `net`: as it is called without its optional arguments, and with all of them where it has some.
 
-    It is traced in `training` or evaluation mode, or with None in that of each module. None: torch.fx cannot trace it.
+    With each come the parameters that it reads outside their modules, as in `linear(x, self.qkv.weight)`. It is traced
+    in `training` or evaluation mode, or with None in that of each module. Empty: torch.fx cannot trace it.
     """
-    net = copy.deepcopy(net)  # a forward pass may store the tracer's proxies in it
-    net = net if training is None else net.train(training)
-    try:
-        graph = _Tracer().trace(net)
-    except Exception:  # a network may raise anything when it meets a proxy instead of a tensor
-        return None
-    return graph, _read_parameters(graph, net)
+    arguments = inspect.signature(net.forward).parameters.values()
+    optional = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+    graphs = []
+    for given in (None, optional) if optional else (None,):
+        own = copy.deepcopy(net)  # a forward pass may store the tracer's proxies in it
+        own = own if training is None else own.train(training)
+        try:
+            graph = _Tracer().trace(own, given)
+        except Exception:  # a network may raise anything when it meets a proxy instead of a tensor
+            break
+        graphs.insert(0, (graph, _read_parameters(graph, own)))
+    return graphs
 
 
 def _read_parameters(graph: fx.Graph, net: nn.Module) -> set[str]:
@@ -242,20 +251,22 @@ def walk(net: nn.Module, training: bool = False) -> Walk:
     """
     names = {module: name for name, module in net.named_modules()}
     everything = dict.fromkeys(names.values(), True)
-    traced = trace(net, training)
-    if traced is None:
+    graphs = trace(net, training)
+    if not graphs:
         return Walk(everything, list(everything))
-    graph, read = traced
     modules = dict(net.named_modules(remove_duplicate=False))
-    called = {node: modules[node.target] for node in graph.nodes if node.op == "call_module"}
-    signs = {names[module]: signed for module, signed in _signs(graph, called).items()}
+    signs: dict[str, bool] = {}
     readers: dict[str, set[str]] = {}
-    for node, module in called.items():
-        if type(module) is nn.ReLU:
-            found = readers.setdefault(names[module], set())
-            found |= {names[called[user]] if user in called else "" for user in node.users}
-            found |= {""} if module.inplace and not _is_only_reader(node, called) else set()
-    return Walk(everything | signs, list(signs), read, readers)
+    for graph, _ in graphs:
+        called = {node: modules[node.target] for node in graph.nodes if node.op == "call_module"}
+        for module, signed in _signs(graph, called).items():
+            signs[names[module]] = signed or signs.get(names[module], False)
+        for node, module in called.items():
+            if type(module) is nn.ReLU:
+                found = readers.setdefault(names[module], set())
+                found |= {names[called[user]] if user in called else "" for user in node.users}
+                found |= {""} if module.inplace and not _is_only_reader(node, called) else set()
+    return Walk(everything | signs, list(signs), set().union(*(read for _, read in graphs)), readers)
 
 
 def _signs(graph: fx.Graph, called: dict[fx.Node, nn.Module]) -> dict[nn.Module, bool]:
@@ -307,6 +318,7 @@ def _target_name(node: fx.Node) -> str:
 
 _LAYERS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 READ = "its weight is read outside the layer"
+_PATCHED = "its forward is not that of its class"
 
 
 @dataclass(frozen=True)
@@ -337,7 +349,9 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     kept = _full_precision(names, spec) if names else {}
     read = found.read | training.read
     kept |= {name: READ for name in names if name not in kept and f"{name}.weight" in read}
-    hooked = {name for name, module in net.named_modules() if any(vars(module)[hooks] for hooks in _HOOKS)}
+    patched = {name for name, module in net.named_modules() if _is_patched(module)}
+    kept |= {name: _PATCHED for name in names if name not in kept and name in patched}
+    hooked = {name for name, module in net.named_modules() if has_hooks(module)}
     signed = {name: found.signed[name] or name in hooked for name in names if name not in kept}
     if not signed:
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
@@ -346,6 +360,11 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
     absorbed = tuple(name for name in readers if readers[name] <= unsigned and name not in hooked)
     return Decisions(signed, kept, absorbed, _activation_range(net, spec))
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether a method of this one module was replaced, as is done for circular padding."""
+    return not {"forward", "_conv_forward"}.isdisjoint(vars(module))
 
 
 def _full_precision(names: list[str], spec: QuantSpec) -> dict[str, str]:
@@ -384,6 +403,8 @@ def _refuse_derived(net: nn.Module) -> None:
             remedy = "first undo its parametrization, pruning, weight norm or spectral norm, by torch.nn.utils"
         if remedy:
             raise invalid("net", name or type(module).__name__, f"a layer whose weight is a parameter ({remedy})")
+        if isinstance(module, (nn.MultiheadAttention, _BatchNorm)) and _is_patched(module):
+            raise invalid("net", name or type(module).__name__, "a layer whose forward is that of its class")
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -409,7 +430,8 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     `spec.full_precision` keeps. Every batch norm becomes a `MultiBitBatchNorm`; layer norms stay as they are.
     The network is traced in evaluation mode to see which layers' inputs can be negative: those get a signed input
     quantizer. If it cannot be traced, all do. An unsigned quantizer clips at zero, at 32 bits too, so a ReLU that only
-    such quantizers read becomes an identity. Hooks stay with their layers. `summary` shows what became of each layer.
+    such quantizers read becomes an identity. Hooks stay with their layers; one that makes the output of a ReLU negative
+    is not seen. `summary` shows what became of each layer.
 
     Args:
         net: any plain module; images (N, 3, H, W) or whatever it takes go in, and what it gives comes out.
@@ -457,7 +479,6 @@ def _opened(net: nn.Module, spec: QuantSpec) -> nn.Module:
         model = copy.deepcopy(net)
     new = {m: MultiheadAttention(m) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     model = replaced(model, new)
-    _hand_over_hooks(new)
     for module in model.modules():  # turn off the fast paths of evaluation mode, which go past the layers
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
@@ -479,7 +500,6 @@ def _applied(model: nn.Module, spec: QuantSpec, decided: Decisions) -> nn.Module
             module.__class__ = SafeConv2d
     known = record(model) or Record()
     model = replaced(model, new)
-    _hand_over_hooks(new)
     for old in new:
         old.__class__ = _Replaced
     model.emq = replace(known, spec=spec, decided=decided)

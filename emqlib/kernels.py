@@ -150,7 +150,7 @@ def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int
     """The twin of `quantizers.lsq_activation`."""
     _, _, q_max, _ = learned_grid(n, scale, signed)
     q_max = q_max if isinstance(q_max, Tensor) else scale.new_full((), q_max)  # made on its device: no copy to a GPU
-    g = (x.numel() * parts * q_max.clamp_min(1)).rsqrt()
+    g = (max(x.numel(), 1) * parts * q_max.clamp_min(1)).rsqrt()
     s = (scale - scale * g).detach() + scale * g
     return fake_quantize(x, *learned_grid(n, s, signed))
 

@@ -121,16 +121,20 @@ class LearnedScale(nn.Module):
 
     def __init__(self, bits: tuple[int, ...], reach: dict[int, float]) -> None:
         super().__init__()
-        self.trained, self.reach = bits, reach
+        self.trained, self.reach, self.bits = bits, reach, bits[-1]
         self.values = nn.Parameter(torch.ones(len(bits)))
         self.register_buffer("pick", torch.zeros(len(bits)), persistent=False)
         self.set_bits(bits[-1])
 
     def set_bits(self, bits: int) -> None:
         """Take the scale of `bits`, or that of the nearest trained bit-width, stretched to its clipping range."""
-        source = nearest(self.trained, bits)
+        self.bits, source = bits, nearest(self.trained, bits)
         self.pick.zero_()
         self.pick[self.trained.index(source)] = self.reach[source] / self.reach[bits]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.set_bits(self.bits)  # after `to_empty`, the buffer of no state is not set
 
     def start(self, size: Tensor) -> None:
         """Set the scalar of every bit-width to size / sqrt(reach), where LSQ starts; size: scalar, 2 mean|x|."""
@@ -171,7 +175,9 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
         """x (any shape) at n levels (scalar)."""
-        if not self.started:
+        if x.numel() == 0:  # as of a detector without proposals: nothing can be measured
+            pass
+        elif not self.started:
             self._begin(x.detach())
         elif self.training and not again():
             self._follow(x.detach())
@@ -428,7 +434,7 @@ class _QuantizedLayer(nn.Module):
         if not self.spec.output_correction or weight is w:
             return weight, self.bias
         with torch.no_grad():
-            shift = output_shift(weight, w, self.mean_input)
+            shift = output_shift(weight, w, self.mean_input).to(weight.dtype)
         return weight, -shift if self.bias is None else self.bias - shift
 
     def is_joint(self) -> bool:
@@ -455,7 +461,7 @@ class _QuantizedLayer(nn.Module):
     def _operands(self, x: Tensor, channel: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Quantized input, quantized and corrected weight, and bias; channel: which dimension of x has the channels."""
         x = self.input_quantizer(x, self._n())
-        if self.spec.output_correction and self.training and not again():
+        if self.spec.output_correction and self.training and x.numel() and not again():
             with torch.no_grad():
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
                 mean = some.mean(1, dtype=self.mean_input.dtype)

@@ -99,10 +99,10 @@ class MultiBitBatchNorm(nn.Module):
         )
         self.register_buffer("running_mean", norm.running_mean.repeat(self.SHARED + 1, 1))
         self.register_buffer("running_var", norm.running_var.repeat(self.SHARED + 1, 1))
-        device = norm.running_mean.device
-        self.register_buffer("affine_pick", torch.zeros(sets, 1, device=device), persistent=False)
-        self.register_buffer("stats_pick", torch.zeros(self.SHARED + 1, 1, device=device), persistent=False)
-        self.register_buffer("stats_row", torch.zeros(1, dtype=torch.long, device=device), persistent=False)
+        new = norm.running_mean.new_zeros
+        self.register_buffer("affine_pick", new(sets, 1), persistent=False)
+        self.register_buffer("stats_pick", new(self.SHARED + 1, 1), persistent=False)
+        self.register_buffer("stats_row", new(1, dtype=torch.long), persistent=False)
         self.picked: tuple[Any, ...] | None = None
         self.set_bits(self.bits)
 

@@ -112,7 +112,7 @@ def lsq_activation(x: Tensor, n: Number, scale: Tensor, signed: bool, parts: int
     `parts` equal parts. Source: LSQ, eq. 1-3 and section 2.2.
     """
     q_max = learned_grid(n, scale, signed)[2]
-    g = (x.numel() * parts * max(q_max, 1)) ** -0.5
+    g = (max(x.numel(), 1) * parts * max(q_max, 1)) ** -0.5
     s = (scale - scale * g).detach() + scale * g
     return fake_quantize(x, *learned_grid(n, s, signed))
 

@@ -37,6 +37,8 @@ def opened(file: str | Path) -> tuple[Any, dict[str, Any]]:
 def pixels(image: Image.Image, shape: Sequence[Any], about: dict[str, Any]) -> np.ndarray:
     """An image as the network takes it, (1, C, H, W) float32: cut and resized to `shape`, and normalized."""
     channels, height, width = shape[1:]
+    if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):  # whose range is not known
+        raise ValueError("32 bits a pixel; save it with 8 or 16")
     if image.mode.startswith("I"):  # 16 bits: convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
@@ -59,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (taken,) = session.get_inputs()
         sys.stdout.write(f"{about['network']} at {about['bits']} bits, trained on {about['data']['name']}\n")
         for name in given.images:
-            with Image.open(name) as image:
-                x = pixels(image, taken.shape, about)
+            try:
+                with Image.open(name) as image:
+                    x = pixels(image, taken.shape, about)
+            except (ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{name}: {error}") from error
             start = perf_counter()
             (logits,) = session.run(None, {taken.name: x})
             took = 1e3 * (perf_counter() - start)

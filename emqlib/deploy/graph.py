@@ -48,15 +48,18 @@ def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen])
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    editor, convolutions = _Editor(model.graph), []
+    editor, convolutions, found_layers = _Editor(model.graph), [], set()
     for node in list(model.graph):
         name = node.inputs[1].name if node.op_type in ("Conv", "MatMul") else None
         if name not in layers:
             continue
         layer = layers[name]
+        found_layers.add(layer)
         in_integers = editor.quantize(node, name, layer, seen[layer])
         if in_integers and node.op_type == "Conv":
             convolutions.append((node, seen[layer]))
+    if seen.keys() - found_layers:  # whose weights in the graph only mark their places
+        raise RuntimeError(f"the exporter's graph is without {len(seen.keys() - found_layers)} of {len(seen)} layers")
     for node, found in convolutions:
         editor.quantize_output(node, found.low, found.high)
     editor.clip()

@@ -46,7 +46,11 @@ def save(model: nn.Module, path: str | Path) -> None:
         "trained_on": known.data,
         "provenance": files.software(),
     }
-    files.write(path, about, network.state_dict())
+    state = network.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise checks.invalid("model", f"{name} of {type(value).__name__}", "a network whose state is tensors")
+    files.write(path, about, state)
 
 
 def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Callable[..., Any]] = ()) -> nn.Module:

@@ -50,9 +50,10 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
     """
     onnx, onnx_ir = _libraries()
     path, inputs = file_name("path", path), _batches(example_inputs)
-    network = pack(model, bits).cpu()
+    network = pack(model, bits).cpu().float()
     seen = _measured(network, inputs)
-    layers = {f"{name}.dense".removeprefix("."): m for name, m in network.named_modules() if m in seen}
+    named = network.named_modules(remove_duplicate=False)  # the exporter takes any of a layer's names
+    layers = {f"{name}.dense".removeprefix("."): m for name, m in named if m in seen}
     graph = _exported(network, tuple(x[:1].expand(2, *x.shape[1:]) for x in inputs))
     with_integers(graph, layers, seen)
     proto = onnx_ir.to_proto(graph)
@@ -89,7 +90,7 @@ def _batches(inputs: Any) -> tuple[Tensor, ...]:
         raise invalid("example_inputs", type(inputs).__name__, expected)
     if not all(len(x) for x in given):
         raise invalid("example_inputs", [tuple(x.shape) for x in given], f"{expected}, not empty")
-    return tuple(x.cpu() for x in given)
+    return tuple(x.cpu().float() if x.is_floating_point() else x.cpu() for x in given)
 
 
 def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, Seen]:
@@ -101,7 +102,8 @@ def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
         new = Seen(float(y.amin()), float(y.amax()), x.double().sum(0), len(x))
         found[layer] = new.joined(found[layer]) if layer in found else new
 
-    hooks = [m.register_forward_hook(measure) for m in network.modules() if isinstance(m, (PackedConv2d, PackedLinear))]
+    packed = [m for m in network.modules() if isinstance(m, (PackedConv2d, PackedLinear))]
+    hooks = [m.register_forward_hook(measure, prepend=True) for m in packed]  # before any that change the output
     try:
         with torch.no_grad():
             for part in zip(*(x.split(PART) for x in inputs), strict=True):

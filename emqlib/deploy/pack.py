@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .. import quantizers
 from ..checks import Own, integer, invalid
-from ..convert import Bits, at_bits, converted, quantized_layers, replaced, trace
+from ..convert import Bits, at_bits, converted, has_hooks, quantized_layers, replaced, trace
 from ..correction import correct_weight
 from ..layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
 from ..norms import MultiBitBatchNorm
@@ -230,8 +230,12 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
         if isinstance(method, Own):
             raise invalid("model", method, "a network whose quantizers are emqlib's own: integers need a known grid")
     with at_bits(network, bits):
-        for name, layer in network.named_modules():
-            if isinstance(layer, InputQuantizer) and not (layer.started or layer.provisional):
+        quantizers_of = {name: m for name, m in network.named_modules() if isinstance(m, InputQuantizer)}
+        unseen = [name for name, m in quantizers_of.items() if not (m.started or m.provisional)]
+        graphs = trace(network, training=False) if unseen else []
+        called = {node.target for graph, _ in graphs for node in graph.nodes}
+        for name in unseen:  # a head that is never called needs no range
+            if not called or name.removesuffix(".input_quantizer") in called:
                 raise invalid("model", name, "a network that has seen images, from which its input ranges start")
         return pack_as_set(network)
 
@@ -242,7 +246,10 @@ def pack_as_set(network: nn.Module) -> nn.Module:
     packed = copy.deepcopy(network).eval()
     layers = {name: layer.bits for name, layer in quantized_layers(packed).items()}
     traced = trace(packed)
-    folded = _folded(packed, *traced) if traced else {}
+    folded = _folded(packed, *traced[0]) if traced else {}
+    for graph, read in traced[1:]:
+        also = _folded(packed, graph, read)
+        folded = {layer: norm for layer, norm in folded.items() if layer in also}
     new: dict[nn.Module, nn.Module] = {norm: nn.Identity() for norm in folded.values()}
     for module in packed.modules():
         if isinstance(module, MultiBitBatchNorm) and module not in new:
@@ -292,6 +299,7 @@ def _folded(network: nn.Module, graph: fx.Graph, read: set[str]) -> dict[nn.Modu
             continue
         layer = modules[source.target]
         own = not any(f"{source.target}.{name}" in read for name in ("weight", "bias"))
-        if type(layer) in (nn.Conv2d, SafeConv2d, QuantConv2d) and own and calls[layer] == calls[norm] == 1:
+        plain = type(layer) in (nn.Conv2d, SafeConv2d, QuantConv2d) and not (has_hooks(layer) or has_hooks(norm))
+        if plain and own and calls[layer] == calls[norm] == 1:
             found[layer] = norm
     return found

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import timm
@@ -145,6 +146,48 @@ def test_hooks_stay_with_their_layers(rng: torch.Generator) -> None:
     model(images_for("resnet8", rng))
     assert seen.count("zeros: True") == 1
     assert [name for name in seen if not name.startswith("zeros")] == called
+
+
+class Optional(nn.Module):
+    """Without its optional arguments, the body's input is negative and the stem is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.stem, self.last = nn.Conv2d(4, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, features: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        h = (self.stem(x) if features is None else features).relu()
+        h = h - 0.5 if shift is None else h * shift.abs()
+        return self.last(self.body(h).mean((2, 3)))
+
+
+def test_signs_and_ends_are_those_of_a_call_without_optional_arguments(rng: torch.Generator) -> None:
+    net, x = Optional(), torch.randn(2, 3, 8, 8, generator=rng)
+    model = emq.convert(net, spec(weight="minmax", correction="none"))
+    emq.set_bits(model, 32)
+    torch.testing.assert_close(model(x), net(x))
+    assert emq.summary(model).set_index("name").note["stem"] == "full precision: first"
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it(rng: torch.Generator) -> None:
+    net, x = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))), torch.randn(2, 3, 6, 6, generator=rng)
+
+    def circular(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    net[1]._conv_forward = MethodType(circular, net[1])
+    net[2].forward = MethodType(lambda layer, x: circular(layer, x, layer.weight, layer.bias), net[2])
+    with pytest.raises(ValueError, match="a Conv2d or Linear besides those kept"):
+        emq.convert(net, spec())
+    model = emq.convert(net, spec(full_precision=(), weight="minmax", correction="none"))
+    emq.set_bits(model, 32)
+    torch.testing.assert_close(model(x), net(x))
+    notes = emq.summary(model).set_index("name").note
+    assert notes[["1", "2"]].tolist() == ["full precision: its forward is not that of its class"] * 2
+    norm = nn.BatchNorm2d(3)
+    norm.forward = MethodType(lambda norm, x: x, norm)
+    with pytest.raises(ValueError, match=r"^net='4': expected a layer whose forward is that of its class"):
+        emq.convert(nn.Sequential(*net, norm), spec())
 
 
 def test_a_hook_sees_what_it_saw(rng: torch.Generator) -> None:

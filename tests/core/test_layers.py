@@ -47,6 +47,35 @@ def reach(signed: bool) -> dict[int, float]:
     return levels | {1: 0.5} if signed else levels
 
 
+@pytest.mark.parametrize("activation", ACTIVATION_METHODS)
+def test_an_empty_batch_is_measured_by_nobody(activation: str) -> None:
+    """As of a detector without proposals, before and after the range has started."""
+    torch.manual_seed(0)
+    layer = QuantLinear.from_float(nn.Linear(6, 4), spec(activation=activation, output_correction=True), signed=True)
+    twin, x = copy.deepcopy(layer), torch.randn(5, 6)
+    for batch in (torch.zeros(0, 6), x, torch.zeros(0, 6)):
+        y = layer(batch)
+        assert y.shape == (len(batch), 4)
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    twin(x)
+    torch.testing.assert_close(layer(x), twin(x))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bits", [2, 3, 8, 32])
+def test_a_network_in_half_precision(norm: str, bits: int) -> None:
+    torch.manual_seed(0)
+    asked = spec(norm=norm, output_correction=True)
+    layer, batch_norm = nn.Conv2d(3, 4, 3).bfloat16(), nn.BatchNorm2d(4).bfloat16()
+    model = nn.Sequential(QuantConv2d.from_float(layer, asked, signed=True), MultiBitBatchNorm(batch_norm, asked))
+    x = torch.randn(4, 3, 6, 6).bfloat16()
+    assert model(x).dtype == torch.bfloat16
+    for part in model if bits in TRAINED or norm != "switchable" else model[:1]:
+        part.set_bits(bits)
+    assert model.eval()(x).dtype == torch.bfloat16
+
+
 def set_scales(scale: LearnedScale, rng: torch.Generator, size: float) -> dict[int, float]:
     """Give each trained bit-width a scale of its own; returns them."""
     values = size * (0.5 + torch.rand(len(TRAINED), generator=rng, dtype=torch.float64))

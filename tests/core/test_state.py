@@ -162,7 +162,6 @@ def test_statistics_are_in_force_again_where_they_were_made_on_no_device() -> No
     for buffer in made.buffers():
         buffer.data.fill_(7)
     made.load_state_dict(model.state_dict())
-    emq.set_bits(made, 8)
     with torch.no_grad(), emq.at_bits(model, 8):
         assert torch.equal(made(images()), model(images()))
 

@@ -92,6 +92,13 @@ def test_16_bits_are_scaled_and_not_cut_off() -> None:
     np.testing.assert_allclose(found, 90 / 255, rtol=1e-6)
 
 
+def test_32_bits_are_refused_by_name(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.ones((16, 16), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(SystemExit):
+        command.main([str(file), str(tmp_path / "float.tiff")])
+    assert "float.tiff: 32 bits a pixel; save it with 8 or 16" in capsys.readouterr().err
+
+
 def test_what_it_refuses(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = onnx.load(file)
     del other.metadata_props[:]

@@ -322,6 +322,30 @@ def test_bounds_at_one_end_and_bounds_that_leave_zero_out(
     assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
 
 
+def twice() -> nn.Module:
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), block, block, nn.Flatten(), nn.Linear(128, 4))
+
+
+def hooked() -> nn.Module:
+    """What hooks make of the outputs of a quantized convolution and of a quantized linear layer."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 9), nn.ReLU())
+    for layer in (net[2], net[4]):
+        layer.register_forward_hook(lambda _, given, y: 0.5 * y + 0.1)
+    return net.append(nn.Linear(9, 4))
+
+
+@pytest.mark.parametrize("kind", [twice, hooked])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_layers_of_several_names_hooks_and_other_types(kind: Callable, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 6, 6)
+    model = emq.convert(kind(), emq.QuantSpec(bits=(2, 8), weight="minmax")).train()
+    model(x)
+    emq.export_onnx(model.eval().to(dtype), tmp_path / "net.onnx", 8, x.to(dtype))
+    assert off(answers(tmp_path / "net.onnx", x), model.float(), 8, x) < 0.05
+
+
 class TokensAndTheirMean(nn.Module):
     """One layer reads tokens and vectors: the bias of one call is added, and of the other subtracted."""
 

@@ -269,6 +269,49 @@ def test_what_cannot_be_packed() -> None:
         emq.pack(fresh, 4)
 
 
+class Spare(nn.Module):
+    """It has a head that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.spare, self.body, self.last = (
+            nn.Linear(4, 8),
+            nn.Linear(8, 3),
+            nn.Linear(8, 8),
+            nn.Linear(8, 2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(self.first(x).relu()).relu())
+
+
+def test_a_layer_that_is_never_called_needs_no_range() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 4), emq.convert(Spare(), emq.QuantSpec(bits=(2, 4), activation="lsq"))
+    with pytest.raises(ValueError, match=r"^model='body.input_quantizer': expected a network that has seen images"):
+        emq.pack(model, 4)
+    model(x)
+    for made in (emq.pack(model.eval(), 4), emq.freeze(model, 4)):
+        with emq.at_bits(model, 4), torch.no_grad():
+            torch.testing.assert_close(made(x), model(x))
+
+
+def test_hooks_stay_with_what_they_belong_to() -> None:
+    """Also those of a convolution and a norm that would be folded, and of a layer in full precision."""
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    net, x = nn.Sequential(*parts, nn.Flatten(), nn.Linear(24, 9), nn.ReLU(), nn.Linear(9, 2)), torch.randn(5, 3, 6, 6)
+    for i in (0, 1, 3, 7):
+        net[i].register_forward_hook(lambda _, given, y: 0.5 * y + 0.1)
+    net[4].register_forward_pre_hook(lambda _, given: (given[0] * 3,))
+    model = emq.convert(net, emq.QuantSpec(bits=(2, 8), weight="minmax")).train()
+    model(x)
+    for bits in (2, 8, 32):
+        for made in (emq.pack(model.eval(), bits), emq.freeze(model, bits)):
+            with emq.at_bits(model, bits), torch.no_grad():
+                torch.testing.assert_close(made(x), model(x))
+
+
 def test_packing_keeps_shared_layers_shared() -> None:
     layer = nn.Linear(8, 8)
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 2))

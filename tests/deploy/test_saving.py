@@ -229,7 +229,19 @@ def test_nothing_in_a_file_is_run(whole: bytes, saved: Path, tmp_path: Path) -> 
     assert not mark.exists()
 
 
+class Told(nn.Identity):
+    """A module that keeps more than tensors, as PyTorch allows."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
 def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
+    layers = (nn.Linear(4, 8), nn.ReLU(), Told(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"^model='2._extra_state of dict': expected a network whose state is tensors"):
+        emq.save(emq.convert(nn.Sequential(*layers), emq.QuantSpec(bits=(2, 8))), tmp_path / "net")
     with pytest.raises(ValueError, match=r"^model='Sequential': expected a network made by emqlib.convert"):
         emq.save(nn.Sequential(), tmp_path / "net")
     for path in (tmp_path, None, "", 3):
