@@ -207,7 +207,10 @@ def trace(net: nn.Module, training: bool | None = None) -> list[tuple[fx.Graph, 
     With each come the parameters that it reads outside their modules, as in `linear(x, self.qkv.weight)`. It is traced
     in `training` or evaluation mode, or with None in that of each module. Empty: torch.fx cannot trace it.
     """
-    arguments = inspect.signature(net.forward).parameters.values()
+    try:
+        arguments = tuple(inspect.signature(net.forward).parameters.values())
+    except (TypeError, ValueError):  # of a network that TorchScript has made
+        return []
     optional = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
     graphs = []
     for given in (None, optional) if optional else (None,):

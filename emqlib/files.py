@@ -87,9 +87,7 @@ def alone(path: Path, patience: float = 0) -> Iterator[None]:
 def remove_parts(path: Path) -> None:
     """Remove what killed processes left of `path` when they wrote it; nobody may be writing it."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if "." not in part.name.removeprefix(f".{path.name}.").removesuffix(
-            ".tmp"
-        ):  # else of a file with a longer name
+        if "." not in part.name.removeprefix(f".{path.name}.").removesuffix(".tmp"):  # else another file's
             part.unlink(missing_ok=True)
 
 

@@ -175,11 +175,10 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor, n: quantizers.Number) -> Tensor:
         """x (any shape) at n levels (scalar)."""
-        if x.numel() == 0:  # as of a detector without proposals: nothing can be measured
-            pass
-        elif not self.started:
+        some = x.numel() > 0  # a detector without proposals has none, and nothing can be measured
+        if some and not self.started:
             self._begin(x.detach())
-        elif self.training and not again():
+        elif some and self.training and not again():
             self._follow(x.detach())
         if not quantizers.is_full(n):
             return self._quantize(x, n)

@@ -137,7 +137,7 @@ def _tensor(given: Any) -> Tensor | None:
     """A tensor, array or list of numbers as a tensor; None for anything else."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
         if isinstance(given, np.ndarray):  # PyTorch takes neither reversed arrays nor those of the other byte order
-            given = np.ascontiguousarray(given, given.dtype.newbyteorder("="))
+            given = given.astype(given.dtype.newbyteorder("="), order="C", copy=False)
         return given.detach() if isinstance(given, Tensor) else torch.tensor(given)
     return None
 
