@@ -314,18 +314,16 @@ _SMOOTH = 5  # bins of a histogram over which a density is averaged, twice: at l
 
 
 def distributions(histograms: pd.DataFrame) -> Axes:
-    """Distributions of one layer's pre-activations by bit-width, without and with correction side by side.
+    """Distributions of pre-activations by bit-width, without and with correction side by side: means over layers.
 
     Pre-activations are standardized by the batch norm's running statistics. The dotted line is the standard normal
-    distribution. histograms: of `measure.distributions`. Returns the left panel. ValueError: several layers.
+    distribution. histograms: of `measure.distributions`. Returns the left panel.
     """
-    checks.table("histograms", histograms, ("layer", "trained_with", "bits", "z", "density"))
-    if histograms.layer.nunique() != 1:
-        raise checks.invalid("histograms", sorted(set(histograms.layer)), "the rows of one layer")
-    setting = _setting(histograms)
-    rows = histograms.sort_values(["trained_with", "bits", "z"], ascending=[False, True, True], kind="stable")
+    checks.table("histograms", histograms, ("layer", "seed", "trained_with", "bits", "z", "density"))
+    setting, order = _setting(histograms), [False, *[True] * 4]
+    rows = histograms.sort_values(["trained_with", "bits", "layer", "seed", "z"], ascending=order, kind="stable")
     for _ in range(2):
-        curves = rows.groupby(["trained_with", "bits"], sort=False).density
+        curves = rows.groupby(["trained_with", "bits", "layer", "seed"], sort=False).density
         smooth = curves.transform(lambda density: density.rolling(_SMOOTH, center=True, min_periods=1).mean())
         rows = rows.assign(density=smooth, line=rows.bits.map("{} bits".format))
     z, colors = rows.z.drop_duplicates(), _palette(rows, "{} bits")
@@ -342,19 +340,20 @@ def distributions(histograms: pd.DataFrame) -> Axes:
         ax.set_title(name, fontsize=9)
         if kind == "mean_var":
             ax.legend()
-        finish(ax, "standard deviations from the running mean", "density, smoothed" if kind == "none" else "")
+        finish(ax, "standard deviations from the running mean", "density, mean over layers" if kind == "none" else "")
     figure.suptitle(_seen_apart(rows) + setting, fontsize=10)
     return panels[0]
 
 
 def _seen_apart(rows: pd.DataFrame) -> str:
     """What part of the areas under two densities is not under both, at the lowest and the highest bit-width."""
-    curves = rows.set_index(["trained_with", "z"]).density
-    ends = rows.bits.min(), rows.bits.max()
-    low, high = (curves[(rows.bits == b).to_numpy()] for b in ends)
-    apart = 100 * (low - high).abs().groupby("trained_with").sum() / (low + high).groupby("trained_with").sum()
-    shares = [f"{apart[kind]:.0f} % {name}" for kind, name in _BOTH.items() if kind in apart]
-    return f"{ends[0]} and {ends[1]} bits overlap but for {_listed(shares)} ({rows.layer.iloc[0]})"
+    ends = [rows.bits.min(), rows.bits.max()]
+    index = ["trained_with", "layer", "seed", "z"]
+    low, high = (rows[rows.bits == b].set_index(index).density for b in ends)
+    apart, whole = ((low - high).abs().groupby(index[:3]).sum(), (low + high).groupby(index[:3]).sum())
+    means = (100 * apart / whole).groupby("trained_with").mean()
+    shares = _listed([f"{means[kind]:.1f} % {name}" for kind, name in _BOTH.items() if kind in means])
+    return f"{ends[0]} and {ends[1]} bits overlap but for {shares}, on average over {rows.layer.nunique()} layers"
 
 
 def idea(rows: pd.DataFrame) -> Axes:
