@@ -13,6 +13,7 @@ from ..layers import QuantSpec
 from .config import TrainConfig
 from .data import Dataset
 from .distributed import Place
+from .sources import ImageFiles
 
 VERSION = 3
 _STATE = {"model", "optimizer", "scaler", "sampler", "damaged"}
@@ -65,9 +66,8 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
     net = files.digest(json.dumps(shapes))
     spec = {f"spec.{k}": v for k, v in asdict(model.emq.spec).items()}
     seen = {f"data.{name}": getattr(data, name) for name in ("mean", "std", "flip", "crop_padding")}
-    items = getattr(data.train, "items", None)
-    if hasattr(items, "listing"):  # files of images, whose transforms say what they are
-        seen["data.transform"] = repr(items.transform)
+    if isinstance(getattr(data.train, "items", None), ImageFiles):  # whose transforms say what they are
+        seen["data.transform"] = repr(data.train.items.transform)
     return json.loads(json.dumps(asked | spec | seen | {"net": net, "data": data.sha256}))
 
 

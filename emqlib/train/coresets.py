@@ -269,10 +269,12 @@ class Coresets:
 
     def size(self, epoch: int) -> int:
         """How many samples each child model sees in `epoch`."""
-        kept = coreset.kept(self.n, self.config.pruning_rate)
-        if epoch < self.config.warmup:
-            return max(kept, round(self.config.candidates * self.n))  # rounded alike, so never fewer
-        return kept
+        return self._candidate_count if epoch < self.config.warmup else coreset.kept(self.n, self.config.pruning_rate)
+
+    @property
+    def _candidate_count(self) -> int:
+        """How many samples a bit-width scores: both numbers are rounded, and a coreset has to fit."""
+        return max(coreset.kept(self.n, self.config.pruning_rate), round(self.config.candidates * self.n))
 
     def scheme_of(self, epoch: int) -> str:
         """Which scheme `epoch` trains by: a scoring phase may have its own."""
@@ -326,7 +328,7 @@ class Coresets:
 
     def _candidates(self, b: int) -> Tensor:
         """The samples that `b` scores; those of different bit-widths overlap as little as they can."""
-        count = self.size(0) if self.config.warmup else self.n
+        count = self._candidate_count
         if count == self.n:
             return torch.arange(self.n)
         shared = self.shared or self.config.scoring == "joint"
@@ -360,9 +362,9 @@ class Coresets:
             raise checks.invalid("epoch", epoch, expected)
         for b, scores in found.items():
             own = self._candidates(b)
-            if bool(scores[own].isnan().any()):
-                found_nan = f"{int(scores[own].isnan().sum())} of {len(own)} scores of {b} bits are not numbers"
-                raise checks.invalid("score", self.config.score, f"one that gives numbers: {found_nan}")
+            if broken := int(scores[own].isnan().sum()):
+                told = f"{broken} of {len(own)} scores of {b} bits are not numbers"
+                raise checks.invalid("score", self.config.score, f"one that gives numbers: {told}")
             # samples often lie class by class: equal scores are ranked in a random order, not in that of the data
             order = own[torch.randperm(len(own), generator=generator(self.seed, "ties", b))]
             self.ranks[b] = torch.full((self.n,), -1.0)
@@ -453,9 +455,7 @@ class Coresets:
                 hook.remove()
 
     def _keep_last(self, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        if not self.scoring:
-            self._last = None
-        elif layer.training or torch.is_grad_enabled():
+        if self.scoring and (layer.training or torch.is_grad_enabled()):
             self._last = layer, inputs[0].detach()
 
     def observe(
@@ -553,10 +553,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) of the next iteration; never an earlier one than is due.
-
-        Accelerate counts from 0 again when coresets go on from a saved state.
-        """
+        """Choose the epoch (from 0) of the next iteration; never an earlier one, as Accelerate does when it goes on."""
         self.coresets.next_epoch = max(epoch, self.coresets.next_epoch)
 
     def __len__(self) -> int:

@@ -1,7 +1,6 @@
 """Data sets: inputs and labels that lie in memory or are read when needed, normalized, augmented and batched."""
 
 import contextlib
-import copy
 import hashlib
 import random
 import warnings
@@ -336,10 +335,8 @@ class Dataset:
         part = (of_class.cumcount(ascending=False) + 0.5) / of_class.transform("size")  # from the end of the class
         order = torch.tensor(part.sort_values(kind="stable").index.to_numpy())
         train_split, held_out = (self.train.take(part.sort().values) for part in (order[count:], order[:count]))
-        if isinstance(held_out, Streamed) and hasattr(held_out.items, "listing"):  # files of images
-            items = copy.copy(held_out.items)
-            items.transform = self.test.items.transform
-            held_out = replace(held_out, items=items)
+        if isinstance(held_out, Streamed) and hasattr(held_out.items, "seen_as"):  # `sources.ImageFiles`
+            held_out = replace(held_out, items=held_out.items.seen_as(self.test.items))
         return replace(self, train=train_split, test=held_out, sha256=sha256(train_split, held_out))
 
 

@@ -99,14 +99,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [part for part in found if id(part) not in inner]
 
 
-@contextmanager
-def hooks_noticed(how: bool | str) -> Iterator[None]:
-    """Within the block a compiled network is compiled again when it gains or loses hooks, as in a scoring phase.
+def hooks_noticed(how: bool | str) -> AbstractContextManager:
+    """A context in which a compiled network is compiled again when it gains or loses hooks, as in a scoring phase.
 
     Without this, a second training in the same process could run the graph of the first, and record no features.
     """
-    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if how else nullcontext():
-        yield
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if how else nullcontext()
 
 
 @contextmanager

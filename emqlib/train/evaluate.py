@@ -150,11 +150,11 @@ def _scores(model: nn.Module, pairs: Batches, wanted: tuple[int, ...], own: Logi
     model = _inner(model, nn.parallel.DistributedDataParallel)  # of which each rank would wait for all others
     n, correct, loss = 0, dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0.0)
     for images, labels in pairs:
-        lowest = labels.min().item() if len(labels) else 0
-        if labels.is_floating_point() or lowest < 0:
-            raise invalid("labels", lowest, "integers >= 0, the numbers of classes")
-        n, labels = n + len(labels), labels.long()
-        classes = int(labels.max()) + 1 if len(labels) else 0
+        kind, labels = labels.dtype, labels.long()
+        lowest, highest = map(int, labels.aminmax()) if labels.numel() else (0, -1)
+        if kind.is_floating_point or lowest < 0:
+            raise invalid("labels", f"{kind}, {lowest} at least", "integers >= 0, the numbers of classes")
+        n, classes = n + len(labels), highest + 1
         for b in wanted:
             with at_bits(model, b):
                 logits = logits_of(model(images), own).float()

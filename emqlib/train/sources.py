@@ -1,6 +1,7 @@
 """Where data sets are found and how their files are read: `load_dataset`."""
 
 import contextlib
+import copy
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -148,6 +149,12 @@ class ImageFiles(torch.utils.data.Dataset):
     def path(self, index: int) -> Path:
         """The file of an item."""
         return self.folder / os.fsdecode(self.names[index])
+
+    def seen_as(self, other: "ImageFiles") -> "ImageFiles":
+        """The same files with the transform of `other`."""
+        same = copy.copy(self)
+        same.transform = other.transform
+        return same
 
     def listing(self, rows: Tensor) -> bytes:
         """Names, sizes and labels of the files at `rows` (K,). Contents are not read: ImageNet has 150 GB of them."""

@@ -274,12 +274,8 @@ class Spare(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.spare, self.body, self.last = (
-            nn.Linear(4, 8),
-            nn.Linear(8, 3),
-            nn.Linear(8, 8),
-            nn.Linear(8, 2),
-        )
+        self.first, self.spare = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.body, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.body(self.first(x).relu()).relu())

@@ -297,9 +297,7 @@ def test_fewer_outputs_than_classes_are_refused() -> None:
         emq.evaluate(pictures(), items, bits=(2,))
 
 
-@pytest.mark.parametrize(
-    "labels", [TARGETS[::-1], TARGETS.astype(">i4"), TARGETS.astype(np.uint16)], ids=["reversed", "order", "unsigned"]
-)
+@pytest.mark.parametrize("labels", [TARGETS[::-1], TARGETS.astype(">i4"), TARGETS.astype(np.uint16)])
 def test_arrays_of_any_layout(labels: np.ndarray) -> None:
     """Views that run backwards, the other byte order, and unsigned integers."""
     made = emq.Dataset.from_tensors(IMAGES[..., ::-1], labels)
@@ -309,8 +307,22 @@ def test_arrays_of_any_layout(labels: np.ndarray) -> None:
 
 def test_items_in_double_precision_are_taken_in_single() -> None:
     items = [(x / 255.0, int(y)) for x, y in zip(IMAGES.astype(np.float64), TARGETS, strict=True)]
-    made = emq.Dataset.from_dataset(items, items)
-    assert fitted(pictures(), made)
+    assert fitted(pictures(), emq.Dataset.from_dataset(items, items))
+
+
+class Listed(list):
+    """A dataset that says by itself what its checksum is made of, and has no transform."""
+
+    def listing(self, rows: Tensor) -> bytes:
+        return bytes(rows.tolist())
+
+
+def test_a_dataset_that_lists_its_items_is_held_out_and_trained_on(tmp_path: Path) -> None:
+    items = Listed((torch.from_numpy(x), int(y)) for x, y in zip(IMAGES, TARGETS, strict=True))
+    held = emq.Dataset.from_dataset(items).validation(6)
+    assert held.test.items is items
+    for _ in range(2):  # the second call reads the checkpoint
+        emq.train(pictures(), held, emq.TrainConfig(epochs=1), tmp_path / "run", progress=False)
 
 
 class Endless(IterableDataset):

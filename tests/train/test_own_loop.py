@@ -75,9 +75,7 @@ def test_a_plain_loop_ends_with_the_weights_of_train(config: CoresetConfig | Non
     assert coresets.rows == history.attrs["coresets"] and bool(coresets.rows) == (config is not None)
 
 
-def test_a_second_compiled_training_finds_features_too(
-    plain_digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_compiled_training_has_features(plain_digits: emq.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler keeps the graphs of the first, which has no hooks."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **options: compiler(net, backend="aot_eager", **options))
@@ -337,12 +335,8 @@ def test_candidates_are_never_fewer_than_a_coreset(n: int) -> None:
 
 def test_a_teacher_after_the_forward_pass_leaves_the_childs_features(plain_digits: emq.Dataset) -> None:
     """Scores by `soft_targets` before the forward pass and after it are the same."""
-    x, labels, i = (
-        normalize(plain_digits.train.images[:N], plain_digits),
-        plain_digits.train.labels[:N],
-        torch.arange(N),
-    )
-    ranks = []
+    x, labels = normalize(plain_digits.train.images[:N], plain_digits), plain_digits.train.labels[:N]
+    i, ranks = torch.arange(N), []
     for after in (False, True):
         model, coresets = tiny(), Coresets(labels, BITS, CoresetConfig(score="grand", pruning_rate=0.5), epochs=2)
         model.train()
@@ -350,8 +344,7 @@ def test_a_teacher_after_the_forward_pass_leaves_the_childs_features(plain_digit
             for bits, _ in coresets.batches(0, N):
                 emq.set_bits(model, bits)
                 logits = model(x)
-                if after:
-                    emq.soft_targets(model, x)
+                _ = emq.soft_targets(model, x) if after else None
                 coresets.observe(bits, i, logits, labels)
         coresets.batches(1, N)
         ranks.append(coresets.ranks)
