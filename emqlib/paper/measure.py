@@ -337,14 +337,11 @@ def token_shifts(p: Parameters) -> pd.DataFrame:
 
 
 def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Figure 3: the `weight_shift` of networks trained without correction, and `preactivations` of those with it too.
-
-    Histograms are of the first seed.
-    """
+    """Figure 3: `weight_shift` of networks trained without correction, and `preactivations` of those with it too."""
     runs = experiments.corrected_or_not(p, dataset)
     weights = _each(runs[::2], "weights", p, lambda net, _: weight_shift(net))
     mismatch = _each(runs, "mismatch", p, lambda *net: preactivations(*net, p.bits)[0])
-    return weights, mismatch, _each(runs[:2], "histograms", p, lambda *net: preactivations(*net, p.bits)[1])
+    return weights, mismatch, _each(runs, "histograms", p, lambda *net: preactivations(*net, p.bits)[1])
 
 
 def idea(p: Parameters) -> pd.DataFrame:
