@@ -70,8 +70,8 @@ class Own(str):
 def choice_or_own(name: str, value: Any, known: Collection[str], what: str, attempt: Callable[[Any], object]) -> str:
     """`value`, if it is one of the `known` names; a function at the top of a module becomes an `Own`.
 
-    `what` says in words what the function takes and returns. `attempt` is called with it, and raises anything where it
-    does not do that. ValueError: anything else.
+    `what` says in words what the function takes and returns. `attempt` is called with the function and
+    raises any exception if the function does not do that. ValueError: any other `value`.
     """
     if isinstance(value, Own) or (isinstance(value, str) and value in known):
         return value

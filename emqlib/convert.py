@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partialmethod
+from itertools import product
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,9 +30,9 @@ from .quantizers import levels
 class MultiheadAttention(nn.Module):
     """`nn.MultiheadAttention` with four Linear layers, `q_proj`, `k_proj`, `v_proj` and `out_proj`, in its place.
 
-    Same arguments, same outputs, same parameters, the fused `in_proj_weight` split in three: a converter finds every
-    weight, and no fast path goes past the layers. ValueError: an attention with add_bias_kv or add_zero_attn, or of a
-    class derived from PyTorch's, whose own forward would be lost.
+    It has the same arguments, outputs and parameters, but the fused `in_proj_weight` is split in three. So a converter
+    finds every weight, and no fast path bypasses the layers. ValueError: an attention with add_bias_kv or
+    add_zero_attn, or of a class derived from PyTorch's, whose own forward would be lost.
     """
 
     in_proj_bias = None  # nn.TransformerEncoderLayer asks for it, and without one leaves its own fast path
@@ -204,6 +205,7 @@ class _Tracer(fx.Tracer):
 def trace(net: nn.Module, training: bool | None = None) -> list[tuple[fx.Graph, set[str]]]:
     """The graphs of `net`: as it is called without its optional arguments, and with all of them where it has some.
 
+    Of two arguments that are False or True by default, each choice has a graph: `if features:` needs a value.
     With each come the parameters that it reads outside their modules, as in `linear(x, self.qkv.weight)`. It is traced
     in `training` or evaluation mode, or with None in that of each module. Empty: torch.fx cannot trace it.
     """
@@ -212,14 +214,16 @@ def trace(net: nn.Module, training: bool | None = None) -> list[tuple[fx.Graph, 
     except (TypeError, ValueError):  # of a network that TorchScript has made
         return []
     optional = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+    flags = [name for name, value in optional.items() if isinstance(value, bool)][:2]  # each doubles the graphs
+    settings = [dict(zip(flags, values, strict=True)) for values in product((True, False), repeat=len(flags))]
     graphs = []
-    for given in (None, optional) if optional else (None,):
+    for given in [*settings, optional] if optional else [None]:
         own = copy.deepcopy(net)  # a forward pass may store the tracer's proxies in it
         own = own if training is None else own.train(training)
         try:
-            graph = _Tracer().trace(own, given)
+            graph = _Tracer().trace(own, given or None)
         except Exception:  # a network may raise anything when it meets a proxy instead of a tensor
-            break
+            return graphs if given is optional else []
         graphs.insert(0, (graph, _read_parameters(graph, own)))
     return graphs
 
@@ -259,17 +263,19 @@ def walk(net: nn.Module, training: bool = False) -> Walk:
         return Walk(everything, list(everything))
     modules = dict(net.named_modules(remove_duplicate=False))
     signs: dict[str, bool] = {}
+    order: list[str] = []  # of the first graph: what only another one calls is no last layer
     readers: dict[str, set[str]] = {}
     for graph, _ in graphs:
         called = {node: modules[node.target] for node in graph.nodes if node.op == "call_module"}
         for module, signed in _signs(graph, called).items():
             signs[names[module]] = signed or signs.get(names[module], False)
+        order = order or list(signs)
         for node, module in called.items():
             if type(module) is nn.ReLU:
                 found = readers.setdefault(names[module], set())
                 found |= {names[called[user]] if user in called else "" for user in node.users}
                 found |= {""} if module.inplace and not _is_only_reader(node, called) else set()
-    return Walk(everything | signs, list(signs), set().union(*(read for _, read in graphs)), readers)
+    return Walk(everything | signs, order, set().union(*(read for _, read in graphs)), readers)
 
 
 def _signs(graph: fx.Graph, called: dict[fx.Node, nn.Module]) -> dict[nn.Module, bool]:
@@ -297,6 +303,8 @@ def _is_only_reader(node: fx.Node, called: dict[fx.Node, nn.Module]) -> bool:
 
 def _is_nonnegative(node: fx.Node, module: nn.Module | None, sources: bool) -> bool:
     """Whether a node's output is never negative; sources: whether its inputs never are."""
+    if module is not None and is_patched(module):
+        return False
     if isinstance(module, nn.Hardtanh):  # ReLU6 is one
         return module.min_val >= 0
     if module is not None:
@@ -352,7 +360,7 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     kept = _full_precision(names, spec) if names else {}
     read = found.read | training.read
     kept |= {name: READ for name in names if name not in kept and f"{name}.weight" in read}
-    patched = {name for name, module in net.named_modules() if _is_patched(module)}
+    patched = {name for name, module in net.named_modules() if is_patched(module)}
     kept |= {name: _PATCHED for name in names if name not in kept and name in patched}
     hooked = {name for name, module in net.named_modules() if has_hooks(module)}
     signed = {name: found.signed[name] or name in hooked for name in names if name not in kept}
@@ -361,11 +369,11 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # one's own need not clip at zero
     unsigned = {name for name in signed if not signed[name] and clips}
     readers = {name: found.readers[name] | training.readers.get(name, {""}) for name in found.readers}
-    absorbed = tuple(name for name in readers if readers[name] <= unsigned and name not in hooked)
+    absorbed = tuple(name for name in readers if readers[name] <= unsigned and name not in hooked | patched)
     return Decisions(signed, kept, absorbed, _activation_range(net, spec))
 
 
-def _is_patched(module: nn.Module) -> bool:
+def is_patched(module: nn.Module) -> bool:
     """Whether a method of this one module was replaced, as is done for circular padding."""
     return not {"forward", "_conv_forward"}.isdisjoint(vars(module))
 
@@ -406,7 +414,7 @@ def _refuse_derived(net: nn.Module) -> None:
             remedy = "first undo its parametrization, pruning, weight norm or spectral norm, by torch.nn.utils"
         if remedy:
             raise invalid("net", name or type(module).__name__, f"a layer whose weight is a parameter ({remedy})")
-        if isinstance(module, (nn.MultiheadAttention, _BatchNorm)) and _is_patched(module):
+        if isinstance(module, (nn.MultiheadAttention, _BatchNorm)) and is_patched(module):
             raise invalid("net", name or type(module).__name__, "a layer whose forward is that of its class")
 
 
@@ -536,8 +544,9 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
 
 @contextmanager
 def step_weights(model: nn.Module) -> Iterator[None]:
-    """Quantize all weights now, for the forward and the backward pass of a training step, which the block holds.
+    """Quantize weights now, for the forward and the backward pass of a training step, which the block holds.
 
+    Layers with hooks before their forward pass are left out, since these may change the weight.
     Quantizing them one by one, between activations, takes twice as long, because small tensors leave the cache. The
     second pass of activation checkpointing has to meet the same tensors as the first. Set no bit-width in the block.
     """

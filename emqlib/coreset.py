@@ -70,9 +70,9 @@ def forgetting(correct: Tensor) -> Tensor:
 
 
 def moderate(features: Tensor, labels: Tensor) -> Tensor:
-    """Distance to the median of its class, coordinate by coordinate: (N, D), (N,) to (N,).
+    """Distance of each sample's features to the coordinate-wise median of its class: (N, D), (N,) to (N,).
 
-    Neither end is kept but the middle: select by `centrality` of it. Source: Xia et al., ICLR 2023.
+    Samples at a middle distance are kept: select by `centrality` of the distances. Source: Xia et al., ICLR 2023.
     """
     n = len(checks.tensor("labels", labels, "an int64 tensor (N,) of classes", dims=1))
     h = _features(features, n)
@@ -99,8 +99,8 @@ def ranks(scores: Tensor) -> Tensor:
 def tdds(probabilities: Tensor, window: int, decay: float = 0.9) -> Tensor:
     """Temporal dual-depth score: (T, N, C), the softmax of T consecutive epochs, to (N,); high is kept.
 
-    d_t = sum_c |p_{t+1} (log p_{t+1} - log p_t)| is the projection of a sample's gradient on the epoch's; over windows
-    of `window` epochs, so window - 1 of the d, v_k = ||d - mean d||_2 is how much it varies; the score is the
+    d_t = sum_c |p_{t+1} (log p_{t+1} - log p_t)| is the projection of a sample's gradient on the epoch's. A window k
+    of `window` epochs has window - 1 of the d_t, and v_k = ||d - mean d||_2 says how much they vary. The score is the
     exponential moving average S <- (1 - decay) S + decay v_k, from 0, over all windows in their order.
     ValueError: window < 3, where every v is 0; fewer epochs than the window; decay outside (0, 1]; rows that are no
     probabilities, as logits are not. Source: Zhang et al., CVPR 2024, arXiv 2311.13613, as its published code has it.
@@ -158,7 +158,7 @@ def select(scores: Tensor, pruning_rate: float, how: How = "top", generator: tor
         Their indices (K,), sorted.
 
     Raises:
-        ValueError: names the argument that is wrong; fewer positive weights than samples to keep are too.
+        ValueError: names the argument that is wrong; also if fewer weights are positive than samples are to be kept.
 
     Examples:
         >>> select(torch.tensor([0.1, 0.9, 0.5, 0.7]), pruning_rate=0.5)

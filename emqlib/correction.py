@@ -1,6 +1,6 @@
 """Weight bias correction: each output channel of a quantized weight keeps the moments of its full-precision weight.
 
-`output_shift`, beyond the paper, is what these moments leave: the mean output where input channels differ in mean.
+`output_shift`, beyond the paper, is the error that remains in the mean output where input channels differ in mean.
 """
 
 from typing import Literal, get_args

@@ -66,10 +66,10 @@ class Busy(RuntimeError):
 
 @contextmanager
 def alone(path: Path, patience: float = 0) -> Iterator[None]:
-    """Within the block no other process is in such a block for `path`; a killed one is out of it, whatever it left.
+    """Within the block no other process is in such a block for `path`; a process that was killed no longer counts.
 
     Parts of the file that a killed process left behind are removed. The same thread may enter again within the block.
-    Another process is waited for as many seconds as `patience` says, -1 for as long as it takes, and then it is Busy.
+    It waits up to `patience` seconds, or without limit if -1, for another process to leave, and then raises Busy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)

@@ -53,14 +53,6 @@ def _agree(device: torch.device) -> bool:
     return good
 
 
-def returned(y: Tensor) -> Tensor:
-    """y (any shape), which the forward of an autograd Function has written in place and now returns.
-
-    PyTorch 2.11 compiles such a Function to one whose gradient is zero, and does not say so; 2.13 does not.
-    """
-    return y.clone() if _BEFORE_2_13 and torch.compiler.is_compiling() else y
-
-
 def awaited(x: Tensor, parameter: Tensor) -> Tensor:
     """x (any shape) itself; its backward pass gives zeros to a `parameter` (any shape) that plays no part in it.
 
@@ -96,7 +88,9 @@ class _FakeQuantize(Function):
         else:
             q.clamp_(q_min, q_max)
         q.mul_(scale)
-        return returned(q if offset is None else q.add_(offset))
+        y = q if offset is None else q.add_(offset)
+        # PyTorch 2.11 compiles a Function that returns what it wrote in place to one of gradient zero; 2.13 does not
+        return y.clone() if _BEFORE_2_13 and torch.compiler.is_compiling() else y
 
     @staticmethod
     @once_differentiable
@@ -163,7 +157,7 @@ class _DoReFaWeight(Function):
 
     Rounding passes gradients through, so both outputs have the same slope: d/dt = E. With M = max|tanh(w)| and g the
     sum of their gradients, dL/dtanh(w) = E g / M - [|tanh(w)| = M] sign(w) sum(E g tanh(w)) / M**2. Equal maxima share
-    the second term.
+    the second term. For a weight of zeros E / M counts as 1: with 0 / 0 = 0 it would stay at zero.
     """
 
     @staticmethod
@@ -171,7 +165,7 @@ class _DoReFaWeight(Function):
         ctx.set_materialize_grads(False)
         tanh, E = torch.tanh(w), w.abs().mean()
         M = tanh.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
-        ctx.save_for_backward(tanh, M, E)
+        ctx.save_for_backward(tanh, M, E.clamp_min(torch.finfo(w.dtype).tiny))
         domain = E * (t := tanh / M)
         return domain.clone() if is_full(n) else E * (2 / n * torch.round(n / 2 * (t + 1)) - 1), domain
 

@@ -20,6 +20,7 @@ from .correction import Correction, output_shift
 
 Norm = Literal["shared", "shared_affine", "switchable"]
 NORMS = get_args(Norm)
+Gather = Callable[[Tensor], Tensor]  # a tensor (...) of each process that shares a batch, stacked: (P, ...)
 LONGEST = 16384  # the most weights of an output channel that one program in Triton takes
 
 
@@ -100,17 +101,9 @@ def again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """How several processes that share each batch put together what their layers measure of it.
-
-    A training loop sets it as the attribute `reduce` of every layer that has one; None means a single process.
-    """
-
-    gather: Callable[[Tensor], Tensor]  # the tensors (...) of all processes, stacked: (P, ...)
-    total: Callable[[Tensor], Tensor]  # the sum over all processes
-    mean: Callable[[Tensor], Tensor]  # the mean over all processes
-    lowest: Callable[[Tensor], Tensor]  # the minimum over all processes
+def write_of(tensor: Tensor) -> tuple[int, int]:
+    """Which tensor (any shape) it is and how often it was written to, as by an average of weights."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 class LearnedScale(nn.Module):
@@ -131,6 +124,7 @@ class LearnedScale(nn.Module):
         self.bits, source = bits, nearest(self.trained, bits)
         self.pick.zero_()
         self.pick[self.trained.index(source)] = self.reach[source] / self.reach[bits]
+        self.written = write_of(self.pick)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -143,6 +137,9 @@ class LearnedScale(nn.Module):
 
     def forward(self) -> Tensor:
         """The scalar in force, positive even if an optimizer step has carried its parameter past zero."""
+        fixed = torch.compiler.is_compiling() or self.pick.is_inference()
+        if not fixed and self.written != write_of(self.pick):
+            self.set_bits(self.bits)  # an average of weights has copied the buffer of another bit-width
         pick = self.pick.clone()  # the next `set_bits` overwrites it, maybe before the backward pass of this one
         return (self.values * pick).sum().abs().clamp_min(1e-12)
 
@@ -167,7 +164,7 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.signed, self.started, self.provisional = signed, not self.starts, False
         self.set_to: list[float] | None = None
-        self.reduce: Reduction | None = None
+        self.gathered: Gather | None = None  # set by a training loop of several processes
         self.parts = 1  # the parts of a step's batch, of which each forward pass sees one
         self.scale: LearnedScale | None = None  # of a learned range
         self.register_buffer("low", torch.zeros(()))
@@ -194,6 +191,8 @@ class InputQuantizer(nn.Module):
 
     def _begin(self, x: Tensor) -> None:
         """Start from a batch (any shape), in training for good, else unless something else has given a range."""
+        if self.training and getattr(self, "_is_replica", False):
+            raise RuntimeError("run a batch in training mode through the network before nn.DataParallel copies it")
         if not self.training and self._was_given():
             self.started, self.provisional = True, False
         elif self.training or not self.provisional:
@@ -234,7 +233,7 @@ class InputQuantizer(nn.Module):
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest number in x, of all processes."""
         ends = torch.stack([x.amin(), -x.amax()])
-        low, negated = self.reduce.lowest(ends) if self.reduce else ends
+        low, negated = self.gathered(ends).amin(0) if self.gathered else ends
         return low, -negated
 
     def get_extra_state(self) -> Tensor:
@@ -338,7 +337,7 @@ class LSQ(InputQuantizer):
 
     def _start(self, x: Tensor) -> None:
         size = 2 * x.float().abs().mean()
-        self.scale.start(self.reduce.mean(size) if self.reduce else size)
+        self.scale.start(self.gathered(size).mean(0) if self.gathered else size)
 
 
 def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
@@ -367,7 +366,7 @@ class _QuantizedLayer(nn.Module):
         self = cls(**geometry(plain), device="meta")
         self.weight, self.bias = plain.weight, plain.bias
         self.spec, self.bits = spec, spec.bits[-1]
-        self.reduce: Reduction | None = None
+        self.gathered: Gather | None = None
         self.own = spec.weight.function if isinstance(spec.weight, Own) else None
         with self.weight.device:  # whatever is new lies where the weight does
             self.input_quantizer = input_quantizer(spec, signed)
@@ -464,7 +463,7 @@ class _QuantizedLayer(nn.Module):
             with torch.no_grad():
                 some = x.movedim(channel, 0).unsqueeze(-1)[:, :16].flatten(1)  # all images would cost 9 % of a step
                 mean = some.mean(1, dtype=self.mean_input.dtype)
-                self.mean_input.lerp_(self.reduce.mean(mean) if self.reduce else mean, 0.1)
+                self.mean_input.lerp_(self.gathered(mean).mean(0) if self.gathered else mean, 0.1)
         return x, *self._at_hand()
 
     def extra_repr(self) -> str:
@@ -473,9 +472,14 @@ class _QuantizedLayer(nn.Module):
 
 
 def prepare(layers: Iterable[_QuantizedLayer], step: Lock) -> None:
-    """Quantize and correct the weights of `layers`, for all forward passes with gradients while `step` is locked."""
+    """Quantize and correct the weights of `layers`, for all forward passes with gradients while `step` is locked.
+
+    Layers with hooks before their forward pass are left out.
+    """
     joint: dict[float, list[_QuantizedLayer]] = {}
     for layer in layers:
+        if layer._forward_pre_hooks:
+            continue
         if layer.is_joint():
             joint.setdefault(layer.known_levels, []).append(layer)
         else:

@@ -10,13 +10,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import quantizers
 from .checks import BIT_WIDTHS
-from .layers import QuantSpec, Reduction, again, nearest
+from .layers import Gather, QuantSpec, again, nearest, write_of
 
 
 def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
-    """The shares that the trained bit-widths on either side of `bits` have in it, linear in 1 / n^2 at n levels.
+    """The shares of the trained bit-widths on either side of `bits` in its statistics, linear in 1 / n^2 at n levels.
 
-    1 / n^2 is the power of the quantization noise. A trained bit-width, and the nearest one beyond the ends, has all.
+    1 / n^2 is the power of the quantization noise. A trained `bits`, or one beyond the ends, takes the nearest alone.
 
     Examples:
         >>> {b: round(share, 3) for b, share in interpolation((2, 4, 8), 3).items()}
@@ -41,11 +41,11 @@ class _OverProcesses(Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *how: Any
     ) -> Tensor:
-        momentum, ctx.eps, ctx.reduce = how
+        momentum, ctx.eps, ctx.gathered = how
         local = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         own_var, own_mean = torch.var_mean(local, [0, *range(2, x.dim())], correction=0)
         size = own_var.new_full((1,), x.numel() // x.shape[1])
-        parts = ctx.reduce.gather(torch.cat([own_mean, own_var, size]))
+        parts = ctx.gathered(torch.cat([own_mean, own_var, size]))
         means, variances, sizes = parts.split([len(mean), len(mean), 1], dim=1)
         n = sizes.sum()
         batch_mean = (sizes / n * means).sum(0)  # sums of squares would lose digits where the mean is large
@@ -63,12 +63,12 @@ class _OverProcesses(Function):
         slope = torch.ones_like(mean) if weight is None else weight
         fixed = (slope, mean, var, None, None, False, ctx.eps, [True, True, True])  # as if statistics were constants
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(grad, x, *fixed)
-        along, level = ctx.reduce.total(torch.stack([grad_weight, grad_bias])) / n  # what they add through statistics
+        along, level = ctx.gathered(torch.stack([grad_weight, grad_bias])).sum(0) / n  # through statistics
         rate, shape = (var + ctx.eps).rsqrt(), (1, -1, *[1] * (x.dim() - 2))
         through = (x - mean.view(shape)) * (along * rate).view(shape) + level.view(shape)
         grad_x = (grad_x - (slope * rate).view(shape) * through).to(x.dtype)
         affine = (None, None) if weight is None else (grad_weight, grad_bias)
-        return grad_x, None, None, *affine, None, None, None  # momentum, eps and reduce have none
+        return grad_x, None, None, *affine, None, None, None  # momentum, eps and gathered have none
 
 
 class MultiBitBatchNorm(nn.Module):
@@ -89,7 +89,7 @@ class MultiBitBatchNorm(nn.Module):
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, spec: QuantSpec) -> None:
         super().__init__()
         self.trained, self.norm, self.switchable = spec.bits, spec.norm, spec.norm == "switchable"
-        self.reduce: Reduction | None = None
+        self.gathered: Gather | None = None
         self.eps, self.momentum, self.bits = norm.eps, norm.momentum, spec.bits[-1]
         self.own: set[int] = set() if self.norm == "shared" else set(spec.bits)
         sets = len(spec.bits) if self.switchable else 1
@@ -127,9 +127,12 @@ class MultiBitBatchNorm(nn.Module):
         self.row = row if rows == {row: 1.0} else None  # None for a mixture, which is no row
 
     def _writes(self) -> list[tuple[int, int]]:
-        """The tensors that tell what is in force, and how often each was written to, for example by an average."""
-        tensors = (self.affine_pick, self.stats_pick, self.stats_row)
-        return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+        return [write_of(t) for t in (self.affine_pick, self.stats_pick, self.stats_row)]
+
+    def _overwritten(self) -> bool:
+        """Whether something else, such as an average of weights, has written to what tells what is in force."""
+        fixed = self.bits_in_tensors or self.stats_pick.is_inference()
+        return not fixed and self._writes() != self.picked[-1]
 
     def _rows(self, bits: int) -> dict[int, float]:
         """The rows of the table that the statistics of `bits` come from, each with its share."""
@@ -162,12 +165,15 @@ class MultiBitBatchNorm(nn.Module):
         return (self.running_mean * self.stats_pick).sum(0), (self.running_var * self.stats_pick).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> (N, C, ...); in training mode it updates the statistics of the bit-width, if it has its own.
+        """(N, C, ...) -> (N, C, ...); in training mode it updates the running statistics that the bit-width uses.
 
-        Under "shared_affine" a bit-width that is not trained has none, so nothing that is read later is updated.
+        Under "shared_affine" a bit-width that is not trained uses a mixture of others', which is then not updated.
         """
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.forget_adaptation()
+        if not torch.compiler.is_compiling():
+            if self.training and torch.is_grad_enabled():
+                self.forget_adaptation()
+            if (self.switchable or self.row is None) and self._overwritten():
+                self.set_bits(self.bits)
         for_all = torch.compiler.is_compiling() or (self.bits_in_tensors and self.own)
         in_place = not for_all and self.row is not None
         if in_place:  # views of the table, which the norm updates: the same numbers with fewer operations
@@ -176,8 +182,8 @@ class MultiBitBatchNorm(nn.Module):
             mean, var = self.statistics()
         weight, bias = self.affine()
         momentum = 0.0 if again() else self.momentum
-        if self.training and self.reduce:
-            y = _OverProcesses.apply(x, mean, var, weight, bias, momentum, self.eps, self.reduce)
+        if self.training and self.gathered:
+            y = _OverProcesses.apply(x, mean, var, weight, bias, momentum, self.eps, self.gathered)
         else:
             y = F.batch_norm(x, mean, var, weight, bias, self.training, momentum, self.eps)
         if self.training and not in_place:

@@ -209,7 +209,7 @@ def quantize_weight(
         The quantized weight (O, ...).
 
     Raises:
-        ValueError: names the argument that is wrong; a zero level at 1 bit is too.
+        ValueError: names the argument that is wrong, such as `zero_level` at 1 bit.
 
     Examples:
         >>> quantize_weight(torch.tensor([[-0.3, 0.1, 0.2]]), 1)

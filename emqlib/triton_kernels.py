@@ -94,7 +94,7 @@ def slopes(
     if not FULL:
         mean, S = tl.sum(G, 0) / K, tl.sum(G * d_q, 0) / K * R
         G = R * (G - mean) - S / v_q * d_q + mean + S / v_w * d_w
-    G = tl.where(mine, G * (E / M), 0.0)
+    G = tl.where(mine, G * tl.where(E > 0, E / M, 1.0), 0.0)
     tl.store(g + places, G, mask=mine)
     tl.store(total + tl.program_id(0), tl.sum(G * th, 0))
     tl.store(peaks + tl.program_id(0), tl.sum(tl.where(mine & (tl.abs(th) == M), 1.0, 0.0), 0))

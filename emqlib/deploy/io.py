@@ -79,10 +79,9 @@ def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Ca
     file = ("path", str(path))
     functions = {checks.Own.of(function): function for function in quantizers}
     with checks.expecting(*file, "a QuantSpec, whose own quantizers go into load(..., quantizers=[...])"):
-        own = {
-            field: functions.get(name, name) for field in ("weight", "activation") for name in [about["spec"][field]]
-        }
-        spec = QuantSpec(**about["spec"] | own)
+        given = about["spec"]
+        own = {field: functions.get(given[field], given[field]) for field in ("weight", "activation")}
+        spec = QuantSpec(**given | own)
     with checks.expecting(*file, "Decisions"):
         decided = Decisions(**about["decided"] | {"absorbed": tuple(about["decided"]["absorbed"])})
     if net is None and about["network"] is None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .. import quantizers
 from ..checks import Own, integer, invalid
-from ..convert import Bits, at_bits, converted, has_hooks, quantized_layers, replaced, trace
+from ..convert import Bits, at_bits, converted, has_hooks, is_patched, quantized_layers, replaced, trace
 from ..correction import correct_weight
 from ..layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
 from ..norms import MultiBitBatchNorm
@@ -140,15 +140,15 @@ class _PackedLayer(nn.Module):
         fixed = layer.input_quantizer.method != "none"
         self.input_quantizer = FixedQuantizer(layer.input_quantizer, self.bits) if fixed else nn.Identity()
         self.unpack()
-        self.register_load_state_dict_post_hook(_unpack)
+        self.register_load_state_dict_post_hook(_PackedLayer.unpack)
         return self.eval().requires_grad_(False)
 
     def integers(self) -> Tensor:
         """The weight's integers in [-2**(bits - 1), 2**(bits - 1)): int64 (O, ...)."""
         return unpack_integers(self.codes, self.bits, self.shape.numel()).view(self.shape) - 2 ** (self.bits - 1)
 
-    def unpack(self) -> None:
-        """Set weight = scale (integers + 1/2) + offset, (O, ...), rounded once, and the bias."""
+    def unpack(self, _: object = None) -> None:
+        """Set weight = scale (integers + 1/2) + offset, (O, ...), rounded once, and the bias; after loading too."""
         centred = self.integers().double() + 0.5
         scale, offset = (_per_channel(row.double(), centred) for row in self.affine[:2])
         self.dense = (scale * centred + offset).to(self.affine.dtype)
@@ -157,10 +157,6 @@ class _PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """The plain layer's, with the bit-width."""
         return f"{super().extra_repr()}, bits={self.bits}"
-
-
-def _unpack(layer: _PackedLayer, _: object) -> None:
-    layer.unpack()
 
 
 class PackedConv2d(_PackedLayer, nn.Conv2d):
@@ -211,7 +207,7 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
 
     and the layer's bias becomes g_o bias_o + h_o. A batch norm after anything else becomes a gain and a shift for each
     channel. What was kept in full precision stays so, as does everything at 32 bits. A weight unpacked to float32 is
-    off by at most one unit in the last place of its channel's largest, which is 2^-23 of that and a step.
+    off by at most 2^-23 times the sum of its channel's largest weight and a step: one unit in the last place.
 
     Size: N b / 8 bytes for the N weights of a layer, 8 for each output channel, 12 with a bias, and 16 for its input.
 
@@ -299,7 +295,8 @@ def _folded(network: nn.Module, graph: fx.Graph, read: set[str]) -> dict[nn.Modu
             continue
         layer = modules[source.target]
         own = not any(f"{source.target}.{name}" in read for name in ("weight", "bias"))
-        plain = type(layer) in (nn.Conv2d, SafeConv2d, QuantConv2d) and not (has_hooks(layer) or has_hooks(norm))
+        changed = is_patched(layer) or has_hooks(layer) or has_hooks(norm)
+        plain = type(layer) in (nn.Conv2d, SafeConv2d, QuantConv2d) and not changed
         if plain and own and calls[layer] == calls[norm] == 1:
             found[layer] = norm
     return found

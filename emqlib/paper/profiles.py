@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from .. import checks
 from ..files import can_hold_files, home
 from ..models import check_name as check_model
 from ..train.config import MOST_EPOCHS, TrainConfig
-from ..train.distributed import has_cuda
 from ..train.sources import check_name as check_data
 
 
@@ -140,7 +141,8 @@ def _profile(name: str, value: Any) -> Profile:
         return value
     if checks.choice(name, value, [*PROFILES, "auto"]) == "auto":
         value = checks.choice(name, os.environ.get("EMQ_PROFILE") or "auto", [*PROFILES, "auto"])
-    return PROFILES[("paper" if has_cuda() else "small") if value == "auto" else value]
+    on_gpu = torch.cuda.device_count() > 0  # asked of the driver alone: processes forked afterwards can still use it
+    return PROFILES[("paper" if on_gpu else "small") if value == "auto" else value]
 
 
 def _listed(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
@@ -167,17 +169,9 @@ def _bits(name: str, value: Any) -> tuple[int, ...]:
     return checks.bit_widths(name, _listed(name, value))
 
 
-def _rates(name: str, value: Any) -> tuple[float, ...]:
-    return _each(name, value, "fractions in [0, 1), none twice, for example [0.5, 0.8]", checks.pruning_rate)
-
-
 def _lengths(name: str, value: Any) -> tuple[int, ...]:
     length = partial(checks.integer, name, low=1, high=MOST_EPOCHS)
     return tuple(sorted(_each(name, value, "numbers of epochs, none twice, for example [4, 12]", length)))
-
-
-def _folder(name: str, value: Any) -> Path:
-    return checks.path(name, value, "auto, or a folder")
 
 
 def _dataset(name: str, value: Any) -> str:
@@ -194,6 +188,10 @@ def _dataset(name: str, value: Any) -> str:
 
 def _model(name: str, value: Any) -> str:
     return value if isinstance(value, str) and not value else check_model(name, value)
+
+
+_rates = partial(_each, expected="fractions in [0, 1), none twice, for example [0.5, 0.8]", check=checks.pruning_rate)
+_folder = partial(checks.path, expected="auto, or a folder")
 
 
 @dataclass(frozen=True)

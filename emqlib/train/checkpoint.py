@@ -64,11 +64,26 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
     asked = {k: v for k, v in asdict(config).items() if k != "device"}
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     net = files.digest(json.dumps(shapes))
+    kinds = {name: f"{type(m).__name__} {_arguments(m)}" for name, m in model.named_modules()}
+    d = model.emq.decided
+    decided = [d.signed, sorted(d.kept), sorted(d.absorbed), d.activation_range]
+    modules = files.digest(json.dumps([kinds, decided], sort_keys=True))
     spec = {f"spec.{k}": v for k, v in asdict(model.emq.spec).items()}
     seen = {f"data.{name}": getattr(data, name) for name in ("mean", "std", "flip", "crop_padding")}
     if isinstance(getattr(data.train, "items", None), ImageFiles):  # whose transforms say what they are
         seen["data.transform"] = repr(data.train.items.transform)
-    return json.loads(json.dumps(asked | spec | seen | {"net": net, "data": data.sha256}))
+    return json.loads(json.dumps(asked | spec | seen | {"net": net, "modules": modules, "data": data.sha256}))
+
+
+def _arguments(module: nn.Module) -> str:
+    """What a layer of PyTorch's, or of a class derived from it, tells of itself: stride, slope, or probability."""
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):  # which tell the device
+        return ""
+    kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    try:
+        return kind.extra_repr(module)
+    except AttributeError:  # of a derived class that has not called its constructor
+        return ""
 
 
 def save(path: Path, own: dict[str, Any], history: list[dict[str, Any]], state: dict[str, Any]) -> None:
@@ -98,7 +113,7 @@ def load(path: Path, own: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[st
 def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     defaults = asdict(TrainConfig()) | {f"spec.{k}": v for k, v in asdict(QuantSpec(bits=(8,))).items()}
     # an option that is younger than the checkpoint was at its default
-    theirs = json.loads(json.dumps(defaults)) | theirs
+    theirs = {"modules": ours.get("modules")} | json.loads(json.dumps(defaults)) | theirs
     differing = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
     unknown = [k for k in theirs if k not in ours and k not in defaults]  # options of a later version
     differing += [f"{k}: {theirs[k]!r} there, not known here" for k in unknown]

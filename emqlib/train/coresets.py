@@ -25,8 +25,8 @@ WAITING = 1 << 16  # batches times numbers a sample, of which processes put scor
 class Recorder(nn.Module):
     """The scores of N samples at one bit-width, from training's own forward passes. Its buffers are all its memory.
 
-    The first observation of a sample in an epoch counts: one that comes again is of an epoch that was broken off and
-    begun anew. What is not observed keeps its score, and what never was has the lowest.
+    Only the first observation of a sample in an epoch counts: a second one comes from an epoch that was interrupted and
+    begun again. A sample that is not observed keeps its score, and one that never was observed has the lowest.
     """
 
     def __init__(self, n: int, **tables: Tensor) -> None:

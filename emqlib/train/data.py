@@ -241,17 +241,10 @@ class Dataset:
         if (flip or crop_padding) and train.images.dim() != 4:
             raise checks.invalid("images", _kind(train.images), "images (N, C, H, W) to mirror or to shift")
         found = statistics(train.images) if mean is None or std is None else (mean, std)
-        return cls(
-            name=checks.instance("name", name, str, "a text"),
-            train=train,
-            test=test,
-            classes=_classes(classes, train, test),
-            mean=_of_channels("mean", found[0] if mean is None else mean, train.images),
-            std=_of_channels("std", found[1] if std is None else std, train.images),
-            flip=flip,
-            crop_padding=crop_padding,
-            sha256=sha256(train, test),
-        )
+        name, names = checks.instance("name", name, str, "a text"), _classes(classes, train, test)
+        mean = _of_channels("mean", found[0] if mean is None else mean, train.images)
+        std = _of_channels("std", found[1] if std is None else std, train.images)
+        return cls(name, train, test, names, mean, std, flip, crop_padding, sha256(train, test))
 
     @classmethod
     def from_dataset(
@@ -295,9 +288,9 @@ class Dataset:
     def about(self) -> dict[str, Any]:
         """What a trained network has to say of its data: name, checksum, number of classes, mean and std of pixels.
 
-        For streamed images it adds `crop`, the part of the shorter side that test images keep. A dataset with
-        transforms of its own may normalize in them. Of that, and of floats beyond [0, 1], which are no pixels, nothing
-        is said of mean and std.
+        For streamed images it adds `crop`, the part of the shorter side that test images keep. Mean and std are
+        left out for a dataset with transforms of its own, which may already normalize, and for floats beyond [0, 1],
+        which are no pixels.
         """
         about = {"name": self.name, "sha256": self.sha256, "num_classes": self.num_classes}
         normalized = about | {"mean": list(self.mean), "std": list(self.std)}
@@ -325,9 +318,9 @@ class Dataset:
     def validation(self, count: int) -> "Dataset":
         """Hold out `count` training samples, the last of each class, in place of the test split.
 
-        Of each class it is the same part. Files of images are then seen as test images are; items of a dataset of your
-        own keep its transforms. What is chosen by them, such as a learning rate, is not chosen on test
-        images. ValueError: `count` is not between 1 and one less than the number of training samples.
+        The same fraction of each class is held out. Files of images are then transformed as test images are; items of a
+        dataset of your own keep its transforms. A choice made on what is held out, such as a learning rate, is not made
+        on test images. ValueError: `count` is not between 1 and one less than the number of training samples.
         """
         checks.integer("count", count, 1, len(self.train) - 1)
         labels = pd.Series(self.train.labels.cpu().numpy())
@@ -432,14 +425,10 @@ def _moved(images: Tensor, dataset: Dataset, moves: Tensor) -> Tensor:
 
 
 def _first_of_each_class(split: Split | Streamed, count: int) -> Split | Streamed:
-    return split.take(_class_by_class(split.labels)[:count].sort().values)
-
-
-def _class_by_class(labels: Tensor) -> Tensor:
-    """Sample indices (N,): the first of each class, then the second of each, and so on."""
-    table = pd.DataFrame({"label": labels.cpu()})
+    """`count` samples in their order: the first of each class, then the second of each, and so on."""
+    table = pd.DataFrame({"label": split.labels.cpu()})
     order = table.assign(rank=table.groupby("label").cumcount()).sort_values(["rank", "label"]).index
-    return torch.tensor(order.to_numpy())
+    return split.take(torch.tensor(order[:count].to_numpy()).sort().values)
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..convert import quantized_layers
-from ..layers import Reduction, fails_channels_last, prepare
+from ..layers import fails_channels_last, prepare
 from ..norms import MultiBitBatchNorm
 
 # How the CPU's allocator and oneDNN put it; CUDA has an error of its own.
@@ -29,11 +29,6 @@ _NO_MEMORY = re.compile(r"can't allocate memory|bad_alloc|could not create a (me
 # saves 8 to 23 ms a step (benchmarks/steps.py), so it pays after 100 to 260 steps for each layer. A fixed number, not
 # a time, keeps runs repeatable.
 COMPILE_STEPS = 500
-
-
-def has_cuda() -> bool:
-    """Whether there is a CUDA device, asked of the driver alone: processes forked afterwards can still use it."""
-    return torch.cuda.device_count() > 0
 
 
 def device_named(name: str) -> torch.device:
@@ -75,8 +70,22 @@ def _stays_contiguous(model: nn.Module, device: torch.device) -> bool:
 
 def memory_format(model: nn.Module, channels_last: bool, device: torch.device) -> torch.memory_format:
     """The format for the weights and images (N, C, H, W) of `model`: channels-last where asked for and safe."""
-    safe = channels_last and not _stays_contiguous(model, device)
+    tensors = (*model.parameters(), *model.buffers())
+    flat = all(t.dim() < 5 for t in tensors)  # a three-dimensional convolution has another such format
+    safe = channels_last and flat and not _stays_contiguous(model, device)
     return torch.channels_last if safe else torch.contiguous_format
+
+
+@contextmanager
+def views_explained(images: torch.memory_format) -> Iterator[None]:
+    """Within the block, the error of a `view` that does not fit channels-last images says how to train without them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if images is torch.channels_last and "view size is not compatible" in str(error):
+            allowed = "False, as the network calls view on images (or flatten(1) or reshape in place of view)"
+            raise checks.invalid("channels_last", True, allowed) from error
+        raise
 
 
 def compiled(model: nn.Module, how: bool | str, steps: int) -> nn.Module:
@@ -97,14 +106,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     found = [part for part in held if len(quantized_layers(part)) > 1 and not isinstance(part, nn.Sequential)]
     inner = {id(m) for part in found for m in part.modules() if m is not part}
     return [part for part in found if id(part) not in inner]
-
-
-def hooks_noticed(how: bool | str) -> AbstractContextManager:
-    """A context in which a compiled network is compiled again when it gains or loses hooks, as in a scoring phase.
-
-    Without this, a second training in the same process could run the graph of the first, and record no features.
-    """
-    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if how else nullcontext()
 
 
 @contextmanager
@@ -264,10 +265,6 @@ class Place:
         known = "forward_sync_buffers" in signature(ddp).parameters
         return ddp(model, device_ids=devices, **{"forward_sync_buffers" if known else "broadcast_buffers": False})
 
-    def alone(self, wrapped: nn.Module) -> AbstractContextManager:
-        """The context of a forward and backward pass whose gradients are averaged together with a later one's."""
-        return nullcontext() if self.count == 1 else wrapped.no_sync()
-
     @contextmanager
     def first(self) -> Iterator[None]:
         """The context of what the main process does before the others."""
@@ -298,10 +295,6 @@ class Place:
         found = [None] * self.count if self.main else None
         dist.gather_object([tuple(x.cpu() if isinstance(x, Tensor) else x for x in batch) for batch in batches], found)
         return found or []
-
-    def sums(self, *values: float) -> list[float]:
-        """Each of `values` summed over processes."""
-        return [sum(parts) for parts in zip(*self.collect(values), strict=True)]
 
     @contextmanager
     def joined(self, where: str) -> Iterator[None]:
@@ -343,20 +336,6 @@ def gather(x: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def total(x: Tensor) -> Tensor:
-    """x (any shape) summed over processes."""
-    x = x.clone()
-    dist.all_reduce(x)
-    return x
-
-
-def lowest(x: Tensor) -> Tensor:
-    """The lowest x (any shape) of all processes."""
-    x = x.clone()
-    dist.all_reduce(x, dist.ReduceOp.MIN)
-    return x
-
-
 @contextmanager
 def synchronized(model: nn.Module, place: Place, accumulate: int = 1) -> Iterator[None]:
     """Within the block, layers measure a batch's means, variances and ranges over all processes.
@@ -364,12 +343,12 @@ def synchronized(model: nn.Module, place: Place, accumulate: int = 1) -> Iterato
     Args:
         accumulate: in how many parts each process takes its share of a step.
     """
-    layers = [m for m in model.modules() if hasattr(m, "reduce")]
+    layers = [m for m in model.modules() if hasattr(m, "gathered")]
     for layer in layers:
-        layer.reduce = Reduction(gather, total, lambda x: total(x) / place.count, lowest) if place.count > 1 else None
+        layer.gathered = gather if place.count > 1 else None
         layer.parts = place.count * accumulate
     try:
         yield
     finally:
         for layer in layers:
-            layer.reduce, layer.parts = None, 1
+            layer.gathered, layer.parts = None, 1

@@ -90,10 +90,9 @@ def soft_targets(model: nn.Module, x: Tensor) -> Tensor:
     `F.cross_entropy(logits, emq.soft_targets(model, x))` is a loss. Of a compiled network, ask for them before the
     forward pass that learns from them. x: the network's input (B, ...). ValueError: not a converted network, no logits.
     """
-    own_bits = [(network, trained_bits(network)[-1]) for network in networks(model)]
     with ExitStack() as highest, _evaluating(model, always=True, statistics=False):
-        for network, bits in own_bits:
-            highest.enter_context(at_bits(network, bits))
+        for network in networks(model):
+            highest.enter_context(at_bits(network, trained_bits(network)[-1]))
         return logits_of(_inner(model, nn.parallel.DistributedDataParallel)(x)).float().softmax(1)
 
 
@@ -193,6 +192,9 @@ def _evaluating(model: nn.Module, always: bool, statistics: bool = True) -> Iter
             yield next(model.parameters()).device
         restore = always
     finally:
+        for module, mode in training.items():  # parents first; some have a method of their own, as LoRA's layers do
+            if module.training != mode:
+                module.train(mode)
         for module, mode in training.items():
             module.training = mode
         for m, state in zip(kept, before, strict=True) if restore else ():
@@ -257,9 +259,9 @@ def adapt_norm(
     Source: Li et al. 2016 (arXiv 1603.04779), Schneider et al. 2020 (arXiv 2006.16971).
 
     Args:
-        model: as for `evaluate`; what it gives does not matter.
+        model: as for `evaluate`; its output may be anything.
         data: as for `evaluate`, but training samples are taken, augmented as in training.
-        samples: how many of them, at random, at each bit-width; of an iterable all are taken.
+        samples: the number of random training samples for each bit-width; all samples of an iterable are used.
 
     Raises:
         ValueError: not a converted network, bad bits, no batch norm, no images.

@@ -52,8 +52,8 @@ class LossWatch:
     def mean(self) -> float:
         """The weighted mean of all losses of all processes."""
         self._check()
-        total, weight = self.place.sums(self.total, self.weight)
-        return total / weight
+        totals, weights = zip(*self.place.collect((self.total, self.weight)), strict=True)
+        return sum(totals) / sum(weights)
 
     def _check(self) -> None:
         values = torch.stack([loss for loss, *_ in self.pending]).tolist() if self.pending else []
@@ -167,14 +167,15 @@ def train(
     if path is None and deadline.end is not None:
         raise checks.invalid("budget", budget, "None without a checkpoint, from which the next call goes on")
     run = _Run(model, data, config, bits)
+    own = {} if path is None else checkpoints.identity(model, run.data, config)  # now: `observe` may change the network
     with run.place.joined(f"the checkpoint {path}" if path else "the beginning"), _safe(run, path):
         if run.place.share(path is not None and path.exists()):
-            _resume(run, path)
+            _resume(run, path, own)
         with _bar(run, label) as bar:
             while run.epoch < config.epochs:
                 row = _epoch(run, bar)
                 run.history.append(row | ({"observed": _observed(observe, model)} if observe else {}))
-                _save(run, path)
+                _save(run, path, own)
                 if run.epoch < config.epochs and deadline.passed(run.place):
                     raise OutOfTime(f"epoch {run.epoch} of {config.epochs}")
         set_bits(model, bits[-1])
@@ -227,8 +228,10 @@ def _safe(run: _Run, path: Path | None) -> Iterator[None]:
     with (
         alone(path) if path is not None and run.place.main else nullcontext(),
         distributed.fastest_convolutions(run.device),
-        distributed.hooks_noticed(config.compile),
+        # a compiled network notices hooks that come or go, or a second training would run the graph of the first
+        torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if config.compile else nullcontext(),
         distributed.blocks_compiled(run.model, config.compile),
+        distributed.views_explained(run.memory_format),
         distributed.enough_memory("batch_size", config.batch_size, f"{advice}; the last checkpoint stays"),
     ):
         try:
@@ -325,7 +328,7 @@ def _child(
     """
     images, labels, indices = part
     set_bits(run.model, b)
-    waits = nullcontext() if last else run.place.alone(run.wrapped)
+    waits = nullcontext() if last or run.place.count == 1 else run.wrapped.no_sync()
     # a compiled or captured network quantizes weights in an order of its own
     eager = run.forward is run.wrapped and run.config.compile != "blocks"
     with waits, step_weights(run.model) if eager else nullcontext():
@@ -350,16 +353,16 @@ def _loss(logits: Tensor, target: Tensor, weights: Tensor | None, config: TrainC
     return (losses * weights.to(losses)).mean()
 
 
-def _save(run: _Run, path: Path | None) -> None:
+def _save(run: _Run, path: Path | None, own: dict[str, Any]) -> None:
     if path is None or not run.place.main:
         return
     state = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scaler")}
     state |= {"sampler": run.coresets.state_dict(), "damaged": run.loader.damaged}
-    checkpoints.save(path, checkpoints.identity(run.model, run.data, run.config), run.history, state)
+    checkpoints.save(path, own, run.history, state)
 
 
-def _resume(run: _Run, path: Path) -> None:
-    run.history, state = checkpoints.load(path, checkpoints.identity(run.model, run.data, run.config))
+def _resume(run: _Run, path: Path, own: dict[str, Any]) -> None:
+    run.history, state = checkpoints.load(path, own)
     with checks.expecting("checkpoint", str(path), "a whole state of this run"):
         for name in ("model", "optimizer", "scaler"):
             getattr(run, name).load_state_dict(state[name])

@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import pytest
 import timm
@@ -167,6 +168,26 @@ def test_signs_and_ends_are_those_of_a_call_without_optional_arguments(rng: torc
     emq.set_bits(model, 32)
     torch.testing.assert_close(model(x), net(x))
     assert emq.summary(model).set_index("name").note["stem"] == "full precision: first"
+
+
+class Flags(Optional):
+    """Moves the body's input where it is asked to."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift, self.aux = shift, nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, auxiliary: bool = False, shifted: bool = False) -> Any:
+        h = self.stem(x).relu()
+        h = h + self.shift if shifted else h
+        h = self.body(h).mean((2, 3))
+        return (self.last(h), self.aux(h)) if auxiliary else self.last(h)
+
+
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+def test_signs_are_those_of_every_choice_of_flags(shift: float) -> None:
+    """The last layer is that of a call without them, and no auxiliary head."""
+    assert emq.convert(Flags(shift), spec()).emq.decided.signed == {"body": shift < 0, "aux": True}
 
 
 def test_a_layer_with_a_forward_of_its_own_keeps_it(rng: torch.Generator) -> None:
@@ -528,7 +549,7 @@ def test_a_training_step_quantizes_each_weight_once_and_all_at_its_start(
     twin, x, seen = copy.deepcopy(model), torch.randn(5, 4, generator=rng), []
     quantize = QuantLinear.weight_and_domain
     monkeypatch.setattr(QuantLinear, "weight_and_domain", lambda self: (seen.append("weight"), quantize(self))[1])
-    model.first.register_forward_pre_hook(lambda *_: seen.append("first"))
+    model.register_forward_pre_hook(lambda *_: seen.append("first"))
     with step_weights(model):
         losses = [forward(x).square().sum() for forward in (model, twin)]  # outside of a step each use quantizes
         losses[0].backward()

@@ -241,6 +241,19 @@ def test_nothing_is_left_wherever_a_step_is_interrupted(x: Tensor) -> None:
     assert line > 10
 
 
+def test_a_weight_that_a_hook_changes_is_quantized_after_it(x: Tensor) -> None:
+    """As pruning and weight clipping do, before each forward pass."""
+
+    def negate(layer: nn.Module, _: Any) -> None:
+        layer.weight.data.neg_()
+
+    model = build()
+    model.body[0].register_forward_pre_hook(negate)
+    twin = copy.deepcopy(model)
+    with step_weights(model):
+        assert torch.equal(model(x), twin(x))
+
+
 # Inside other modules
 
 
@@ -290,6 +303,34 @@ def test_networks_are_found_inside_whatever_holds_them(
         assert ours[["bits", "top1", "trained", "n"]].equals(theirs[["bits", "top1", "trained", "n"]])
         assert ours.loss.tolist() == pytest.approx(theirs.loss.tolist(), rel=1e-5)
     assert_same_state(network.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("spec", "bits"), [({"activation": "lsq"}, 8), ({"norm": "switchable"}, 8), ({"norm": "shared_affine"}, 3)]
+)
+@torch.no_grad()
+def test_an_average_of_weights_runs_at_the_bits_it_is_set_to(spec: dict[str, Any], bits: int, x: Tensor) -> None:
+    model = used(x, **spec)
+    for p in model.parameters():
+        p.mul_(1 + torch.rand_like(p))  # or the norm has the same affine at each bit-width
+    emq.set_bits(model, bits)
+    average = AveragedModel(model)
+    emq.set_bits(model, 2)
+    average.update_parameters(model)  # it copies buffers too
+    answer = average(x)
+    emq.set_bits(average, bits)
+    assert torch.equal(answer, average(x))
+    with torch.inference_mode():
+        twin = copy.deepcopy(average)  # whose buffers cannot be written to outside
+    assert torch.equal(answer, twin(x))
+
+
+def test_ranges_do_not_start_in_a_replica_of_data_parallel(x: Tensor) -> None:
+    quantizer = build(activation="lsq").body[3].input_quantizer
+    with pytest.raises(RuntimeError, match=r"^run a batch .* before nn\.DataParallel"):
+        quantizer._replicate_for_data_parallel()(x, 3.0)
+    quantizer(x, 3.0)
+    assert quantizer._replicate_for_data_parallel()(x, 3.0).isfinite().all()
 
 
 class Two(nn.Module):

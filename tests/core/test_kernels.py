@@ -161,13 +161,3 @@ def test_buffers_are_left_alone() -> None:
     """By an argument of which this release does not warn: here a warning is an error."""
     assert nn.parallel.DistributedDataParallel(nn.BatchNorm1d(2)).broadcast_buffers
     assert not distributed.Place(0, 2).wrap(nn.BatchNorm1d(2)).broadcast_buffers
-
-
-@pytest.mark.usefixtures("process_group")
-def test_a_compiled_sum_over_processes_keeps_its_gradient() -> None:
-    torch._dynamo.reset()
-    x = torch.arange(4.0, requires_grad=True)
-    y = torch.compile(lambda x: distributed.total(2 * x), backend="eager", fullgraph=True)(x)
-    y.square().sum().backward()
-    torch._dynamo.reset()
-    assert torch.equal(y, 2 * x) and torch.equal(x.grad, 8 * x)

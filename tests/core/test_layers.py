@@ -326,6 +326,19 @@ def test_first_batch_of_zeros(activation: str, signed: bool) -> None:
         assert y.abs().max() < 1e-5 and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 8, 32])
+def test_a_weight_that_starts_at_zero_learns(bits: int) -> None:
+    """Straight through, as if nothing was rounded."""
+    plain = nn.Linear(3, 4)
+    nn.init.zeros_(plain.weight)
+    layer, grad = QuantLinear.from_float(plain, spec(activation="none"), True), torch.rand(4, 3)
+    layer.set_bits(bits)
+    weight, _ = layer.weight_and_bias()
+    weight.backward(grad)
+    assert not weight.any()
+    torch.testing.assert_close(layer.weight.grad, grad)
+
+
 # Batch norm
 
 

@@ -47,6 +47,15 @@ def number(n: float, tensor: bool) -> quantizers.Number:
 
 
 @interpreted
+def test_a_weight_that_starts_at_zero_learns() -> None:
+    from emqlib.triton_kernels import correct_dorefa_weights
+
+    w, grad = torch.zeros(2, 5, requires_grad=True), torch.rand(2, 5)
+    correct_dorefa_weights([w], 3.0)[0].backward(grad)
+    torch.testing.assert_close(w.grad, grad)
+
+
+@interpreted
 @pytest.mark.parametrize(("bits", "tensor"), CASES)
 def test_values_and_gradients_are_the_formulas(bits: int, tensor: bool) -> None:
     from emqlib.triton_kernels import correct_dorefa_weights
@@ -203,4 +212,4 @@ def test_the_interpreted_tests_pass() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
-    assert f"{len(CASES) + 2 + 1 + 4 + 16 + 1} passed" in ran.stdout
+    assert f"{len(CASES) + 2 + 2 + 4 + 16 + 1} passed" in ran.stdout

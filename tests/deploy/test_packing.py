@@ -5,11 +5,13 @@ import math
 import pickle
 import struct
 from itertools import product
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
@@ -306,6 +308,19 @@ def test_hooks_stay_with_what_they_belong_to() -> None:
         for made in (emq.pack(model.eval(), bits), emq.freeze(model, bits)):
             with emq.at_bits(model, bits), torch.no_grad():
                 torch.testing.assert_close(made(x), model(x))
+
+
+def test_a_forward_of_its_own_stays() -> None:
+    """That of a convolution whose norm would be folded, and of a ReLU that the quantizer after it would replace."""
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    net, x = nn.Sequential(*parts, nn.Flatten(), nn.Linear(24, 2)), torch.randn(5, 3, 6, 6)
+    net[0]._conv_forward = MethodType(lambda conv, x, w, b: 2 * F.conv2d(x, w, b), net[0])
+    net[2].forward = MethodType(lambda relu, x: x.clamp(-0.1, 0.1), net[2])
+    model = emq.convert(net, emq.QuantSpec(bits=(2, 8), weight="minmax"))
+    model.eval()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(emq.pack(model, 32)(x), net.eval()(x))
 
 
 def test_packing_keeps_shared_layers_shared() -> None:

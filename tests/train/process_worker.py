@@ -107,7 +107,7 @@ def norm_in_parts(place: Place) -> dict[str, Any]:
         pairs = [(ours, place.part(y)), (xs[1].grad, place.part(xs[0].grad))]
         pairs += zip(norm.statistics(), (whole.running_mean, whole.running_var), strict=True)
         for ours, theirs in zip((norm.weight, norm.bias), whole.parameters(), strict=True):
-            pairs.append((distributed.total(ours.grad[0]), theirs.grad))
+            pairs.append((distributed.gather(ours.grad[0]).sum(0), theirs.grad))
         found[str(dtype)] = [float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs]
     return {"calls": calls, "errors": found}
 

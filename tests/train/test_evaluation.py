@@ -167,6 +167,21 @@ def test_a_last_batch_of_few_images_counts_for_as_many(data: Dataset) -> None:
     torch.testing.assert_close(model.bn1.running_mean[1], (85 * first + 5 * last) / 90)
 
 
+class Merged(nn.Linear):
+    """Merges its weights for evaluation, as the layers of LoRA do."""
+
+    def train(self, mode: bool = True) -> "Merged":
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_a_layer_with_modes_of_its_own_is_told_of_both(data: Dataset) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), Merged(8, 8), nn.Linear(8, 3))
+    model = emq.convert(net, emq.QuantSpec(bits=(2, 8))).train()
+    emq.soft_targets(model, torch.rand(4, 3, 2, 2))
+    assert model[4].training and not model[4].merged
+
+
 def test_labels_of_evaluate(data: Dataset) -> None:
     model, (images, labels) = emq.convert(build("resnet8"), spec()), next(iter(batches_of(data, data.test, 20)))
     expected = emq.evaluate(model, [(images, labels)], bits=(2,))

@@ -50,6 +50,7 @@ INPUTS: dict[str, tuple[Tensor, Callable[[], nn.Module]]] = {
         lambda: network(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), width=56),
     ),
     "vectors": (torch.randn(24, 6).double() - 4, lambda: network(width=6)),
+    "volumes": (torch.randn(24, 1, 4, 4, 4), lambda: network(nn.Conv3d(1, 4, 3), nn.ReLU(), width=32)),
 }
 
 
@@ -84,6 +85,21 @@ def test_any_input_that_the_network_takes_is_trained_on_and_evaluated(name: str)
     assert table.n.tolist() == [6] * 3 and table.loss.notna().all()
     emq.adapt_norm(model, data, bits=(3,), batch_size=9)
     assert model.emq.data == data.about()
+
+
+class View(nn.Flatten):
+    """As many networks are written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
+
+
+def test_a_network_that_calls_view_is_told_of_channels_last() -> None:
+    model = emq.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), View(), nn.Linear(64, 3)), SPEC)
+    data = Dataset.from_tensors(IMAGES, TARGETS)
+    with pytest.raises(ValueError, match=r"^channels_last=True: expected False, as the network calls view"):
+        fitted(model, data)
+    fitted(model, data, channels_last=False)
 
 
 def test_digits_as_tensors_of_ones_own_end_with_the_very_weights() -> None:

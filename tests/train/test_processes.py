@@ -130,8 +130,8 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.arange(5.0)
     assert place.part(x) is not None and torch.equal(place.part(x), x)
     net = torch.nn.Linear(2, 2)
-    assert place.wrap(net) is net and place.sums(1.5, 2.0) == [1.5, 2.0] and place.share({"a": 1}) == {"a": 1}
-    with pytest.raises(RuntimeError, match=r"^gloo: its own$"), place.joined("here"), place.alone(net):
+    assert place.wrap(net) is net and place.share({"a": 1}) == {"a": 1}
+    with pytest.raises(RuntimeError, match=r"^gloo: its own$"), place.joined("here"):
         raise RuntimeError("gloo: its own")
 
 
@@ -160,11 +160,11 @@ def test_without_accelerate_it_is_said_what_to_install(monkeypatch: pytest.Monke
 
 def test_layers_measure_over_processes_within_training_alone() -> None:
     model = process_worker.network(activation_range="tracked")
-    layers = [m for m in model.modules() if hasattr(m, "reduce")]
+    layers = [m for m in model.modules() if hasattr(m, "gathered")]
     assert len(layers) == 4  # two batch norms, a quantized layer and its input
     with pytest.raises(ZeroDivisionError), distributed.synchronized(model, Place(0, 2)):
-        assert all(m.reduce for m in layers)
+        assert all(m.gathered for m in layers)
         raise ZeroDivisionError
-    assert not any(m.reduce for m in layers)
+    assert not any(m.gathered for m in layers)
     with distributed.synchronized(model, Place()):
-        assert not any(m.reduce for m in layers)
+        assert not any(m.gathered for m in layers)

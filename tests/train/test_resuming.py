@@ -20,6 +20,7 @@ import emqlib as emq
 from emqlib import CoresetConfig, Dataset, QuantSpec, TrainConfig
 from emqlib import files as container
 from emqlib.files import Busy
+from emqlib.layers import QuantConv2d
 from emqlib.train import checkpoint as checkpoints
 from emqlib.train import loop as training
 from emqlib.train.checkpoint import Deadline, OutOfTime
@@ -151,6 +152,9 @@ def test_a_checkpoint_of_another_network_or_data_is_refused(digits: Dataset, tmp
     )
     assert_refused(tiny(bits=(2, 3)), digits, quick(), "spec.bits: [2, 4, 8] there, [2, 3] here", digits, tmp_path)
     assert_refused(tiny(), digits.subset(60, 20), quick(), f"data: '{digits.sha256}' there", digits, tmp_path)
+    strided = tiny()
+    next(m for m in strided.modules() if isinstance(m, QuantConv2d)).stride = (2, 2)
+    assert_refused(strided, digits, quick(), "but modules: '", digits, tmp_path)
     mirrored = replace(digits, flip=True, std=(2.0,))
     assert_refused(tiny(), mirrored, quick(), "data.flip: False there, True here", digits, tmp_path)
 
@@ -174,7 +178,7 @@ def test_a_checkpoint_from_before_an_option_counts_as_at_its_default(digits: Dat
     history = train(tiny(), digits, quick(), path)
     about, tensors = container.read(path, checkpoints.VERSION, "a checkpoint")
     identity = json.loads(about["identity"])
-    del identity["spec.output_correction"], identity["clip_grad_norm"], identity["milestones"]
+    del identity["spec.output_correction"], identity["clip_grad_norm"], identity["milestones"], identity["modules"]
     container.write(path, about | {"identity": json.dumps(identity)}, tensors)
     pd.testing.assert_frame_equal(train(tiny(init=1), digits, quick(), path), history)
     with pytest.raises(ValueError, match=r"but spec.output_correction: False there, True here$"):
