@@ -102,7 +102,7 @@ def shown(table: pd.DataFrame, best: Sequence[str] | None = None, rows: int = 10
 
     Args:
         table: of a function of this module, or any other.
-        best: of the columns of accuracies, which are text, those whose highest is bold; None: all. Spreads are grey.
+        best: the columns of accuracies (text) whose highest value is bold; None: all of them. Spreads are grey.
         rows: how many at most.
         columns: how many at most, those of the index included.
     """
