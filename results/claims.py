@@ -413,7 +413,8 @@ def _headline(results: Path) -> list[Claim]:
     lengths = [sorted(set(part.epochs)) for part in (joint, recipe)]  # of as many passes, if in this order
     pairs = [(at(joint, epochs=few), at(recipe, epochs=many)) for few, many in zip(*lengths, strict=True)]
     ahead = {plain(own.sample_passes / 1e6, digits=1): seeds(own) - seeds(few) for few, own in pairs}
-    by_passes = " and ".join(f"{differs(points)} points at {millions} million" for millions, points in ahead.items())
+    *others, last = (f"{differs(points)} points at {millions} million" for millions, points in ahead.items())
+    by_passes = f"{', '.join(others)} and {last}"
     control = rows[rows.method.str.startswith("Ours") & rows.pruning_rate.eq(0)]
     (all_data,) = set(control.epochs)
     early, pruned_early = next(pair for pair in pairs if set(pair[0].epochs) == {all_data})
