@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .checks import Own, bit_width, expecting, invalid
-from .layers import QuantConv2d, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last, prepare
+from .layers import QuantConv2d, QuantizedLayer, QuantLinear, QuantSpec, SafeConv2d, fails_channels_last, prepare
 from .models import Record
 from .norms import MultiBitBatchNorm
 from .quantizers import levels
@@ -537,9 +537,9 @@ def converted(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of `model`, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 @contextmanager
@@ -560,10 +560,9 @@ def step_weights(model: nn.Module) -> Iterator[None]:
             layer.prepared = None
 
 
-def _settable(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear | MultiBitBatchNorm]:
+def _settable(model: nn.Module) -> dict[str, QuantizedLayer | MultiBitBatchNorm]:
     """The modules that `set_bits` sets, by name: quantized layers and batch norms."""
-    kinds = (QuantConv2d, QuantLinear, MultiBitBatchNorm)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, (QuantizedLayer, MultiBitBatchNorm))}
 
 
 def networks(model: nn.Module) -> list[nn.Module]:
@@ -705,7 +704,7 @@ def _rows(network: nn.Module) -> Iterator[dict[str, object]]:
     for name, module in network.named_modules():
         kind = nn.Conv2d if type(module) is SafeConv2d else type(module)  # as it was before `convert`
         row = {"name": name, "type": kind.__name__, "bits": 32, "note": ""}
-        if isinstance(module, (QuantConv2d, QuantLinear)):
+        if isinstance(module, QuantizedLayer):
             x = module.input_quantizer
             row |= {"bits": module.bits, "weight": module.spec.weight, "activation": x.method, "signed": x.signed}
             yield row | {"range": x.range, "correction": module.spec.correction}

@@ -350,7 +350,7 @@ def input_quantizer(spec: QuantSpec, signed: bool) -> InputQuantizer:
     return kinds[spec.activation](spec.bits, signed)
 
 
-class _QuantizedLayer(nn.Module):
+class QuantizedLayer(nn.Module):
     """What QuantConv2d and QuantLinear share; they bring `weight` and the product with it."""
 
     weight: nn.Parameter
@@ -471,12 +471,12 @@ class _QuantizedLayer(nn.Module):
         return f"{super().extra_repr()}, bits={self.bits}, weight={self.spec.weight}, correction={self.spec.correction}"
 
 
-def prepare(layers: Iterable[_QuantizedLayer], step: Lock) -> None:
+def prepare(layers: Iterable[QuantizedLayer], step: Lock) -> None:
     """Quantize and correct the weights of `layers`, for all forward passes with gradients while `step` is locked.
 
     Layers with hooks before their forward pass are left out.
     """
-    joint: dict[float, list[_QuantizedLayer]] = {}
+    joint: dict[float, list[QuantizedLayer]] = {}
     for layer in layers:
         if layer._forward_pre_hooks:
             continue
@@ -521,7 +521,7 @@ class SafeConv2d(nn.Conv2d):
         return F.conv2d(x[..., ::down, ::right], weight, bias, groups=self.groups)
 
 
-class QuantConv2d(_QuantizedLayer, SafeConv2d):
+class QuantConv2d(QuantizedLayer, SafeConv2d):
     """A Conv2d (any groups, stride, padding) whose weight and input are quantized. (N, I, H, W) -> (N, O, H', W')."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -529,7 +529,7 @@ class QuantConv2d(_QuantizedLayer, SafeConv2d):
         return self._conv_forward(*self._operands(x, channel=-3))
 
 
-class QuantLinear(_QuantizedLayer, nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):
     """A Linear whose weight and input are quantized. (..., I) -> (..., O)."""
 
     def forward(self, x: Tensor) -> Tensor:

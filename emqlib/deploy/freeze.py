@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..convert import Bits, replaced
 from ..layers import geometry
-from .pack import FixedQuantizer, PackedConv2d, PackedLinear, pack
+from .pack import FixedQuantizer, PackedConv2d, PackedLayer, pack
 
 
 def freeze(model: nn.Module, bits: Bits) -> nn.Module:
@@ -27,7 +27,7 @@ def freeze(model: nn.Module, bits: Bits) -> nn.Module:
         ValueError: as `pack`.
     """
     packed = pack(model, bits)
-    network = replaced(packed, {m: _frozen(m) for m in packed.modules() if isinstance(m, (PackedConv2d, PackedLinear))})
+    network = replaced(packed, {m: _frozen(m) for m in packed.modules() if isinstance(m, PackedLayer)})
     vars(network).pop("emq", None)  # what `save` writes; a network that was one layer has a new one
     return network
 
@@ -70,7 +70,7 @@ class FrozenLinear(nn.Linear):
         return F.linear(self.input_quantizer(x), self.weight, self.bias)
 
 
-def _frozen(packed: PackedConv2d | PackedLinear) -> nn.Module:
+def _frozen(packed: PackedLayer) -> nn.Module:
     """The twin of a packed layer. Where its inputs are codes, their scale becomes a part of the weight."""
     twin = FrozenConv2d if isinstance(packed, PackedConv2d) else FrozenLinear
     layer = twin(**geometry(packed), device="meta")

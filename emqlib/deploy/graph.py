@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from .integers import Grid, byte_codes, int8_weight, largest_weight
-from .pack import FixedQuantizer, PackedConv2d, PackedLinear
-
-Layer = PackedConv2d | PackedLinear
+from .pack import FixedQuantizer, PackedConv2d, PackedLayer, PackedLinear
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Seen:
             return replace(self, low=low, high=high)
         return Seen(low, high, self.total + other.total, self.count + other.count)
 
-    def shift(self, layer: Layer, error: Tensor) -> Tensor:
+    def shift(self, layer: PackedLayer, error: Tensor) -> Tensor:
         """By how much an error (O, ...) of a layer's weight raises the mean output of each channel: (O,)."""
         mean = (self.total / self.count).unsqueeze(0)
         if isinstance(layer, PackedConv2d):
@@ -38,7 +36,7 @@ class Seen:
         return (mean @ error.T).flatten(0, -2).mean(0)
 
 
-def with_integers(model: Any, layers: dict[str, Layer], seen: dict[Layer, Seen]) -> None:
+def with_integers(model: Any, layers: dict[str, PackedLayer], seen: dict[PackedLayer, Seen]) -> None:
     """Change a graph in place: packed layers become what runtimes compute in integers.
 
     Args:
@@ -106,7 +104,7 @@ class _Editor:
         self.codes[q.producer()] = grid, 0, grid.most
         return self.put(before, "DequantizeLinear", q, *operands)
 
-    def quantize(self, node: Any, name: str, layer: Layer, seen: Seen) -> bool:
+    def quantize(self, node: Any, name: str, layer: PackedLayer, seen: Seen) -> bool:
         """Give a node the weight and the bias of `layer`, and quantize its input.
 
         Returns whether the node now computes in integers.
@@ -141,7 +139,7 @@ class _Editor:
             self.inputs[x, grid] = self.round_trip(node, y, grid.with_zero())
         return self.inputs[x, grid]
 
-    def integers(self, node: Any, name: str, layer: Layer, seen: Seen, grid: Grid) -> tuple[Any, Any]:
+    def integers(self, node: Any, name: str, layer: PackedLayer, seen: Seen, grid: Grid) -> tuple[Any, Any]:
         """Weight, int8, and bias: of a convolution int32, through DequantizeLinear, and of a Linear its numbers."""
         grid, bits, axis = grid.with_zero(), layer.bits, int(isinstance(layer, PackedLinear))
         codes = (layer.integers() + 2 ** (bits - 1)).flatten(1)
@@ -172,7 +170,7 @@ class _Editor:
         """Where each of `count` rows begins in a flat table: (count, 1)."""
         return self.constant(f"rows_{count}_{length}", np.arange(count, dtype=np.int32)[:, None] * length)
 
-    def floating(self, node: Any, name: str, layer: Layer) -> tuple[Any, Any]:
+    def floating(self, node: Any, name: str, layer: PackedLayer) -> tuple[Any, Any]:
         """Weight, scale (integers + 1/2) + offset, and bias in floating point: of a Linear its numbers."""
         codes, half = (layer.integers() + 2 ** (layer.bits - 1)).flatten(1), 2 ** (layer.bits - 1) - 0.5
         scale, offset = layer.affine[:2].double().unsqueeze(2)
@@ -196,7 +194,7 @@ class _Editor:
             x = self.put(node, "Slice", x, self.number(np.int64, [0]), self.number(np.int64, [codes.numel()]))
         return self.put(node, "Reshape", x, self.number(np.int64, list(codes.shape)))
 
-    def shaped(self, node: Any, w: Any, layer: Layer) -> Any:
+    def shaped(self, node: Any, w: Any, layer: PackedLayer) -> Any:
         """A weight (O, K) as its node takes it."""
         if isinstance(layer, PackedConv2d):
             return self.put(node, "Reshape", w, self.number(np.int64, list(layer.shape)))

@@ -13,7 +13,7 @@ from ..checks import file_name, invalid
 from ..convert import Bits, converted, replaced
 from ..files import canonical_json, write_atomic
 from .graph import Seen, with_integers
-from .pack import PackedConv2d, PackedLinear, pack
+from .pack import PackedLayer, PackedLinear, pack
 
 OPSET = 20
 PART = 64  # samples that ranges are measured on at a time
@@ -102,7 +102,7 @@ def _measured(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
         new = Seen(float(y.amin()), float(y.amax()), x.double().sum(0), len(x))
         found[layer] = new.joined(found[layer]) if layer in found else new
 
-    packed = [m for m in network.modules() if isinstance(m, (PackedConv2d, PackedLinear))]
+    packed = [m for m in network.modules() if isinstance(m, PackedLayer)]
     hooks = [m.register_forward_hook(measure, prepend=True) for m in packed]  # before any that change the output
     try:
         with torch.no_grad():
@@ -146,7 +146,7 @@ def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     inputs: two samples each, since the exporter takes a batch of one for a constant.
     """
     network = copy.deepcopy(network)
-    layers = [m for m in network.modules() if isinstance(m, (PackedConv2d, PackedLinear))]
+    layers = [m for m in network.modules() if isinstance(m, PackedLayer)]
     for i, layer in enumerate(layers):
         layer.input_quantizer = nn.Identity()
         layer.dense = torch.full_like(layer.dense, i + 0.5)  # the exporter would merge equal ones, and their names

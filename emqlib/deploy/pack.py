@@ -12,7 +12,7 @@ from .. import quantizers
 from ..checks import Own, integer, invalid
 from ..convert import Bits, at_bits, converted, has_hooks, is_patched, quantized_layers, replaced, trace
 from ..correction import correct_weight
-from ..layers import InputQuantizer, QuantConv2d, QuantLinear, SafeConv2d, geometry
+from ..layers import InputQuantizer, QuantConv2d, QuantizedLayer, SafeConv2d, geometry
 from ..norms import MultiBitBatchNorm
 
 
@@ -104,7 +104,7 @@ class FixedQuantizer(nn.Module):
         return quantizers.fake_quantize(x, scale, q_min, q_max, offset if self.shifted else None)
 
 
-class _PackedLayer(nn.Module):
+class PackedLayer(nn.Module):
     """What PackedConv2d and PackedLinear share: a weight of integers, and a scale and an offset for each channel.
 
     `codes` holds the integers; `affine` holds scale, offset and, if there is one, bias. PyTorch cannot multiply
@@ -123,7 +123,7 @@ class _PackedLayer(nn.Module):
             raise invalid("model", self.untraced, expected)
         return self.dense
 
-    def take(self, layer: QuantConv2d | QuantLinear, norm: Affine | None) -> nn.Module:
+    def take(self, layer: QuantizedLayer, norm: Affine | None) -> nn.Module:
         """Become `layer` at the bit-width it is set to, with `norm` after it folded in; returns itself."""
         bias, (codes, scale, offset) = layer.weight_and_bias()[1], _integers(layer)
         if norm is not None:
@@ -140,7 +140,7 @@ class _PackedLayer(nn.Module):
         fixed = layer.input_quantizer.method != "none"
         self.input_quantizer = FixedQuantizer(layer.input_quantizer, self.bits) if fixed else nn.Identity()
         self.unpack()
-        self.register_load_state_dict_post_hook(_PackedLayer.unpack)
+        self.register_load_state_dict_post_hook(PackedLayer.unpack)
         return self.eval().requires_grad_(False)
 
     def integers(self) -> Tensor:
@@ -159,7 +159,7 @@ class _PackedLayer(nn.Module):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-class PackedConv2d(_PackedLayer, nn.Conv2d):
+class PackedConv2d(PackedLayer, nn.Conv2d):
     """A QuantConv2d at one bit-width, its weight integers."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class PackedConv2d(_PackedLayer, nn.Conv2d):
         return self._conv_forward(self.input_quantizer(x), self.dense, self.bias)
 
 
-class PackedLinear(_PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):
     """A QuantLinear at one bit-width, its weight integers."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def pack_layer(layer: nn.Module, norm: Affine | None = None) -> nn.Module:
 
     A layer at 32 bits, or one that was never quantized, becomes a plain layer.
     """
-    linear, quantized = isinstance(layer, nn.Linear), isinstance(layer, (QuantConv2d, QuantLinear))
+    linear, quantized = isinstance(layer, nn.Linear), isinstance(layer, QuantizedLayer)
     arguments = geometry(layer)
     if quantized and layer.bits != 32:
         return (PackedLinear if linear else PackedConv2d)(**arguments, device="meta").take(layer, norm)
@@ -250,17 +250,17 @@ def pack_as_set(network: nn.Module) -> nn.Module:
     for module in packed.modules():
         if isinstance(module, MultiBitBatchNorm) and module not in new:
             new[module] = ChannelAffine(Affine.of(module), module.running_mean.dtype)
-        elif isinstance(module, (QuantConv2d, QuantLinear)) or module in folded:
+        elif isinstance(module, QuantizedLayer) or module in folded:
             new[module] = pack_layer(module, Affine.of(folded[module]) if module in folded else None)
     packed = replaced(packed, new)
     for name, layer in packed.named_modules():
-        if isinstance(layer, _PackedLayer) and not traced:
+        if isinstance(layer, PackedLayer) and not traced:
             layer.untraced = name or type(layer).__name__
     packed.emq = replace(network.emq, packed=layers)
     return packed.requires_grad_(False)
 
 
-def _integers(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor, Tensor]:
+def _integers(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
     """Integers c in [-2**(b-1), 2**(b-1)) (O, ...), and scale and offset (O,) in float64, of the weight of a layer.
 
     The corrected weight is affine in c. Its slope is fitted by least squares, because a channel may use few levels.
