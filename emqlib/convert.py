@@ -612,12 +612,13 @@ def _checked(network: nn.Module, bits: Bits) -> dict[nn.Module, int]:
     modules = _settable(network)
     plan = _plan(modules, bits)
     for name, module in modules.items():
-        if isinstance(module, MultiBitBatchNorm) and not module.serves(plan[name]):
-            built = f"one of {sorted(module.own)}, which the switchable norm {name} was built for or adapted to"
-            raise invalid("bits", plan[name], built)
-        if plan[name] == 1 and not isinstance(module, MultiBitBatchNorm) and module.spec.zero_level:
+        if isinstance(module, MultiBitBatchNorm):
+            if not module.serves(plan[name]):
+                built = f"one of {sorted(module.own)}, which the switchable norm {name} was built for or adapted to"
+                raise invalid("bits", plan[name], built)
+        elif plan[name] == 1 and module.spec.zero_level:
             raise invalid("bits", 1, "2 or more with zero_level, since one level cannot be both zero and not")
-        if not isinstance(module, MultiBitBatchNorm) and module.input_quantizer.would_lose_its_start():
+        elif module.input_quantizer.would_lose_its_start():
             expected = "one that has seen one batch in training mode before fully_shard"
             raise invalid("model", f"a network with sharded ranges in {name}, which start with a first batch", expected)
     return {module: plan[name] for name, module in modules.items()}
@@ -628,16 +629,15 @@ def _switch(network: nn.Module, plan: Mapping[nn.Module, int]) -> None:
 
     A part of a network leaves that tensor to the rest.
     """
-    layers = [module for module in plan if not isinstance(module, MultiBitBatchNorm)]
-    alike = _is_converted(network) and len({plan[layer] for layer in layers}) == 1
-    shared = layers[0].levels if alike else None
-    if shared is not None:
+    layers = [module for module in plan if isinstance(module, QuantizedLayer)]
+    shared = None
+    if _is_converted(network) and len({plan[layer] for layer in layers}) == 1:
+        shared = layers[0].levels
         shared.fill_(levels(plan[layers[0]]))
-    for module, bits in plan.items():
-        if isinstance(module, MultiBitBatchNorm):
-            module.set_bits(bits)
-        else:
-            module.set_bits(bits, shared)
+    for layer in layers:
+        layer.set_bits(plan[layer], shared)
+    for norm in plan.keys() - layers:
+        norm.set_bits(plan[norm])
 
 
 def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
@@ -650,7 +650,8 @@ def _plan(modules: Mapping[str, nn.Module], bits: Bits) -> dict[str, int]:
     plan, before = {}, wanted.get("*")  # the bit-width of the layer before
     for name, module in modules.items():
         follows = isinstance(module, MultiBitBatchNorm) and not module.switchable and found[name] == "*"
-        plan[name] = before = before if follows else wanted.get(found[name])
+        plan[name] = before if follows else wanted.get(found[name])
+        before = plan[name]
     missed = [name for name, b in plan.items() if b is None]
     idle = [p for p in wanted if p != "*" and not fnmatch.filter(list(modules), p)]
     if missed or idle:
