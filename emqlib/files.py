@@ -166,10 +166,9 @@ def restored(told: Any, tensors: dict[str, Tensor]) -> Any:
     ((kind, value),) = told.items()
     if kind == "tensor":
         return tensors[value]
-    items: Iterator[Any] = (restored(item, tensors) for item in value)
     if kind == "dict":
         return {key: restored(item, tensors) for key, item in value}
-    return tuple(items) if kind == "tuple" else list(items)
+    return {"list": list, "tuple": tuple}[kind](restored(item, tensors) for item in value)
 
 
 def software() -> dict[str, Any]:
