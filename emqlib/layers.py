@@ -101,9 +101,15 @@ def again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def write_of(tensor: Tensor) -> tuple[int, int]:
-    """Which tensor (any shape) it is and how often it was written to, as by an average of weights."""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+def writes_of(*tensors: Tensor) -> list[tuple[int, int]]:
+    """Which tensors (any shape) these are, and how often each was written to: what `overwritten` compares."""
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def overwritten(before: list[tuple[int, int]], *tensors: Tensor) -> bool:
+    """Whether something else, such as an average of weights, has written to tensors (any shape) since `before`."""
+    unknown = torch.compiler.is_compiling() or any(t.is_inference() for t in tensors)  # which count none
+    return not unknown and writes_of(*tensors) != before
 
 
 class LearnedScale(nn.Module):
@@ -124,7 +130,7 @@ class LearnedScale(nn.Module):
         self.bits, source = bits, nearest(self.trained, bits)
         self.pick.zero_()
         self.pick[self.trained.index(source)] = self.reach[source] / self.reach[bits]
-        self.written = write_of(self.pick)
+        self.written = writes_of(self.pick)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -137,9 +143,8 @@ class LearnedScale(nn.Module):
 
     def forward(self) -> Tensor:
         """The scalar in force, positive even if an optimizer step has carried its parameter past zero."""
-        fixed = torch.compiler.is_compiling() or self.pick.is_inference()
-        if not fixed and self.written != write_of(self.pick):
-            self.set_bits(self.bits)  # an average of weights has copied the buffer of another bit-width
+        if overwritten(self.written, self.pick):  # by the buffer of another bit-width
+            self.set_bits(self.bits)
         pick = self.pick.clone()  # the next `set_bits` overwrites it, maybe before the backward pass of this one
         return (self.values * pick).sum().abs().clamp_min(1e-12)
 

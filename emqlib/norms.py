@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import quantizers
 from .checks import BIT_WIDTHS
-from .layers import Gather, QuantSpec, again, nearest, write_of
+from .layers import Gather, QuantSpec, again, nearest, overwritten, writes_of
 
 
 def interpolation(trained: tuple[int, ...], bits: int) -> dict[int, float]:
@@ -115,7 +115,7 @@ class MultiBitBatchNorm(nn.Module):
         self.bits = bits
         affine = self.trained.index(nearest(self.trained, bits)) if self.switchable else 0
         row, rows = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED, self._rows(bits)
-        if (affine, row, rows, self._writes()) == self.picked:  # as in every step under a shared norm
+        if (affine, row, rows, writes_of(*self._picks())) == self.picked:  # as in every step under a shared norm
             return  # nothing changes, so nothing is written
         self.affine_pick.zero_()
         self.affine_pick[affine] = 1
@@ -123,16 +123,12 @@ class MultiBitBatchNorm(nn.Module):
         for source, share in rows.items():
             self.stats_pick[source] = share
         self.stats_row.fill_(row)
-        self.picked = (affine, row, rows, self._writes())
+        self.picked = (affine, row, rows, writes_of(*self._picks()))
         self.row = row if rows == {row: 1.0} else None  # None for a mixture, which is no row
 
-    def _writes(self) -> list[tuple[int, int]]:
-        return [write_of(t) for t in (self.affine_pick, self.stats_pick, self.stats_row)]
-
-    def _overwritten(self) -> bool:
-        """Whether something else, such as an average of weights, has written to what tells what is in force."""
-        fixed = self.bits_in_tensors or self.stats_pick.is_inference()
-        return not fixed and self._writes() != self.picked[-1]
+    def _picks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The buffers that tell what is in force."""
+        return self.affine_pick, self.stats_pick, self.stats_row
 
     def _rows(self, bits: int) -> dict[int, float]:
         """The rows of the table that the statistics of `bits` come from, each with its share."""
@@ -172,7 +168,8 @@ class MultiBitBatchNorm(nn.Module):
         if not torch.compiler.is_compiling():
             if self.training and torch.is_grad_enabled():
                 self.forget_adaptation()
-            if (self.switchable or self.row is None) and self._overwritten():
+            reads_picks = (self.switchable or self.row is None) and not self.bits_in_tensors
+            if reads_picks and overwritten(self.picked[-1], *self._picks()):
                 self.set_bits(self.bits)
         for_all = torch.compiler.is_compiling() or (self.bits_in_tensors and self.own)
         in_place = not for_all and self.row is not None
@@ -193,12 +190,11 @@ class MultiBitBatchNorm(nn.Module):
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias (C,) in force."""
-        pairs = (self.weight, self.bias)
         if not self.switchable:
-            return tuple(None if p is None else p.view(-1) for p in pairs)
+            return tuple(None if p is None else p.view(-1) for p in (self.weight, self.bias))
         # a product with a one-hot column: on a CPU the gradient of index_select takes longer than the whole norm
         pick = self.affine_pick.clone()  # the next `set_bits` overwrites it, maybe before this pass's gradient is due
-        return tuple(None if p is None else (p * pick).sum(0) for p in pairs)
+        return tuple(None if p is None else (p * pick).sum(0) for p in (self.weight, self.bias))
 
     def get_extra_state(self) -> Tensor:
         """The K bit-widths that have statistics of their own, a tensor (K,): checkpoints hold no pickled objects."""
