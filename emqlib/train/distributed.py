@@ -218,8 +218,8 @@ def fastest_convolutions(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
-    """Within the block, too little memory is a MemoryError that names a parameter and says what to try instead.
+def enough_memory(batch_size: int, advice: str) -> Iterator[None]:
+    """Within the block, too little memory is a MemoryError that names `batch_size` and says what to try instead.
 
     What was computed until then is let go: Jupyter keeps a traceback, and with it everything its frames hold.
     """
@@ -230,7 +230,7 @@ def enough_memory(name: str, value: int, advice: str) -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(told):
             raise
         traceback.clear_frames(error.__traceback__)
-        raise MemoryError(f"{name}={value}: out of memory ({told}); try {advice}") from None
+        raise MemoryError(f"batch_size={batch_size}: out of memory ({told}); try {advice}") from None
 
 
 @dataclass(frozen=True)

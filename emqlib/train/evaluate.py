@@ -136,7 +136,7 @@ def evaluate(
         with at_bits(model, b):  # refuses what the network does not serve
             pass
     data, smaller = as_dataset(data), f"batch_size={max(1, batch_size // 2)}"
-    with enough_memory("batch_size", batch_size, smaller), undisturbed(model, data, batch_size) as device:
+    with enough_memory(batch_size, smaller), undisturbed(model, data, batch_size) as device:
         if adapt_norm:
             _adapt(model, data, wanted, ADAPTATION_SAMPLES, batch_size)
         rows = _scores(model, batches(data, "test", device, batch_size), wanted, logits)
@@ -273,7 +273,7 @@ def adapt_norm(
     integer("batch_size", batch_size, 2)
     _norms(model)
     data, smaller = as_dataset(data), f"batch_size={max(2, batch_size // 2)}"
-    with enough_memory("batch_size", batch_size, smaller), _evaluating(model, always=False):
+    with enough_memory(batch_size, smaller), _evaluating(model, always=False):
         _start_ranges(model, data, batch_size)
         _adapt(model, data, wanted, samples, batch_size)
 

@@ -232,7 +232,7 @@ def _safe(run: _Run, path: Path | None) -> Iterator[None]:
         torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if config.compile else nullcontext(),
         distributed.blocks_compiled(run.model, config.compile),
         distributed.views_explained(run.memory_format),
-        distributed.enough_memory("batch_size", config.batch_size, f"{advice}; the last checkpoint stays"),
+        distributed.enough_memory(config.batch_size, f"{advice}; the last checkpoint stays"),
     ):
         try:
             yield

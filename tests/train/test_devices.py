@@ -62,7 +62,7 @@ def test_too_little_memory_names_what_to_try_and_lets_go_of_what_was_computed(er
         raise error
 
     kept: list[weakref.ref] = []
-    with pytest.raises(MemoryError) as caught, distributed.enough_memory("batch_size", 128, "batch_size=64"):
+    with pytest.raises(MemoryError) as caught, distributed.enough_memory(128, "batch_size=64"):
         work()
     told = str(error).splitlines()[0]
     assert str(caught.value) == f"batch_size=128: out of memory ({told}); try batch_size=64"
@@ -72,7 +72,7 @@ def test_too_little_memory_names_what_to_try_and_lets_go_of_what_was_computed(er
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("bad_alloc"), KeyboardInterrupt()])
 def test_other_errors_are_what_they_are(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, distributed.enough_memory("batch_size", 128, "batch_size=64"):
+    with pytest.raises(type(error)) as caught, distributed.enough_memory(128, "batch_size=64"):
         raise error
     assert caught.value is error
 
