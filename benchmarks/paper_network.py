@@ -26,7 +26,7 @@ def asked() -> list[runs.Run]:
 
 def _of_seed(p: Parameters, seed: int) -> list[runs.Run]:
     """Any-Precision; ours on the full data, on the paper's coresets at 80 %, and as `experiments.redrawn`, one part."""
-    start = {name: experiments.of_length(p, seed, "cifar10", count) for name, count in EPOCHS.items()}
+    start = {name: experiments.of_length(p, seed, count) for name, count in EPOCHS.items()}
     coreset = experiments.bitwise_coreset(0.8)
     found = [experiments.any_precision(start["any_precision"]), experiments.ours(start["full"])]
     found += [experiments.ours(start["coreset"], coreset), experiments.redrawn(start["redrawn"], 0.8, 1)]

@@ -26,6 +26,7 @@ from .runs import Run, run_all
 
 # Beyond the paper: what serves every bit-width, trained or not, without a calibration pass.
 UNCALIBRATED = {"norm": "shared_affine", "output_correction": True}
+PRUNED = 0.8  # the pruning rate of the experiments that have one alone
 
 # The best of the runs of `tuning`, as a test compares with its rows: for each scheme the factor on the usual learning
 # rate, and the number of parts that each batch is cut in; and whether Any-Precision is distilled.
@@ -33,7 +34,7 @@ TUNED = {"joint": (1.0, 3), "bitwise": (0.5, 3)}
 DISTILLATION = False
 
 
-def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
+def base(p: Parameters, seed: int, dataset: str = "cifar10", epochs: int = 0) -> Run:
     """What all runs of a profile share, on the full data of `dataset`, or of the profile's own data set.
 
     With another number of epochs than 0, which is the profile's own, only the trained bit-widths are evaluated, and
@@ -55,12 +56,12 @@ def base(p: Parameters, seed: int, dataset: str, epochs: int = 0) -> Run:
     )
 
 
-def of_length(p: Parameters, seed: int, dataset: str, epochs: int) -> Run:
+def of_length(p: Parameters, seed: int, epochs: int) -> Run:
     """`base` for that many epochs; the run of Table 1 where they are the profile's own."""
-    return base(p, seed, dataset, 0 if epochs == p.profile.training.epochs else epochs)
+    return base(p, seed, epochs=0 if epochs == p.profile.training.epochs else epochs)
 
 
-def coreset_base(p: Parameters, seed: int, dataset: str) -> Run:
+def coreset_base(p: Parameters, seed: int, dataset: str = "cifar10") -> Run:
     """What runs that compare coresets share: more epochs than `base`, on a part of the data."""
     return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
@@ -158,7 +159,7 @@ def quickstart(p: Parameters) -> list[Run]:
     return [ours(shared, correction="none"), ours(shared)]
 
 
-def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def table1(p: Parameters) -> list[Run]:
     """Table 1: Dedicated, Any-Precision, and ours with each correction and at several pruning rates.
 
     Coresets are random ones drawn each epoch (RS2), and bit-wise ones by TDDS. One run at the middle rate has no
@@ -166,7 +167,7 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """
     rates, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     for seed in p.seeds:
-        shared = base(p, seed, dataset)
+        shared = base(p, seed)
         random = [CoresetConfig(pruning_rate=rate) for rate in rates if rate]
         runs += [ours(shared, correction=c) for c in ("none", "mean", "mean_var")]
         runs += [*(ours(shared, coreset) for coreset in random), any_precision(shared), *dedicated(shared)]
@@ -175,39 +176,39 @@ def table1(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-def curves(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def curves(p: Parameters) -> list[Run]:
     """Accuracy by run length: Any-Precision, ours at each pruning rate, and `redrawn` at the middle rate."""
     rates = [0.0, *(rate for rate in p.pruning_rates or (0.5, 0.8, 0.9) if rate)]
     runs = []
     for epochs, seed in product(p.lengths, p.seeds):
-        shared = of_length(p, seed, dataset, epochs)
+        shared = of_length(p, seed, epochs)
         runs += [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in rates)]
         runs += [redrawn(shared, rate) for rate in rates[len(rates) // 2 :][:1]]
     return runs
 
 
-def equal_epochs(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
+def equal_epochs(p: Parameters) -> list[Run]:
     """What coresets lose to Any-Precision at equal epochs, and what removes the loss.
 
     The longest run compares the coreset of Table 1, also with smaller batches, with `redrawn` by TDDS, by EL2N of one
     epoch on all data, and at random (RS2). The shortest has two controls: Any-Precision with half-size batches, and one
     epoch on all data followed by random coresets (EL2N's weights to the power 0).
     """
-    rate, el2n = pruning_rate, {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
+    el2n = {"score": "el2n", "scoring_epochs": 1, "candidates": 1.0, "unscored": False}
     runs = []
     for seed in p.seeds:
-        *shorter, start = (of_length(p, seed, dataset, epochs) for epochs in p.lengths)
-        runs += [any_precision(start), *(ours(in_parts(start, parts), bitwise_coreset(rate)) for parts in (1, 4))]
-        runs += [redrawn(start, rate), redrawn(start, rate, **el2n)]
-        runs += [ours(in_parts(start, 2), CoresetConfig(pruning_rate=rate), norm="shared_affine")]
+        *shorter, start = (of_length(p, seed, epochs) for epochs in p.lengths)
+        runs += [any_precision(start), *(ours(in_parts(start, parts), bitwise_coreset(PRUNED)) for parts in (1, 4))]
+        runs += [redrawn(start, PRUNED), redrawn(start, PRUNED, **el2n)]
+        runs += [ours(in_parts(start, 2), CoresetConfig(pruning_rate=PRUNED), norm="shared_affine")]
         for other in shorter:
-            runs += [any_precision(other), redrawn(other, rate), redrawn(other, rate, **el2n)]
+            runs += [any_precision(other), redrawn(other, PRUNED), redrawn(other, PRUNED, **el2n)]
         for other in shorter[:1]:
-            runs += [any_precision(in_parts(other, 2)), redrawn(other, rate, **el2n, power=0.0)]
+            runs += [any_precision(in_parts(other, 2)), redrawn(other, PRUNED, **el2n, power=0.0)]
     return runs
 
 
-def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def comparison(p: Parameters) -> list[Run]:
     """Coresets by score: Random, RS2, TDDS and EL2N at every pruning rate, the other scores at the middle one.
 
     Every score costs the same. Random and RS2 have none; RS2 also gets one epoch more, which costs as much as scoring.
@@ -216,7 +217,7 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     asked, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     rates = [rate for rate in asked if rate > 0]
     for seed in p.seeds:
-        shared = coreset_base(p, seed, dataset)
+        shared = coreset_base(p, seed)
         runs += [ours(shared)] * (0 in asked)
         longer = replace(shared, config=replace(shared.config, epochs=shared.config.epochs + 1))
         for rate in rates:
@@ -228,7 +229,7 @@ def comparison(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     return runs
 
 
-def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
+def scoring_ablation(p: Parameters) -> list[Run]:
     """What matters in a TDDS coreset: how it is scored, drawn, shared between bit-widths, and trained on.
 
     "Joint" scoring is for Table 7. Coresets that are identical, independent or disjoint across bit-widths, by
@@ -241,10 +242,10 @@ def scoring_ablation(p: Parameters, dataset: str = "cifar10", pruning_rate: floa
     options += [{"candidates": 1.0} | way for way in ways] + [random | way for way in ways]
     first, runs = p.profile.training, []
     trainings = [{"batch_size": first.batch_size // 2}, {"lr": 2 * first.lr}, {"weight_decay": first.weight_decay / 5}]
-    for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
-        runs += [ours(start, bitwise_coreset(pruning_rate, **option)) for option in options]
+    for start in (coreset_base(p, seed) for seed in p.seeds):
+        runs += [ours(start, bitwise_coreset(PRUNED, **option)) for option in options]
         changed = (replace(start, config=replace(start.config, **training)) for training in trainings)
-        runs += [ours(start, bitwise_coreset(pruning_rate)) for start in changed]
+        runs += [ours(start, bitwise_coreset(PRUNED)) for start in changed]
     return runs
 
 
@@ -288,56 +289,56 @@ def imagenet(p: Parameters) -> list[Run]:
     return [any_precision(shared), *(ours(shared, bitwise_coreset(rate)) for rate in dict.fromkeys((0.0, *rates)))]
 
 
-def growth(p: Parameters, pruning_rate: float = 0.8) -> list[Run]:
+def growth(p: Parameters) -> list[Run]:
     """What each scheme costs for more and more bit-widths, on a small part of CIFAR-10.
 
     The bit-widths of `p` come first, then the others of 1 to 8.
     """
     order, runs = tuple(dict.fromkeys((*p.bits, 2, 4, 8, 6, 3, 5, 7, 1))), []
     for count in p.profile.bit_counts:
-        shared = base(replace(p, bits=tuple(sorted(order[:count]))), p.seeds[0], "cifar10", p.profile.coreset_epochs)
+        shared = base(replace(p, bits=tuple(sorted(order[:count]))), p.seeds[0], epochs=p.profile.coreset_epochs)
         shared = replace(shared, subset=p.profile.cost_subset, eval_bits=Run.eval_bits)
-        runs += [*dedicated(shared), any_precision(shared), ours(shared), ours(shared, bitwise_coreset(pruning_rate))]
+        runs += [*dedicated(shared), any_precision(shared), ours(shared), ours(shared, bitwise_coreset(PRUNED))]
     return runs
 
 
-def deployed(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def deployed(p: Parameters) -> list[Run]:
     """What is deployed, for each seed: Table 1's network, ours on the full data; then one in full precision."""
     full = replace(p, bits=(32,))
-    return [run for s in p.seeds for run in (ours(base(p, s, dataset)), *dedicated(base(full, s, dataset)))]
+    return [run for s in p.seeds for run in (ours(base(p, s)), *dedicated(base(full, s)))]
 
 
-def corrected_or_not(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def corrected_or_not(p: Parameters) -> list[Run]:
     """Table 1's networks, ours on the full data, without and with correction: for `measure.distributions`."""
-    return [ours(base(p, seed, dataset), correction=name) for seed, name in product(p.seeds, ("none", "mean_var"))]
+    return [ours(base(p, seed), correction=name) for seed, name in product(p.seeds, ("none", "mean_var"))]
 
 
-def bias_correction(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def bias_correction(p: Parameters) -> list[Run]:
     """Table 6: weight bias correction under a shared and a switchable batch norm, on the full data."""
     pairs = (("shared", ("none", "mean", "mean_var")), ("switchable", ("none", "mean_var")))
     kinds = [{"norm": norm, "correction": correction} for norm, corrections in pairs for correction in corrections]
-    return [ours(base(p, seed, dataset), **kind) for seed in p.seeds for kind in kinds]
+    return [ours(base(p, seed), **kind) for seed in p.seeds for kind in kinds]
 
 
-def uncalibrated(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def uncalibrated(p: Parameters) -> list[Run]:
     """What replaces calibration, on the full data: shared or own statistics, without and with output correction."""
     kinds = product(p.seeds, ("shared", "shared_affine"), (False, True))
-    return [ours(base(p, seed, dataset), norm=norm, output_correction=output) for seed, norm, output in kinds]
+    return [ours(base(p, seed), norm=norm, output_correction=output) for seed, norm, output in kinds]
 
 
-def untrained(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def untrained(p: Parameters) -> list[Run]:
     """Every bit-width from few trained ones: all of `p`, then the lowest and the highest alone; on the full data.
 
     Any-Precision, which calibrates what it has not trained; ours; ours with `UNCALIBRATED`.
     """
     runs = []
     for bits, seed in product((p.bits, (p.bits[0], p.bits[-1])), p.seeds):
-        shared = base(replace(p, bits=tuple(dict.fromkeys(bits))), seed, dataset)
+        shared = base(replace(p, bits=tuple(dict.fromkeys(bits))), seed)
         runs += [any_precision(shared), ours(shared), ours(shared, **UNCALIBRATED)]
     return list(dict.fromkeys(runs))  # of two bit-widths the lowest and the highest are all
 
 
-def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def transfer(p: Parameters) -> list[Run]:
     """What a child model gains from the others' steps: trained all together, all but one, and each alone.
 
     Alone it is also trained for as many steps as the others have together. ValueError: a single bit-width.
@@ -346,25 +347,25 @@ def transfer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
         raise checks.invalid("bits", p.bits, "two bit-widths at least")
     children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
     runs = []
-    for start in (coreset_base(p, seed, dataset) for seed in p.seeds):
+    for start in (coreset_base(p, seed) for seed in p.seeds):
         longer = replace(start.config, epochs=(len(p.bits) - 1) * start.config.epochs)
         runs += [*(ours(start, bits=bits, **UNCALIBRATED) for bits in children), *dedicated(start)]
         runs += dedicated(replace(start, config=longer))
     return list(dict.fromkeys(runs))  # of two bit-widths the others are one
 
 
-def fair_base(p: Parameters, seed: int, dataset: str = "cifar10") -> Run:
+def fair_base(p: Parameters, seed: int) -> Run:
     """What runs of a comparison share in which each method is tuned; only the trained bit-widths are evaluated."""
-    return replace(in_setting(base(p, seed, dataset), p.profile.fair), eval_bits=p.bits)
+    return replace(in_setting(base(p, seed), p.profile.fair), eval_bits=p.bits)
 
 
-def tuning(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def tuning(p: Parameters) -> list[Run]:
     """What each method trains best with, on validation images and the full data, of one seed.
 
     Any-Precision with and without distillation, and ours: learning rates 0.5, 1 and 2 times the usual one, each in
     whole batches and in batches of a third, in which ours takes as many steps as Any-Precision in whole ones.
     """
-    start, runs = fair_base(p, p.seeds[0], dataset), []
+    start, runs = fair_base(p, p.seeds[0]), []
     for parts, factor in product((1, 3), (1.0, 2.0, 0.5)):
         shared = in_parts(start, parts, factor)
         joint = any_precision(shared)
@@ -389,7 +390,7 @@ def recommended(start: Run, epochs: int) -> Run:
     return replace(run, spec=spec, config=replace(run.config, epochs=length, coreset=config.coreset))
 
 
-def headline(p: Parameters, dataset: str = "cifar10", longer: bool = False) -> list[Run]:
+def headline(p: Parameters, longer: bool = False) -> list[Run]:
     """Any-Precision, tuned, against the recipe at as many passes, on test images.
 
     For one of the lengths the recipe trains on all data too, which tells what coresets bring. longer: for the lengths
@@ -397,36 +398,36 @@ def headline(p: Parameters, dataset: str = "cifar10", longer: bool = False) -> l
     """
     runs, lengths = [], p.profile.fair_longer if longer else p.profile.fair_lengths
     for epochs, seed in product(lengths, p.seeds):
-        start = _tested(p, seed, dataset)
+        start = _tested(p, seed)
         runs += [tuned_any_precision(start, epochs), recommended(start, epochs)]
         if epochs == p.profile.fair_control and not longer:
             runs.append(replace(runs[-1], config=replace(runs[-1].config, epochs=epochs, coreset=None)))
     return runs
 
 
-def headline_longer(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def headline_longer(p: Parameters) -> list[Run]:
     """`headline` for the lengths that take hours."""
-    return headline(p, dataset, longer=True)
+    return headline(p, longer=True)
 
 
-def headline_changes(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def headline_changes(p: Parameters) -> list[Run]:
     """The recipe where `headline` has its control: with distillation, and with 1 bit too."""
     runs = []
     for seed in p.seeds:
-        usual = recommended(_tested(p, seed, dataset), p.profile.fair_control)
+        usual = recommended(_tested(p, seed), p.profile.fair_control)
         bits = (1, *(b for b in p.bits if b > 1))
         runs.append(replace(usual, config=replace(usual.config, distillation=True)))
         runs.append(replace(usual, spec=replace(usual.spec, bits=bits), eval_bits=bits))
     return runs
 
 
-def _tested(p: Parameters, seed: int, dataset: str) -> Run:
+def _tested(p: Parameters, seed: int) -> Run:
     """`fair_base` on test images; long runs are compiled."""
-    run = fair_base(p, seed, dataset)
+    run = fair_base(p, seed)
     return replace(run, held_out=0, config=replace(run.config, compile=run.config.compile or "auto"))
 
 
-def gpu_slices(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def gpu_slices(p: Parameters) -> list[Run]:
     """What a GPU is to train of the paper's network, the most important first; a budget stops it and it goes on later.
 
     First ours on the full data without and with correction, for a tenth of the schedule and three seeds. Then at 1, 2,
@@ -436,39 +437,39 @@ def gpu_slices(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     """
     whole = p.profile.training.epochs
     seeds = range(p.seed, p.seed + (p.repeats or 3))
-    short = [of_length(p, seed, dataset, max(whole // 10, 1)) for seed in seeds]
+    short = [of_length(p, seed, max(whole // 10, 1)) for seed in seeds]
     runs = [ours(start, correction=name) for start in short for name in ("none", "mean_var")]
     four, scoring = replace(p, bits=(1, 2, 4, 8)), max(whole // 10, 3)
     tdds = CoresetConfig(score="tdds", scoring_epochs=scoring, window=max(scoring // 2, 3))
-    runs.append(ours(base(four, p.seed, dataset), tdds))
-    start, epochs = _tested(four, p.seed, dataset), scoring + round((whole - scoring) / 5)
+    runs.append(ours(base(four, p.seed), tdds))
+    start, epochs = _tested(four, p.seed), scoring + round((whole - scoring) / 5)
     return [*runs, recommended(start, epochs), tuned_any_precision(start, epochs)]
 
 
-def statistics_kinds(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def statistics_kinds(p: Parameters) -> list[Run]:
     """Which running statistics serve a shared norm, without and with correction: for `statistics.KINDS`."""
-    starts = (replace(fair_base(p, seed, dataset), every_statistics=True) for seed in p.seeds)
+    starts = (replace(fair_base(p, seed), every_statistics=True) for seed in p.seeds)
     return [ours(start, norm="shared_affine", correction=name) for start in starts for name in ("none", "mean_var")]
 
 
-def _long_base(p: Parameters, seed: int, dataset: str) -> Run:
+def _long_base(p: Parameters, seed: int) -> Run:
     """`base` for the profile's `fair_epochs`, with held-out images in place of test images."""
-    return replace(base(p, seed, dataset, p.profile.fair_epochs), held_out=p.profile.fair.held_out)
+    return replace(base(p, seed, epochs=p.profile.fair_epochs), held_out=p.profile.fair.held_out)
 
 
-def pruned_factors(p: Parameters, dataset: str = "cifar10", pruning_rate: float = 0.8) -> list[Run]:
+def pruned_factors(p: Parameters) -> list[Run]:
     """What matters in pruning: coresets drawn once or each epoch, with a first epoch on all data or without.
 
     All coresets are random, so that no score has a part in it. Each network is evaluated with `statistics.KINDS`.
     """
     on_all = {"score": "el2n", "scoring_epochs": 1, "how": "sample", "power": 0.0}  # a power of 0: equal chances
     kinds = [first | {"resample_every": every} for first, every in product(({}, on_all), (0, 1))]
-    starts = [replace(_long_base(p, seed, dataset), every_statistics=True) for seed in p.seeds]
-    coresets = [CoresetConfig(pruning_rate=pruning_rate, **kind) for kind in kinds]
+    starts = [replace(_long_base(p, seed), every_statistics=True) for seed in p.seeds]
+    coresets = [CoresetConfig(pruning_rate=PRUNED, **kind) for kind in kinds]
     return [ours(start, coreset, norm="shared_affine") for start, coreset in product(starts, coresets)]
 
 
-def importance(p: Parameters, dataset: str = "cifar10") -> list[Run]:
+def importance(p: Parameters) -> list[Run]:
     """Importance against equal chances at 80 % pruning: EL2N of 3 epochs, and TDDS of 10 with windows of 5.
 
     Each score has a twin that trains the same scoring phase and then draws with equal chances. EL2N scores all data and
@@ -481,7 +482,7 @@ def importance(p: Parameters, dataset: str = "cifar10") -> list[Run]:
     seeds = p.seeds if p.repeats or len(p.seeds) == 1 else range(p.seed, p.seed + 5)
     runs = []
     for seed, coreset, power in product(seeds, (el2n, tdds), (1.0, 0.0)):
-        start = _long_base(p, seed, dataset)
+        start = _long_base(p, seed)
         left = start.config.epochs - 15  # on coresets: 3 epochs on all data take as many passes as 15 on a fifth
         config = replace(start.config, epochs=coreset.warmup + left)
         runs.append(ours(replace(start, config=config), replace(coreset, power=power), norm="shared_affine"))

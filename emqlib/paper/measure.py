@@ -336,9 +336,9 @@ def token_shifts(p: Parameters) -> pd.DataFrame:
     return _each(runs, "norms", p, lambda *net: layer_norms(*net, p.bits))
 
 
-def distributions(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def distributions(p: Parameters) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Figure 3: `weight_shift` of networks trained without correction, and `preactivations` of those with it too."""
-    runs = experiments.corrected_or_not(p, dataset)
+    runs = experiments.corrected_or_not(p)
     weights = _each(runs[::2], "weights", p, lambda net, _: weight_shift(net))
     mismatch = _each(runs, "mismatch", p, lambda *net: preactivations(*net, p.bits)[0])
     return weights, mismatch, _each(runs, "histograms", p, lambda *net: preactivations(*net, p.bits)[1])
@@ -349,12 +349,12 @@ def idea(p: Parameters) -> pd.DataFrame:
     return _each(experiments.quickstart(p), "channel", p, lambda *net: moved_channel(*net, p.bits))
 
 
-def alignment(p: Parameters, dataset: str = "cifar10") -> tuple[pd.DataFrame, pd.DataFrame]:
+def alignment(p: Parameters) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Figure 4: `gradient_angles` before training and after each epoch, and `linear_probes` at the end.
 
     The networks are those of `experiments.transfer` that train all child models.
     """
-    runs = [run for run in experiments.transfer(p, dataset) if run.spec.bits == p.bits]
+    runs = [run for run in experiments.transfer(p) if run.spec.bits == p.bits]
     images = runs[0].subset[0]
     count = min(1000, images // 4) if images else 1000
     angles = _each(runs, "angles", p, lambda *net: gradient_angles(*net, p.bits, count), each_epoch=True)

@@ -147,7 +147,6 @@ ARCHITECTURES = [*NAMES, "keras.resnet50", "torchvision.nothing", "timm.nothing"
 SPECS = [None, (2, 4), emq.QuantSpec]
 CONFIGS = [None, {}, emq.TrainConfig]
 RUNS = [None, "table1", Run, RUN["spec"]]
-DATASETS = [None, "mnist", "", 3]
 # As papermill passes them
 LISTS = ["[2,banana]", "[2,4", "", "__import__('os').getcwd()", "[" * 10_000, "9" * 5000, "1e999", "10**10**10", "\0"]
 LISTS += ["\ud800", "{1: 2}", "{[1]: 2}", "[[2]]", "['2']", "nan", "None"]
@@ -395,13 +394,9 @@ TABLE += [
     ("paper.runs.trained", {"results_dir": "results"}, {"run": RUNS}),
     ("paper.runs.coreset_rows", {"results_dir": "results"}, {"runs": [lambda: [run()], None, [3]]}),
     ("paper.runs.derived", DERIVE, {"run": RUNS, "measure": [None, "loss"]}),
-    ("paper.experiments.growth", {"p": small}, {"pruning_rate": RATES}),
     ("paper.experiments.imagenet", {}, {"p:dataset": [lambda: replace(small(), dataset="cifar10")]}),
     ("paper.experiments.transfer", {}, {"p:bits": [lambda: replace(small(), bits=(4,))]}),
 ]
-OF_ONE_DATASET = ["table1", "curves", "comparison", "bias_correction", "untrained", "transfer", "deployed"]
-OF_ONE_DATASET += ["equal_epochs", "scoring_ablation", "tuning", "statistics_kinds", "pruned_factors", "importance"]
-TABLE += [(f"paper.experiments.{name}", {"p": small}, {"dataset": DATASETS}) for name in OF_ONE_DATASET]
 
 # Tables and figures: path, the committed rows it is right with, its other arguments
 
