@@ -66,10 +66,10 @@ def coreset_base(p: Parameters, seed: int, dataset: str = "cifar10") -> Run:
     return replace(base(p, seed, dataset, p.profile.coreset_epochs), subset=p.profile.coreset_subset)
 
 
-def in_setting(base: Run, setting: Setting) -> Run:
-    """`base` with the network, the training and the images of `setting`; only the seed of its training is kept."""
+def in_setting(start: Run, setting: Setting) -> Run:
+    """`start` with the network, the training and the images of `setting`; only the seed of its training is kept."""
     own = {name: getattr(setting, name) for name in ("model", "model_args", "subset", "image_size", "held_out")}
-    return replace(base, **own, config=replace(setting.training, seed=base.config.seed))
+    return replace(start, **own, config=replace(setting.training, seed=start.config.seed))
 
 
 def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
@@ -85,23 +85,23 @@ def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
     return replace(shared, model_args=tuple(args.items()), spec=spec)
 
 
-def dedicated(base: Run) -> list[Run]:
+def dedicated(start: Run) -> list[Run]:
     """One network for each bit-width, on the full data, without correction."""
-    config = replace(base.config, scheme="dedicated", coreset=None)
-    specs = (replace(base.spec, bits=(b,), correction="none") for b in base.spec.bits)
-    return [replace(base, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
+    config = replace(start.config, scheme="dedicated", coreset=None)
+    specs = (replace(start.spec, bits=(b,), correction="none") for b in start.spec.bits)
+    return [replace(start, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
 
 
-def any_precision(base: Run) -> Run:
+def any_precision(start: Run) -> Run:
     """Any-Precision: joint training with recursive distillation, a batch norm for each bit-width."""
-    spec = replace(base.spec, norm="switchable", correction="none")
-    return replace(base, spec=spec, config=replace(base.config, scheme="joint", distillation=True, coreset=None))
+    spec = replace(start.spec, norm="switchable", correction="none")
+    return replace(start, spec=spec, config=replace(start.config, scheme="joint", distillation=True, coreset=None))
 
 
-def ours(base: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
-    """Bit-wise training under one shared batch norm; `spec`: fields of the `QuantSpec` that differ from the base's."""
-    config = replace(base.config, scheme="bitwise", distillation=False, coreset=coreset)
-    return replace(base, spec=replace(base.spec, **spec), config=config)
+def ours(start: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
+    """Bit-wise training under one shared batch norm; spec: what differs in the `QuantSpec` of `start`."""
+    config = replace(start.config, scheme="bitwise", distillation=False, coreset=coreset)
+    return replace(start, spec=replace(start.spec, **spec), config=config)
 
 
 def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
@@ -116,13 +116,13 @@ def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None
     return CoresetConfig(**{"pruning_rate": pruning_rate} | usual | options)
 
 
-def redrawn(base: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
+def redrawn(start: Run, pruning_rate: float, parts: int = 2, **options: Any) -> Run:
     """Ours for few steps and images, beyond the paper: each trained bit-width has its own statistics.
 
     Each batch is cut in `parts`, and coresets are drawn each epoch from all data by importance.
     """
     drawn = bitwise_coreset(pruning_rate, **{"how": "sample", "unscored": True} | options)
-    return ours(in_parts(base, parts), drawn, norm="shared_affine")
+    return ours(in_parts(start, parts), drawn, norm="shared_affine")
 
 
 def in_parts(run: Run, parts: int, factor: float = 1.0) -> Run:
