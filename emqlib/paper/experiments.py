@@ -85,23 +85,28 @@ def vit_base(p: Parameters, seed: int, dataset: str) -> Run:
     return replace(shared, model_args=tuple(args.items()), spec=spec)
 
 
+def with_training(run: Run, **fields: Any) -> Run:
+    """`run` with other `fields` of its `TrainConfig`."""
+    return replace(run, config=replace(run.config, **fields))
+
+
 def dedicated(start: Run) -> list[Run]:
     """One network for each bit-width, on the full data, without correction."""
-    config = replace(start.config, scheme="dedicated", coreset=None)
+    alone = with_training(start, scheme="dedicated", coreset=None)
     specs = (replace(start.spec, bits=(b,), correction="none") for b in start.spec.bits)
-    return [replace(start, spec=spec, config=config, eval_bits=spec.bits) for spec in specs]
+    return [replace(alone, spec=spec, eval_bits=spec.bits) for spec in specs]
 
 
 def any_precision(start: Run) -> Run:
     """Any-Precision: joint training with recursive distillation, a batch norm for each bit-width."""
-    spec = replace(start.spec, norm="switchable", correction="none")
-    return replace(start, spec=spec, config=replace(start.config, scheme="joint", distillation=True, coreset=None))
+    joint = with_training(start, scheme="joint", distillation=True, coreset=None)
+    return replace(joint, spec=replace(start.spec, norm="switchable", correction="none"))
 
 
 def ours(start: Run, coreset: CoresetConfig | None = None, **spec: Any) -> Run:
     """Bit-wise training under one shared batch norm; spec: what differs in the `QuantSpec` of `start`."""
-    config = replace(start.config, scheme="bitwise", distillation=False, coreset=coreset)
-    return replace(start, spec=replace(start.spec, **spec), config=config)
+    bitwise = with_training(start, scheme="bitwise", distillation=False, coreset=coreset)
+    return replace(bitwise, spec=replace(start.spec, **spec))
 
 
 def bitwise_coreset(pruning_rate: float, **options: Any) -> CoresetConfig | None:
@@ -127,8 +132,7 @@ def redrawn(start: Run, pruning_rate: float, parts: int = 2, **options: Any) -> 
 
 def in_parts(run: Run, parts: int, factor: float = 1.0) -> Run:
     """`run` with each batch cut in so many smaller ones, at `factor` times the learning rate."""
-    config = replace(run.config, batch_size=run.config.batch_size // parts, lr=factor * run.config.lr)
-    return replace(run, config=config)
+    return with_training(run, batch_size=run.config.batch_size // parts, lr=factor * run.config.lr)
 
 
 def write_class_folders(data: Dataset, folder: Path) -> None:
@@ -219,7 +223,7 @@ def comparison(p: Parameters) -> list[Run]:
     for seed in p.seeds:
         shared = coreset_base(p, seed)
         runs += [ours(shared)] * (0 in asked)
-        longer = replace(shared, config=replace(shared.config, epochs=shared.config.epochs + 1))
+        longer = with_training(shared, epochs=shared.config.epochs + 1)
         for rate in rates:
             scores = SCORES[1:] if rate == rates[len(rates) // 2] else [s for s in SCORES if s in ("tdds", "el2n")]
             coresets = [CoresetConfig(pruning_rate=rate, resample_every=every) for every in (0, 1)]
@@ -244,7 +248,7 @@ def scoring_ablation(p: Parameters) -> list[Run]:
     trainings = [{"batch_size": first.batch_size // 2}, {"lr": 2 * first.lr}, {"weight_decay": first.weight_decay / 5}]
     for start in (coreset_base(p, seed) for seed in p.seeds):
         runs += [ours(start, bitwise_coreset(PRUNED, **option)) for option in options]
-        changed = (replace(start, config=replace(start.config, **training)) for training in trainings)
+        changed = (with_training(start, **training) for training in trainings)
         runs += [ours(start, bitwise_coreset(PRUNED)) for start in changed]
     return runs
 
@@ -348,9 +352,8 @@ def transfer(p: Parameters) -> list[Run]:
     children = [tuple(b for b in p.bits if b != out) for out in (0, *p.bits)]
     runs = []
     for start in (coreset_base(p, seed) for seed in p.seeds):
-        longer = replace(start.config, epochs=(len(p.bits) - 1) * start.config.epochs)
-        runs += [*(ours(start, bits=bits, **UNCALIBRATED) for bits in children), *dedicated(start)]
-        runs += dedicated(replace(start, config=longer))
+        longer = with_training(start, epochs=(len(p.bits) - 1) * start.config.epochs)
+        runs += [*(ours(start, bits=bits, **UNCALIBRATED) for bits in children), *dedicated(start), *dedicated(longer)]
     return list(dict.fromkeys(runs))  # of two bit-widths the others are one
 
 
@@ -369,7 +372,7 @@ def tuning(p: Parameters) -> list[Run]:
     for parts, factor in product((1, 3), (1.0, 2.0, 0.5)):
         shared = in_parts(start, parts, factor)
         joint = any_precision(shared)
-        runs += [joint, replace(joint, config=replace(joint.config, distillation=False)), ours(shared)]
+        runs += [joint, with_training(joint, distillation=False), ours(shared)]
     return runs
 
 
@@ -377,7 +380,7 @@ def tuned_any_precision(start: Run, epochs: int) -> Run:
     """Any-Precision as `tuning` found it best, for so many epochs."""
     factor, parts = TUNED["joint"]
     run = any_precision(in_parts(start, parts, factor))
-    return replace(run, config=replace(run.config, epochs=epochs, distillation=DISTILLATION))
+    return with_training(run, epochs=epochs, distillation=DISTILLATION)
 
 
 def recommended(start: Run, epochs: int) -> Run:
@@ -386,8 +389,8 @@ def recommended(start: Run, epochs: int) -> Run:
     first = config.coreset.warmup
     length = first + round((epochs - first) / (1 - config.coreset.pruning_rate))
     factor, parts = TUNED["bitwise"]
-    run = in_parts(start, parts, factor)
-    return replace(run, spec=spec, config=replace(run.config, epochs=length, coreset=config.coreset))
+    run = with_training(in_parts(start, parts, factor), epochs=length, coreset=config.coreset)
+    return replace(run, spec=spec)
 
 
 def headline(p: Parameters, longer: bool = False) -> list[Run]:
@@ -401,7 +404,7 @@ def headline(p: Parameters, longer: bool = False) -> list[Run]:
         start = _tested(p, seed)
         runs += [tuned_any_precision(start, epochs), recommended(start, epochs)]
         if epochs == p.profile.fair_control and not longer:
-            runs.append(replace(runs[-1], config=replace(runs[-1].config, epochs=epochs, coreset=None)))
+            runs.append(with_training(runs[-1], epochs=epochs, coreset=None))
     return runs
 
 
@@ -416,15 +419,15 @@ def headline_changes(p: Parameters) -> list[Run]:
     for seed in p.seeds:
         usual = recommended(_tested(p, seed), p.profile.fair_control)
         bits = (1, *(b for b in p.bits if b > 1))
-        runs.append(replace(usual, config=replace(usual.config, distillation=True)))
+        runs.append(with_training(usual, distillation=True))
         runs.append(replace(usual, spec=replace(usual.spec, bits=bits), eval_bits=bits))
     return runs
 
 
 def _tested(p: Parameters, seed: int) -> Run:
     """`fair_base` on test images; long runs are compiled."""
-    run = fair_base(p, seed)
-    return replace(run, held_out=0, config=replace(run.config, compile=run.config.compile or "auto"))
+    run = replace(fair_base(p, seed), held_out=0)
+    return with_training(run, compile=run.config.compile or "auto")
 
 
 def gpu_slices(p: Parameters) -> list[Run]:
@@ -484,8 +487,8 @@ def importance(p: Parameters) -> list[Run]:
     for seed, coreset, power in product(seeds, (el2n, tdds), (1.0, 0.0)):
         start = _long_base(p, seed)
         left = start.config.epochs - 15  # on coresets: 3 epochs on all data take as many passes as 15 on a fifth
-        config = replace(start.config, epochs=coreset.warmup + left)
-        runs.append(ours(replace(start, config=config), replace(coreset, power=power), norm="shared_affine"))
+        start = with_training(start, epochs=coreset.warmup + left)
+        runs.append(ours(start, replace(coreset, power=power), norm="shared_affine"))
     return runs
 
 
