@@ -255,7 +255,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     target, theirs, ours = finish(rows)
     took = f"{ours.seconds.mean():.0f} s with ours" if len(ours) else "ours did not reach"
     title = f"{target:.1f} % on held-out images: {took}, {theirs.seconds.mean():.0f} s with the published code"
-    ax = plots.axes(None, title, plots.WIDE)
+    ax = plots.axes(None, title)
     look = {"hue": "way", "style": "part", "palette": "colorblind", "s": 60}
     sns.scatterplot(rows.assign(part=rows.seed.map(_part)), x="seconds", y="held_out", **look, ax=ax)
     ax.axhline(target, **plots.NAMED, label="target: the published code's mean in the race")

@@ -37,7 +37,7 @@ def ranges(
 
     label, value: columns; unit: of `value`; mark: where a dashed line is, and what it shows.
     """
-    ax, (dots, bar, *_) = plots.axes(None, title, plots.WIDE), sns.color_palette("colorblind")
+    ax, (dots, bar, *_) = plots.axes(None, title), sns.color_palette("colorblind")
     shared = {"x": value, "y": label, "order": list(dict.fromkeys(rows[label])), "ax": ax}
     sns.stripplot(rows, **shared, orient="h", size=4, alpha=0.5, jitter=False, color=dots)
     ax.collections[0].set_label("one measurement")

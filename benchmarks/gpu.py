@@ -216,7 +216,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     found = rows[rows.what.eq("passes a second") & rows.bits.eq(4)].assign(value=lambda t: t.value.astype(float))
     best = found.loc[found.value.idxmax()] if found.value.notna().any() else None
     fastest = "" if best is None else f"{best['name']} is the fastest, with {best.value:,.0f} passes a second"
-    ax = plots.axes(None, f"The paper's network on a GPU: {fastest or 'not run yet'}", plots.WIDE)
+    ax = plots.axes(None, f"The paper's network on a GPU: {fastest or 'not run yet'}")
     sns.barplot(found.fillna({"value": 0.0}), x="value", y="name", color=sns.color_palette("colorblind")[0], ax=ax)
     ax.axvline(35_000, **plots.NAMED, label="aim: 35,000")
     ax.legend()

@@ -142,7 +142,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     title = f"A compiled residual block launches {rows.images.sum()} kernels on images, of {len(rows)} in all"
     kind = rows.images.map({True: "on images", False: "on weights and sums"}).where(rows["size"].notna(), "products")
     counts = rows.assign(kind=kind).groupby(["kind", "direction"], sort=False).size().rename("kernels").reset_index()
-    ax = plots.axes(None, title, plots.WIDE)
+    ax = plots.axes(None, title)
     sns.barplot(counts, x="kernels", y="kind", hue="direction", palette="colorblind", ax=ax)
     return plots.finish(ax, "launches of kernels", "")
 

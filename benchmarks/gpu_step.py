@@ -185,7 +185,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     """Kernels of a step by what they touch, a bar a stage."""
     counts = rows.groupby("stage").kernels.sum()[list(STAGES)]
     title = f"A training step launches {counts.iloc[-1]:,} kernels, {counts.iloc[0]:,} before"
-    ax = plots.axes(None, title, plots.WIDE)
+    ax = plots.axes(None, title)
     look = {"order": KINDS, "hue_order": list(STAGES), "palette": "colorblind"}
     sns.barplot(rows, x="kernels", y="kind", hue="stage", **look, ax=ax)
     return plots.finish(ax, "launches of kernels", "")

@@ -79,7 +79,7 @@ def figure(rows: pd.DataFrame) -> Axes:
     times, images = table.filter(like="training time").iloc[:, 0], table["images"]
     most, widest = images.idxmax(), table["width (channels)"].idxmax()
     title = f"{images[most] / images[0]:.0f} times as many images take {times[most]:.1f} times as long"
-    ax = plots.axes(None, f"{title}, twice as many channels {times[widest]:.1f} times")
+    ax = plots.axes(None, f"{title}, twice as many channels {times[widest]:.1f} times", width=7.2)
     cases = zip(images, table["width (channels)"], table.processes, strict=True)
     labels = [f"{n:,} images, width {width}, {count} process{'es' * (count > 1)}" for n, width, count in cases]
     sns.barplot(x=times, y=labels, orient="h", color=sns.color_palette("colorblind")[0], ax=ax)

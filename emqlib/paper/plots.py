@@ -41,12 +41,16 @@ _DOT = {"color": "0.3", "alpha": 0.6, "lw": 0, "zorder": 2, "rasterized": True}
 NAMED = {"ls": "--", "lw": 1, "color": "0.3"}  # a line that the legend names
 
 
-def axes(ax: Axes | None, title: str, width: float = 7.2) -> Axes:
+def _panels(*grid: int, size: tuple[float, float] = (WIDE, 4.2), **form: Any) -> tuple[Figure, Any]:
+    """A figure of the style that all share, with so many rows and columns of axes; size: in inches."""
+    with sns.axes_style("whitegrid"):
+        return plt.subplots(*grid, figsize=size, layout="constrained", **{"dpi": 90} | form)
+
+
+def axes(ax: Axes | None, title: str, width: float = WIDE) -> Axes:
     """`ax`, or new ones of the style that all figures share, under `title`; width: inches, of the figure."""
     checks.instance("ax", ax, (type(None), Axes), "axes of matplotlib, or None for new ones")
-    if ax is None:
-        with sns.axes_style("whitegrid"):
-            ax = plt.subplots(figsize=(width, 4.2), dpi=90, layout="constrained")[1]
+    ax = _panels(size=(width, 4.2))[1] if ax is None else ax
     ax.set_title(title, fontsize=10, pad=8)
     return ax
 
@@ -147,7 +151,7 @@ def accuracy_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     1 bit is in a panel of its own. A network that cannot run everywhere without adaptation is shown as it is served.
     """
     setting = _setting(rows, "bits", "top1", "trained", "adapted", "run", *tables.SETTING)
-    ax, tidy = axes(ax, _seen_by_bits(rows) + setting, WIDE), _lines(rows)
+    ax, tidy = axes(ax, _seen_by_bits(rows) + setting), _lines(rows)
     kinds = tidy.drop_duplicates("line")
     settings = list(dict.fromkeys(tidy.setting))
     colors = dict(zip(settings, sns.color_palette("colorblind", len(settings)), strict=True))
@@ -170,7 +174,7 @@ def accuracy_by_cost(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes |
     points = points.assign(label=names.where(~on_all, names + ", on all data"))
     points["cost"] = points.groupby(tables.SETTING, dropna=False)[cost].transform("mean") / factor
     means = points.groupby(tables.SETTING, dropna=False)[["cost", "top1"]].mean().reset_index()
-    ax = axes(ax, _seen_by_cost(means, cost, ours or "the best of ours") + setting, WIDE)
+    ax = axes(ax, _seen_by_cost(means, cost, ours or "the best of ours") + setting)
     sns.lineplot(points, x="cost", y="top1", hue="label", style="label", **_MARKED, **_SPREAD, ax=ax)
     label = f"{name}{unit}, logarithmic"
     if points.epochs.nunique() > 1:
@@ -214,7 +218,7 @@ def accuracy_by_lr(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     best = means.groupby(["method", "batch_size", "lr"]).top1.mean().groupby("method").max().sort_values()
     ahead = f"Each at its best, {best.index[-1]} is {best.iloc[-1] - best.iloc[:-1].max():.1f} points ahead"
     seen = ahead if len(best) > 1 else "Accuracy by learning rate"
-    ax = axes(ax, f"{seen} on held-out images{setting}", WIDE)
+    ax = axes(ax, f"{seen} on held-out images{setting}")
     tidy = means.assign(line=means.method + means.batch_size.map(", batches of {}".format))
     sns.lineplot(tidy, x="lr", y="top1", hue="line", style="line", **_MARKED, **_SPREAD, ax=ax)
     ax.set_xscale("log")
@@ -243,9 +247,8 @@ def accuracy_by_coreset(rows: pd.DataFrame) -> Axes:
     order += [name for name in dict.fromkeys(seeds.coreset) if name not in order]
     baseline = next((name for name in (_ALL_DATA, *map(tables.in_words, ("RS2", "random"))) if name in order), None)
     lines = "\n".join(order).count("\n") + 1
-    form = {"figsize": (4.6 + 2.6 * len(means), 1.6 + 0.24 * lines), "dpi": 90, "layout": "constrained"}
-    with sns.axes_style("whitegrid"):
-        figure, (drawn,) = plt.subplots(1, len(means), sharey=True, squeeze=False, **form)
+    size = (4.6 + 2.6 * len(means), 1.6 + 0.24 * lines)
+    figure, (drawn,) = _panels(1, len(means), size=size, sharey=True, squeeze=False)
     shared = {"x": "top1", "y": "coreset", "order": order, "color": sns.color_palette("colorblind")[0]}
     diamonds = {"linestyle": "none", "marker": "D", "markersize": 4, "capsize": 0.2, "err_kws": {"lw": 1}}
     for ax, (rate, part) in zip(drawn, panels.items(), strict=True):
@@ -289,7 +292,7 @@ def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = No
     most = tidy[tidy["bit-widths"] == tidy["bit-widths"].max()].set_index("scheme").cost
     less = f"{'fewer' if cost == 'sample_passes' else 'less'} {name} than Any-Precision"
     least = f"{most['Any-Precision'] / most.min():.1f} times {less}: {most.idxmin()}"
-    ax = axes(ax, f"At {tidy['bit-widths'].max()} bit-widths, {least}" + setting, WIDE)
+    ax = axes(ax, f"At {tidy['bit-widths'].max()} bit-widths, {least}" + setting)
     count = tidy.scheme.nunique()
     wide = ([7.0, 4.0] + [1.5] * count)[:count]  # lines that lie on one another stay visible
     shown = {"hue": "scheme", "style": "scheme", "size": "scheme", "sizes": wide}
@@ -325,8 +328,7 @@ def distributions(histograms: pd.DataFrame) -> Axes:
     palette = dict(reversed(colors.items()))  # the lowest bit-width on top of the others, which lie on one another
     look = {"hue": "line", "hue_order": list(palette), "palette": palette, "errorbar": None, "style": "line"}
     look |= {"style_order": list(palette), "dashes": ["", *[(4, 2)] * (len(palette) - 2), ""][-len(palette) :]}
-    with sns.axes_style("whitegrid"):
-        figure, panels = plt.subplots(1, 2, sharey=True, figsize=(WIDE, 4.2), dpi=90, layout="constrained")
+    figure, panels = _panels(1, 2, sharey=True)
     for ax, (kind, name) in zip(panels, _CORRECTIONS.items(), strict=True):
         sns.lineplot(rows[rows.trained_with == kind], x="z", y="density", **look, ax=ax, legend=kind == "mean_var")
         normal = (-(z**2) / 2).map(math.exp) / math.sqrt(2 * math.pi)
@@ -363,9 +365,7 @@ def idea(rows: pd.DataFrame) -> Axes:
     lowest, highest = rows.bits.min(), rows.bits[rows.part != "weight"].max()
     title = "Weight bias correction gives rounded weights their mean and their spread back"
     title = f"{title}{_setting(rows)}, the output channel of each network that {lowest} bits move furthest"
-    with sns.axes_style("whitegrid"):
-        size = {"figsize": (9, 5.2), "dpi": 100, "layout": "constrained"}
-        figure, panels = plt.subplots(2, 2, sharex="col", sharey="col", **size)
+    figure, panels = _panels(2, 2, size=(WIDE, 5.2), dpi=100, sharex="col", sharey="col")
     for (left, right), (trained_with, color) in zip(panels, _CORRECTED.items(), strict=True):
         network = rows[rows.trained_with == trained_with]
         _dots(left, network[network.part == "weight"], color)
@@ -417,7 +417,7 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shifts = _listed([f"{lowest[kind]:.2f} {name}" for kind, name in _BOTH.items() if kind in lowest])
     of = "running means of the batch norms" if "wasserstein" in rows else f"means of tokens at {rows.bits.max()} bits"
     title = f"Distance at {rows.bits.min()} bits from the {of}: {shifts}"
-    ax = axes(ax, title + _setting(rows, seeds="lines: means"), WIDE)
+    ax = axes(ax, title + _setting(rows, seeds="lines: means"))
     short = rows.layer.map(lambda name: ".".join(name.split(".")[-2:]))
     layer = short if short.nunique() == rows.layer.nunique() else rows.layer
     line = rows.bits.map("{} bits, ".format) + rows.trained_with.map(tables.CORRECTED)
@@ -440,7 +440,7 @@ def gap_by_bits(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     lowest = gaps[gaps.bits > 1].groupby(["line", "bits"]).gap.mean().groupby("line").min()
     best = lowest.idxmax().replace(", output", " with output")
     seen = f"From 2 bits up, {best} are at most {max(-lowest.max(), 0):.1f} points below the adapted network"
-    ax = axes(ax, seen + setting, WIDE)
+    ax = axes(ax, seen + setting)
     ax.axhspan(-0.5, 0, color="0.9", zorder=0, label="up to half a point below")
     return by_bits(ax, gaps, "gap", "top-1 above the adapted network (points)")
 
@@ -451,7 +451,7 @@ def accuracy_by_statistics(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     means = tidy.groupby("statistics").top1.mean()
     own, shared = (means["adapted"] - means[f"{kind} statistics"] for kind in ("own", "shared"))
     seen = f"Own statistics are {own:.1f} points below the adapted network, shared ones {shared:.1f}"
-    ax = axes(ax, seen + setting, WIDE)
+    ax = axes(ax, seen + setting)
     tidy = tidy.assign(line=tidy.coreset.map(tables.in_words), statistics=tidy.statistics.str.replace(", ", ",\n"))
     _side_by_side(ax, tidy, "statistics", "top1", "line")
     ax.tick_params(axis="x", labelsize=8)
@@ -477,7 +477,7 @@ def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axe
     ranges = means.groupby(means.line.str.endswith("other images")).angle.agg(["min", "max"]).round().astype(int)
     same, others = (f"{low} to {high}°" for low, high in ranges.to_numpy())
     seen = f"After {tidy.epoch.max()} epochs, gradients are {same} apart on the same images and {others} on others"
-    ax = axes(ax, seen + setting, WIDE)
+    ax = axes(ax, seen + setting)
     lines = tidy.drop_duplicates("line").line
     dashes = {name: (3, 2) if name.endswith("other images") else "" for name in lines}
     look = {"hue": "line", "style": "line", "dashes": dashes, "markers": True, "palette": "tab10", "lw": 1}
