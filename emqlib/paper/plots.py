@@ -301,10 +301,10 @@ def growth(rows: pd.DataFrame, cost: str = "sample_passes", ax: Axes | None = No
     return finish(ax, "number of bit-widths", name + unit)
 
 
-def _palette(rows: pd.DataFrame, name: str = "{}") -> dict[str, tuple[float, float, float]]:
+def _palette(rows: pd.DataFrame) -> dict[int, tuple[float, float, float]]:
     """The color of each bit-width, the same in every figure that tells bit-widths apart by color."""
     colors = sns.color_palette("colorblind", 9)
-    return {name.format(b): colors[min(b, 9) - 1] for b in sorted(set(rows.bits))}
+    return {b: colors[min(b, 9) - 1] for b in sorted(set(rows.bits))}
 
 
 _SMOOTH = 5  # bins of a histogram over which a density is averaged, twice: at low bit-widths, numbers lie on a grid
@@ -324,8 +324,8 @@ def distributions(histograms: pd.DataFrame) -> Axes:
         curves = rows.groupby(["trained_with", "bits", "layer", "seed"], sort=False).density
         smooth = curves.transform(lambda density: density.rolling(_SMOOTH, center=True, min_periods=1).mean())
         rows = rows.assign(density=smooth, line=rows.bits.map("{} bits".format))
-    z, colors = rows.z.drop_duplicates(), _palette(rows, "{} bits")
-    palette = dict(reversed(colors.items()))  # the lowest bit-width on top of the others, which lie on one another
+    z = rows.z.drop_duplicates()
+    palette = {f"{b} bits": color for b, color in reversed(_palette(rows).items())}  # the lowest on top of the others
     look = {"hue": "line", "hue_order": list(palette), "palette": palette, "errorbar": None, "style": "line"}
     look |= {"style_order": list(palette), "dashes": ["", *[(4, 2)] * (len(palette) - 2), ""][-len(palette) :]}
     figure, panels = _panels(1, 2, sharey=True)
@@ -423,7 +423,7 @@ def mismatch(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     line = rows.bits.map("{} bits, ".format) + rows.trained_with.map(tables.CORRECTED)
     tidy = rows.assign(layer=layer, line=line).sort_values(["bits", "trained_with"], kind="stable")
     kinds, colors = tidy.drop_duplicates("line"), _palette(rows)
-    look = {"palette": [colors[f"{b}"] for b in kinds.bits], "markers": True, "errorbar": None, "sort": False}
+    look = {"palette": [colors[b] for b in kinds.bits], "markers": True, "errorbar": None, "sort": False}
     look["dashes"] = [(4, 1.5) if kind == "none" else "" for kind in kinds.trained_with]
     sns.lineplot(tidy, x="layer", y="mean_shift", hue="line", style="line", **look, ax=ax)
     ax.tick_params(axis="x", rotation=60, labelsize=8)
