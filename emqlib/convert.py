@@ -202,12 +202,12 @@ class _Tracer(fx.Tracer):
         return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
-def trace(net: nn.Module, training: bool | None = None) -> list[tuple[fx.Graph, set[str]]]:
+def trace(net: nn.Module, training: bool = False) -> list[tuple[fx.Graph, set[str]]]:
     """The graphs of `net`: as it is called without its optional arguments, and with all of them where it has some.
 
     Of two arguments that are False or True by default, each choice has a graph: `if features:` needs a value.
     With each come the parameters that it reads outside their modules, as in `linear(x, self.qkv.weight)`. It is traced
-    in `training` or evaluation mode, or with None in that of each module. Empty: torch.fx cannot trace it.
+    in evaluation mode, or in that of `training`. Empty: torch.fx cannot trace it.
     """
     try:
         arguments = tuple(inspect.signature(net.forward).parameters.values())
@@ -218,8 +218,7 @@ def trace(net: nn.Module, training: bool | None = None) -> list[tuple[fx.Graph, 
     settings = [dict(zip(flags, values, strict=True)) for values in product((True, False), repeat=len(flags))]
     graphs = []
     for given in [*settings, optional] if optional else [None]:
-        own = copy.deepcopy(net)  # a forward pass may store the tracer's proxies in it
-        own = own if training is None else own.train(training)
+        own = copy.deepcopy(net).train(training)  # a copy, since a forward pass may store the tracer's proxies in it
         try:
             graph = _Tracer().trace(own, given or None)
         except Exception:  # a network may raise anything when it meets a proxy instead of a tensor

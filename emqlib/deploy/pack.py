@@ -228,7 +228,7 @@ def pack(model: nn.Module, bits: Bits) -> nn.Module:
     with at_bits(network, bits):
         quantizers_of = {name: m for name, m in network.named_modules() if isinstance(m, InputQuantizer)}
         unseen = [name for name, m in quantizers_of.items() if not (m.started or m.provisional)]
-        graphs = trace(network, training=False) if unseen else []
+        graphs = trace(network) if unseen else []
         called = {node.target for graph, _ in graphs for node in graph.nodes}
         for name in unseen:  # a head that is never called needs no range
             if not called or name.removesuffix(".input_quantizer") in called:
