@@ -252,14 +252,14 @@ class Walk:
 def walk(net: nn.Module, training: bool = False) -> Walk:
     """The walk over the graph of `net`, in evaluation or training mode.
 
-    Where torch.fx cannot trace the network, every input counts as signed and the order is that of registration: a
-    signed quantizer wastes half of its range, but a wrong unsigned one would lose every negative input.
+    Where torch.fx cannot trace the network, every input counts as signed, and no module as called: a signed quantizer
+    wastes half of its range, but a wrong unsigned one would lose every negative input.
     """
     names = {module: name for name, module in net.named_modules()}
     everything = dict.fromkeys(names.values(), True)
     graphs = trace(net, training)
     if not graphs:
-        return Walk(everything, list(everything))
+        return Walk(everything, [])
     modules = dict(net.named_modules(remove_duplicate=False))
     signs: dict[str, bool] = {}
     order: list[str] = []  # of the first graph: what only another one calls is no last layer
@@ -349,7 +349,7 @@ def quantizable(net: nn.Module) -> list[str]:
 def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     """Decide what becomes of the modules of a plain `net` in evaluation mode, whatever mode it is in.
 
-    The graph of training mode only adds readers of a ReLU's output, and of weights.
+    The graph of training mode only adds inputs that can be negative, and readers of a ReLU's output and of weights.
     """
     found, training = walk(net), walk(net, training=True)
     layers = quantizable(net)
@@ -362,7 +362,8 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     patched = {name for name, module in net.named_modules() if is_patched(module)}
     kept |= {name: _PATCHED for name in names if name not in kept and name in patched}
     hooked = {name for name, module in net.named_modules() if has_hooks(module)}
-    signed = {name: found.signed[name] or name in hooked for name in names if name not in kept}
+    negative = hooked | {name for name in training.order if training.signed[name]}
+    signed = {name: found.signed[name] or name in negative for name in names if name not in kept}
     if not signed:
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
     clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # one's own need not clip at zero
@@ -393,11 +394,16 @@ def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
     """The range "unit" is for networks still to be trained: those whose batch norms have seen no data."""
     if spec.activation_range != "auto":
         return spec.activation_range
+    norms = any(isinstance(m, _BatchNorm) for m in net.modules())
+    return "unit" if norms and not _has_seen_data(net) else "tracked"
+
+
+def _has_seen_data(net: nn.Module) -> bool:
+    """Whether batch norms have statistics of data."""
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     # by the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0
     known = [m for m in norms if m.running_mean is not None and not m.running_mean.is_meta]
-    seen = any(m.running_mean.any() or (m.running_var - 1).any() for m in known)
-    return "unit" if norms and not seen else "tracked"
+    return any(bool(m.running_mean.any() or (m.running_var - 1).any()) for m in known)
 
 
 def _refuse_derived(net: nn.Module) -> None:
@@ -455,7 +461,8 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
             running statistics or of an unknown kind, a weight that is parametrized, pruned or not there yet.
 
     Warns:
-        UserWarning: a layer stays in full precision, because the network reads its weight outside, as Swin does.
+        UserWarning: a layer stays in full precision, because the network reads its weight outside, as Swin does; the
+            network is trained already, and DoReFa, which changes the scale of weights, does not fit its batch norms.
     """
     model = _opened(net, spec)
     decided = decide(model, spec)
@@ -463,6 +470,9 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     if read:
         names = ", ".join(read)
         warnings.warn(f"kept in full precision, as the network reads their weights outside: {names}", stacklevel=2)
+    if spec.weight == "dorefa" and _has_seen_data(model):
+        told = "DoReFa changes the scale of weights, which the network's batch norms do not know, at 32 bits too"
+        warnings.warn(f'{told}: train it, call adapt_norm, or convert it with weight="minmax"', stacklevel=2)
     return _applied(model, spec, decided)
 
 
@@ -595,7 +605,8 @@ def set_bits(model: nn.Module, bits: Bits) -> None:
             DistributedDataParallel or AveragedModel; each of them is set.
         bits: 1 to 8 or 32, trained or not. For mixed precision a dict such as {"layer3.*": 2, "*": 4}, of which the
             first pattern that matches counts; names are those inside the converted network, or inside the given part.
-            Under "shared_affine", a norm that no pattern but "*" matches follows the quantized layer before it.
+            Under "shared_affine", a norm that no pattern but "*" matches follows the quantized layer that was
+            registered before it.
 
     Raises:
         ValueError: not converted, no such bit-width, a switchable norm that was not built for it, a layer that no

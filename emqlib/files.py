@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks
 
@@ -169,6 +170,17 @@ def restored(told: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "dict":
         return {key: restored(item, tensors) for key, item in value}
     return {"list": list, "tuple": tuple}[kind](restored(item, tensors) for item in value)
+
+
+def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load what a file holds of `model`: tensors of any shape, by the names of its state.
+
+    The file has none of the versions by which PyTorch tells states of older code. Its modules are taken to be of
+    today's.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata
+    model.load_state_dict(state)
 
 
 def software() -> dict[str, Any]:

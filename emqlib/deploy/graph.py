@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import invalid
 from .integers import Grid, byte_codes, int8_weight, largest_weight
 from .pack import FixedQuantizer, PackedConv2d, PackedLayer, PackedLinear
 
@@ -43,6 +44,9 @@ def with_integers(model: Any, layers: dict[str, PackedLayer], seen: dict[PackedL
         model: the model of `onnx_ir`.
         layers: the packed layers, by the names of their weights in the graph.
         seen: what passed through each of them, from which ranges and biases follow.
+
+    Raises:
+        ValueError: a layer is not in the graph.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -56,8 +60,9 @@ def with_integers(model: Any, layers: dict[str, PackedLayer], seen: dict[PackedL
         in_integers = editor.quantize(node, name, layer, seen[layer])
         if in_integers and node.op_type == "Conv":
             convolutions.append((node, seen[layer]))
-    if seen.keys() - found_layers:  # whose weights in the graph only mark their places
-        raise RuntimeError(f"the exporter's graph is without {len(seen.keys() - found_layers)} of {len(seen)} layers")
+    missing = [name.removesuffix(".dense") for name, layer in layers.items() if layer not in found_layers]
+    if missing:
+        raise invalid("model", missing[0], "a network in whose output every layer that it calls takes part")
     for node, found in convolutions:
         editor.quantize_output(node, found.low, found.high)
     editor.clip()

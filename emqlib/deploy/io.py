@@ -68,7 +68,7 @@ def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Ca
 
     Raises:
         ValueError: names the path or net: there is no such file, it is damaged, edited, of another version or of
-            another network.
+            another network. Networks that differ in their activations alone are not told apart.
     """
     path, expected = checks.file_name("path", path), "a whole file that emqlib.save wrote"
     if not isinstance(quantizers, (list, tuple)) or not all(map(isfunction, quantizers)):
@@ -94,7 +94,7 @@ def load(path: str | Path, net: nn.Module | None = None, quantizers: Sequence[Ca
             for name, layer in quantized_layers(model).items():
                 layer.set_bits(checks.bit_width(name, about["packed"][name]))
             model = pack_as_set(model)
-        model.load_state_dict(tensors)
+        files.load_state(model, tensors)
     model.emq.data = about["trained_on"]
     return model.eval()
 

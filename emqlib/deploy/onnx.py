@@ -45,7 +45,8 @@ def export_onnx(model: nn.Module, path: str | Path, bits: Bits, example_inputs: 
             on if there are several; its output is named "logits".
 
     Raises:
-        ValueError: as `pack`; the path is a folder; the network does not take these inputs.
+        ValueError: as `pack`; the path is a folder; the network does not take these inputs, or what one of its layers
+            gives is used nowhere.
         ImportError: onnx or onnxscript is missing; the message says what to install.
     """
     onnx, onnx_ir = _libraries()
@@ -145,6 +146,8 @@ def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
     inputs: two samples each, since the exporter takes a batch of one for a constant.
     """
+    from onnxscript.optimizer import optimize_ir
+
     network = copy.deepcopy(network)
     layers = [m for m in network.modules() if isinstance(m, PackedLayer)]
     for i, layer in enumerate(layers):
@@ -153,7 +156,7 @@ def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     network = replaced(network, {m: _Product(m) for m in layers if isinstance(m, PackedLinear)})
     names = ["images"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     batch, *others = torch.export.Dim("batch"), *[torch.export.Dim.AUTO for _ in inputs[1:]]
-    return torch.onnx.export(
+    exported = torch.onnx.export(
         network,
         inputs,
         input_names=names,
@@ -162,7 +165,11 @@ def _exported(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         dynamic_shapes=tuple({0: size} for size in (batch, *others)),
         dynamo=True,
         verbose=False,
+        optimize=False,
     ).model
+    # a layer of a constant, such as a learned token, stays in the graph: its numbers are still placeholders
+    optimize_ir(exported, should_fold=lambda node: False if node.op_type in ("Conv", "MatMul", "Gemm") else None)
+    return exported
 
 
 def _strip(proto: Any) -> None:

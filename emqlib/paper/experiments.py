@@ -215,7 +215,8 @@ def equal_epochs(p: Parameters) -> list[Run]:
 def comparison(p: Parameters) -> list[Run]:
     """Coresets by score: Random, RS2, TDDS and EL2N at every pruning rate, the other scores at the middle one.
 
-    Every score costs the same. Random and RS2 have none; RS2 also gets one epoch more, which costs as much as scoring.
+    Every score costs the same. Random and RS2 have none; RS2 also gets one epoch more, which costs as much as scoring
+    at pruning rates of 0.25 or more.
     A pruning rate of 0 asks for one run on all data.
     """
     asked, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
@@ -414,13 +415,14 @@ def headline_longer(p: Parameters) -> list[Run]:
 
 
 def headline_changes(p: Parameters) -> list[Run]:
-    """The recipe where `headline` has its control: with distillation, and with 1 bit too."""
+    """The recipe where `headline` has its control: with distillation, and with 1 bit too where it has none."""
     runs = []
     for seed in p.seeds:
         usual = recommended(_tested(p, seed), p.profile.fair_control)
-        bits = (1, *(b for b in p.bits if b > 1))
         runs.append(with_training(usual, distillation=True))
-        runs.append(replace(usual, spec=replace(usual.spec, bits=bits), eval_bits=bits))
+        if 1 not in p.bits:
+            bits = (1, *p.bits)
+            runs.append(replace(usual, spec=replace(usual.spec, bits=bits), eval_bits=bits))
     return runs
 
 
@@ -500,6 +502,9 @@ UNDER_WAY = [headline_longer, gpu_slices]
 # The experiments that read a parameter, of those that most do not read.
 READ_BY = {"dataset": [imagenet], "model": [imagenet], "lengths": [curves, equal_epochs]}
 READ_BY |= {"pruning_rates": [table1, table2, imagenet, vit, curves, comparison]}
+READ_BY["repeats"] = [
+    e for e in RUNS + UNDER_WAY if e not in (quickstart, imagenet, growth, tuning)
+]  # of several seeds
 CALL_AGAIN = 75  # the exit status of a call whose budget is spent: EX_TEMPFAIL in sysexits.h
 
 

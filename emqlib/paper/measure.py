@@ -326,7 +326,10 @@ def _features(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple
 
 def _each(runs: Iterable[Run], name: str, p: Parameters, measure: Measure, each_epoch: bool = False) -> pd.DataFrame:
     tables = [derived(run, name, p.results_dir, measure, each_epoch) for run in runs]
-    return pd.concat(tables, ignore_index=True)
+    found = pd.concat(tables, ignore_index=True)
+    if found.data_sha256.nunique() > 1:
+        raise invalid("results_dir", str(p.results_dir), f"tables {name!r} of the same images; delete the others")
+    return found
 
 
 def token_shifts(p: Parameters) -> pd.DataFrame:

@@ -588,7 +588,7 @@ def draw(path: Path) -> Axes:
     if not csv.exists():
         raise checks.invalid("path", str(path), f"{csv.name} beside it, which the notebook writes")
     with checks.expecting("path", str(path), f"a whole {csv.name} beside it"):
-        rows = checks.table("rows", pd.read_csv(csv))
+        rows = checks.table("rows", pd.read_csv(csv, dtype={"trained_bits": str}))
     ax = function(rows.query(where) if where else rows)
     save(ax, path)
     return ax

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import checks
 from ..convert import converted, set_bits, step_weights
-from ..files import alone
+from ..files import alone, load_state
 from . import checkpoint as checkpoints
 from . import distributed
 from .checkpoint import Deadline, OutOfTime
@@ -364,7 +364,8 @@ def _save(run: _Run, path: Path | None, own: dict[str, Any]) -> None:
 def _resume(run: _Run, path: Path, own: dict[str, Any]) -> None:
     run.history, state = checkpoints.load(path, own)
     with checks.expecting("checkpoint", str(path), "a whole state of this run"):
-        for name in ("model", "optimizer", "scaler"):
-            getattr(run, name).load_state_dict(state[name])
+        load_state(run.model, state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
         run.coresets.load_state_dict(state["sampler"], run.device)
         run.loader.damaged = state["damaged"]

@@ -1,6 +1,7 @@
 """Conversion of many kinds of network, and switching of bit-widths."""
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
@@ -378,6 +379,34 @@ def test_signed_inputs(case: str, rng: torch.Generator) -> None:
     assert model.conv.input_quantizer.signed and model.conv.input_quantizer.range == "tracked"
     assert "conv" in that_see_negatives(net, [torch.randn(4, 3, 8, 8, generator=rng)])
     assert (model.conv.input_quantizer(torch.tensor([-1.0, 1.0]), torch.tensor(1.0)) < 0).any()  # at 1 bit too
+
+
+class Shifting(Block):
+    """Adds to its features in training alone, as networks do that learn with noise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.head(self.conv(x - 0.5 if self.training else x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inputs_that_are_negative_in_training_alone_are_signed(training: bool) -> None:
+    assert emq.convert(Shifting(nn.Identity()).train(training), spec()).conv.input_quantizer.signed
+
+
+def test_a_trained_network_is_warned_of_another_scale(rng: torch.Generator) -> None:
+    net = Block(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        emq.convert(net, spec())
+        net.train()(torch.randn(4, 3, 8, 8, generator=rng))
+        emq.convert(net, spec(weight="minmax"))
+    with pytest.warns(UserWarning, match='^DoReFa changes the scale of weights.*weight="minmax"$') as told:
+        model = emq.convert(net, spec())
+    assert told[0].filename == __file__
+    images = torch.randn(8, 3, 8, 8, generator=rng)
+    net.eval(), emq.set_bits(model.eval(), 32)
+    assert not torch.allclose(model(images), net(images), rtol=0.1)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

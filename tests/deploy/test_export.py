@@ -368,6 +368,42 @@ def test_a_layer_of_tokens_and_of_vectors(activation: str, tmp_path: Path) -> No
     assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
 
 
+class LearnedToken(nn.Module):
+    """A layer of tokens and of a learned one, which the exporter could compute by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 16))
+        self.first, self.both, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.both(self.first(x)).mean(1) + self.both(self.token))
+
+
+def test_a_layer_of_a_constant(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, 8)
+    model = emq.convert(LearnedToken(), emq.QuantSpec(bits=(8,), weight="minmax", activation="lsq")).train()
+    model(x)
+    emq.export_onnx(model.eval(), tmp_path / "net.onnx", 8, x)
+    assert off(answers(tmp_path / "net.onnx", x), model, 8, x) < 0.05
+
+
+class CallsForNothing(LearnedToken):
+    """What one of its layers gives is used nowhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.both(self.token)
+        return self.last(self.first(x).mean(1))
+
+
+def test_a_layer_that_the_output_does_not_need_is_named(tmp_path: Path) -> None:
+    model, x = emq.convert(CallsForNothing(), emq.QuantSpec(bits=(8,), full_precision=("last",))), torch.randn(4, 6, 8)
+    model.train()(x)
+    with pytest.raises(ValueError, match=r"^model='both': expected a network in whose output every layer"):
+        emq.export_onnx(model.eval(), tmp_path / "net.onnx", 8, x)
+
+
 def test_nothing_is_written_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = emq.convert(models.resnet8(width=4), emq.QuantSpec(bits=(2, 4)))
     path, x = tmp_path / "net.onnx", torch.randn(2, 3, 32, 32)

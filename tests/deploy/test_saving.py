@@ -1,5 +1,6 @@
 """Files of trained networks: an exact round trip, and clear errors for anything else."""
 
+import copy
 import json
 import pickle
 import struct
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import emqlib as emq
 from emqlib import files as container
@@ -136,6 +137,37 @@ def test_a_network_of_ones_own_is_given(tmp_path: Path) -> None:
         emq.load(tmp_path / "own", net(5))
     with pytest.raises(ValueError, match=r"(?s)^net='Sequential': expected the plain network .*2.weight"):
         emq.load(tmp_path / "own", nn.Sequential(*net()[:2], nn.Conv2d(4, 4, 1), *net()[3:]))
+
+
+class Versioned(nn.Module):
+    """Turns the table of states that tell no version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8, 8))
+        self.body, self.head = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 10, 28)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, about: dict[str, Any], *rest: Any) -> None:
+        if about.get("version") is None:
+            state[f"{prefix}table"] = state[f"{prefix}table"].T
+        super()._load_from_state_dict(state, prefix, about, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.einsum("nchw,cd->ndhw", self.body(self.conv(x)), self.table)).flatten(1)
+
+
+def test_states_are_of_the_version_that_modules_have_now(tmp_path: Path) -> None:
+    model = emq.convert(Versioned(), emq.QuantSpec(bits=(2,)))
+    model(X)
+    emq.save(model, tmp_path / "net")
+    assert torch.equal(emq.load(tmp_path / "net", Versioned()).table, model.table)
+    digits, config = emq.load_dataset("digits").subset(20, 10), emq.TrainConfig(epochs=1, batch_size=20)
+    emq.train(model, digits, config, tmp_path / "run", progress=False)
+    again = copy.deepcopy(model)
+    emq.train(again, digits, config, tmp_path / "run", progress=False)
+    assert torch.equal(again.table, model.table)
 
 
 EDITS: dict[str, tuple[Any, str]] = {

@@ -55,7 +55,7 @@ def test_parameters_are_followed(table: Callable) -> None:
 
 
 PROBES = {"model": ("resnet8", "resnet20"), "lengths": ((20,), (30,)), "pruning_rates": ((0.3,), (0.4,))}
-PROBES |= {"dataset": ("imagenet", "imagefolder:/nowhere")}
+PROBES |= {"dataset": ("imagenet", "imagefolder:/nowhere"), "repeats": (1, 2)}
 
 
 @pytest.mark.parametrize("parameter", PROBES)
@@ -75,6 +75,8 @@ def test_names_of_methods_and_corrections() -> None:
     assert list(dict.fromkeys(run.method for run in runs)) == ["Ours", "Any-Precision", "Dedicated", *own]
     assert [run.method for run in experiments.headline_changes(p)] == [f"{own[0]}, distillation", own[0]]
     assert table1(parameters(profile="small", bits=[4, 32]))[0].eval_bits == (*ALL, 32)
+    with_1_bit = experiments.headline_changes(parameters(profile="small", repeats=1, bits=[1, 4]))
+    assert [run.method for run in with_1_bit] == [f"{own[0]}, distillation"]
 
 
 def test_all_data_are_one_run_of_a_comparison_of_coresets() -> None:

@@ -3,9 +3,11 @@
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import torch
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 import emqlib as emq
 from emqlib import models
 from emqlib.norms import MultiBitBatchNorm
+from emqlib.paper import measure
 from emqlib.paper.measure import BINS, SPAN, Watcher, layer_norms, moved_channel, preactivations, weight_shift
+from emqlib.paper.profiles import parameters
 from emqlib.train.data import Dataset, augment, normalize
 
 pytestmark = pytest.mark.processor
@@ -252,3 +256,12 @@ def test_tokens_before_layer_norm_are_those_seen_by_hand(data: Dataset) -> None:
     shift = ((z[2].mean(0) - z[8].mean(0)) / std).square().mean().sqrt()
     assert row.mean_shift == pytest.approx(float(shift), rel=1e-3) and row.mean_shift > 0.01
     assert row.variance == pytest.approx(float((z[2].var(0) / z[8].var(0)).mean()), rel=1e-3)
+
+
+def test_networks_of_other_images_are_not_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tables = iter([pd.DataFrame({"value": [1.0], "data_sha256": [sha256]}) for sha256 in ("a", "a", "b")])
+    monkeypatch.setattr(measure, "derived", lambda *_: next(tables))
+    monkeypatch.setattr(measure.experiments, "quickstart", lambda p: range(p.repeats))
+    assert len(measure.idea(parameters(results_dir=tmp_path, repeats=1))) == 1
+    with pytest.raises(ValueError, match=r"^results_dir=.*expected tables 'channel' of the same images"):
+        measure.idea(parameters(results_dir=tmp_path, repeats=2))

@@ -371,3 +371,10 @@ def test_a_figure_is_written_as_png_and_svg_with_the_same_bytes_again(tmp_path: 
     for kind in ("png", "svg"):
         first, second = ((tmp_path / f"{name}.{kind}").read_bytes() for name in ("a", "b"))
         assert first == second and (kind == "png" or (b"<dc:date>" not in first and b"Matplotlib" not in first))
+
+
+def test_a_single_trained_bit_width_is_drawn_from_its_file(tmp_path: Path) -> None:
+    name = "10_untrained_bitwidths"
+    rows = pd.read_csv(ROOT / f"results/small/{name}.csv").query("trained_bits == '2 8'")
+    rows.assign(trained_bits=3, trained=False).to_csv(tmp_path / f"{name}.csv", index=False)
+    assert plots.draw(tmp_path / name).get_legend_handles_labels()[1]
