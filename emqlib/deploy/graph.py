@@ -117,9 +117,8 @@ class _Editor:
         fixed = layer.input_quantizer
         grid = Grid.of(fixed) if isinstance(fixed, FixedQuantizer) else None
         if name not in self.operands:
-            self.operands[name] = (
-                self.integers(node, name, layer, seen, grid) if grid else self.floating(node, name, layer)
-            )
+            made = self.integers(node, name, layer, seen, grid) if grid else self.floating(node, name, layer)
+            self.operands[name] = made
         weight, bias = self.operands[name]
         node.replace_input_with(1, weight)
         if node.op_type == "Conv":
