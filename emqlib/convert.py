@@ -423,14 +423,11 @@ def _refuse_derived(net: nn.Module) -> None:
             raise invalid("net", name or type(module).__name__, "a layer whose forward is that of its class")
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
 def _norm_twin(norm: _BatchNorm, spec: QuantSpec) -> nn.Module:
     if norm.running_mean is None or norm.momentum is None:
         raise invalid("net", repr(norm), "batch norms with running statistics and a momentum")
     twin = MultiBitBatchNorm(norm, spec).train(norm.training)
-    if type(norm) in _BATCH_NORMS:
+    if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         return twin
     if isinstance(getattr(norm, "drop", None), nn.Module) and isinstance(getattr(norm, "act", None), nn.Module):
         wrapped = nn.Sequential(twin, norm.drop, norm.act)  # timm's BatchNormAct2d

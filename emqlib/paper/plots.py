@@ -27,7 +27,6 @@ from ..train.data import Dataset, normalize
 from . import tables
 
 _COSTS = {"sample_passes": (1e6, "sample passes", " (millions)"), "seconds": (60, "training time", " (minutes)")}
-_BITS = "bit-width of weights and activations (*: trained)"
 _ACCURACY = "mean top-1 accuracy (%)"  # over the trained bit-widths
 _CORRECTED = {"none": "#d55e00", "mean_var": "#0072b2"}  # colors of Okabe and Ito
 _CORRECTIONS = {"none": "without weight bias correction", "mean_var": "with weight bias correction"}
@@ -35,7 +34,6 @@ _BOTH = {"none": "without", "mean_var": "with weight bias correction"}  # in one
 WIDE = 9.0  # inches, of a figure with its legend beside it
 _MARKED = {"markers": True, "dashes": False, "palette": "colorblind"}
 _SPREAD = {"errorbar": "sd", "err_style": "bars", "err_kws": {"capsize": 2, "lw": 1}}  # over seeds
-_BARS = "bars: standard deviation"
 _ALL_DATA = "Any-Precision on all data"  # beside coresets
 _DOT = {"color": "0.3", "alpha": 0.6, "lw": 0, "zorder": 2, "rasterized": True}
 NAMED = {"ls": "--", "lw": 1, "color": "0.3"}  # a line that the legend names
@@ -65,7 +63,7 @@ def finish(ax: Axes, x: str, y: str) -> Axes:
     return ax
 
 
-def _setting(rows: pd.DataFrame, *columns: str, seeds: str = _BARS) -> str:
+def _setting(rows: pd.DataFrame, *columns: str, seeds: str = "bars: standard deviation") -> str:
     """What a figure was made with, below its title; seeds: how several are shown.
 
     ValueError: no rows, or a column of a figure is missing.
@@ -103,7 +101,7 @@ def by_bits(ax: Axes, rows: pd.DataFrame, y: str, label: str, **look: Any) -> Ax
     one, others = rows[rows.bits == 1], rows[rows.bits > 1]
     apart = not one.empty and not others.empty
     _side_by_side(ax, others if apart else rows, "width", y, "line", **look)
-    finish(ax, _BITS, "" if apart else label)
+    finish(ax, "bit-width of weights and activations (*: trained)", "" if apart else label)
     if apart:
         with sns.axes_style("whitegrid"):
             panel = ax.inset_axes((-0.3, 0, 0.16, 1))
@@ -536,14 +534,13 @@ def save(ax: Axes, path: Path) -> None:
             write_atomic(path.with_suffix(f".{kind}"), partial(figure.savefig, **form))
 
 
-Draw = Callable[[pd.DataFrame], Axes]
 _NO_MEANS = "correction in ('none', 'mean_var')"  # without those of the means alone, which the tables have
 _FULL_DATA = f"pruning_rate == 0 and {_NO_MEANS} and not (method == 'Dedicated' and adapted)"
 _TRAINED = "trained_bits.str.len() == trained_bits.str.len().{}()"  # at the most or the fewest bit-widths
 
 # The figure's name: its CSV, the function of the rows in it, and which of the rows, as of `DataFrame.query`. A figure
 # that is not here shows the accuracy by bit-width of the rows in the CSV of its own name.
-FIGURES: dict[str, tuple[str, Draw, str]] = {
+FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Axes], str]] = {
     "01_cifar10": ("01_cifar10", accuracy_by_bits, _FULL_DATA),
     "01_cifar10_curves": ("01_cifar10_curves", accuracy_by_cost, ""),
     "01_cifar10_curves_time": ("01_cifar10_curves", lambda rows: accuracy_by_cost(rows, "seconds"), ""),

@@ -19,6 +19,7 @@ from .data import Dataset, Streamed, integers
 from .distributed import here
 
 LARGE = 1 << 30  # bytes: a larger table stays in the memory of the CPU
+LEAST = 0.1  # weights in a draw go from this, of the lowest rank, to 1, of the highest
 WAITING = 1 << 16  # batches times numbers a sample, of which processes put scores together before an epoch's end
 
 
@@ -154,9 +155,6 @@ def recorder(config: CoresetConfig, n: int, num_classes: int, width: int, device
         return _Moderate(n, width).to(device)
     own = isinstance(config.score, checks.Own)
     return _Mean(n, config.score.function if own else coreset.SNAPSHOTS[config.score]).to(device)
-
-
-_LEAST = 0.1  # weights in a draw go from this, of the lowest rank, to 1, of the highest
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -396,7 +394,7 @@ class Coresets:
             return torch.ones(self.n)
         scored = self.ranks[b] >= 0
         u = (self.ranks[b].clamp_min(0) + 1) / (self.ranks[b].max() + 1)
-        weights = _LEAST + (1 - _LEAST) * u**self.config.power
+        weights = LEAST + (1 - LEAST) * u**self.config.power
         return torch.where(scored, weights, weights[scored].mean())
 
     def _loss_weights(self, b: int, subset: Tensor) -> tuple[Tensor, float]:
