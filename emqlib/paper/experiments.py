@@ -226,7 +226,7 @@ def comparison(p: Parameters) -> list[Run]:
         runs += [ours(shared)] * (0 in asked)
         longer = with_training(shared, epochs=shared.config.epochs + 1)
         for rate in rates:
-            scores = SCORES[1:] if rate == rates[len(rates) // 2] else [s for s in SCORES if s in ("tdds", "el2n")]
+            scores = SCORES[1:] if rate == rates[len(rates) // 2] else ("el2n", "tdds")
             coresets = [CoresetConfig(pruning_rate=rate, resample_every=every) for every in (0, 1)]
             coresets += [bitwise_coreset(rate, score=score) for score in scores]
             coresets += [bitwise_coreset(rate, how="sample")]
@@ -320,9 +320,8 @@ def corrected_or_not(p: Parameters) -> list[Run]:
 
 def bias_correction(p: Parameters) -> list[Run]:
     """Table 6: weight bias correction under a shared and a switchable batch norm, on the full data."""
-    pairs = (("shared", ("none", "mean", "mean_var")), ("switchable", ("none", "mean_var")))
-    kinds = [{"norm": norm, "correction": correction} for norm, corrections in pairs for correction in corrections]
-    return [ours(base(p, seed), **kind) for seed in p.seeds for kind in kinds]
+    kinds = [*product(["shared"], ("none", "mean", "mean_var")), *product(["switchable"], ("none", "mean_var"))]
+    return [ours(base(p, seed), norm=norm, correction=name) for seed in p.seeds for norm, name in kinds]
 
 
 def uncalibrated(p: Parameters) -> list[Run]:
@@ -525,14 +524,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
     asked = parser.parse_args(arguments)
     deadline, known = Deadline(asked.budget), inspect.signature(parameters).parameters
-    for name, _ in asked.p:
-        checks.choice("parameter", name, known)
-    p = parameters(**{name: int(value) if value.isdecimal() and len(value) < 19 else value for name, value in asked.p})
     experiment, status, place = names[asked.name], 0, current()
     for name, value in asked.p:
+        checks.choice("parameter", name, known)
         if experiment not in READ_BY.get(name, [experiment]):
             others = ", ".join(other.__name__ for other in READ_BY[name])
             raise checks.invalid(name, value, f"no value, since {asked.name} does not read it; {others} would")
+    p = parameters(**{name: int(value) if value.isdecimal() and len(value) < 19 else value for name, value in asked.p})
     try:
         rows = run_all(experiment(p), p.results_dir, budget=deadline)
         where = f"below {p.results_dir / 'runs'}; {place.count} process(es)"
