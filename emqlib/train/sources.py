@@ -373,9 +373,9 @@ def _of_files(
         images = load_images(folder, paths, image_size)
         return Split(images[:n], labels[:n]), Split(images[n:], labels[n:]), classes
     at_random, plain = transforms(image_size or 224, source.flip)
-    first, second = ((paths[:n], labels[:n], at_random), (paths[n:], labels[n:], plain))
-    splits = (Streamed.of(ImageFiles(folder, *part), workers) for part in (first, second))
-    return *splits, classes
+    first = Streamed.of(ImageFiles(folder, paths[:n], labels[:n], at_random), workers)
+    second = Streamed.of(ImageFiles(folder, paths[n:], labels[n:], plain), workers)
+    return first, second, classes
 
 
 _ELSEWHERE = "or point root= or the environment variable EMQ_DATA at the folder that holds it."
