@@ -79,13 +79,14 @@ class MultiheadAttention(nn.Module):
         projected = ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         q, k, v = (project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for project, x in projected)
         mask = self._mask(attn_mask, key_padding_mask, q)
-        dropout, weights = self.dropout if self.training else 0.0, None
+        dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
             heads, weights = weights @ v, weights.mean(1) if average_attn_weights else weights
         else:
             heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            weights = None
         out = self.out_proj(heads.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], None if weights is None else weights[0]
@@ -273,7 +274,8 @@ def walk(net: nn.Module, training: bool = False) -> Walk:
             if type(module) is nn.ReLU:
                 found = readers.setdefault(names[module], set())
                 found |= {names[called[user]] if user in called else "" for user in node.users}
-                found |= {""} if module.inplace and not _is_only_reader(node, called) else set()
+                if module.inplace and not _is_only_reader(node, called):
+                    found.add("")
     return Walk(everything | signs, order, set().union(*(read for _, read in graphs)), readers)
 
 

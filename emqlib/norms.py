@@ -114,7 +114,8 @@ class MultiBitBatchNorm(nn.Module):
         """Use the affine and the statistics of `bits` from now on (`serves` says whether they are there)."""
         self.bits = bits
         affine = self.trained.index(nearest(self.trained, bits)) if self.switchable else 0
-        row, rows = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED, self._rows(bits)
+        row = BIT_WIDTHS.index(bits) if bits in self.own else self.SHARED
+        rows = self._rows(bits)
         if (affine, row, rows, writes_of(*self._picks())) == self.picked:  # as in every step under a shared norm
             return  # nothing changes, so nothing is written
         self.affine_pick.zero_()

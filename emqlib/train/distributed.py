@@ -260,7 +260,8 @@ class Place:
         if self.count == 1:
             return model
         device = next(model.parameters()).device
-        devices, ddp = [device] if device.type == "cuda" else None, nn.parallel.DistributedDataParallel
+        devices = [device] if device.type == "cuda" else None
+        ddp = nn.parallel.DistributedDataParallel
         # PyTorch 2.11 calls it broadcast_buffers; 2.13, which warns of that name, forward_sync_buffers
         known = "forward_sync_buffers" in signature(ddp).parameters
         return ddp(model, device_ids=devices, **{"forward_sync_buffers" if known else "broadcast_buffers": False})

@@ -132,9 +132,10 @@ def evaluate(
     trained = set.intersection(*(set(trained_bits(network)) for network in networks(model)))
     if adapt_norm and not (isinstance(data, Dataset) and _norms(model)):
         raise invalid("adapt_norm", True, "a Dataset as data, whose training images to adapt to")
-    for b in () if adapt_norm else wanted:
-        with at_bits(model, b):  # refuses what the network does not serve
-            pass
+    if not adapt_norm:
+        for b in wanted:
+            with at_bits(model, b):  # refuses what the network does not serve
+                pass
     data, smaller = as_dataset(data), f"batch_size={max(1, batch_size // 2)}"
     with enough_memory(batch_size, smaller), undisturbed(model, data, batch_size) as device:
         if adapt_norm:
@@ -197,8 +198,9 @@ def _evaluating(model: nn.Module, always: bool, statistics: bool = True) -> Iter
                 module.train(mode)
         for module, mode in training.items():
             module.training = mode
-        for m, state in zip(kept, before, strict=True) if restore else ():
-            m.load_state_dict(state)
+        if restore:
+            for m, state in zip(kept, before, strict=True):
+                m.load_state_dict(state)
 
 
 @contextmanager

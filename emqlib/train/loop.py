@@ -208,9 +208,9 @@ def _check(model: nn.Module, data: Dataset, config: TrainConfig) -> tuple[int, .
 def _check_parts(coresets: Coresets, config: TrainConfig, place: Place) -> None:
     """Batch norm needs two images at least in each part of a step."""
     parts = place.count * config.accumulate
-    for size in {coresets.size(epoch) for epoch in range(config.epochs)} if parts > 1 else ():
+    for size in {coresets.size(epoch) for epoch in range(config.epochs)}:
         smallest = size // -(-size // config.batch_size)
-        if smallest < 2 * parts:
+        if parts > 1 and smallest < 2 * parts:
             expected = f"two images at least for each of {config.accumulate} parts on {place.count} processes in a step"
             raise checks.invalid("batch_size", config.batch_size, f"{expected}, where some have {smallest}")
 
