@@ -32,7 +32,7 @@ from ..train.sources import load_dataset
 from .statistics import evaluate_each, track
 
 Records = list[dict[str, Any] | None]  # of runs, None for what is not finished
-COST = ("sample_passes", "scoring_passes", "steps", "seconds")  # columns of a training's history, summed over epochs
+_SUMMED = ("sample_passes", "scoring_passes", "steps", "seconds")  # columns of a history, of which rows hold the sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +382,7 @@ def _frame(run: Run, record: dict[str, Any]) -> pd.DataFrame:
     asked |= {"coreset": run.coreset, "candidates": pruned.candidates, "scoring_epochs": pruned.warmup}
     asked |= {"trained_bits": " ".join(map(str, run.spec.bits)), "n_train": record["n_train"]}
     asked |= {k: getattr(run.config, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
-    cost = {k: sum(epoch[k] for epoch in record["history"]) for k in COST}
+    cost = {k: sum(epoch[k] for epoch in record["history"]) for k in _SUMMED}
     rows = pd.DataFrame(record["rows"])
     rows["calibration_passes"] = record["calibration_passes"] * rows.adapted
     rows = rows.assign(**cost, profile=run.profile, run=run.hash, **record["provenance"])
