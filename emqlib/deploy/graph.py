@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import invalid
-from .integers import Grid, byte_codes, int8_weight, largest_weight
+from .integers import ByteGrid, byte_codes, int8_weight, largest_weight
 from .pack import FixedQuantizer, PackedConv2d, PackedLayer, PackedLinear
 
 
@@ -76,9 +76,9 @@ class _Editor:
     def __init__(self, graph: Any) -> None:
         self.graph = graph
         self.constants: dict[str, Any] = {}
-        self.inputs: dict[tuple[Any, Grid], Any] = {}  # what was quantized on each grid
+        self.inputs: dict[tuple[Any, ByteGrid], Any] = {}  # what was quantized on each grid
         self.operands: dict[str, tuple[Any, Any]] = {}  # weight and bias of each layer, which may be called twice
-        self.codes: dict[Any, tuple[Grid, int, int]] = {}  # for each QuantizeLinear, the codes that it may give
+        self.codes: dict[Any, tuple[ByteGrid, int, int]] = {}  # for each QuantizeLinear, the codes that it may give
 
     def constant(self, name: str, array: Any) -> Any:
         """A constant of the graph, made once for each name."""
@@ -102,7 +102,7 @@ class _Editor:
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
-    def round_trip(self, before: Any, x: Any, grid: Grid) -> Any:
+    def round_trip(self, before: Any, x: Any, grid: ByteGrid) -> Any:
         """A value through QuantizeLinear and DequantizeLinear."""
         operands = self.number(np.float32, grid.scale), self.number(np.uint8, grid.zero)
         q = self.put(before, "QuantizeLinear", x, *operands)
@@ -115,7 +115,7 @@ class _Editor:
         Returns whether the node now computes in integers.
         """
         fixed = layer.input_quantizer
-        grid = Grid.of(fixed) if isinstance(fixed, FixedQuantizer) else None
+        grid = ByteGrid.of(fixed) if isinstance(fixed, FixedQuantizer) else None
         if name not in self.operands:
             made = self.integers(node, name, layer, seen, grid) if grid else self.floating(node, name, layer)
             self.operands[name] = made
@@ -132,7 +132,7 @@ class _Editor:
             node.replace_input_with(0, self.on_grid(node, grid))
         return grid is not None
 
-    def on_grid(self, node: Any, grid: Grid) -> Any:
+    def on_grid(self, node: Any, grid: ByteGrid) -> Any:
         """The input of a node, through QuantizeLinear and DequantizeLinear."""
         x = node.inputs[0]
         if (x, grid) not in self.inputs:
@@ -143,7 +143,7 @@ class _Editor:
             self.inputs[x, grid] = self.round_trip(node, y, grid.with_zero())
         return self.inputs[x, grid]
 
-    def integers(self, node: Any, name: str, layer: PackedLayer, seen: Seen, grid: Grid) -> tuple[Any, Any]:
+    def integers(self, node: Any, name: str, layer: PackedLayer, seen: Seen, grid: ByteGrid) -> tuple[Any, Any]:
         """Weight, int8, and bias: of a convolution int32, through DequantizeLinear, and of a Linear its numbers."""
         grid, bits, axis = grid.with_zero(), layer.bits, int(isinstance(layer, PackedLinear))
         codes = (layer.integers() + 2 ** (bits - 1)).flatten(1)
@@ -223,7 +223,7 @@ class _Editor:
             readers[0].replace_input_with(0, conv.outputs[0])
             self.codes[readers[0]] = grid, max(first, grid.code(bounds[0])), min(last, grid.code(bounds[1]))
             return
-        grid = Grid.over(min(max(low, bounds[0]), 0.0), max(min(high, bounds[1]), 0.0))
+        grid = ByteGrid.over(min(max(low, bounds[0]), 0.0), max(min(high, bounds[1]), 0.0))
         nodes = list(self.graph)
         rounded = self.round_trip(nodes[nodes.index(conv) + 1], conv.outputs[0], grid)
         for node, i in uses:

@@ -70,7 +70,7 @@ def byte_codes(codes: Tensor, bits: int) -> tuple[Tensor, list[int]]:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ByteGrid:
     """The codes 0 to `most` of uint8, which stand for scale (code - zero) + offset."""
 
     scale: float
