@@ -351,7 +351,7 @@ def quantizable(net: nn.Module) -> list[str]:
 def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     """Decide what becomes of the modules of a plain `net` in evaluation mode, whatever mode it is in.
 
-    The graph of training mode only adds inputs that can be negative, and readers of a ReLU's output and of weights.
+    The graph of training mode only adds readers of a ReLU's output, and of weights.
     """
     found, training = walk(net), walk(net, training=True)
     layers = quantizable(net)
@@ -364,8 +364,7 @@ def decide(net: nn.Module, spec: QuantSpec) -> Decisions:
     patched = {name for name, module in net.named_modules() if is_patched(module)}
     kept |= {name: _PATCHED for name in names if name not in kept and name in patched}
     hooked = {name for name, module in net.named_modules() if has_hooks(module)}
-    negative = hooked | {name for name in training.order if training.signed[name]}
-    signed = {name: found.signed[name] or name in negative for name in names if name not in kept}
+    signed = {name: found.signed[name] or name in hooked for name in names if name not in kept}
     if not signed:
         raise invalid("net", type(net).__name__, f"a Conv2d or Linear besides those kept in full precision ({kept})")
     clips = spec.activation != "none" and not isinstance(spec.activation, Own)  # one's own need not clip at zero
@@ -446,7 +445,7 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     The network is traced in evaluation mode to see which layers' inputs can be negative: those get a signed input
     quantizer. If it cannot be traced, all do. An unsigned quantizer clips at zero, at 32 bits too, so a ReLU that only
     such quantizers read becomes an identity. Hooks stay with their layers; one that makes the output of a ReLU negative
-    is not seen. `summary` shows what became of each layer.
+    is not seen, nor is noise that does so in training alone. `summary` shows what became of each layer.
 
     Args:
         net: any plain module; images (N, 3, H, W) or whatever it takes go in, and what it gives comes out.

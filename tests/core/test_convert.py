@@ -381,19 +381,6 @@ def test_signed_inputs(case: str, rng: torch.Generator) -> None:
     assert (model.conv.input_quantizer(torch.tensor([-1.0, 1.0]), torch.tensor(1.0)) < 0).any()  # at 1 bit too
 
 
-class Shifting(Block):
-    """Adds to its features in training alone, as networks do that learn with noise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        return self.head(self.conv(x - 0.5 if self.training else x))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_inputs_that_are_negative_in_training_alone_are_signed(training: bool) -> None:
-    assert emq.convert(Shifting(nn.Identity()).train(training), spec()).conv.input_quantizer.signed
-
-
 def test_a_trained_network_is_warned_of_another_scale(rng: torch.Generator) -> None:
     net = Block(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
     with warnings.catch_warnings():
