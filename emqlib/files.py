@@ -173,11 +173,7 @@ def restored(told: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load what a file holds of `model`: tensors of any shape, by the names of its state.
-
-    The file has none of the versions by which PyTorch tells states of older code. Its modules are taken to be of
-    today's.
-    """
+    """Load the tensors (any shape) of a file. It holds no versions of modules, so they count as those of today."""
     state = OrderedDict(tensors)
     state._metadata = model.state_dict()._metadata
     model.load_state_dict(state)
