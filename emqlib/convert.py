@@ -395,16 +395,11 @@ def _activation_range(net: nn.Module, spec: QuantSpec) -> str:
     """The range "unit" is for networks still to be trained: those whose batch norms have seen no data."""
     if spec.activation_range != "auto":
         return spec.activation_range
-    norms = any(isinstance(m, _BatchNorm) for m in net.modules())
-    return "unit" if norms and not _has_seen_data(net) else "tracked"
-
-
-def _has_seen_data(net: nn.Module) -> bool:
-    """Whether batch norms have statistics of data."""
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     # by the statistics themselves: published weights from before `num_batches_tracked` existed load with it at 0
     known = [m for m in norms if m.running_mean is not None and not m.running_mean.is_meta]
-    return any(bool(m.running_mean.any() or (m.running_var - 1).any()) for m in known)
+    seen = any(m.running_mean.any() or (m.running_var - 1).any() for m in known)
+    return "unit" if norms and not seen else "tracked"
 
 
 def _refuse_derived(net: nn.Module) -> None:
@@ -468,7 +463,9 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     if read:
         names = ", ".join(read)
         warnings.warn(f"kept in full precision, as the network reads their weights outside: {names}", stacklevel=2)
-    if spec.weight == "dorefa" and _has_seen_data(model):
+    norms = any(isinstance(m, _BatchNorm) for m in model.modules())
+    seen = norms and (spec.activation_range, decided.activation_range) == ("auto", "tracked")
+    if spec.weight == "dorefa" and seen:
         told = "DoReFa changes the scale of weights, which the network's batch norms do not know, at 32 bits too"
         warnings.warn(f'{told}: train it, call adapt_norm, or convert it with weight="minmax"', stacklevel=2)
     return _applied(model, spec, decided)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
-from time import process_time
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,6 +16,7 @@ from bad_input import CASES, OF_ROWS, Case, function, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import emqlib as emq
@@ -26,12 +26,14 @@ pyplot.switch_backend("agg")
 
 
 @pytest.fixture
-def steps() -> Iterator[list[object]]:
-    """The optimizer steps that are taken within the test."""
-    taken: list[object] = []
-    hook = register_optimizer_step_pre_hook(lambda *_: taken.append(1))
+def work() -> Iterator[list[str]]:
+    """The optimizer steps that are taken, and the layers that are called, within the test."""
+    taken: list[str] = []
+    hooks = [register_optimizer_step_pre_hook(lambda *_: taken.append("step"))]
+    hooks.append(register_module_forward_pre_hook(lambda *_: taken.append("layer")))
     yield taken
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.fixture
@@ -64,16 +66,17 @@ def named(case: Case) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_a_wrong_value_is_told_before_any_work(case: Case, here: Path, steps: list[object]) -> None:
+def test_a_wrong_value_is_told_before_any_work(case: Case, here: Path, work: list[str]) -> None:
     arguments = case.arguments()
-    before, start = contents(here), process_time()
+    before = contents(here)
+    work.clear()
     with pytest.raises(ValueError, match=rf"(?s)^{re.escape(case.told)}=.*: expected .+") as error:
         begun(case.path, arguments)
     parsed = case.path == "paper.profiles.parameters"  # which tells what it read in a text
     if not parsed and isinstance(case.value, (type(None), float, str)) and len(repr(case.value)) < 100:
         assert repr(case.value) in str(error.value) or type(case.value).__name__ in str(error.value)
-    assert process_time() - start < 2
-    assert contents(here) == before and not steps
+    assert contents(here) == before
+    assert "step" not in work and len(work) < 100  # some look at what a pass through a small network gives
     pyplot.close("all")
 
 
@@ -204,8 +207,7 @@ def test_a_file_that_asks_for_what_it_does_not_hold(recipe: object, here: Path) 
     model = emq.convert(emq.models.resnet8(10, width=2), emq.QuantSpec(bits=(2, 4)))
     model.emq.network = recipe
     emq.save(model, "hostile.safetensors")
-    before, start = getrusage(RUSAGE_SELF).ru_maxrss, process_time()
+    before = getrusage(RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"(?s)^path='hostile.safetensors': expected a network of emqlib.models"):
         emq.load("hostile.safetensors")
-    assert process_time() - start < 2
     assert getrusage(RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
