@@ -438,9 +438,10 @@ def convert(net: nn.Module, spec: QuantSpec) -> nn.Module:
     Every Conv2d and Linear becomes a quantized layer, also inside `nn.MultiheadAttention`, except those that
     `spec.full_precision` keeps. Every batch norm becomes a `MultiBitBatchNorm`; layer norms stay as they are.
     The network is traced in evaluation mode to see which layers' inputs can be negative: those get a signed input
-    quantizer. If it cannot be traced, all do. An unsigned quantizer clips at zero, at 32 bits too, so a ReLU that only
-    such quantizers read becomes an identity. Hooks stay with their layers; one that makes the output of a ReLU negative
-    is not seen, nor is noise that does so in training alone. `summary` shows what became of each layer.
+    quantizer. If it cannot be traced, all do, and a weight that it reads outside its layer is not noticed. An unsigned
+    quantizer clips at zero, at 32 bits too, so a ReLU that only such quantizers read becomes an identity. Hooks stay
+    with their layers; one that makes the output of a ReLU negative is not seen, nor is noise that does so in training
+    alone. `summary` shows what became of each layer.
 
     Args:
         net: any plain module; images (N, 3, H, W) or whatever it takes go in, and what it gives comes out.
