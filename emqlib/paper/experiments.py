@@ -217,10 +217,12 @@ def comparison(p: Parameters) -> list[Run]:
 
     Every score costs the same. Random and RS2 have none; RS2 also gets one epoch more, which costs as much as scoring
     at pruning rates of 0.25 or more.
-    A pruning rate of 0 asks for one run on all data.
+    A pruning rate of 0 asks for one run on all data. ValueError: no other rate.
     """
     asked, runs = p.pruning_rates or (0.5, 0.8, 0.9), []
     rates = [rate for rate in asked if rate > 0]
+    if not rates:
+        raise checks.invalid("pruning_rates", asked, "one above 0 at least, at which coresets are compared")
     for seed in p.seeds:
         shared = coreset_base(p, seed)
         runs += [ours(shared)] * (0 in asked)

@@ -82,6 +82,8 @@ def test_names_of_methods_and_corrections() -> None:
 def test_all_data_are_one_run_of_a_comparison_of_coresets() -> None:
     both = experiments.comparison(parameters(profile="small", repeats=1, pruning_rates=[0.0, 0.8]))
     pruned = experiments.comparison(parameters(profile="small", repeats=1, pruning_rates=[0.8]))
+    with pytest.raises(ValueError, match=r"^pruning_rates=\(0.0,\): expected one above 0 at least"):
+        experiments.comparison(parameters(profile="small", pruning_rates=[0.0]))
     assert [run.coreset for run in both if run not in pruned] == ["full data"] and both[1:] == pruned
 
 
