@@ -253,14 +253,14 @@ class Walk:
 def walk(net: nn.Module, training: bool = False) -> Walk:
     """The walk over the graph of `net`, in evaluation or training mode.
 
-    Where torch.fx cannot trace the network, every input counts as signed, and no module as called: a signed quantizer
-    wastes half of its range, but a wrong unsigned one would lose every negative input.
+    Where torch.fx cannot trace the network, every input counts as signed and the order is that of registration: a
+    signed quantizer wastes half of its range, but a wrong unsigned one would lose every negative input.
     """
     names = {module: name for name, module in net.named_modules()}
     everything = dict.fromkeys(names.values(), True)
     graphs = trace(net, training)
     if not graphs:
-        return Walk(everything, [])
+        return Walk(everything, list(everything))
     modules = dict(net.named_modules(remove_duplicate=False))
     signs: dict[str, bool] = {}
     order: list[str] = []  # of the first graph: what only another one calls is no last layer
