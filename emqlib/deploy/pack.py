@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 
 from .. import quantizers
 from ..checks import Own, integer, invalid
-from ..convert import Bits, at_bits, converted, has_hooks, is_patched, quantized_layers, replaced, trace
+from ..convert import Bits, at_bits, converted, has_hooks, quantized_layers, replaced
 from ..correction import correct_weight
 from ..layers import InputQuantizer, QuantConv2d, QuantizedLayer, SafeConv2d, geometry
 from ..norms import MultiBitBatchNorm
+from ..tracing import is_patched, trace
 
 
 def pack_integers(codes: Tensor, bits: int) -> Tensor:

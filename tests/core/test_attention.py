@@ -13,7 +13,7 @@ from torchvision import models as torchvision_models
 
 import emqlib as emq
 from emqlib import models
-from emqlib.convert import MultiheadAttention
+from emqlib.attention import MultiheadAttention
 from emqlib.layers import QuantLinear
 
 pytestmark = pytest.mark.processor
