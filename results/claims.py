@@ -130,7 +130,7 @@ def _correction(results: Path) -> list[Claim]:
     first = read(results, "small/01_cifar10", method="Ours", pruning_rate=0)
     deep = read(results, "small/06_statistics", statistics="shared")
     gain, gain_first, gain_deep = map(_gain_of_correction, (rows, first, deep))
-    at_one = seeds(ours, bits=1, adapted=False) - seeds(rows, bits=1, correction="none", adapted=False)
+    at_one = _gain_of_correction(rows, bits=1, adapted=False)
     none, corrected = (read(results, "small/08_mismatch", bits=2, trained_with=c) for c in ("none", "mean_var"))
     shift, distance = (seeds(none, of) - seeds(corrected, of) for of in ("mean_shift", "wasserstein"))
     large = read(results, "benchmarks/paper_network", method="Ours", pruning_rate=0)
@@ -175,9 +175,10 @@ def _correction(results: Path) -> list[Claim]:
     ]
 
 
-def _gain_of_correction(rows: pd.DataFrame) -> pd.Series:
-    """How many points weight bias correction gains at the trained bit-widths."""
-    return seeds(rows, correction="mean_var", **AS_TRAINED) - seeds(rows, correction="none", **AS_TRAINED)
+def _gain_of_correction(rows: pd.DataFrame, **where: Any) -> pd.Series:
+    """How many points weight bias correction gains in the rows with the values `where`, or else AS_TRAINED."""
+    where = where or AS_TRAINED
+    return seeds(rows, correction="mean_var", **where) - seeds(rows, correction="none", **where)
 
 
 def _gain(rows: pd.DataFrame, bits: int) -> pd.Series:
