@@ -311,8 +311,7 @@ def growth(p: Parameters) -> list[Run]:
 
 def deployed(p: Parameters) -> list[Run]:
     """What is deployed, for each seed: Table 1's network, ours on the full data; then one in full precision."""
-    full = replace(p, bits=(32,))
-    return [run for s in p.seeds for run in (ours(base(p, s)), *dedicated(base(full, s)))]
+    return [run for s in p.seeds for run in (ours(base(p, s)), *dedicated(base(replace(p, bits=(32,)), s)))]
 
 
 def corrected_or_not(p: Parameters) -> list[Run]:
@@ -387,8 +386,7 @@ def tuning(p: Parameters) -> list[Run]:
 def tuned_any_precision(start: Run, epochs: int) -> Run:
     """Any-Precision as `tuning` found it best, for so many epochs."""
     factor, parts = TUNED["joint"]
-    run = any_precision(in_parts(start, parts, factor))
-    return with_training(run, epochs=epochs, distillation=DISTILLATION)
+    return with_training(any_precision(in_parts(start, parts, factor)), epochs=epochs, distillation=DISTILLATION)
 
 
 def recommended(start: Run, epochs: int) -> Run:

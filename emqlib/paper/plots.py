@@ -476,8 +476,7 @@ def angles(rows: pd.DataFrame, by: str = "layer", ax: Axes | None = None) -> Axe
     same, others = (f"{low} to {high}°" for low, high in ranges.to_numpy())
     seen = f"After {tidy.epoch.max()} epochs, gradients are {same} apart on the same images and {others} on others"
     ax = axes(ax, seen + setting)
-    lines = tidy.drop_duplicates("line").line
-    dashes = {name: (3, 2) if name.endswith("other images") else "" for name in lines}
+    dashes = {name: (3, 2) if name.endswith("other images") else "" for name in set(tidy.line)}
     look = {"hue": "line", "style": "line", "dashes": dashes, "markers": True, "palette": "tab10", "lw": 1}
     sns.lineplot(tidy, x=by, y="angle", **look, errorbar=None, sort=False, ax=ax)
     for value in tables.paper("figure4").query("metric == 'angle'").value:

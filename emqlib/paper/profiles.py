@@ -112,8 +112,8 @@ PROFILES = {
         imagenet=Setting(model="torchvision.resnet18", training=_SMALL_IMAGENET, image_size=224),
         fair=_FAIR,
         fair_epochs=30,
-        fair_lengths=(2, 6),  # 0.3 and 0.9 million passes of three bit-widths
-        fair_longer=(13, 26),  # 1.95 and 3.9 million
+        fair_lengths=(2, 6, 13),  # 0.3, 0.9 and 1.95 million passes of three bit-widths
+        fair_longer=(26,),  # 3.9 million
         fair_control=6,
     ),
     "paper": Profile(

@@ -124,8 +124,7 @@ def shown(table: pd.DataFrame, best: Sequence[str] | None = None, rows: int = 10
     # names of cells in HTML, the same for the same table
     style = _Shown(part, uuid=f"{crc32(part.to_csv().encode()):08x}", cell_ids=False).hide(axis="index")
     for name in part:
-        highest = numbers[name].max() if name in best else None
-        style.format(partial(_cell, highest=highest), subset=[name])
+        style.format(partial(_cell, highest=numbers[name].max() if name in best else None), subset=[name])
     left = [f"the first {len(part)} of {len(table)} rows"] if len(part) < len(table) else []
     missing = list(table.columns.difference(part.columns, sort=False))
     left += [f"without columns {', '.join(missing)}"] if missing else []
@@ -193,8 +192,9 @@ def correction_table(rows: pd.DataFrame) -> pd.DataFrame:
 def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """`columns` of each setting and seed, summed over its runs, of which Dedicated has one a bit-width.
 
-    "calibration" is the number of images that adapt the bit-widths that cannot be served without it. ValueError: two
-    runs of a setting and seed train the same bit-widths, so that they differ in what no column of SETTING tells.
+    "calibration" is the number of images that adapt the bit-widths that cannot be served without it. Seconds of another
+    processor or precision than the first run's are missing, as they compare with no others. ValueError: two runs of a
+    setting and seed train the same bit-widths, so that they differ in what no column of SETTING tells.
     """
     needed = [*SETTING, "run", "seed", "trained_bits", *(name for name in columns if name != "calibration")]
     runs = checks.table("rows", rows, needed).drop_duplicates("run")
@@ -204,7 +204,10 @@ def training_cost(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         needing = served(checks.table("rows", rows, ["calibration_passes"]))
         passes = needing[needing.adapted].groupby("run").calibration_passes.sum()
         runs = runs.assign(calibration=runs.run.map(passes).fillna(0))
-    return runs.groupby([*SETTING, "seed"], sort=False)[columns].sum()
+    if "seconds" in columns:
+        machine = runs.reindex(columns=["device", "processor", "instructions", "autocast"]).astype(object).fillna("")
+        runs = runs.assign(seconds=runs.seconds.where(machine.eq(machine.iloc[0]).all(axis=1)))
+    return runs.groupby([*SETTING, "seed"], sort=False)[columns].agg(lambda part: part.sum(skipna=False))
 
 
 def served(rows: pd.DataFrame) -> pd.DataFrame:
@@ -411,6 +414,6 @@ def growth_table(rows: pd.DataFrame) -> pd.DataFrame:
             first = part.iloc[0]
             pruned = f"{first.pruning_rate:.0%} pruned, " if first.pruning_rate else ""
             label = f"Ours, {pruned}{in_words(first.coreset)}" if first.method == "Ours" else first.method
-            sums = training_cost(rows[rows.run.isin(part.run)], COST).sum().to_dict()
+            sums = training_cost(rows[rows.run.isin(part.run)], COST).sum(skipna=False).to_dict()
             table.append({"scheme": label, "bit-widths": len(widths.split()), "bits": widths} | sums)
     return pd.DataFrame(table)

@@ -118,8 +118,7 @@ def test_other_weights_are_quantized_one_by_one(spec: dict, monkeypatch: pytest.
     assert found and not any(layer.is_joint() for layer in found)
     layers.prepare(found, Lock())
     assert all(layer.prepared for layer in found)
-    net = emq.convert(models.build("resnet8", 10, width=4), emq.QuantSpec(bits=(2, 4)))
-    layer = net.layer1[0].conv1
+    layer = emq.convert(models.build("resnet8", 10, width=4), emq.QuantSpec(bits=(2, 4))).layer1[0].conv1
     assert layer.is_joint() and not layer.double().is_joint()  # nor those of another type, nor longer ones
     layer.weight = torch.nn.Parameter(torch.ones(1, layers.LONGEST + 1))
     assert not layer.is_joint()

@@ -38,8 +38,7 @@ def test_a_network_of_one_layer() -> None:
 
 
 def test_it_is_a_plain_network() -> None:
-    model = trained("resnet")
-    frozen = emq.freeze(model, 4)
+    frozen = emq.freeze(trained("resnet"), 4)
     with torch.no_grad():
         expected = frozen(X)
         assert torch.equal(copy.deepcopy(frozen)(X), expected)

@@ -219,8 +219,7 @@ def test_without_batch_norm_every_bit_width_is_served_and_none_adapted(tmp_path:
 
 
 def test_imagenet_takes_class_folders_and_other_networks() -> None:
-    p = parameters(profile="paper", pruning_rates=[0.7], seed=3)
-    runs = experiments.imagenet(p)
+    runs = experiments.imagenet(parameters(profile="paper", pruning_rates=[0.7], seed=3))
     assert [(run.method, run.pruning_rate) for run in runs] == [("Any-Precision", 0.0), ("Ours", 0.0), ("Ours", 0.7)]
     names = {(run.dataset, run.model, run.image_size, run.stream, run.config.seed) for run in runs}
     assert names == {("imagenet", "torchvision.resnet50", 224, False, 3)}

@@ -124,6 +124,16 @@ def test_cost_table() -> None:
         results.cost_table(together(rows, run("Any-Precision", {2: (60, 0)}, trained=(2, 4))), "table1")
 
 
+def test_seconds_of_another_processor_are_missing() -> None:
+    """Their mean over unlike processors would tell nothing; accuracies count all the same."""
+    first = run("Any-Precision", {2: (60, 0)}, seconds=100).assign(processor="fast")
+    other = run("Any-Precision", {2: (62, 0)}, seed=1, seconds=400).assign(processor="slow")
+    rows = together(first, other, run("Ours", {2: (70, 0)}, rate=0.8, seconds=390).assign(processor="slow"))
+    table = results.cost_table(rows, "table1")
+    assert columns(table, "top1 (%)", "seconds", "faster") == [("61.0 ± 1.4", 100, 1), ("70.0", None, None)]
+    assert columns(results.with_cost(rows, "seconds"), "top1", "seconds") == [(60, 100), (62, None), (70, None)]
+
+
 def test_what_is_saved_is_against_the_first_any_precision() -> None:
     """A second one of as many epochs, as with other batches, is compared too."""
     first = run("Any-Precision", {2: (60, 0)}, passes=800, seconds=100)
@@ -403,8 +413,7 @@ def test_save(tmp_path: Path) -> None:
     results.save(results.cost_table(rows, "table1"), tmp_path / "small/01", rows)
     results.save(pd.DataFrame({"a": [1]}), tmp_path / "small/cost")
     assert {path.name for path in (tmp_path / "small").iterdir()} == {"01.csv", "01.md", "cost.md"}
-    again = pd.read_csv(tmp_path / "small/01.csv", dtype={"run": str})
-    pd.testing.assert_frame_equal(again, rows)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "small/01.csv", dtype={"run": str}), rows)
 
 
 def test_save_leaves_missing_cells_empty(tmp_path: Path) -> None:
@@ -438,8 +447,7 @@ def test_a_table_is_shown_with_the_best_in_bold_and_spreads_in_grey() -> None:
 def test_what_a_shown_table_leaves_out_is_said() -> None:
     """The last of the bit-widths that were not trained first; rows from the eleventh on."""
     names = ["statistics", "1", "2*", "3", "4*", "5", "6", "7", "8*"]
-    wide = pd.DataFrame([["a", *map(str, range(8))]] * 12, columns=names)
-    style = results.shown(wide)
+    style = results.shown(pd.DataFrame([["a", *map(str, range(8))]] * 12, columns=names))
     assert list(style.data) == ["statistics", "1", "2*", "3", "4*", "5", "8*"]
     assert style.caption == "the first 10 of 12 rows; without columns 6, 7"
     numbers = pd.DataFrame([[0.5, float("nan"), "<i>"]], columns=[0.5, "b", "c"], index=pd.Index([3], name="bits"))

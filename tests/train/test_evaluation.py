@@ -67,10 +67,8 @@ def test_evaluate_against_accuracy_by_hand(data: Dataset) -> None:
             correct += logits.index(max(logits)) == label
             loss += math.log(sum(math.exp(v) for v in logits)) - logits[label]
         assert row.top1 == pytest.approx(100 * correct / 50) and row.loss == pytest.approx(loss / 50, rel=1e-4)
-    default = emq.evaluate(model, data)
-    pd.testing.assert_frame_equal(default, table, rtol=1e-4)
-    listed = emq.evaluate(model, batches_of(data, data.test, 13))
-    pd.testing.assert_frame_equal(listed, table, rtol=1e-4)
+    pd.testing.assert_frame_equal(emq.evaluate(model, data), table, rtol=1e-4)
+    pd.testing.assert_frame_equal(emq.evaluate(model, batches_of(data, data.test, 13)), table, rtol=1e-4)
 
 
 def test_ranges_start_alike_whatever_bits_are_asked_for(data: Dataset) -> None:

@@ -28,8 +28,7 @@ def write(folder: Path, train: int, test: int, size: int = 24) -> Path:
             image, label = split.images[i], int(split.labels[i])
             place = folder / name / f"class{label}" / f"{i:04d}.{('png', 'jpg')[i % 2]}"
             place.parent.mkdir(parents=True, exist_ok=True)
-            array = image.permute(1, 2, 0).numpy()
-            Image.fromarray(np.pad(array, ((0, 4 * (i % 3)), (0, 0), (0, 0)))).save(place)
+            Image.fromarray(np.pad(image.permute(1, 2, 0).numpy(), ((0, 4 * (i % 3)), (0, 0), (0, 0)))).save(place)
     return folder
 
 

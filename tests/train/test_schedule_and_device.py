@@ -69,14 +69,12 @@ def test_the_warning_comes_before_the_first_step(
 
 
 def small_run(tmp_path: Path) -> runs.Run:
-    p = profiles.parameters(profile="smoke", bits=(4,), results_dir=tmp_path)
-    (_, run) = experiments.quickstart(p)
+    (_, run) = experiments.quickstart(profiles.parameters(profile="smoke", bits=(4,), results_dir=tmp_path))
     return replace(run, subset=(8, 8), config=replace(run.config, epochs=1, batch_size=8, autocast="bfloat16"))
 
 
 def test_rows_tell_what_was_used_and_by_which_processor(bfloat16: bool, tmp_path: Path) -> None:
-    run = small_run(tmp_path)
-    rows = runs.run_all([run], tmp_path, progress=False)
+    rows = runs.run_all([small_run(tmp_path)], tmp_path, progress=False)
     assert set(rows.autocast) == {"bfloat16" if bfloat16 else "none"}
     assert set(rows.instructions) == {torch.backends.cpu.get_cpu_capability()}
     (model,) = set(rows.processor)
