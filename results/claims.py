@@ -72,6 +72,11 @@ def plain(values: pd.DataFrame | pd.Series, of: str = "top1", digits: int = 0, *
     return said(values, of, digits, **where).partition(" ±")[0]
 
 
+def millions(rows: pd.DataFrame) -> str:
+    """The sample passes of one training, in millions."""
+    return plain(rows.sample_passes / 1e6, digits=2)
+
+
 def interval(values: pd.Series) -> tuple[float, float]:
     """The 95 % interval of the mean of one number for each seed, by Student's t; STUDENT has the numbers of seeds.
 
@@ -422,13 +427,12 @@ def _headline(results: Path) -> list[Claim]:
     joint, recipe = rows[rows.method.str.startswith("Any-Precision")], rows[rows.pruning_rate > 0]
     lengths = [sorted(set(part.epochs)) for part in (joint, recipe)]  # of as many passes, if in this order
     pairs = [(at(joint, epochs=few), at(recipe, epochs=many)) for few, many in zip(*lengths, strict=True)]
-    ahead = {plain(own.sample_passes / 1e6, digits=2): seeds(own) - seeds(few) for few, own in pairs}
-    *first, last = (f"{differs(points)} points at {millions} million" for millions, points in ahead.items())
+    ahead = {millions(own): seeds(own) - seeds(few) for few, own in pairs}
+    *first, last = (f"{differs(points)} points at {passes} million" for passes, points in ahead.items())
     by_passes = f"{', '.join(first)} and {last}"
     control = rows[rows.method.str.startswith("Ours") & rows.pruning_rate.eq(0)]
     (all_data,) = set(control.epochs)
     few, own = next(pair for pair in pairs if set(pair[0].epochs) == {all_data})
-    millions = plain(own.sample_passes / 1e6, digits=2)
     others = [" and ".join(plain(rows, "epochs") for rows in pair[::-1]) for pair in pairs if pair[0] is not few]
     trained = f"Any-Precision {plain(few, 'epochs')} epochs; in other trainings {' epochs, '.join(others)} epochs"
     at_each = ", ".join(f"{differs(seeds(own, bits=b) - seeds(few, bits=b))} at {b} bits" for b in (2, 4, 8))
@@ -443,8 +447,8 @@ def _headline(results: Path) -> list[Claim]:
             "At equal passes, the recommended recipe is ahead of tuned Any-Precision",
             "beyond the paper",
             f"{part(own)}; {trained}",
-            f"{by_passes} passes. At {millions} million: {at_each}; it takes {differs(time, 2, '-')} of the time and "
-            f"{plain(steps)} times as many optimizer steps.",
+            f"{by_passes} passes. At {millions(own)} million: {at_each}; it takes {differs(time, 2, '-')} of the time "
+            f"and {plain(steps)} times as many optimizer steps.",
             verdict(ahead.values()),
             f"{chosen} ([notebook 14](../notebooks/14_fair_comparison.ipynb)), for ours on all data; the kind of "
             "coreset was chosen on test images (notebook 07). The lead in far longer trainings is not known.",
@@ -588,8 +592,8 @@ def _beyond(results: Path) -> list[Claim]:
             "beyond the paper",
             f"{part(large)}; an H200",
             f"{differs(ahead)} points with a coreset chosen once, {differs(anew)} drawn anew with own statistics. "
-            f"Any-Precision takes {plain(few, 'epochs')} epochs and {plain(few.sample_passes / 1e6, digits=2)} million "
-            f"passes, ours {plain(once.sample_passes / 1e6, digits=2)} million.",
+            f"Any-Precision takes {plain(few, 'epochs')} epochs and {millions(few)} million passes, ours "
+            f"{millions(once)} million.",
             verdict([ahead, anew]),
             "Any-Precision was not tuned for so few epochs, and its milestones fall together.",
         ),
